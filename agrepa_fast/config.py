@@ -1,0 +1,320 @@
+"""Every setting of a run: frozen dataclasses, presets, `section.field=value` overrides, one check each.
+
+A configuration is read from a preset (agrepa_fast/presets/<name>.yaml) or a file, overridden from the command line,
+typed by omegaconf against the dataclasses below, and saved resolved in the run's folder. Imports nothing of this
+package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PRESETS = Path(__file__).with_name("presets")
+DOMAINS = ("speech", "audio")
+STRATEGIES = ("foga", "fixed", "shallow", "random", "none")
+WEIGHTINGS = ("normalized", "equal", "raw2x")
+
+
+class UserError(Exception):
+    """What a person can put right: one line that names the thing and the remedy. Commands print it and exit with code
+    2."""
+
+
+def nearest(name: str, known) -> str:
+    """ "; did you mean 'x'?" when one of `known` is close to `name`, and the list of all of them otherwise."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run is written and what makes it reproducible."""
+
+    dir: str | None = None  # folder of the run; None: runs/<preset>-<date-time>
+    seed: int = 0  # weights, order of clips, noise, times, condition drops
+    preset: str | None = None  # name of the preset or file this configuration came from
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """AudioDiT. `n_mels` and `vocab` are those of the shards unless given."""
+
+    dim: int = 1024  # width of the residual stream
+    depth: int = 24  # number of blocks, named L1 ... L<depth>
+    heads: int = 16
+    ffn_mult: float = 4.0
+    dropout: float = 0.0
+    qk_norm: bool = False  # RMS norm of queries and keys, per head
+    gelu: str = "erf"  # erf (exact) or tanh
+    init: str = "adaln_zero"  # adaln_zero, or release: output layers at zero, modulations from N(0, 0.02)
+    position: str = "sinusoidal"  # sinusoidal (absolute, the paper's) or rotary_conv (rotary + depthwise convolution)
+    time_scale: float = 1.0  # t is multiplied by this before its sinusoidal embedding; the release uses 1
+    token_dim: int = 1024  # width of the token condition
+    token_scale: float = 1.0  # norm of each frame of the token condition; the release uses 1
+    n_mels: int | None = None
+    vocab: int | None = None  # number of token ids, all domains together
+
+    def __post_init__(self) -> None:
+        _check(self.depth >= 1, f"model.depth={self.depth}: at least one block is needed")
+        _check(
+            self.heads >= 1 and self.dim % self.heads == 0,
+            f"model.heads={self.heads} does not divide model.dim={self.dim}: choose a divisor",
+        )
+        _check(
+            (self.dim // self.heads) % 2 == 0, f"model.dim/model.heads={self.dim // self.heads}: rotary needs it even"
+        )
+        _check(self.gelu in ("erf", "tanh"), f"model.gelu={self.gelu!r}: erf or tanh")
+        _check(self.init in ("adaln_zero", "release"), f"model.init={self.init!r}: adaln_zero or release")
+        _check(
+            self.position in ("sinusoidal", "rotary_conv"),
+            f"model.position={self.position!r}: {nearest(self.position, ('sinusoidal', 'rotary_conv'))}",
+        )
+        _check(0 <= self.dropout < 1, f"model.dropout={self.dropout}: must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Shards, and the features that `agrepa prepare` writes into them."""
+
+    path: str = "data/demo"  # folder of shards with index.json
+    max_seconds: float = 10.0  # recordings are cut once, in prepare, never later
+    min_seconds: float = 0.5  # shorter recordings are skipped
+    sample_rate: int = 24000  # Hz
+    n_fft: int = 1024
+    win_length: int = 1024
+    hop_length: int = 256  # samples between mel frames
+    n_mels: int = 100
+    f_min: float = 0.0  # Hz
+    f_max: float = 12000.0  # Hz
+    mel_scale: str = "htk"  # htk or slaney
+    mel_norm: str | None = None  # None or slaney (area-normalised filters)
+    center: bool = True  # torchaudio's centred frames; False: HiFi-GAN's, padded by (n_fft - hop) / 2
+    speech_teacher: str = "openai/whisper-large-v3"  # package:NAME, a local folder or a hub name
+    audio_teacher: str = "openai/whisper-large-v3"
+    codebook: int = 256  # token ids per domain, a k-means codebook over the teacher's frames
+    val_share: float = 0.1  # clips whose hashed name falls below this are validation
+    shard_clips: int = 64
+    speech_share: float = 0.5  # share of speech in each batch, when both domains are there
+    workers: int = 0  # loader processes; 0 reads in the training process
+
+    def __post_init__(self) -> None:
+        _check(0 < self.min_seconds < self.max_seconds, "data.min_seconds must be above 0 and below data.max_seconds")
+        _check(self.mel_scale in ("htk", "slaney"), f"data.mel_scale={self.mel_scale!r}: htk or slaney")
+        _check(self.mel_norm in (None, "slaney"), f"data.mel_norm={self.mel_norm!r}: null or slaney")
+        _check(
+            self.f_min < self.f_max <= self.sample_rate / 2,
+            f"data.f_max={self.f_max}: must be above data.f_min and at most half of data.sample_rate={self.sample_rate}",
+        )
+        _check(0 < self.val_share < 1, f"data.val_share={self.val_share}: must be between 0 and 1")
+        _check(0 <= self.speech_share <= 1, f"data.speech_share={self.speech_share}: must be in [0, 1]")
+        _check(self.workers >= 0, f"data.workers={self.workers}: must not be negative")
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """The path x_t = (1 - t) sigma eps + t x, the condition drops, and the sampler."""
+
+    sigma: float = 0.5  # scale of the noise
+    max_reference: float = 0.3  # the reference mel is a prefix of at most this share of the clip
+    drop_tokens: float = 0.1
+    drop_reference: float = 0.1
+    steps: int = 31  # Euler steps; the release's linspace(0, 1, 32) has 31
+    guidance: float = 3.0
+    sway: float = -1.0
+
+    def __post_init__(self) -> None:
+        _check(self.sigma > 0, f"flow.sigma={self.sigma}: must be positive")
+        for name in ("max_reference", "drop_tokens", "drop_reference"):
+            _check(0 <= getattr(self, name) < 1, f"flow.{name}={getattr(self, name)}: must be in [0, 1)")
+        _check(self.steps >= 1, f"flow.steps={self.steps}: at least one Euler step is needed")
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Which layers are aligned to the teacher, and how strongly."""
+
+    strategy: str = "foga"  # foga | fixed:4,8,12 | shallow | random | none
+    k: int = 3  # layers per domain
+    weighting: str = "normalized"  # lambda: normalized (score share) | equal | raw2x (2 x score, the release's)
+    weight: float = 1.0  # multiplies the whole alignment term
+    lr: float = 1e-3  # of the heads, on the schedule of train.lr
+    center: bool = True  # subtract each domain's mean teacher vector
+
+    def __post_init__(self) -> None:
+        name, _, layers = self.strategy.partition(":")
+        _check(name in STRATEGIES, f"align.strategy={self.strategy!r} is unknown: {nearest(name, STRATEGIES)}")
+        _check(
+            (name == "fixed") == bool(layers) and all(part.strip().isdigit() for part in layers.split(",") if layers),
+            f"align.strategy={self.strategy!r}: layers are written fixed:4,8,12, and only for fixed",
+        )
+        _check(
+            self.weighting in WEIGHTINGS, f"align.weighting={self.weighting!r}: {nearest(self.weighting, WEIGHTINGS)}"
+        )
+        _check(self.k >= 1, f"align.k={self.k}: at least one layer; align.strategy=none aligns nothing")
+
+    @property
+    def fixed_layers(self) -> tuple[int, ...]:
+        """The 1-based layers of `fixed:…`, sorted and without repeats."""
+        return tuple(sorted({int(part) for part in self.strategy.partition(":")[2].split(",") if part}))
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """FoG-A during warm-up."""
+
+    start_step: int = 200  # no ranking before: near the zero initialisation every layer looks the same
+    every: int = 200
+    warmup_steps: int = 5000  # the set is chosen here and stays
+    clips: int = 16  # per domain
+    times: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
+    draws: int = 1  # noise draws per clip and time
+    chunk: int = 8  # clips per forward; bounds the memory, not the result
+
+    def __post_init__(self) -> None:
+        _check(
+            self.every >= 1 and self.clips >= 1 and self.draws >= 1,
+            "probe.every, probe.clips and probe.draws: at least 1",
+        )
+        _check(self.chunk >= 1, f"probe.chunk={self.chunk}: at least 1")
+        _check(
+            1 <= self.start_step <= self.warmup_steps,
+            f"probe.start_step={self.start_step}: must be from 1 to probe.warmup_steps={self.warmup_steps}",
+        )
+        _check(
+            len(self.times) > 0 and all(0 < t < 1 for t in self.times),
+            f"probe.times={self.times}: must lie between 0 and 1",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation. Steps are optimizer steps, whatever the number of ranks and of accumulated micro-batches."""
+
+    steps: int = 500_000
+    batch_clips: int = 16  # clips of one optimizer step, over all ranks and micro-batches
+    accumulation: int = 1  # micro-batches per optimizer step
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.01
+    warmup_steps: int = 1000  # linear, of the learning rate
+    final_lr: float = 0.1  # share of lr that the cosine decay ends at
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    precision: str = "auto"  # auto: bf16 on GPUs, fp32 on CPU | bf16 | fp32
+    save_every: int = 5000
+    val_every: int = 1000
+    keep: int = 2  # checkpoints kept
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_clips", "accumulation", "save_every", "val_every", "keep", "log_every"):
+            _check(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: at least 1")
+        _check(self.lr > 0, f"train.lr={self.lr}: must be positive")
+        _check(self.clip_norm > 0, f"train.clip_norm={self.clip_norm}: must be positive")
+        _check(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay}: must be in [0, 1)")
+        _check(self.precision in ("auto", "bf16", "fp32"), f"train.precision={self.precision!r}: auto, bf16 or fp32")
+        _check(len(self.betas) == 2, f"train.betas={self.betas}: two numbers")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Validation and what a person looks at."""
+
+    clips: int = 32  # validation clips per domain
+    times: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
+    samples: int = 1  # wavs and mels per domain at the end of the run
+    vocoder: str = "auto"  # auto | package:hifigan | a vocos folder or hub name | griffin-lim
+
+    def __post_init__(self) -> None:
+        _check(self.clips >= 1 and self.samples >= 1, "eval.clips and eval.samples: at least 1")
+        _check(
+            len(self.times) > 0 and all(0 < t < 1 for t in self.times),
+            f"eval.times={self.times}: must lie between 0 and 1",
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Sections are the first half of an override, fields the second."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        outside = [layer for layer in self.align.fixed_layers if not 1 <= layer <= self.model.depth]
+        _check(not outside, f"align.strategy={self.align.strategy!r}: layers are numbered 1 to {self.model.depth}")
+        ranks_layers = self.align.strategy not in ("none",) and not self.align.fixed_layers
+        _check(
+            not ranks_layers or self.align.k <= self.model.depth,
+            f"align.k={self.align.k} is more than the model's {self.model.depth} layers",
+        )
+        if self.align.strategy == "foga":
+            _check(
+                self.probe.warmup_steps < self.train.steps,
+                f"probe.warmup_steps={self.probe.warmup_steps} leaves no step to align before "
+                f"train.steps={self.train.steps}: lower it, or choose another align.strategy",
+            )
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The configuration of a preset's name or a yaml file, with `section.field=value` overrides.
+
+    Raises UserError for an unknown preset, section or field, a value of the wrong type and a value that fails its
+    check.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    path = PRESETS / f"{source}.yaml"
+    if not path.is_file():
+        path = Path(source)
+        if path.suffix not in (".yaml", ".yml") or not path.is_file():
+            raise UserError(f"preset {str(source)!r} is unknown: {nearest(str(source), preset_names())}")
+    for override in overrides:
+        _known_field(override)
+    try:
+        named = {"run": {"preset": path.stem}}
+        merged = OmegaConf.merge(
+            OmegaConf.structured(Config), named, OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
+        )
+        return OmegaConf.to_object(merged)
+    except YAMLError as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{getattr(error, 'full_key', None) or path}: {str(error).splitlines()[0]}") from error
+
+
+def _known_field(override: str) -> None:
+    name, equals, _ = override.partition("=")
+    section, dot, setting = name.partition(".")
+    _check(bool(equals and dot), f"{override!r} is no override: write section.field=value")
+    sections = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    _check(section in sections, f"section {section!r} is unknown: {nearest(section, sections)}")
+    settings = [f.name for f in dataclasses.fields(sections[section])]
+    _check(setting in settings, f"{name} is unknown: {nearest(setting, settings)}")
+
+
+def save_config(config: Config, path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))

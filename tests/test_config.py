@@ -1,0 +1,62 @@
+import pytest
+
+from agrepa_fast.config import UserError, load_config, preset_names, save_config
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_load_and_survive_saving(name, tmp_path):
+    config = load_config(name)
+    assert config.run.preset == name
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_overrides_are_typed():
+    config = load_config(
+        "demo", ["train.lr=1e-3", "align.strategy=fixed:4,8", "eval.times=[0.5]", "data.mel_norm=null"]
+    )
+    assert config.train.lr == 1e-3
+    assert config.align.fixed_layers == (4, 8)
+    assert config.eval.times == [0.5]
+    assert config.data.mel_norm is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=3", "did you mean 'steps'"),
+        ("trian.steps=3", "did you mean 'train'"),
+        ("train.steps", "write section.field=value"),
+        ("steps=3", "write section.field=value"),
+        ("train.lr=fast", "train.lr"),
+        ("train.lr=-1", "must be positive"),
+        ("align.strategy=fogga", "did you mean 'foga'"),
+        ("align.strategy=fixed", "fixed:4,8,12"),
+        ("align.strategy=fixed:0,4", "numbered 1 to 8"),
+        ("align.strategy=fixed:9", "numbered 1 to 8"),
+        ("align.k=9", "more than the model's 8 layers"),
+        ("model.heads=5", "does not divide"),
+        ("model.gelu=relu", "erf or tanh"),
+        ("probe.times=[0.0]", "between 0 and 1"),
+        ("probe.warmup_steps=700", "leaves no step to align"),
+        ("data.f_max=12000.0", "at most half"),
+        ("flow.sigma=0", "must be positive"),
+    ],
+)
+def test_bad_values_get_one_line_that_names_them(override, message):
+    with pytest.raises(UserError) as raised:
+        load_config("demo", [override])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_unknown_preset_suggests_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'demo'"):
+        load_config("dmo")
+
+
+def test_a_config_cannot_run_code(tmp_path):
+    path = tmp_path / "evil.yaml"
+    path.write_text("run: {dir: !!python/object/apply:os.system ['touch pwned']}")
+    with pytest.raises(UserError, match="python/object"):
+        load_config(path)
