@@ -1,0 +1,29 @@
+"""The fused operations, one per file, each with its plain-PyTorch reference. Import name: agrepa_fast.kernels.
+
+transformers and diffusers import whatever is called `kernels` on sys.path, and an exception there would kill them:
+under any other name this file defines nothing.
+"""
+
+if __name__ == "agrepa_fast.kernels":
+    from ._backend import BACKENDS, active_backend
+    from .ada_norm import ada_norm
+    from .align_loss import align_loss
+    from .flow_mix import flow_mix, philox_normal, philox_uniform
+    from .gated_residual import gated_residual
+    from .linear_gelu import linear_gelu
+    from .qk_norm_rope import qk_norm_rope
+    from .velocity_change import velocity_change
+
+    __all__ = [
+        "BACKENDS",
+        "active_backend",
+        "ada_norm",
+        "align_loss",
+        "flow_mix",
+        "gated_residual",
+        "linear_gelu",
+        "philox_normal",
+        "philox_uniform",
+        "qk_norm_rope",
+        "velocity_change",
+    ]
