@@ -1,0 +1,34 @@
+"""Training engine for audio flow-matching transformers whose alignment goes to the layers that cause the velocity."""
+
+from pathlib import Path
+
+if (
+    not Path(__file__).with_name("kernels").is_dir()
+):  # imported from a checkout, where kernels/ stands beside this package
+    __path__.append(str(Path(__file__).parents[1]))
+
+from .attribution.foga import FogaScores, foga
+from .attribution.gates import count_block_forwards, multi_gate
+from .attribution.selection import LayerSelection, select_layers
+from .config import Config, UserError, load_config
+from .models.block import GatedDiTBlock
+from .models.conditioning import Condition
+from .models.dit import AudioDiT, Velocity
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AudioDiT",
+    "Condition",
+    "Config",
+    "FogaScores",
+    "GatedDiTBlock",
+    "LayerSelection",
+    "UserError",
+    "Velocity",
+    "count_block_forwards",
+    "foga",
+    "load_config",
+    "multi_gate",
+    "select_layers",
+]

@@ -1,0 +1,1 @@
+"""Velocity models and their building blocks."""

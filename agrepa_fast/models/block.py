@@ -1,0 +1,103 @@
+"""GatedDiTBlock: a pre-norm DiT block with adaLN modulation whose branches can be gated row by row."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..kernels import ada_norm, gated_residual, linear_gelu, qk_norm_rope
+from ..kernels._rows import valid_frames
+
+INITS = ("adaln_zero", "release")
+
+
+class GatedDiTBlock(nn.Module):
+    """Attention and FFN, each in an adaLN-modulated, gated residual branch (Peebles & Xie 2023; AG-REPA's backbone).
+
+    h = x + m_1 * gate_1 * attention(ada_norm(x)), out = h + m_2 * gate_2 * ffn(ada_norm(h)). The six modulations come
+    in the order of the released AG-REPA code: scale, shift (attention), scale, shift (FFN), gate (attention), gate
+    (FFN).
+
+    dim: width D; heads divide it. ffn_mult: FFN width / D. dropout: of attention weights and in the FFN. qk_norm:
+    per-head RMS norm of queries and keys. gelu: "erf" (exact) or "tanh".
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        ffn_mult: float = 4.0,
+        *,
+        dropout: float = 0.0,
+        qk_norm: bool = False,
+        gelu: str = "erf",
+    ):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{heads} heads do not divide the width {dim}")
+        self.heads, self.dropout, self.gelu = heads, dropout, gelu
+        self.modulation = nn.Linear(dim, 6 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.fc1 = nn.Linear(dim, int(dim * ffn_mult))
+        self.fc2 = nn.Linear(int(dim * ffn_mult), dim)
+        self.q_norm = nn.Parameter(torch.ones(dim // heads)) if qk_norm else None
+        self.k_norm = nn.Parameter(torch.ones(dim // heads)) if qk_norm else None
+        self.initialize("adaln_zero")
+
+    def initialize(self, init: str) -> None:
+        """Start as the identity: "adaln_zero" zeroes the modulation (DiT); "release" zeroes both output layers and
+        draws the modulation from N(0, 0.02), as the released AG-REPA code does."""
+        if init not in INITS:
+            raise ValueError(f"init={init!r}: {' or '.join(INITS)}")
+        nn.init.zeros_(self.modulation.bias)
+        if init == "adaln_zero":
+            nn.init.zeros_(self.modulation.weight)
+        else:
+            nn.init.normal_(self.modulation.weight, std=0.02)
+            for layer in (self.out, self.fc2):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cond: torch.Tensor | None,
+        *,
+        modulation: torch.Tensor | None = None,
+        gate: torch.Tensor | None = None,
+        rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+        lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x (N, T, D) -> (N, T, D).
+
+        cond: (C, D), or (C, T, D) for per-frame time; C divides N and row n has condition n mod C. modulation: the six
+        modulations (C, 6, D) or (C, T, 6, D) ready-made, instead of cond. gate: m, (N,) for the whole block or (N, 2)
+        for attention and FFN; rows with gate 0 return x exactly. rope: (cos, sin), each (T, D / heads / 2). lengths:
+        (C,) valid frames; None: all are.
+        """
+        if modulation is None:
+            modulation = self.modulation(F.silu(cond)).unflatten(-1, (6, -1))
+        scale1, shift1, scale2, shift2, gate1, gate2 = modulation.unbind(-2)
+        m1, m2 = self._row_gates(gate, x.shape[0])
+
+        attention = self._attention(ada_norm(x, scale1, shift1), rope, lengths)
+        h = gated_residual(x, attention, gate1, m1, scale=scale2, shift=shift2)
+        inner = F.dropout(linear_gelu(h.y, self.fc1.weight, self.fc1.bias, self.gelu), self.dropout, self.training)
+        return gated_residual(h.h, F.dropout(self.fc2(inner), self.dropout, self.training), gate2, m2).h
+
+    def _attention(self, y, rope, lengths) -> torch.Tensor:
+        q, k, v = qk_norm_rope(self.qkv(y), self.heads, rope, q_weight=self.q_norm, k_weight=self.k_norm)
+        mask = None
+        if lengths is not None:
+            mask = valid_frames(lengths, y.shape[1]).repeat(y.shape[0] // lengths.shape[0], 1)[:, None, None]
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+    @staticmethod
+    def _row_gates(gate: torch.Tensor | None, rows: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if gate is None:
+            return None, None
+        if gate.shape not in ((rows,), (rows, 2)):
+            raise ValueError(f"gate {tuple(gate.shape)} must be ({rows},), or ({rows}, 2) for attention and FFN apart")
+        return (gate, gate) if gate.ndim == 1 else (gate[:, 0], gate[:, 1])

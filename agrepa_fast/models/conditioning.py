@@ -1,0 +1,121 @@
+"""What the velocity is conditioned on: discrete tokens stretched to mel frames, a reference prefix, and the time."""
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..kernels._rows import valid_frames
+
+
+@dataclass(frozen=True)
+class Condition:
+    """C conditions. Frames beyond `lengths` and tokens beyond `token_lengths` are padding."""
+
+    tokens: torch.Tensor  # (C, S) int64 ids
+    token_lengths: torch.Tensor  # (C,) int64
+    reference: torch.Tensor  # (C, T, n_mels) normalised mel, zero beyond the prefix
+    lengths: torch.Tensor  # (C,) int64, frames
+    keep_tokens: torch.Tensor | None = None  # (C,) bool; False drops the tokens of that clip (guidance); None keeps all
+    keep_reference: torch.Tensor | None = None  # (C,) bool, likewise
+
+    def to(self, device: torch.device | str) -> "Condition":
+        return self._map(lambda tensor: tensor.to(device))
+
+    def __getitem__(self, clips) -> "Condition":
+        """The conditions of some clips, by slice or index tensor."""
+        return self._map(lambda tensor: tensor[clips])
+
+    def _map(self, function) -> "Condition":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: function(value) for name, value in tensors.items() if value is not None})
+
+
+def interpolate_tokens(
+    embedded: torch.Tensor, token_lengths: torch.Tensor, lengths: torch.Tensor, frames: int
+) -> torch.Tensor:
+    """(C, S, D) -> (C, frames, D): each clip stretched from its tokens to its own frames.
+
+    For every clip it is F.interpolate(mode="linear", align_corners=False) of that clip without its padding, which the
+    released code applies to equally long clips. Padded frames repeat the last token.
+    """
+    ratio = (token_lengths / lengths).unsqueeze(1)
+    place = (torch.arange(frames, device=embedded.device) + 0.5) * ratio - 0.5
+    last = (token_lengths - 1).unsqueeze(1)
+    place = torch.minimum(place.clamp(min=0), last)
+    left = place.long()
+    right = torch.minimum(left + 1, last)
+    share = (place - left).unsqueeze(-1).to(embedded.dtype)
+
+    def take(index: torch.Tensor) -> torch.Tensor:
+        return embedded.gather(1, index.unsqueeze(-1).expand(-1, -1, embedded.shape[-1]))
+
+    return take(left) * (1 - share) + take(right) * share
+
+
+class TokenCondition(nn.Module):
+    """Token ids to unit-norm frame vectors: embedding, bias-free projection (identity at first), linear interpolation,
+    L2 norm."""
+
+    def __init__(self, vocab: int, dim: int, scale: float = 1.0):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab, dim)
+        self.project = nn.Linear(dim, dim, bias=False)
+        self.scale = scale
+        nn.init.eye_(self.project.weight)
+
+    def forward(self, condition: Condition, frames: int) -> torch.Tensor:
+        """(C, frames, dim); exactly zero where the tokens of a clip are dropped."""
+        stretched = interpolate_tokens(
+            self.project(self.embedding(condition.tokens)), condition.token_lengths, condition.lengths, frames
+        )
+        normed = self.scale * F.normalize(stretched.float(), dim=-1).to(stretched.dtype)
+        return keep_clips(normed, condition.keep_tokens)
+
+    @torch.no_grad()
+    def start_from(self, code_mels: torch.Tensor) -> None:
+        """Write each code's mean mel (vocab, n_mels), normalised, into the first channels: what a code sounds like is
+        known."""
+        self.embedding.weight[:, : code_mels.shape[1]] = code_mels.to(self.embedding.weight)
+
+
+def keep_clips(x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    """x (C, ...) with the clips that are not kept set to exact zeros."""
+    return x if keep is None else torch.where(keep.view(-1, *[1] * (x.ndim - 1)), x, 0)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of time_scale * t (cos | sin, longest period 10^4), then a two-layer SiLU MLP."""
+
+    def __init__(self, dim: int, time_scale: float = 1.0):
+        super().__init__()
+        self.time_scale = time_scale
+        self.dim = dim
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """t (C,) or (C, T) in [0, 1] -> (C, D) or (C, T, D)."""
+        embedded = sinusoids(self.time_scale * t.float(), self.dim)
+        return self.mlp(embedded.to(self.mlp[0].weight.dtype))
+
+
+def sinusoids(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """values (...) -> (..., dim): cos then sin of `values` at dim / 2 frequencies from 1 down to 10^-4."""
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=values.device) / (dim // 2))
+    angles = values.unsqueeze(-1) * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def rotary_tables(frames: int, head_dim: int, device, theta: float = 10_000.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin), each (frames, head_dim / 2), fp32."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
+    angles = torch.arange(frames, device=device).unsqueeze(1) * frequencies
+    return angles.cos(), angles.sin()
+
+
+def zero_padding(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """x (N, T, D) with the frames beyond lengths (C,) set to exact zeros; row n has the length of condition n mod C."""
+    mask = valid_frames(lengths, x.shape[1]).unsqueeze(-1)
+    return torch.where(mask, x.unflatten(0, (-1, lengths.shape[0])), 0).flatten(0, 1)
