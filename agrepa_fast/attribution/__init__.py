@@ -1,0 +1,1 @@
+"""Which layers cause the velocity: gates, FoG-A, selection, and what is written about them."""

@@ -1,0 +1,158 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from agrepa_fast.kernels import flow_mix
+
+from agrepa_fast import foga, select_layers
+from agrepa_fast.attribution.foga import ProbeBatch
+from agrepa_fast.attribution.selection import NotRankableError
+from agrepa_fast.flow import clip_keys
+
+from .conftest import small_batch, small_model
+
+
+@torch.no_grad()
+def naive_scores(model, batch: ProbeBatch, t: float, sigma: float = 0.5) -> torch.Tensor:
+    """(L, C): one forward for each layer, with that block really left out of the model's list of blocks."""
+    keys = clip_keys(0, 0, batch.places, f"foga {t:g}")
+    times = torch.full((len(batch.places),), t)
+    x_t, _ = flow_mix(batch.mel, times, keys, sigma)
+    blocks = list(model.blocks)
+    base = model(x_t, times, batch.condition).v
+    scores = []
+    for left_out in range(len(blocks)):
+        model.blocks = torch.nn.ModuleList(block for number, block in enumerate(blocks) if number != left_out)
+        v = model(x_t, times, batch.condition).v
+        change = []
+        for clip, length in enumerate(batch.condition.lengths.tolist()):
+            a, b = v[clip, :length], base[clip, :length]
+            change.append((a - b).norm() / (b.norm() + 1e-8))
+        scores.append(torch.stack(change))
+    model.blocks = torch.nn.ModuleList(blocks)
+    return torch.stack(scores)
+
+
+@pytest.mark.parametrize("position", ["rotary_conv", "sinusoidal"])
+def test_equals_really_skipping_each_block(position, probe_batch):
+    model = small_model(depth=5, position=position).eval()
+    scores = foga(model, probe_batch, times=(0.2, 0.7))
+    assert scores.change.shape == (5, 3, 2, 1)
+    for number, t in enumerate((0.2, 0.7)):
+        torch.testing.assert_close(
+            scores.change[:, :, number, 0], naive_scores(model, probe_batch, t), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_runs_l_l_plus_1_over_2_block_forwards_and_l_more_for_the_floor(probe_batch):
+    model, rows = small_model(depth=6), []
+    for block in model.blocks:
+        block.qkv.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[0]))
+    foga(model, probe_batch, times=(0.5,))
+    assert sum(rows) == (21 + 6) * 3
+
+
+def test_dropout_is_off_inside_and_the_mode_comes_back(probe_batch):
+    model = small_model(dropout=0.5).train()
+    a, b = foga(model, probe_batch, times=(0.5,)), foga(model, probe_batch, times=(0.5,))
+    assert torch.equal(a.change, b.change)
+    assert model.training
+    with pytest.raises(RuntimeError):
+        foga(model, probe_batch._replace(mel=probe_batch.mel[..., :-1]), times=(0.5,))
+    assert model.training
+
+
+def test_padding_does_not_change_a_score(probe_batch):
+    model = small_model()
+    dirty = probe_batch.mel.clone()
+    dirty[1, 20:] = 100
+    a, b = (foga(model, probe_batch._replace(mel=mel), times=(0.5,)).change for mel in (probe_batch.mel, dirty))
+    assert torch.equal(a, b)
+
+
+def test_a_clips_score_does_not_depend_on_the_other_clips(probe_batch):
+    model = small_model()
+    together = foga(model, probe_batch, times=(0.3,), draws=2)
+    one = ProbeBatch(probe_batch.mel[1:2], probe_batch.condition[1:2], probe_batch.domain[1:2], (1,))
+    torch.testing.assert_close(
+        foga(model, one, times=(0.3,), draws=2).change, together.change[:, 1:2], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_statistics_by_hand(probe_batch):
+    scores = foga(small_model(), probe_batch, times=(0.3, 0.6), draws=2)
+    speech = scores.change[:, [0, 2]].mean((2, 3))
+    torch.testing.assert_close(scores.mean("speech"), speech.mean(1))
+    torch.testing.assert_close(scores.stderr("speech"), (speech[:, 0] - speech[:, 1]).abs() / 2)
+    assert scores.stderr("audio").isinf().all()  # one clip
+    torch.testing.assert_close(scores.mean_at("audio")[:, 1], scores.change[:, 1, 1].mean(-1))
+    assert scores.domains() == ("speech", "audio")
+
+
+def test_official_recipe_feeds_the_clean_mel_at_0_8(probe_batch):
+    model, seen = small_model(), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[:2]))
+    scores = foga(model, probe_batch, recipe="official")
+    assert torch.equal(seen[0][0][:3], probe_batch.mel)
+    assert seen[0][1].tolist() == pytest.approx([0.8] * 3)
+    assert scores.times == (0.8,)
+
+
+def test_other_gates(probe_batch):
+    """Pairs of layers, against the same pair left out naively."""
+    model = small_model(depth=4)
+    gates = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [1, 0.5, 1, 1]])
+    scores = foga(model, probe_batch, times=(0.5,), gates=gates)
+    assert scores.change.shape[0] == 2
+    blocks = list(model.blocks)
+    model.blocks = torch.nn.ModuleList(blocks[1:])
+    without_first = naive_scores(model, probe_batch, 0.5)
+    model.blocks = torch.nn.ModuleList(blocks)
+    assert not torch.isclose(scores.change[0, :, 0, 0], without_first[0]).any()
+    assert (scores.change[1] > 0).all()
+
+
+class TestSelection:
+    def scores(self, speech, audio, floor=1e-7, spread=0.01):
+        """FogaScores of 4 clips a domain around the given means."""
+        clips = torch.tensor([-1.0, 1.0, -1.0, 1.0]) * spread
+        change = torch.cat([torch.tensor(m)[:, None] * (1 + clips) for m in (speech, audio)], dim=1)[..., None, None]
+        base = foga(
+            small_model(len(speech)), ProbeBatch(*small_batch(), torch.tensor([0, 1, 0]), (0, 1, 2)), times=(0.5,)
+        )
+        return replace(
+            base, change=change, floor=torch.full((8,), floor), domain=torch.tensor([0] * 4 + [1] * 4), step=7
+        )
+
+    def test_top_k_per_domain_with_normalised_weights(self):
+        chosen = select_layers(self.scores([0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.6]), k=2)
+        assert chosen.layers == {"speech": (1, 3), "audio": (3, 4)}
+        assert chosen.weights["speech"] == pytest.approx((4 / 7, 3 / 7))
+        assert chosen.weights["audio"] == pytest.approx((1 / 3, 2 / 3))
+        assert chosen.step == 7
+        assert chosen.evidence["speech"]["mean"] == pytest.approx([0.4, 0.1, 0.3, 0.2])
+
+    def test_other_weightings(self):
+        scores = self.scores([0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.6])
+        assert select_layers(scores, 2, "equal").weights["speech"] == (0.5, 0.5)
+        assert select_layers(scores, 2, "raw2x").weights["speech"] == pytest.approx((0.8, 0.6))
+
+    def test_refuses_the_zero_initialisations_floor(self, probe_batch):
+        asleep = foga(small_model(awake=False), probe_batch, times=(0.5,))
+        with pytest.raises(NotRankableError, match="0 of 4 layers"):
+            select_layers(asleep)
+        with pytest.raises(NotRankableError, match="audio: 1 of 4"):
+            select_layers(self.scores([0.4, 0.1, 0.3, 0.2], [0.5, 2e-7, 3e-7, 1e-7], floor=1e-7), k=2)
+
+    def test_a_noisy_layer_is_not_measured(self):
+        """Mean 0.1 with a standard error as large does not stand out of the floor."""
+        with pytest.raises(NotRankableError):
+            select_layers(self.scores([0.1, 0.1], [0.1, 0.1], spread=3.0), k=1)
+        assert select_layers(self.scores([0.1, 0.2], [0.1, 0.2], spread=0.1), k=1).layers["audio"] == (2,)
+
+    def test_bad_arguments(self):
+        scores = self.scores([0.4, 0.1], [0.1, 0.2])
+        with pytest.raises(ValueError, match="2 layers that were measured"):
+            select_layers(scores, k=3)
+        with pytest.raises(ValueError, match="did you mean 'normalized'"):
+            select_layers(scores, k=1, weighting="normalised")

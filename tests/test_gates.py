@@ -1,0 +1,143 @@
+import itertools
+import random
+
+import pytest
+import torch
+import torch.nn as nn
+
+from agrepa_fast import count_block_forwards, multi_gate
+from agrepa_fast.attribution.gates import single_ablations
+
+
+class Residual(nn.Module):
+    """A third party's block: its own residual sum, a per-row mask, a shared table, and a count of the rows it ran."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear, self.rows = nn.Linear(dim, dim), 0
+
+    def forward(self, x, table, *, mask):
+        self.rows += x.shape[0]
+        return x + mask[:, None, None] * torch.tanh(self.linear(x) + table)
+
+
+class Stack(nn.Module):
+    """Blocks with a U-Net skip from the first to the last, so that stale rows would show."""
+
+    def __init__(self, depth: int, dim: int = 6):
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual(dim) for _ in range(depth))
+
+    def forward(self, x, mask):
+        table, skip = torch.linspace(-1, 1, x.shape[-1]), None
+        for number, block in enumerate(self.blocks):
+            if number == len(self.blocks) - 1 and skip is not None:
+                x = x + 0.5 * skip
+            x = block(x, table, mask=mask)
+            skip = x if number == 0 else skip
+        return x
+
+
+def naive(model: Stack, x, mask, gates):
+    """Each variant by its own loop over the blocks, really skipping what has gate 0."""
+    outs = []
+    for row in gates:
+        h, skip, table = x, None, torch.linspace(-1, 1, x.shape[-1])
+        for number, (block, g) in enumerate(zip(model.blocks, row, strict=True)):
+            if number == len(model.blocks) - 1 and skip is not None:
+                h = h + 0.5 * skip
+            if g != 0:
+                out = block(h, table, mask=mask)
+                h = out if g == 1 else h + g * (out - h)
+            skip = h if number == 0 else skip
+        outs.append(h)
+    return torch.stack(outs)
+
+
+@pytest.mark.parametrize("trial", range(12))
+def test_equals_a_naive_loop_on_random_gate_matrices(trial):
+    draw = random.Random(trial)
+    depth, variants, clips = draw.randint(1, 6), draw.randint(1, 7), draw.randint(1, 3)
+    gates = torch.tensor([[draw.choice([0, 1, 1, 1, 0.25]) for _ in range(depth)] for _ in range(variants)])
+    torch.manual_seed(trial)
+    model, x, mask = Stack(depth), torch.randn(clips, 5, 6), torch.rand(clips)
+    wanted = naive(model, x, mask, gates)
+    for block in model.blocks:
+        block.rows = 0
+    with multi_gate(model.blocks, gates, row_arguments=["mask"]) as ran:
+        got = model(x.repeat(variants, 1, 1), mask.repeat(variants)).unflatten(0, (variants, clips))
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    prefixes = sum(len({tuple(row[:block].tolist()) for row in gates}) for block in range(depth))
+    assert sum(ran) == count_block_forwards(gates) == prefixes
+    assert sum(block.rows for block in model.blocks) == prefixes * clips
+
+
+@pytest.mark.parametrize("depth", [1, 8, 24])
+def test_single_ablation_costs_l_l_plus_1_over_2(depth):
+    assert count_block_forwards(single_ablations(depth)) == depth * (depth + 1) // 2
+
+
+def test_gate_zero_is_the_input_bit_for_bit_even_after_a_block_that_is_not_finite():
+    model, x = Stack(1), torch.randn(2, 5, 6)
+    model.blocks[0].linear.weight.data.fill_(float("nan"))
+    with multi_gate(model.blocks, torch.tensor([[0.0], [1.0]]), row_arguments=["mask"]):
+        out = model(x.repeat(2, 1, 1), torch.ones(4))
+    assert torch.equal(out[:2], x)
+    assert out[2:].isnan().any()
+
+
+def test_row_arguments_are_found_unless_a_table_could_be_mistaken_for_one():
+    model, gates = Stack(3), single_ablations(3)
+    x, mask = torch.randn(1, 5, 6), torch.rand(1)
+    with multi_gate(model.blocks, gates):
+        got = model(x.repeat(4, 1, 1), mask.repeat(4))  # 4 rows: no other dimension is 4
+    torch.testing.assert_close(got, naive(model, x, mask, gates).flatten(0, 1), atol=1e-6, rtol=1e-6)
+    x = torch.randn(1, 4, 6)  # 4 frames
+    with pytest.raises(ValueError, match="'mask' has 4 rows"), multi_gate(model.blocks, gates):
+        model(x.repeat(4, 1, 1), mask.repeat(4))
+
+
+def test_tuple_outputs_hand_on_the_rest_per_variant():
+    class Pair(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.scale = scale
+
+        def forward(self, x):
+            return x + self.scale, x.sum(dim=1)
+
+    blocks = nn.ModuleList([Pair(1.0), Pair(10.0)])
+    x = torch.randn(2, 3)
+    with multi_gate(blocks, single_ablations(2)):
+        h, first = blocks[0](x.repeat(3, 1))
+        h, second = blocks[1](h)
+    torch.testing.assert_close(h, torch.cat((x + 11, x + 10, x + 1)))
+    torch.testing.assert_close(first, x.sum(1).repeat(3))
+    torch.testing.assert_close(second, torch.cat(((x + 1).sum(1), x.sum(1), (x + 1).sum(1))))
+
+
+def test_blocks_are_as_before_afterwards_even_when_the_model_raises():
+    model = Stack(2)
+    x = torch.randn(3, 5, 6)
+    with pytest.raises(ValueError, match="3 rows for 2 variants"), multi_gate(model.blocks, torch.ones(2, 2)):
+        model(x, torch.ones(3))
+    assert all("forward" not in block.__dict__ for block in model.blocks)
+
+
+def test_gradients_flow_through_gates():
+    model, x = Stack(3), torch.randn(2, 5, 6, requires_grad=True)
+    with multi_gate(model.blocks, single_ablations(3), row_arguments=["mask"]):
+        model(x.repeat(4, 1, 1), torch.ones(8)).square().sum().backward()
+    wanted = torch.autograd.grad(naive(model, x, torch.ones(2), single_ablations(3)).square().sum(), x)[0]
+    torch.testing.assert_close(x.grad, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gates", [torch.ones(2, 3), torch.ones(2), torch.full((2, 2), 1.5)])
+def test_refuses_gates_that_do_not_fit(gates):
+    with pytest.raises(ValueError, match="gates"), multi_gate(Stack(2).blocks, gates):
+        pass
+
+
+def test_every_subset_of_three_blocks():
+    gates = torch.tensor(list(itertools.product([0.0, 1.0], repeat=3)))
+    assert count_block_forwards(gates) == 1 + 2 + 4
