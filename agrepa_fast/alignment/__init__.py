@@ -1,0 +1,1 @@
+"""Teacher alignment of selected layers: heads, loss, schedule."""
