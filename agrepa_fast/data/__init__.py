@@ -1,0 +1,1 @@
+"""Recordings to features, tokens and WebDataset shards; imports nothing by itself."""

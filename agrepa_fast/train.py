@@ -1,0 +1,190 @@
+"""The training program: `deepspeed agrepa_fast/train.py --ds_config zero2.json`, or `agrepa train`.
+
+Warm up, measure every layer (FoG-A), choose the layers, align them, and show why they were chosen.
+"""
+
+if (
+    not __package__
+):  # run as a script: this folder must not be first on sys.path, `flow` or `data` would shadow others' modules
+    import sys
+
+    sys.path.pop(0)
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from agrepa_fast.attribution.selection import unmeasured_selection
+from agrepa_fast.config import Config, UserError, load_config, save_config
+from agrepa_fast.data.shards import Index, load_index
+from agrepa_fast.data.stream import BatchLayout, train_batches
+from agrepa_fast.models.dit import AudioDiT
+from agrepa_fast.training.aligner import Aligner
+from agrepa_fast.training.checkpoint import Checkpoints, find_checkpoint
+from agrepa_fast.training.ema import Ema
+from agrepa_fast.training.engine import build_engine, find_ds_config, resolve_ds_config, start_ranks
+from agrepa_fast.training.measure import FixedClips
+from agrepa_fast.training.metrics import Metrics
+from agrepa_fast.training.run import Run
+from agrepa_fast.training.summary import finish
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="agrepa train", description=__doc__)
+    parser.add_argument(
+        "--ds_config", default="zero2.json", help="a JSON file, or zero0.json … zero3.json of the package"
+    )
+    parser.add_argument("--preset", default="demo", help="a preset's name, or a yaml file")
+    parser.add_argument(
+        "--resume", metavar="latest|TAG", help="continue the run in run.dir (default: the newest in runs/)"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    return parser.parse_intermixed_args(argv)  # overrides may stand anywhere
+
+
+def choose_config(args: argparse.Namespace) -> Config:
+    """The preset with overrides, or on --resume the run's own configuration with overrides."""
+    if args.resume is None:
+        return load_config(args.preset, args.overrides)
+    given = [o.partition("=")[2] for o in args.overrides if o.startswith("run.dir=")]
+    if given:
+        run = Path(given[-1])
+    else:
+        runs = sorted(Path("runs").glob(f"{args.preset}-*/config.yaml"), key=lambda path: path.stat().st_mtime)
+        if not runs:
+            raise UserError(
+                f"--resume {args.resume}: no run of preset {args.preset!r} in runs/; name it with run.dir=…"
+            )
+        run = runs[-1].parent
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"--resume {args.resume}: {run} holds no run (no config.yaml)")
+    find_checkpoint(run, args.resume)
+    return load_config(run / "config.yaml", [*args.overrides, f"run.dir={run}"])
+
+
+def prepared_index(config: Config, rank: int) -> Index:
+    """The shards of the run; the demo preset's are made when they are missing."""
+    if config.run.preset == "demo" and rank == 0 and not (Path(config.data.path) / "index.json").is_file():
+        from agrepa_fast.data.prepare import prepare_demo
+
+        prepare_demo(config, Path(config.data.path))
+    dist.barrier()
+    index = load_index(Path(config.data.path), verify=rank == 0)
+    for name in ("sample_rate", "hop_length", "n_mels", "f_max"):
+        if index.features[name] != getattr(config.data, name):
+            raise UserError(
+                f"{index.folder}: its shards have {name}={index.features[name]}, the run wants "
+                f"data.{name}={getattr(config.data, name)}: prepare them again, or override it"
+            )
+    return index
+
+
+def fit_to_shards(config: Config, index: Index) -> Config:
+    """Sizes that the shards decide. Raises UserError when the run asks for others."""
+    for name, value in (("n_mels", index.n_mels), ("vocab", index.vocab)):
+        if getattr(config.model, name) not in (None, value):
+            raise UserError(
+                f"model.{name}={getattr(config.model, name)}, but the shards in {index.folder} have {value}"
+            )
+    return replace(config, model=replace(config.model, n_mels=index.n_mels, vocab=index.vocab))
+
+
+def run_folder(config: Config, resume: bool, rank: int) -> Path:
+    """Create (or reopen) the run's folder; the same on every rank."""
+    name = [config.run.dir or f"runs/{config.run.preset}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    dist.broadcast_object_list(name)
+    folder = Path(name[0])
+    if not resume and (folder / "config.yaml").exists():
+        raise UserError(
+            f"run.dir={folder} already holds a run: continue it with --resume latest, or choose another folder"
+        )
+    dist.barrier()
+    if rank == 0:
+        (folder / "plots").mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def build_model(config: Config, index: Index) -> AudioDiT:
+    torch.manual_seed(config.run.seed)
+    model = AudioDiT(config.model)
+    code_mels = (torch.from_numpy(index.code_mels()) - index.mel_mean) / index.mel_std
+    if config.model.token_dim >= index.n_mels:
+        model.tokens.start_from(code_mels)
+    return model
+
+
+def train(config: Config, ds_values: dict, resume: str | None) -> None:
+    started = time.perf_counter()
+    device = start_ranks()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    layout = BatchLayout(config.train.batch_clips, config.train.accumulation, rank, world)
+    ds_config = resolve_ds_config(ds_values, config.train, layout, device)
+    index = prepared_index(config, rank)
+    config = fit_to_shards(config, index)
+    probe_clips = FixedClips(index, "train", config.probe.clips, config.probe.chunk, device, rank, world)
+    val_clips = FixedClips(index, "val", config.eval.clips, config.probe.chunk, device, rank, world)
+    folder = run_folder(config, resume is not None, rank)
+    prepared = time.perf_counter()
+
+    engine = build_engine(build_model(config, index), config, ds_config)
+    ema = Ema(engine, config.train.ema_decay)
+    teacher_dims = {domain: index.teacher(domain).dim for domain in index.domains}
+    aligner = Aligner(config, teacher_dims, device)
+    checkpoints = Checkpoints(folder / "checkpoints", rank, world, config.train.keep)
+    checkpoints.clean()
+    first = 0
+    if resume is not None:
+        first = checkpoints.load(find_checkpoint(folder, resume), engine, ema, aligner, config)
+    elif config.align.strategy != "foga":
+        aligner.select(unmeasured_selection(config.align, config.model.depth, index.domains, config.run.seed))
+    if rank == 0:  # not before a resume was accepted: the run's own configuration must survive a refusal
+        save_config(replace(config, run=replace(config.run, dir=str(folder))), folder / "config.yaml")
+    steps = config.train.steps
+    metrics = Metrics(folder, rank, world, steps, first, config.train.batch_clips)
+    run = Run(config, index, device, engine, ema, aligner, metrics, rank, world, folder)
+    run.seconds["prepare"], run.seconds["build"] = prepared - started, time.perf_counter() - prepared
+    batches = train_batches(index, config.data, layout, seed=config.run.seed, center=config.align.center, step=first)
+
+    if first == 0:
+        run.validate(val_clips, 0)
+    engine.module.train()
+    loop_start, aside = time.perf_counter(), sum(run.seconds.values())
+    for step in range(first, steps):
+        run.step(batches, step)
+        done = step + 1
+        if metrics.bar is not None:
+            metrics.bar.update()
+        if done % config.train.log_every == 0 or done == steps:
+            metrics.flush(done, lr=engine.get_lr()[0])
+        if done % config.train.val_every == 0 or done == steps:
+            run.validate(val_clips, done)
+        run.choose_layers(probe_clips, done)
+        if done % config.train.save_every == 0 or done == steps:
+            with run.timed("checkpoint"):
+                checkpoints.save(engine, ema, aligner, done, config)
+    run.seconds["train"] = time.perf_counter() - loop_start - (sum(run.seconds.values()) - aside)
+    finish(run, probe_clips, val_clips, started)
+    metrics.close()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    try:
+        config = choose_config(args)
+        train(config, find_ds_config(args.ds_config), args.resume)
+    except UserError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or dist.is_initialized():
+            print(f"agrepa train: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Alignment beside the sharded engine: the current selection, its heads, and their own AdamW."""
+
+import torch
+import torch.distributed as dist
+
+from ..alignment.heads import AlignmentHeads
+from ..alignment.objectives import alignment_loss
+from ..attribution.selection import LayerSelection
+from ..config import Config
+from ..data.stream import Batch
+from .engine import all_sum, lr_factor
+
+
+class Aligner:
+    """No selection, no heads, no loss, until `select` is called with one that has layers.
+
+    Heads are fp32 and replicated. They stay out of the DeepSpeed engine: a module made after its initialisation would
+    never train under ZeRO-2, and unused parameters that differ by rank hang stages 1 to 3.
+    """
+
+    def __init__(self, config: Config, teacher_dims: dict[str, int], device: torch.device):
+        self.config, self.teacher_dims, self.device = config, teacher_dims, device
+        self.selection: LayerSelection | None = None
+        self.heads: AlignmentHeads | None = None
+        self.optimizer: torch.optim.AdamW | None = None
+
+    def select(self, selection: LayerSelection) -> None:
+        """Create the heads of a selection; every rank must get the same one."""
+        self.selection, self.heads, self.optimizer = selection, None, None
+        if not selection.all_layers:
+            return
+        self.heads = AlignmentHeads(selection, self.config.model.dim, self.teacher_dims, self.config.run.seed)
+        self.heads.to(self.device)
+        train = self.config.train
+        self.optimizer = torch.optim.AdamW(
+            self.heads.parameters(),
+            lr=self.config.align.lr,
+            betas=tuple(train.betas),
+            weight_decay=train.weight_decay,
+        )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """1-based layers whose hidden states the loss needs."""
+        return self.selection.all_layers if self.heads is not None else ()
+
+    def loss(self, hidden: dict[int, torch.Tensor], batch: Batch) -> torch.Tensor:
+        """align.weight x alignment loss of each clip, (B,) fp32; zeros while nothing is selected."""
+        if self.heads is None:
+            return torch.zeros(len(batch.keys), device=self.device)
+        return self.config.align.weight * alignment_loss(self.heads, hidden, batch.teacher, batch.domain)
+
+    def step(self, step: int) -> None:
+        """Average the heads' gradients over ranks in one all-reduce, clip, and update. At the same point on every
+        rank."""
+        if self.heads is None:
+            return
+        parameters = list(self.heads.parameters())
+        flat = all_sum(torch.cat([p.grad.flatten() for p in parameters])) / dist.get_world_size()
+        for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad.copy_(gradient.view_as(parameter))
+        torch.nn.utils.clip_grad_norm_(parameters, self.config.train.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.align.lr * lr_factor(self.config.train, step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict:
+        """Selection, heads and optimizer, all on the CPU; the same on every rank, so it loads on any number of them."""
+        if self.selection is None:
+            return {}
+        from dataclasses import asdict
+
+        state = {"selection": asdict(self.selection)}
+        if self.heads is not None:
+            state |= {"heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        if not state:
+            return
+        self.select(LayerSelection.from_dict(state["selection"]))
+        if self.heads is not None:
+            self.heads.load_state_dict(state["heads"])
+            self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,167 @@
+"""Checkpoints of a run: everything a resume needs, and the weights as safetensors for everybody else.
+
+checkpoints/<tag>/ holds DeepSpeed's files (model, optimizer, schedule, heads, selection, position), rank<r>.safetensors
+(EMA shard and random state), model.safetensors and ema.safetensors (whole, fp32), config.yaml, selection.json, and last
+of all checkpoint.json, which makes it complete. `latest` names the newest complete one. A tag is never written twice.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from ..config import Config, UserError, load_config, save_config
+from ..models.dit import AudioDiT
+from .aligner import Aligner
+from .ema import Ema
+from .engine import full_weights
+
+MARKER = "checkpoint.json"
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints folder of one run, seen from one rank."""
+
+    folder: Path
+    rank: int
+    world: int
+    keep: int
+
+    def clean(self) -> None:
+        """Remove what an interrupted save left behind."""
+        if self.rank == 0 and self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if path.is_dir() and not (path / MARKER).is_file():
+                    shutil.rmtree(path)
+        dist.barrier()
+
+    def save(self, engine, ema: Ema, aligner: Aligner, step: int, config: Config) -> Path:
+        """Write a complete checkpoint, then point `latest` at it and drop the oldest. Every rank must call it."""
+        tag = self._new_tag(step)
+        path = self.folder / tag
+        client = {"step": step, "aligner": aligner.state_dict()}
+        engine.save_checkpoint(str(self.folder), tag=tag, client_state=client, save_latest=False)
+        save_file({**ema.state_dict(), **_random_state()}, path / f"rank{self.rank}.safetensors")
+        weights = full_weights(engine)
+        with ema.applied():
+            averaged = full_weights(engine)
+        if self.rank == 0:
+            save_file(weights, path / "model.safetensors")
+            save_file(averaged, path / "ema.safetensors")
+            save_config(config, path / "config.yaml")
+            if aligner.selection is not None:
+                aligner.selection.save(path / "selection.json")
+        dist.barrier()
+        if self.rank == 0:
+            facts = {"step": step, "ranks": self.world, "stage": engine.zero_optimization_stage()}
+            _write(path / MARKER, json.dumps(facts | {"model": asdict(config.model)}))
+            _write(self.folder / "latest", tag)
+            self._rotate()
+        dist.barrier()
+        return path
+
+    def load(self, path: Path, engine, ema: Ema, aligner: Aligner, config: Config) -> int:
+        """Continue from a checkpoint of this run; returns its step. Raises UserError when it does not fit this run."""
+        facts = json.loads((path / MARKER).read_text())
+        for name, saved in facts["model"].items():
+            if saved != getattr(config.model, name):
+                raise UserError(
+                    f"{path}: another architecture, model.{name} is {saved} there and {getattr(config.model, name)} in "
+                    "this run: leave model.* as it was"
+                )
+        for what, saved, here in (
+            ("ranks", facts["ranks"], self.world),
+            ("ZeRO stage", facts["stage"], engine.zero_optimization_stage()),
+        ):
+            if saved != here:
+                raise UserError(
+                    f"{path} was saved with {what} {saved}, this run has {what} {here}: resume it with {saved}"
+                )
+        _, client = engine.load_checkpoint(str(self.folder), tag=path.name)
+        state = load_file(path / f"rank{self.rank}.safetensors")
+        ema.load_state_dict(state)
+        torch.set_rng_state(state["cpu_rng"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        aligner.load_state_dict(client["aligner"])
+        return client["step"]
+
+    def _new_tag(self, step: int) -> str:
+        tag, number = f"step{step:08d}", 1
+        while (self.folder / tag).exists():
+            number += 1
+            tag = f"step{step:08d}-{number}"
+        if dist.get_world_size() > 1:
+            dist.barrier()  # nobody creates the folder before everybody has looked
+        return tag
+
+    def _rotate(self) -> None:
+        complete = sorted(
+            (path for path in self.folder.iterdir() if (path / MARKER).is_file()),
+            key=lambda path: (path / MARKER).stat().st_mtime_ns,
+        )
+        for path in complete[: -self.keep]:
+            shutil.rmtree(path)
+
+
+def find_checkpoint(run: Path, name: str) -> Path:
+    """A complete checkpoint of a run by tag, or `latest`. Raises UserError when there is none."""
+    folder = run / "checkpoints"
+    tag = name
+    if name == "latest":
+        if not (folder / "latest").is_file():
+            raise UserError(f"{run} has no checkpoint to resume: it ended before its first train.save_every steps")
+        tag = (folder / "latest").read_text().strip()
+    if not (folder / tag / MARKER).is_file():
+        known = sorted(path.parent.name for path in folder.glob(f"*/{MARKER}"))
+        raise UserError(f"{run} has no checkpoint {name!r}: there are {', '.join(known) or 'none'}")
+    return folder / tag
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint's folder, from itself or from a run's folder (its newest one)."""
+    if (path / "checkpoints").is_dir():
+        return find_checkpoint(path, "latest")
+    if not (path / "config.yaml").is_file() or not (path / MARKER).is_file():
+        raise UserError(f"{path} is no checkpoint: give runs/<run>, or runs/<run>/checkpoints/<tag>")
+    return path
+
+
+def load_model(path: Path, *, live: bool = False) -> tuple[AudioDiT, Config]:
+    """The model of a checkpoint, in evaluation mode on the CPU, with its configuration.
+
+    Averaged weights unless `live`. Raises UserError when weights and configuration do not fit each other.
+    """
+    weights = path / ("model.safetensors" if live else "ema.safetensors")
+    if not weights.is_file():
+        raise UserError(f"{path}: {weights.name} is missing")
+    config = load_config(path / "config.yaml")
+    model = AudioDiT(config.model)
+    state = load_file(weights)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name in sorted(shapes.keys() | state.keys()):
+        there = tuple(state[name].shape) if name in state else "missing"
+        if there != shapes.get(name):
+            raise UserError(
+                f"{weights}: another architecture than its config.yaml, {name} is {there}, not {shapes.get(name)}"
+            )
+    model.load_state_dict(state)
+    return model.eval(), config
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu_rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,50 @@
+"""Exponential moving average of the weights: fp32, from the master weights, sharded exactly as they are."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .engine import masters, publish_masters
+
+
+class Ema:
+    """Averages this rank's master weights. The decay warms up as (1 + n) / (10 + n), so that early averages forget the
+    start."""
+
+    def __init__(self, engine, decay: float):
+        self.engine, self.decay, self.updates = engine, decay, 0
+        self.average = [weights.clone() for weights in masters(engine)]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.average, masters(self.engine), 1 - decay)
+        self.updates += 1
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model computes with the averaged weights inside; the live ones come back bit for bit. Every rank must
+        enter it."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for average, live in zip(self.average, masters(self.engine), strict=True):
+            kept = live.clone()
+            live.copy_(average)
+            average.copy_(kept)
+        publish_masters(self.engine)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        shards = {f"shard{i}": average.contiguous() for i, average in enumerate(self.average)}
+        return shards | {"updates": torch.tensor(self.updates)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        for i, average in enumerate(self.average):
+            average.copy_(state[f"shard{i}"])
+        self.updates = int(state["updates"])

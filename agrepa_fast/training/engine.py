@@ -1,0 +1,171 @@
+"""DeepSpeed: starting the ranks, checking the ds_config against the run, and building the engine."""
+
+import json
+import logging
+import math
+import os
+import socket
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from ..config import PRESETS, Config, TrainConfig, UserError, nearest
+from ..data.stream import BatchLayout
+
+_NEVER = 2**62  # DeepSpeed's own progress lines: the run has a bar
+_OURS = {
+    "optimizer": "AdamW is built from train.lr, train.betas and train.weight_decay",
+    "scheduler": "the schedule is built from train.warmup_steps and train.final_lr",
+}
+
+
+def start_ranks() -> torch.device:
+    """Join the process group (one rank when no launcher set the environment) and return this rank's device."""
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        # Built on first use for a minute; killed while building, it leaves a lock on which every later run hangs.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+    return device
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def find_ds_config(name: str) -> dict:
+    """The JSON of a ds_config: a file, or the name of one of the presets. Raises UserError when it is neither, or no
+    JSON."""
+    path = Path(name)
+    if not path.is_file():
+        path = PRESETS / name
+        if not path.is_file():
+            known = [preset.name for preset in PRESETS.glob("*.json")]
+            raise UserError(f"--ds_config {name}: no such file, and no such preset; {nearest(name, known)}")
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--ds_config {path} is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--ds_config {path}: a JSON object is wanted, not {type(values).__name__}")
+    return values
+
+
+def precision(train: TrainConfig, device: torch.device) -> str:
+    """fp32 or bf16: `auto` is bf16 on GPUs and fp32 on a CPU."""
+    if train.precision != "auto":
+        return train.precision
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def resolve_ds_config(values: dict, train: TrainConfig, layout: BatchLayout, device: torch.device) -> dict:
+    """`values` with "auto" and absent fields filled in from the run. Raises UserError where it contradicts the run."""
+    for section, reason in _OURS.items():
+        if section in values:
+            raise UserError(f'ds_config "{section}": remove it, {reason}')
+    bf16 = precision(train, device) == "bf16"
+    if values.get("fp16", {}).get("enabled") is True:
+        raise UserError('ds_config "fp16": this engine trains in bf16 or fp32; remove it and set train.precision')
+    wanted = {
+        "train_micro_batch_size_per_gpu": (layout.micro_batch, "train.batch_clips"),
+        "gradient_accumulation_steps": (layout.accumulation, "train.accumulation"),
+        "train_batch_size": (layout.batch_clips, "train.batch_clips"),
+        "gradient_clipping": (train.clip_norm, "train.clip_norm"),
+    }
+    resolved = dict(values)
+    for name, (value, ours) in wanted.items():
+        given = values.get(name, "auto")
+        if given not in ("auto", value):
+            raise UserError(f'ds_config "{name}": {given} contradicts the run\'s {value}: use "auto", or change {ours}')
+        resolved[name] = value
+    given = values.get("bf16", {}).get("enabled", "auto")
+    if given not in ("auto", bf16):
+        raise UserError(
+            f'ds_config "bf16": enabled={str(given).lower()} contradicts {"bf16" if bf16 else "fp32"} on {device.type}: '
+            f'use "auto", or set train.precision={"bf16" if given else "fp32"}'
+        )
+    resolved["bf16"] = {**values.get("bf16", {}), "enabled": bf16}
+    resolved.setdefault("steps_per_print", _NEVER)
+    return resolved
+
+
+def lr_factor(train: TrainConfig, step: int) -> float:
+    """Share of train.lr at an optimizer step: linear warm-up, then cosine decay to train.final_lr."""
+    if step < train.warmup_steps:
+        return (step + 1) / train.warmup_steps
+    progress = min(1.0, (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps))
+    return train.final_lr + (1 - train.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_engine(model: nn.Module, config: Config, ds_config: dict):
+    """The DeepSpeed engine around `model`, with AdamW and the schedule of the run. ds_config: resolved."""
+    import deepspeed
+
+    train = config.train
+    # One parameter group: the optimizer state of any other is hard to reach under stages 1 and 2.
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=train.lr, betas=tuple(train.betas), weight_decay=train.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(train, step))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
+    return engine
+
+
+def masters(engine) -> list[torch.Tensor]:
+    """This rank's fp32 weights as the optimizer holds them: flat partitions under ZeRO 1 to 3, whole parameters in the
+    model's order at stage 0."""
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 3:
+        return [flat.data for flat in optimizer.fp32_partitioned_groups_flat]
+    if stage > 0:
+        return [flat.data for flat in optimizer.single_partition_of_fp32_groups]
+    if engine.bfloat16_enabled():
+        return [weights.data for group in optimizer.fp32_groups for weights in group]
+    return [parameter.data for parameter in engine.module.parameters()]
+
+
+def publish_masters(engine) -> None:
+    """Bring the weights that the forward uses up to date with the masters, on every rank."""
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 3:
+        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    elif stage > 0:
+        optimizer.update_lp_params()
+    elif engine.bfloat16_enabled():
+        torch._foreach_copy_([parameter.data for parameter in engine.module.parameters()], masters(engine))
+
+
+def full_weights(engine) -> dict[str, torch.Tensor]:
+    """Name -> whole fp32 weight on the CPU, from the masters. Every rank must call it (the partitions are gathered)."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    names, parameters = zip(*engine.module.named_parameters(), strict=True)
+    if engine.zero_optimization_stage() == 0:
+        values = masters(engine)
+    else:
+        values = [safe_get_full_fp32_param(parameter) for parameter in parameters]
+    return {name: value.detach().cpu().clone().contiguous() for name, value in zip(names, values, strict=True)}
+
+
+def all_sum(values: torch.Tensor) -> torch.Tensor:
+    """`values` summed over ranks, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values

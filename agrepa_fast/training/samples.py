@@ -1,0 +1,76 @@
+"""What a run sounds and looks like: validation clips resynthesised and sampled, as wavs and as mel pictures."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from ..config import Config
+from ..data.shards import Index
+from ..data.stream import Batch, collate, fixed_clips
+from ..data.vocoder import Vocoder
+from ..flow import clip_keys, reference_prefix, sample
+
+
+def sample_clips(
+    model: nn.Module, index: Index, config: Config, per_domain: int, device, *, progress: bool
+) -> tuple[Batch, torch.Tensor]:
+    """The first validation clips of every domain and their samples (B, T, n_mels), normalised, from tokens and a
+    reference prefix."""
+    clips = [s for domain in index.domains for s in fixed_clips(index, "val", domain, per_domain)]
+    batch = collate(clips, tuple(range(len(clips))), index).to(device)
+    prefix = (config.flow.max_reference * batch.condition.lengths).long().clamp(min=1)
+    condition = replace(batch.condition, reference=reference_prefix(batch.mel, prefix))
+    keys = clip_keys(config.run.seed, 0, batch.places, "sample").to(device)
+    return batch, sample(model, condition, keys, config.flow, progress=progress)
+
+
+def write_samples(
+    batch: Batch, sampled: torch.Tensor, index: Index, vocoder: Vocoder, folder: Path, plot: Path | None = None
+) -> list[str]:
+    """<domain>-<n>-truth.wav (resynthesised) and <domain>-<n>-sample.wav for every clip, and mel.png; returns the wavs'
+    names."""
+    import soundfile
+
+    folder.mkdir(parents=True, exist_ok=True)
+    names, panels, count = [], [], {}
+    for row, length in enumerate(batch.condition.lengths.tolist()):
+        domain = index.domains[0] if len(index.domains) == 1 else ("speech", "audio")[batch.domain[row]]
+        count[domain] = count.get(domain, 0) + 1
+        for kind, mels in (("truth", batch.mel), ("sample", sampled)):
+            log_mel = mels[row, :length].float().cpu() * index.mel_std + index.mel_mean
+            name = f"{domain}-{count[domain]}-{kind}"
+            soundfile.write(folder / f"{name}.wav", vocoder(log_mel).numpy(), vocoder.sample_rate, subtype="PCM_16")
+            names.append(f"{name}.wav")
+            panels.append((f"{name}: {batch.keys[row]}", log_mel))
+    if plot is not None:
+        plot_mels(panels, plot, seconds_per_frame=index.features["hop_length"] / index.features["sample_rate"])
+    return names
+
+
+def plot_mels(panels: list[tuple[str, torch.Tensor]], path: Path, seconds_per_frame: float) -> None:
+    """Log-mels (T, n_mels), truth left and sample right, one row a clip, on one colour scale a row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 2.6 * (len(panels) // 2)), layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(panels) // 2, 2, squeeze=False)
+    for number, (title, mel) in enumerate(panels):
+        row, column = divmod(number, 2)
+        axes = rows[row][column]
+        truth = panels[2 * row][1]
+        axes.imshow(
+            mel.T.numpy(),
+            origin="lower",
+            aspect="auto",
+            cmap="magma",
+            vmin=truth.min(),
+            vmax=truth.max(),
+            extent=(0, mel.shape[0] * seconds_per_frame, 0, mel.shape[1]),
+        )
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("s")
+        axes.set_ylabel("mel bin")
+    figure.savefig(path, dpi=110)

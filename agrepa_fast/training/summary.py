@@ -1,0 +1,69 @@
+"""What a person sees at the end of a run: plots, wavs and summary.json."""
+
+import json
+import os
+import platform
+import time
+
+import torch
+
+from ..attribution.report import plot_attribution
+from ..data.vocoder import load_vocoder
+from ..kernels import active_backend
+from .engine import precision
+from .measure import FixedClips, validation_loss
+from .metrics import plot_loss, read_metrics
+from .run import Run
+from .samples import sample_clips, write_samples
+
+
+def finish(run: Run, probe_clips: FixedClips, val_clips: FixedClips, started: float) -> None:
+    """Plots, wavs and the summary. Every rank runs the model; rank 0 writes."""
+    config, folder, selection = run.config, run.folder, run.aligner.selection
+    evidence = selection.evidence if selection else {}
+    if not evidence:  # nothing was measured to choose: measure what the layers contribute now
+        evidence = run.measure_layers(probe_clips, config.train.steps).evidence()
+    with run.ema.applied():
+        with run.timed("validation"):
+            averaged = validation_loss(run.engine.module, val_clips, config)
+        with run.timed("samples"):
+            batch, sampled = sample_clips(
+                run.engine.module, run.index, config, config.eval.samples, run.device, progress=run.rank == 0
+            )
+    if run.rank != 0:
+        return
+    with run.timed("samples"):
+        vocoder = load_vocoder(config.eval.vocoder, config.data, "cpu")
+        wavs = write_samples(batch, sampled, run.index, vocoder, folder / "samples", folder / "plots" / "mel.png")
+    plot_attribution(evidence, selection, folder / "plots" / "attribution.png")
+    plot_loss(folder / "metrics.jsonl", folder / "plots" / "loss.png", selection.step if selection else None)
+    if selection:
+        selection.save(folder / "selection.json")
+    series = read_metrics(folder / "metrics.jsonl")
+    first_loss, last_loss = series["val/flow_loss"][0][1], series["val/flow_loss"][-1][1]
+    clips_per_s = [value for _, value in series["train/clips_per_s"]]
+    summary = {
+        "preset": config.run.preset,
+        "recipe": "corrected",
+        "steps": config.train.steps,
+        "val/flow_loss": {"first": first_loss, "last": last_loss, "ema": averaged["val/flow_loss"]},
+        "val/flow_loss_by_domain": {d: averaged[f"val/flow_loss_{d}"] for d in run.index.domains},
+        "strategy": config.align.strategy,
+        "selection": selection.describe() if selection else None,
+        "clips_per_s": sorted(clips_per_s)[len(clips_per_s) // 2],
+        "seconds": {name: round(value, 1) for name, value in run.seconds.items()},
+        "seconds_total": round(time.perf_counter() - started, 1),
+        "ranks": run.world,
+        "zero_stage": run.engine.zero_optimization_stage(),
+        "precision": precision(config.train, run.device),
+        "device": torch.cuda.get_device_name() if run.device.type == "cuda" else f"cpu, {os.cpu_count()} cores",
+        "backend": active_backend(),
+        "vocoder": vocoder.name,
+        "samples": wavs,
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    run.metrics.say(
+        f"validation flow loss {first_loss:.3f} -> {last_loss:.3f} (EMA {averaged['val/flow_loss']:.3f}); "
+        f"look at {folder}/plots and listen to {folder}/samples ({vocoder.name})"
+    )

@@ -1,0 +1,134 @@
+"""Small shards in the real format, and training runs over them in processes of their own."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from agrepa_fast.config import DataConfig
+from agrepa_fast.data.shards import Sample, file_sha256, write_atomically, write_index, write_shard
+from agrepa_fast.data.tokens import Codebook, codebook_bytes
+
+ROOT = Path(__file__).parents[1]
+N_MELS, CODES, TEACHER_DIMS = 8, 6, {"speech": 5, "audio": 7}
+
+PRESET = """
+model: {dim: 32, depth: 4, heads: 2, position: rotary_conv, time_scale: 1000.0, token_dim: 16, token_scale: 4.0}
+data: {path: %s, sample_rate: 16000, n_mels: 8, f_max: 8000.0, codebook: 6}
+align: {k: 2}
+flow: {steps: 4}
+probe: {start_step: 1, every: 1, warmup_steps: 2, clips: 3, times: [0.3, 0.7], chunk: 2}
+train: {steps: 5, batch_clips: 8, lr: 2.0e-3, warmup_steps: 2, log_every: 1, val_every: 5, save_every: 100}
+eval: {clips: 3, times: [0.5], vocoder: griffin-lim}
+"""
+
+
+def write_small_shards(folder: Path) -> Path:
+    """Two domains, 22 training and 5 validation clips each of 9 to 25 frames, in shards of 8; returns a preset for
+    them."""
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    content = {"schema": 1, "features": asdict(DataConfig(sample_rate=16000, n_mels=8, f_max=8000.0, codebook=CODES))}
+    content |= {"domains": {}, "shards": []}
+    for number, (domain, dim) in enumerate(TEACHER_DIMS.items()):
+        train = [_sample(draw, domain, dim, number * CODES, i) for i in range(22)]
+        val = [_sample(draw, domain, dim, number * CODES, 100 + i) for i in range(5)]
+        for split, samples in (("train", train), ("val", val)):
+            for start in range(0, len(samples), 8):
+                path = folder / f"{split}-{domain}-{start // 8:04d}.tar"
+                entry = write_shard(path, samples[start : start + 8], f"teacher_{domain}")
+                content["shards"].append(entry | {"split": split, "domain": domain})
+        mels = np.concatenate([sample.mel for sample in train]).astype(np.float64)
+        book = folder / f"codebook-{domain}.safetensors"
+        codebook = Codebook(draw.normal(size=(CODES, dim)).astype(np.float32))
+        write_atomically(book, codebook_bytes(codebook, draw.normal(size=(CODES, N_MELS)).astype(np.float32)))
+        content["domains"][domain] = {
+            "mel": {"frames": len(mels), "sum": mels.sum(), "sum_squares": (mels**2).sum()},
+            "tokens": {
+                "offset": number * CODES,
+                "vocab": CODES,
+                "file": book.name,
+                "bytes": book.stat().st_size,
+                "sha256": file_sha256(book),
+            },
+            "teacher": {
+                "name": f"teacher_{domain}",
+                "dim": dim,
+                "mean": np.mean([s.teacher.astype(np.float32) for s in train], axis=0).tolist(),
+            },
+        }
+    write_index(folder, content)
+    preset = folder / "preset.yaml"
+    preset.write_text(PRESET % folder)
+    return preset
+
+
+def _sample(draw: np.random.Generator, domain: str, dim: int, first_token: int, number: int) -> Sample:
+    frames, tokens = int(draw.integers(9, 26)), int(draw.integers(4, 9))
+    return Sample(
+        key=f"{domain}{number:04d}",
+        domain=domain,
+        text="",
+        labels=(),
+        frames=frames,
+        seconds=frames * 0.016,
+        cut=False,
+        source="random",
+        licence="none",
+        mel=(draw.normal(size=(frames, N_MELS)) * 2 - 5).astype(np.float16),
+        tokens=draw.integers(first_token, first_token + CODES, tokens).astype(np.int32),
+        teacher=draw.normal(size=dim).astype(np.float16),
+    )
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def start_training(ranks: int, *arguments: str, cwd: Path) -> list[subprocess.Popen]:
+    """The ranks of one run, started directly: the launcher takes seconds more."""
+    shared = {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "agrepa_fast" / "train.py"), *arguments],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def run_training(ranks: int, *arguments: str, cwd: Path, wanted: int = 0) -> str:
+    """Run to the end, check every rank's exit code, return rank 0's output."""
+    processes = start_training(ranks, *arguments, cwd=cwd)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == wanted, output[-4000:]
+    return outputs[0]
+
+
+def metrics(run: Path) -> dict[int, dict[str, float]]:
+    """step -> all values of metrics.jsonl, but for the clock's."""
+    merged: dict[int, dict[str, float]] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        step = values.pop("step")
+        values.pop("train/clips_per_s", None)
+        merged.setdefault(step, {}).update(values)
+    return merged

@@ -1,0 +1,173 @@
+"""Training end to end: the same curve at every ZeRO stage and rank count, exact resume, and clear refusals."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .runs import ROOT, metrics, run_training, write_small_shards
+
+
+@pytest.fixture(scope="session")
+def preset(tmp_path_factory) -> Path:
+    return write_small_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture(scope="session")
+def ds_configs(tmp_path_factory) -> dict[int, str]:
+    """The presets; stage 3 without its threshold, below which small parameters would stay whole on every rank."""
+    path = tmp_path_factory.mktemp("ds") / "zero3.json"
+    values = json.loads((ROOT / "agrepa_fast" / "presets" / "zero3.json").read_text())
+    values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path.write_text(json.dumps(values))
+    return {0: "zero0.json", 1: "zero1.json", 2: "zero2.json", 3: str(path)}
+
+
+@pytest.fixture(scope="session")
+def baseline(preset, tmp_path_factory) -> Path:
+    """One rank, stage 0: what all others must equal."""
+    folder = tmp_path_factory.mktemp("baseline")
+    run_training(1, "--ds_config", "zero0.json", "--preset", str(preset), f"run.dir={folder}/run", cwd=folder)
+    return folder / "run"
+
+
+def assert_same_curve(run: Path, other: Path, first_step: int = 0, tolerance: float = 1e-5) -> None:
+    a, b = metrics(run), metrics(other)
+    assert a.keys() == b.keys()
+    for step in (step for step in a if step >= first_step):
+        for name in a[step].keys() & b[step].keys():
+            if "loss" in name:
+                assert a[step][name] == pytest.approx(b[step][name], abs=tolerance), (step, name)
+
+
+def test_baseline_aligns_after_the_warm_up_and_shows_its_work(baseline):
+    values = metrics(baseline)
+    assert [values[step]["train/align_loss"] > 0 for step in (1, 2, 3, 4, 5)] == [False, False, True, True, True]
+    assert set(values) == {0, 1, 2, 3, 4, 5}
+    assert "val/flow_loss" in values[0]
+    assert "val/flow_loss" in values[5]
+    selection = json.loads((baseline / "selection.json").read_text())
+    assert selection["strategy"] == "foga"
+    assert selection["step"] == 2
+    assert all(len(layers) == 2 for layers in selection["layers"].values())
+    with (baseline / "attribution.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["step"], row["layer"]) for row in rows} == {(str(s), str(k)) for s in (1, 2) for k in (1, 2, 3, 4)}
+    summary = json.loads((baseline / "summary.json").read_text())
+    assert summary["vocoder"].startswith("Griffin-Lim")
+    for name in ("attribution", "loss", "mel"):
+        assert (baseline / "plots" / f"{name}.png").stat().st_size > 5000
+    wavs = {f"{domain}-1-{kind}.wav" for domain in ("speech", "audio") for kind in ("truth", "sample")}
+    assert {path.name for path in (baseline / "samples").iterdir()} == wavs
+    assert list((baseline / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "extra"),
+    [
+        (1, 1, ()),
+        (2, 1, ()),
+        (3, 1, ()),
+        (0, 2, ()),
+        (1, 2, ()),
+        (2, 2, ()),
+        (3, 2, ()),
+        (2, 2, ("train.accumulation=2",)),
+        (2, 1, ("data.workers=2",)),
+    ],
+)
+def test_every_stage_and_rank_count_gives_the_same_curve(stage, ranks, extra, preset, baseline, ds_configs, tmp_path):
+    """At 2 ranks and 4 accumulated clips some micro-batches lack a domain."""
+    args = ("--ds_config", ds_configs[stage], "--preset", str(preset), f"run.dir={tmp_path}/run", *extra)
+    run_training(ranks, *args, cwd=tmp_path)
+    assert_same_curve(baseline, tmp_path / "run")
+    assert (tmp_path / "run" / "selection.json").is_file()
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize("stop", [1, 3], ids=["in the warm-up", "after the choice"])
+def test_resume_equals_the_uninterrupted_run(stage, ranks, stop, preset, baseline, ds_configs, tmp_path):
+    args = ("--ds_config", ds_configs[stage], f"run.dir={tmp_path}/run")
+    first = ("--preset", str(preset), f"train.save_every={stop}", "train.keep=9")
+    run_training(ranks, *args, *first, cwd=tmp_path)
+    uninterrupted = metrics(tmp_path / "run")
+    run_training(ranks, *args, "--resume", f"step{stop:08d}", cwd=tmp_path)
+    resumed = metrics(tmp_path / "run")
+    assert resumed.keys() == uninterrupted.keys()
+    for step in resumed:
+        assert resumed[step] == pytest.approx(uninterrupted[step], abs=1e-6), step
+    assert_same_curve(baseline, tmp_path / "run")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_trains_and_keeps_fp32_averages(stage, preset, baseline, ds_configs, tmp_path):
+    """What GPUs run, here on the CPU: close to fp32, and the exported weights are not rounded to bf16."""
+    args = ("--ds_config", ds_configs[stage], "--preset", str(preset), f"run.dir={tmp_path}/run")
+    run_training(1, *args, "train.precision=bf16", cwd=tmp_path)
+    assert_same_curve(baseline, tmp_path / "run", tolerance=0.1)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step*")
+    for name in ("model", "ema"):
+        weights = load_file(checkpoint / f"{name}.safetensors")["out.weight"]
+        assert weights.dtype == torch.float32
+        assert not torch.equal(weights, weights.bfloat16().float())
+
+
+class TestRefusals:
+    """One line, exit code 2, nothing written."""
+
+    def refused(self, preset, cwd, *arguments) -> str:
+        output = run_training(1, "--preset", str(preset), *arguments, cwd=cwd, wanted=2)
+        lines = [line for line in output.splitlines() if line.startswith("agrepa train: ")]
+        assert len(lines) == 1, output
+        assert "Traceback" not in output
+        return lines[0]
+
+    def test_a_run_folder_that_holds_another_run(self, preset, baseline):
+        before = (baseline / "metrics.jsonl").read_bytes()
+        assert "already holds a run" in self.refused(preset, baseline, f"run.dir={baseline}")
+        assert (baseline / "metrics.jsonl").read_bytes() == before
+
+    def test_another_architecture(self, preset, tmp_path):
+        run = ("run.dir=run", "train.steps=3", "align.strategy=none")
+        run_training(1, "--preset", str(preset), *run, cwd=tmp_path)
+        line = self.refused(preset, tmp_path, "run.dir=run", "--resume", "latest", "model.depth=5", "train.steps=9")
+        assert "another architecture, model.depth is 4" in line  # and the run is as it was:
+        assert "saved with ZeRO stage 2" in self.refused(
+            preset, tmp_path, "run.dir=run", "--resume", "latest", "--ds_config", "zero1.json"
+        )
+        assert "no checkpoint 'step7'" in self.refused(preset, tmp_path, "run.dir=run", "--resume", "step7")
+
+    @pytest.mark.parametrize(
+        ("ds_config", "message"),
+        [
+            ("{", "is no JSON"),
+            ("[1]", "a JSON object is wanted"),
+            ('{"train_micro_batch_size_per_gpu": 3}', "3 contradicts the run's 8"),
+            ('{"bf16": {"enabled": true}}', "contradicts fp32 on cpu"),
+            ('{"fp16": {"enabled": true}}', "bf16 or fp32"),
+            ('{"optimizer": {"type": "Adam"}}', "remove it"),
+        ],
+    )
+    def test_a_ds_config_that_is_wrong(self, ds_config, message, preset, tmp_path):
+        (tmp_path / "ds.json").write_text(ds_config)
+        assert message in self.refused(preset, tmp_path, "--ds_config", "ds.json")
+        assert {path.name for path in tmp_path.iterdir()} == {"ds.json"}
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--ds_config", "zero4.json"), "did you mean 'zero"),
+            (("train.batch_clips=7", "train.accumulation=2"), "choose a multiple of 2"),
+            (("data.path=nowhere",), "agrepa prepare"),
+            (("probe.clips=23",), "23 speech clips of the train split are wanted, 22 are there"),
+            (("model.vocab=99",), "model.vocab=99"),
+            (("--resume", "latest", "run.dir=nowhere"), "holds no run"),
+            (("data.hop_length=300",), "hop_length=256"),
+        ],
+    )
+    def test_a_setting_that_is_wrong(self, arguments, message, preset, tmp_path):
+        assert message in self.refused(preset, tmp_path, *arguments)
+        assert not list(tmp_path.iterdir())
