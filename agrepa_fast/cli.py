@@ -1,0 +1,138 @@
+"""The `agrepa` command: prepare, train, probe, sample, doctor."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .config import DOMAINS, Config, UserError, load_config
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command. Bad input prints one line and exits with code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:  # train.py has its own arguments: it is also what the deepspeed launcher runs
+        from .train import main as train
+
+        train(argv[1:])
+        return
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if unknown := [argument for argument in rest if argument.startswith("-") or "overrides" not in args]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:  # overrides after an option
+        args.overrides += rest
+    try:
+        args.command(args)
+    except UserError as error:
+        print(f"agrepa {args.name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"agrepa {args.name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="agrepa", description=__doc__)
+    commands = parser.add_subparsers(dest="name", required=True, metavar="command")
+    commands.add_parser("train", help="train, probe and align (all options: agrepa train --help)", add_help=False)
+
+    prepare = commands.add_parser("prepare", help="recordings to shards")
+    kinds = prepare.add_subparsers(dest="kind", required=True, metavar="source")
+    demo = kinds.add_parser("demo", help="fetch the demo corpus and prepare it")
+    folder = kinds.add_parser("folder", help="prepare a folder of wav, flac, mp3, ogg or opus files")
+    folder.add_argument("path", type=Path)
+    folder.add_argument("--domain", required=True, choices=DOMAINS)
+    for kind in (demo, folder):
+        kind.add_argument("--preset", default="demo", help="whose features to compute (default: demo)")
+        kind.add_argument("--out", type=Path, help="folder of the shards (default: the preset's data.path)")
+        kind.add_argument("overrides", nargs="*", metavar="data.field=value")
+        kind.set_defaults(command=_prepare)
+
+    probe = commands.add_parser("probe", help="measure what each layer contributes to the velocity (FoG-A)")
+    probe.add_argument("--recipe", default="corrected", choices=("corrected", "official"))
+    probe.set_defaults(command=_probe)
+    sample = commands.add_parser("sample", help="sample validation clips and write wavs")
+    sample.add_argument("--clips", type=int, default=2, help="clips per domain (default: 2)")
+    sample.set_defaults(command=_sample)
+    for command in (probe, sample):
+        command.add_argument("checkpoint", type=Path, help="runs/<run>, or one of its checkpoints")
+        command.add_argument("--live", action="store_true", help="the live weights instead of their moving average")
+        command.add_argument(
+            "--out", type=Path, help=f"where to write (default: <checkpoint>/{command.prog.split()[-1]})"
+        )
+        command.add_argument("overrides", nargs="*", metavar="section.field=value")
+
+    doctor = commands.add_parser("doctor", help="what is installed, which backend would run, what is missing")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from .data.prepare import prepare_demo, prepare_folder
+
+    config = load_config(args.preset, args.overrides)
+    out = args.out or Path(config.data.path)
+    demo = args.kind == "demo"
+    index = prepare_demo(config, out) if demo else prepare_folder(config, args.path, args.domain, out)
+    counts = ", ".join(f"{d} {index.clips('train', d)} + {index.clips('val', d)}" for d in index.domains)
+    print(f"{out}: {counts} clips (training + validation)")
+
+
+def _load(args: argparse.Namespace) -> tuple:
+    """Model, its configuration with overrides, the shards, and the checkpoint's folder."""
+    import torch
+
+    from .data.shards import load_index
+    from .training.checkpoint import load_model, resolve_checkpoint
+
+    path = resolve_checkpoint(args.checkpoint)
+    model, saved = load_model(path, live=args.live)
+    config: Config = load_config(path / "config.yaml", args.overrides)
+    if config.model != saved.model:
+        raise UserError("model.* is the checkpoint's: it cannot be overridden here")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device), config, load_index(Path(config.data.path)), path, device
+
+
+def _probe(args: argparse.Namespace) -> None:
+    from .attribution.report import append_csv, plot_attribution, print_table
+    from .attribution.selection import NotRankableError, select_layers
+    from .training.measure import FixedClips, probe
+
+    model, config, index, path, device = _load(args)
+    clips = FixedClips(index, "train", config.probe.clips, config.probe.chunk, device)
+    scores = probe(model, clips, config, recipe=args.recipe, progress=True)
+    out = args.out or path / "probe"
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        selection = select_layers(scores, config.align.k, config.align.weighting)
+        selection.save(out / "selection.json")
+    except NotRankableError as refusal:
+        selection = None
+        print(f"no ranking: {refusal}")
+    append_csv(out / "attribution.csv", scores, 0)
+    plot_attribution(scores.evidence(), selection, out / "attribution.png")
+    print_table(scores.evidence(), selection)
+    print(f"wrote {out}/attribution.csv and attribution.png")
+
+
+def _sample(args: argparse.Namespace) -> None:
+    from .data.vocoder import load_vocoder
+    from .training.samples import sample_clips, write_samples
+
+    model, config, index, path, device = _load(args)
+    vocoder = load_vocoder(config.eval.vocoder, config.data, "cpu")
+    out = args.out or path / "sample"
+    batch, sampled = sample_clips(model, index, config, args.clips, device, progress=True)
+    names = write_samples(batch, sampled, index, vocoder, out, out / "mel.png")
+    print(f"wrote {len(names)} wavs and mel.png to {out} (vocoder: {vocoder.name})")
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from .doctor import report
+
+    report()
+
+
+if __name__ == "__main__":
+    main()
