@@ -1,0 +1,232 @@
+"""Where recordings come from: the demo corpus (Debian packages) and folders of audio files."""
+
+import gzip
+import hashlib
+import math
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..config import UserError
+from .features import SOUNDFILE_SUFFIXES
+
+CREATIVE_COMMONS_BY_SA = "CC-BY-SA-3.0"
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One recording, or one part of a long one, that becomes one clip."""
+
+    name: str  # unique and stable, letters, digits, - and _ only: the WebDataset key
+    path: Path
+    domain: str  # speech or audio
+    text: str  # transcript of the whole file, "" when there is none
+    labels: tuple[str, ...]
+    source: str  # package and file, or the path inside the folder
+    licence: str
+    format: str  # file suffix without the dot, lower case
+    start: float = 0.0  # seconds into the file
+    group: str = ""  # clips of one group never meet across the train and validation splits; "" stands for the name
+
+    @property
+    def split_group(self) -> str:
+        return self.group or self.name
+
+
+@dataclass(frozen=True)
+class DebianPackage:
+    """A pinned package: fetched by name and version, accepted by checksum. `licence` is its copyright file's."""
+
+    name: str
+    version: str
+    sha256: str
+    licence: str
+
+    def fetch(self) -> Path:
+        from ..fetch import fetch_apt
+
+        return fetch_apt(self.name, self.version, self.sha256)
+
+
+PROMPTS = DebianPackage(
+    "asterisk-core-sounds-en-g722",
+    "1.6.1-1",
+    "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806",
+    CREATIVE_COMMONS_BY_SA,
+)
+PROMPT_TEXTS = DebianPackage(
+    "asterisk-core-sounds-en",
+    "1.6.1-1",
+    "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
+    CREATIVE_COMMONS_BY_SA,
+)
+SAMPLES = DebianPackage(
+    "sonic-pi-samples",
+    "3.2.2~repack-8",
+    "25f2312d2fae005e6ad0f4726b8ed3084e776006a5a132083506e960224ac79d",
+    "CC0",
+)
+GAME_SOUNDS = DebianPackage(
+    "lincity-ng-data",
+    "2.9~git20150314-5",
+    "8f5e85bd42879abdc7099b035d7a3d7468eceb6b93b52a12270c28f3f3c792f9",
+    "GPL-2+",  # the copyright file: sound effects are also under CC-BY-SA-2.0
+)
+DEMO_PACKAGES = {"speech": (PROMPTS, PROMPT_TEXTS), "audio": (SAMPLES, GAME_SOUNDS)}
+
+_G722_BYTES_PER_SECOND = 8000
+_MIN_PROMPT_SECONDS = 1.0  # shorter prompts are single digits and letters
+_SAMPLE_KINDS = {
+    "ambi": "ambience",
+    "bass": "bass",
+    "bd": "bass drum",
+    "drum": "drum",
+    "elec": "electronic",
+    "glitch": "glitch",
+    "guit": "guitar",
+    "loop": "loop",
+    "mehackit": "electronic",
+    "misc": "miscellaneous",
+    "perc": "percussion",
+    "sn": "snare drum",
+    "tabla": "tabla",
+    "vinyl": "vinyl",
+}
+
+
+def demo_recordings(domain: str, max_seconds: float, min_seconds: float) -> list[Recording]:
+    """The demo corpus of one domain; fetches its packages on first use.
+
+    Speech: the spoken prompts of at least 1 s. Audio: sound effects and instrument samples, those longer than
+    `max_seconds` cut into consecutive clips of that length, since there are few of them; a rest below `min_seconds` is
+    left out.
+    """
+    if domain == "speech":
+        return _prompts(PROMPTS.fetch(), PROMPT_TEXTS.fetch(), min_seconds)
+    sounds = _samples(SAMPLES.fetch()) + _game_sounds(GAME_SOUNDS.fetch())
+    return [part for sound in _without_copies(sounds) for part in _parts(sound, max_seconds, min_seconds)]
+
+
+def _prompts(root: Path, text_root: Path, min_seconds: float) -> list[Recording]:
+    folder = root / "usr/share/asterisk/sounds/en_US_f_Allison"
+    texts = _prompt_texts(text_root / "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz")
+    recordings = []
+    for path in sorted(folder.rglob("*.g722")):
+        inside = path.relative_to(folder).with_suffix("").as_posix()
+        text = texts.get(inside, "")
+        is_tone = inside.startswith("silence/") or text.startswith("[")  # "[ascending tones]"
+        if is_tone or path.stat().st_size < max(_MIN_PROMPT_SECONDS, min_seconds) * _G722_BYTES_PER_SECOND:
+            continue
+        name = "asterisk-" + _safe(inside)
+        source = f"{PROMPTS.name}/{inside}.g722"
+        recordings.append(Recording(name, path, "speech", text, (), source, PROMPTS.licence, "g722"))
+    return recordings
+
+
+def _prompt_texts(path: Path) -> dict[str, str]:
+    """File name without suffix -> what is said, from lines `name: text`; lines that start with `;` are comments."""
+    texts = {}
+    for line in gzip.decompress(path.read_bytes()).decode("utf-8").splitlines():
+        name, colon, text = line.partition(":")
+        if colon and not line.startswith(";"):
+            texts[name.strip()] = " ".join(text.split())
+    return texts
+
+
+def _samples(root: Path) -> list[Recording]:
+    recordings = []
+    for path in sorted((root / "usr/share/sonic-pi/samples").glob("*.flac")):
+        kind, _, rest = path.stem.partition("_")
+        labels = (_SAMPLE_KINDS.get(kind, kind), rest.replace("_", " "))
+        source = f"{SAMPLES.name}/{path.name}"
+        name = "sonic-pi-" + _safe(path.stem)
+        recordings.append(Recording(name, path, "audio", "", labels, source, SAMPLES.licence, "flac"))
+    return recordings
+
+
+def _game_sounds(root: Path) -> list[Recording]:
+    recordings = []
+    for path in sorted((root / "usr/share/games/lincity-ng/sounds").glob("*.wav")):  # music/ is left out
+        words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+", path.stem)
+        source = f"{GAME_SOUNDS.name}/{path.name}"
+        name = "lincity-" + _safe(path.stem)
+        labels = (" ".join(words).lower(),)
+        recordings.append(Recording(name, path, "audio", "", labels, source, GAME_SOUNDS.licence, "wav"))
+    return recordings
+
+
+def _without_copies(recordings: list[Recording]) -> list[Recording]:
+    """The first of each set of identical files: a copy in validation would be a training clip."""
+    first: dict[bytes, Recording] = {}
+    for recording in recordings:
+        first.setdefault(hashlib.sha256(recording.path.read_bytes()).digest(), recording)
+    return list(first.values())
+
+
+def _parts(recording: Recording, max_seconds: float, min_seconds: float) -> list[Recording]:
+    """Consecutive clips of at most max_seconds, numbered from 1; the recording itself when it makes only one."""
+    import soundfile
+
+    seconds = soundfile.info(str(recording.path)).duration
+    if seconds < min_seconds:
+        return []
+    count = 1 + max(0, math.floor((seconds - min_seconds) / max_seconds))
+    if count == 1:
+        return [recording]
+    return [
+        replace(recording, name=f"{recording.name}-part{n + 1}", start=round(n * max_seconds, 6), group=recording.name)
+        for n in range(count)
+    ]
+
+
+def folder_recordings(path: Path, domain: str) -> list[Recording]:
+    """Every wav, flac, mp3, ogg and opus file below `path`, sorted by relative path.
+
+    Transcripts: `<name>.txt` beside the file, else LibriSpeech's `*.trans.txt` of its folder. Labels of general audio
+    are the names of the folders above the file. Raises UserError when the folder is missing or holds no recordings.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path} is no folder: give one that holds recordings ({_suffixes()})")
+    recordings = []
+    for folder, folders, files in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        audio = [f for f in sorted(files) if Path(f).suffix.lower() in SOUNDFILE_SUFFIXES and not f.startswith(".")]
+        lines = _folder_transcripts(Path(folder), files) if audio else {}
+        recordings += [_file_recording(path, Path(folder, file), domain, lines) for file in audio]
+    if not recordings:
+        raise UserError(f"{path} holds no recordings: {_suffixes()} are looked for in it and its subfolders")
+    return sorted(recordings, key=lambda recording: recording.source)
+
+
+def _suffixes() -> str:
+    return ", ".join(SOUNDFILE_SUFFIXES)
+
+
+def _file_recording(root: Path, path: Path, domain: str, lines: dict[str, str]) -> Recording:
+    inside = path.relative_to(root)
+    # The hash keeps names apart that differ only in replaced characters or in the suffix.
+    digest = hashlib.sha1(inside.as_posix().encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    name = f"{_safe(inside.with_suffix('').as_posix())[-80:]}-{digest}"
+    transcript = path.with_suffix(".txt")
+    text = _read_text(transcript) if transcript.is_file() else lines.get(path.stem, "")
+    labels = inside.parent.parts if domain == "audio" else ()
+    source = inside.as_posix().encode("utf-8", "replace").decode()
+    return Recording(name, path, domain, " ".join(text.split()), labels, source, "unknown", path.suffix[1:].lower())
+
+
+def _folder_transcripts(folder: Path, files: list[str]) -> dict[str, str]:
+    """LibriSpeech's lines `utterance TEXT` of one folder."""
+    lines = [line for f in files if f.endswith(".trans.txt") for line in _read_text(folder / f).splitlines()]
+    return {name: text for name, _, text in (line.partition(" ") for line in lines)}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: transcript is not UTF-8 (byte {error.start}): convert it or remove it") from error
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_]+", "-", name)
