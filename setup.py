@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 setup(
     name="agrepa_fast",
     version="0.1.0",
-    description="Training engine for audio flow-matching transformers with representation alignment on the causal layers",
+    description="Training of audio flow-matching transformers with representation alignment on the causal layers",
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

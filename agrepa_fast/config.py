@@ -112,7 +112,7 @@ class DataConfig:
         _check(self.mel_norm in (None, "slaney"), f"data.mel_norm={self.mel_norm!r}: null or slaney")
         _check(
             self.f_min < self.f_max <= self.sample_rate / 2,
-            f"data.f_max={self.f_max}: must be above data.f_min and at most half of data.sample_rate={self.sample_rate}",
+            f"data.f_max={self.f_max}: must be above data.f_min and at most half of the sample rate {self.sample_rate}",
         )
         _check(0 < self.val_share < 1, f"data.val_share={self.val_share}: must be between 0 and 1")
         _check(0 <= self.speech_share <= 1, f"data.speech_share={self.speech_share}: must be in [0, 1]")

@@ -184,6 +184,9 @@ def main(argv: list[str] | None = None) -> None:
         if rank == 0 or dist.is_initialized():
             print(f"agrepa train: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("agrepa train: interrupted; --resume latest goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,12 @@ def python(code: str, **kwargs) -> subprocess.CompletedProcess:
 
 def test_defines_nothing_under_another_name():
     """transformers and diffusers import whatever is called `kernels`; with the checkout on sys.path that is ours."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import kernels as k; print([n for n in vars(k) if n[0] != '_'])"
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import kernels
+print([name for name in vars(kernels) if not name.startswith("_")])
+"""
     done = python(code, cwd=ROOT.parent)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

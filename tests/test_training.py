@@ -135,9 +135,11 @@ class TestRefusals:
         run_training(1, "--preset", str(preset), *run, cwd=tmp_path)
         line = self.refused(preset, tmp_path, "run.dir=run", "--resume", "latest", "model.depth=5", "train.steps=9")
         assert "another architecture, model.depth is 4" in line  # and the run is as it was:
-        assert "saved with ZeRO stage 2" in self.refused(
+        assert "saved with ZeRO stage 2, this run has 1" in self.refused(
             preset, tmp_path, "run.dir=run", "--resume", "latest", "--ds_config", "zero1.json"
         )
+        line = self.refused(preset, tmp_path, "run.dir=run", "--resume", "latest", "train.batch_clips=4")
+        assert "another order of clips, train.batch_clips is 8" in line
         assert "no checkpoint 'step7'" in self.refused(preset, tmp_path, "run.dir=run", "--resume", "step7")
 
     @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def _row_test(x: torch.Tensor, rows: int, row_arguments, arguments: dict):
     suspects = [name for name, value in arguments.items() if name != 0 and _has_rows(value, rows)]
     if suspects and rows in x.shape[1:]:
         raise ValueError(
-            f"argument {suspects[0]!r} has {rows} rows, but so has a later dimension of the hidden state {tuple(x.shape)}: "
+            f"argument {suspects[0]!r} has {rows} rows, as has a later dimension of the state {tuple(x.shape)}: "
             "name the arguments that are rows in multi_gate(row_arguments=...)"
         )
     return lambda name, value: name in suspects
@@ -141,7 +141,7 @@ def _spread_variants(out: torch.Tensor, *, plan: _BlockPlan, clips: int) -> torc
 
 
 def _blend(x: torch.Tensor, out: torch.Tensor, plan: _BlockPlan, variants: int) -> torch.Tensor:
-    """Write the input over the rows of `out` (a fresh tensor) whose gate is 0, and the blend over those between 0 and 1."""
+    """Write the input over the rows of `out` (a fresh tensor) with gate 0, the blend over those between 0 and 1."""
     if (plan.gate == 1).all():
         return out
     before, after = x.unflatten(0, (variants, -1)), out.unflatten(0, (variants, -1))

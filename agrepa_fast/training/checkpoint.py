@@ -7,7 +7,7 @@ of all checkpoint.json, which makes it complete. `latest` names the newest compl
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -21,6 +21,11 @@ from .ema import Ema
 from .engine import full_weights
 
 MARKER = "checkpoint.json"
+_ORDER_OF_CLIPS = (
+    ("run", "seed"),
+    ("train", "batch_clips"),
+    ("data", "speech_share"),
+)  # a step's clips follow from these
 
 
 @dataclass
@@ -58,8 +63,8 @@ class Checkpoints:
                 aligner.selection.save(path / "selection.json")
         dist.barrier()
         if self.rank == 0:
-            facts = {"step": step, "ranks": self.world, "stage": engine.zero_optimization_stage()}
-            _write(path / MARKER, json.dumps(facts | {"model": asdict(config.model)}))
+            facts = {"step": step, "ranks": self.world, "ZeRO stage": engine.zero_optimization_stage()}
+            _write(path / MARKER, json.dumps(facts))
             _write(self.folder / "latest", tag)
             self._rotate()
         dist.barrier()
@@ -67,20 +72,19 @@ class Checkpoints:
 
     def load(self, path: Path, engine, ema: Ema, aligner: Aligner, config: Config) -> int:
         """Continue from a checkpoint of this run; returns its step. Raises UserError when it does not fit this run."""
-        facts = json.loads((path / MARKER).read_text())
-        for name, saved in facts["model"].items():
-            if saved != getattr(config.model, name):
+        saved = load_config(path / "config.yaml")
+        for section, name in (*(("model", field.name) for field in fields(config.model)), *_ORDER_OF_CLIPS):
+            there, here = getattr(getattr(saved, section), name), getattr(getattr(config, section), name)
+            if there != here:
+                what = "another architecture" if section == "model" else "another order of clips"
                 raise UserError(
-                    f"{path}: another architecture, model.{name} is {saved} there and {getattr(config.model, name)} in "
-                    "this run: leave model.* as it was"
+                    f"{path}: {what}, {section}.{name} is {there} there and {here} in this run: leave it as it was"
                 )
-        for what, saved, here in (
-            ("ranks", facts["ranks"], self.world),
-            ("ZeRO stage", facts["stage"], engine.zero_optimization_stage()),
-        ):
-            if saved != here:
+        facts = json.loads((path / MARKER).read_text())
+        for name, here in (("ranks", self.world), ("ZeRO stage", engine.zero_optimization_stage())):
+            if facts[name] != here:
                 raise UserError(
-                    f"{path} was saved with {what} {saved}, this run has {what} {here}: resume it with {saved}"
+                    f"{path} was saved with {name} {facts[name]}, this run has {here}: resume it with {facts[name]}"
                 )
         _, client = engine.load_checkpoint(str(self.folder), tag=path.name)
         state = load_file(path / f"rank{self.rank}.safetensors")

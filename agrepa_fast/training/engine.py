@@ -13,6 +13,7 @@ import torch.nn as nn
 
 from ..config import PRESETS, Config, TrainConfig, UserError, nearest
 from ..data.stream import BatchLayout
+from ..kernels import active_backend
 
 _NEVER = 2**62  # DeepSpeed's own progress lines: the run has a bar
 _OURS = {
@@ -22,9 +23,17 @@ _OURS = {
 
 
 def start_ranks() -> torch.device:
-    """Join the process group (one rank when no launcher set the environment) and return this rank's device."""
+    """Join the process group (one rank when no launcher set the environment) and return this rank's device.
+
+    Raises UserError for an AGREPA_BACKEND that this version does not have.
+    """
     import deepspeed
     import deepspeed.ops
+
+    try:
+        active_backend()
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if "RANK" not in os.environ:
@@ -89,12 +98,13 @@ def resolve_ds_config(values: dict, train: TrainConfig, layout: BatchLayout, dev
     for name, (value, ours) in wanted.items():
         given = values.get(name, "auto")
         if given not in ("auto", value):
-            raise UserError(f'ds_config "{name}": {given} contradicts the run\'s {value}: use "auto", or change {ours}')
+            raise UserError(f'ds_config "{name}": {given} contradicts the run\'s {value}: use "auto" or change {ours}')
         resolved[name] = value
     given = values.get("bf16", {}).get("enabled", "auto")
     if given not in ("auto", bf16):
+        here = "bf16" if bf16 else "fp32"
         raise UserError(
-            f'ds_config "bf16": enabled={str(given).lower()} contradicts {"bf16" if bf16 else "fp32"} on {device.type}: '
+            f'ds_config "bf16": enabled={str(given).lower()} contradicts {here} on {device.type}: '
             f'use "auto", or set train.precision={"bf16" if given else "fp32"}'
         )
     resolved["bf16"] = {**values.get("bf16", {}), "enabled": bf16}
