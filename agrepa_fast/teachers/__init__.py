@@ -1,0 +1,71 @@
+"""Frozen audio encoders, the teachers of representation alignment and of the tokens.
+
+teacher = load_teacher("openai/whisper-large-v3")     # from the model hub
+teacher = load_teacher("/models/wavlm-large@12")      # a folder, the output of its 12th layer
+teacher = load_teacher("package:whisper-base@3")      # from a package, no model hub needed
+frames = teacher.frames([wave])[0]                    # (frames, teacher.dim) float32
+"""
+
+import re
+from pathlib import Path
+
+from ..config import UserError
+from .base import Teacher, split_layer
+
+__all__ = ["Teacher", "load_teacher"]
+
+
+def load_teacher(spec: str, device: str = "cpu") -> Teacher:
+    """The teacher that `spec` names: `package:NAME`, a folder saved with save_pretrained, or a name on the model hub.
+
+    `@N` at its end takes the output of encoder layer N (from 1) instead of what the model returns. Raises UserError, in
+    one line with the remedy, when there is no such model, layer or network.
+    """
+    from ..data.features import import_torchaudio
+
+    import_torchaudio()  # transformers imports it too, and without the mend that fails beside a CPU build of torch
+    from transformers import AutoConfig
+
+    base, layer = split_layer(spec)
+    source, identity = _locate(base)
+    identity = {"spec": spec, **identity}
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type == "whisper":
+            from .whisper import load_whisper as load
+        else:
+            from .encoder import load_encoder as load
+        teacher = load(config, base, source, layer, identity, device)
+    except (OSError, ValueError) as error:  # what transformers raises for a missing file and an unknown model type
+        raise UserError(_not_found(spec, error)) from error
+    revision = getattr(config, "_commit_hash", None)  # of a model from the hub
+    if revision:
+        teacher.identity["version"] = revision
+    return teacher
+
+
+def _locate(base: str) -> tuple[str, dict]:
+    """What from_pretrained takes, and what is known of where it came from."""
+    if base.startswith("package:"):
+        from .packages import packaged
+
+        name = base.removeprefix("package:")
+        encoder = packaged(name)
+        known = {"package": encoder.package, "version": encoder.version, "licence": encoder.licence}
+        return str(encoder.folder(name)), known
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"teacher {base!r}: {folder} has no config.json; save a transformers model there")
+        return str(folder), {}
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base):
+        raise UserError(_not_found(base, "no such folder"))
+    return base, {}
+
+
+def _not_found(spec: str, reason: object) -> str:
+    first = str(reason).strip().partition("\n")[0].rstrip(".")
+    return (
+        f"teacher {spec!r} cannot be loaded ({first}): give package:whisper-base, a folder saved with save_pretrained, "
+        f"or a name on the model hub, which needs a network"
+    )

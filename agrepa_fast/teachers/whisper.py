@@ -1,0 +1,101 @@
+"""Whisper's encoder on a clip's own length: 50 frames a second, without the 30 s of padding it was trained with.
+
+A 2 s clip costs a fifteenth of the padded one. The model is transformers'; its encoder's `forward` insists on 30 s, so
+the four lines that lead to the layers are repeated here. Radford et al. 2022, "Robust Speech Recognition via
+Large-Scale Weak Supervision".
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .base import Teacher, batches_by_length, check_layer, check_waves, load_weights, slug, weights_sha256
+
+_SUBSAMPLING = 2  # mel frames per encoder frame: the stride of conv2
+_GPU_ROOM = 6000  # encoder frames of a batch, padding included
+
+
+class WhisperTeacher(Teacher):
+    """Frames after the last layer and its norm, or after 1-based `layer` without a norm."""
+
+    def __init__(self, encoder, extractor, base: str, layer: int | None, identity: dict, device="cpu") -> None:
+        config = encoder.config
+        check_layer(base, layer, config.encoder_layers)
+        self.name = slug(base, layer)
+        self.dim = config.d_model
+        self.sample_rate = extractor.sampling_rate
+        self.samples_per_frame = extractor.hop_length * _SUBSAMPLING
+        self.rate = self.sample_rate / self.samples_per_frame
+        self.identity = identity | {"class": "WhisperEncoder", "layer": layer, "sha256": weights_sha256(encoder)}
+        self._window = config.max_source_positions * self.samples_per_frame  # 30 s, as far as positions go
+        self._extractor, self._layer, self._device = extractor, layer, torch.device(device)
+        self._encoder = encoder.to(self._device)
+        # On a CPU batches gain nothing (measured), and a clip alone gives the same bits in every list.
+        self.room = _GPU_ROOM if self._device.type == "cuda" else 1
+
+    @torch.inference_mode()
+    def frames(self, waves: list[np.ndarray]) -> list[np.ndarray]:
+        check_waves(waves)
+        owners, mels = [], []
+        for owner, wave in enumerate(waves):
+            for start in range(0, len(wave), self._window):
+                owners.append(owner)
+                mels.append(self._log_mel(wave[start : start + self._window]))
+        lengths = [mel.shape[1] // _SUBSAMPLING for mel in mels]
+        pieces: dict[int, np.ndarray] = {}
+        for group in batches_by_length(lengths, self.room):
+            hidden = self._encode([mels[index] for index in group], [lengths[index] for index in group])
+            for row, index in zip(hidden.cpu().numpy(), group, strict=True):
+                pieces[index] = row[: lengths[index]]
+        of_wave: list[list[np.ndarray]] = [[] for _ in waves]
+        for index, owner in enumerate(owners):
+            of_wave[owner].append(pieces[index])
+        return [np.concatenate(parts) for parts in of_wave]
+
+    def _log_mel(self, wave: np.ndarray) -> torch.Tensor:
+        """(samples,) -> (mels, frames), with zeros appended up to a whole encoder frame."""
+        features = self._extractor(
+            wave,
+            sampling_rate=self.sample_rate,
+            padding="longest",
+            truncation=False,
+            pad_to_multiple_of=self.samples_per_frame,
+            return_tensors="pt",
+        )
+        return features.input_features[0]
+
+    def _encode(self, mels: list[torch.Tensor], lengths: list[int]) -> torch.Tensor:
+        """Log-mels (mels, 2 lengths[b]) -> (B, max(lengths), dim); rows beyond their length are meaningless."""
+        # Zeros after the end are what the convolutions' own padding would be. conv1's output there is not zero, but
+        # conv2's last frame reads mel frames 2 n - 3 ... 2 n - 1 of an even number 2 n, and so never sees it.
+        longest = max(lengths)
+        batch = torch.stack([F.pad(mel, (0, _SUBSAMPLING * longest - mel.shape[1])) for mel in mels]).to(self._device)
+        encoder = self._encoder
+        hidden = F.gelu(encoder.conv2(F.gelu(encoder.conv1(batch)))).transpose(1, 2)
+        hidden = hidden + encoder.embed_positions.weight[:longest]
+        mask = self._attention_mask(lengths, longest)
+        for block in encoder.layers[: self._layer]:
+            hidden = block(hidden, mask)
+        return encoder.layer_norm(hidden) if self._layer is None else hidden
+
+    def _attention_mask(self, lengths: list[int], longest: int) -> torch.Tensor | None:
+        """(B, 1, 1, longest), added to the scores: keys beyond a clip's length count nothing."""
+        if min(lengths) == longest:
+            return None
+        beyond = torch.arange(longest) >= torch.tensor(lengths)[:, None]
+        mask = torch.zeros(beyond.shape).masked_fill_(beyond, torch.finfo(torch.float32).min)
+        return mask[:, None, None].to(self._device)
+
+
+def load_whisper(config, base: str, source: str, layer: int | None, identity: dict, device="cpu") -> WhisperTeacher:
+    """A Whisper saved by transformers: the whole model, or its encoder alone. `source`: folder or hub name."""
+    from transformers import WhisperFeatureExtractor, WhisperModel
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    if config.architectures == ["WhisperEncoder"]:
+        encoder = load_weights(WhisperEncoder, source, base)
+    else:
+        encoder = load_weights(WhisperModel, source, base).encoder
+    # The extractor's arithmetic is fixed but for the number of mel bands, so a folder need not hold its settings.
+    extractor = WhisperFeatureExtractor(feature_size=config.num_mel_bins)
+    return WhisperTeacher(encoder, extractor, base, layer, identity, device)

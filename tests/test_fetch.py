@@ -1,0 +1,228 @@
+"""Packages: fetched for real through apt-get and pip, from files put there by hand, and every way it can fail."""
+
+import gzip
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from agrepa_fast.config import UserError
+from agrepa_fast.fetch import build_folder, cache_dir, fetch_apt, fetch_pip
+
+APT = (
+    "asterisk-core-sounds-en",
+    "1.6.1-1",
+    "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
+)
+PIP = ("iniconfig", "2.0.0", "b6a85871a79d2e3b22d2d1b94ac2824226a63c6b741c88f7ae975f18b6778374")
+UNREACHABLE = "http://127.0.0.1:9"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("AGREPA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def no_client(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a client was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+
+
+def left_over(cache: Path) -> list[str]:
+    """Everything in the cache that is no client's folder and no download put there by hand."""
+    return [str(path.relative_to(cache)) for path in cache.glob("*/*") if path.parent.name != "downloads"]
+
+
+def put_wheel(cache: Path, name: str = "parcel", member: str = "parcel/data.txt") -> str:
+    (cache / "downloads").mkdir(parents=True, exist_ok=True)
+    file = cache / "downloads" / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(member, "content")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def put_deb(cache: Path, members: list[tarfile.TarInfo], file_name: str = "parcel_1%3a2-3_all.deb") -> str:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:xz") as archive:
+        for member in members:
+            archive.addfile(member, io.BytesIO(b"content") if member.isreg() else None)
+    parts = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": packed.getvalue()}
+    content = b"!<arch>\n"
+    for name, data in parts.items():  # "odd" has an odd length: the next header starts one byte later
+        content += (
+            f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
+        )
+    (cache / "downloads").mkdir(parents=True, exist_ok=True)
+    (cache / "downloads" / file_name).write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def tar_member(name: str, link: str = "") -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    if link:
+        member.type, member.linkname = tarfile.SYMTYPE, link
+    else:
+        member.size = len(b"content")
+    return member
+
+
+def test_apt_package_comes_from_apt_get_and_stays(cache, monkeypatch):
+    root = fetch_apt(*APT)
+    assert root == cache / "apt" / "asterisk-core-sounds-en-1.6.1-1"
+    texts = root / "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
+    assert b"vm-goodbye" in gzip.decompress(texts.read_bytes())
+    assert left_over(cache) == ["apt/asterisk-core-sounds-en-1.6.1-1"]
+    monkeypatch.setenv("PATH", "")
+    assert fetch_apt(*APT) == root
+
+
+def test_wheel_comes_from_pip_and_stays(cache, monkeypatch):
+    root = fetch_pip(*PIP)
+    assert "class IniConfig" in (root / "iniconfig/__init__.py").read_text()
+    assert left_over(cache) == ["pip/iniconfig-2.0.0"]
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert fetch_pip(*PIP) == root
+
+
+def test_a_wheel_in_downloads_needs_no_network(cache, no_client):
+    root = fetch_pip("parcel", "1.0", put_wheel(cache))
+    assert (root / "parcel/data.txt").read_text() == "content"
+
+
+def test_a_deb_in_downloads_needs_no_network_and_no_dpkg(cache, no_client):
+    sha256 = put_deb(cache, [tar_member("./usr/share/parcel/data.txt"), tar_member("./usr/link", "share/parcel")])
+    root = fetch_apt("parcel", "1:2-3", sha256)  # ":" is an epoch, %3a in file names
+    assert (root / "usr/share/parcel/data.txt").read_text() == "content"
+    assert (root / "usr/link/data.txt").read_text() == "content"
+
+
+def test_members_cannot_leave_the_folder(cache, no_client, tmp_path):
+    outside = [tar_member("../../../evil"), tar_member("./etc", "/etc"), tar_member("./up", "../../../..")]
+    root = fetch_apt("parcel", "1:2-3", put_deb(cache, [*outside, tar_member("./good")]))
+    assert sorted(p.name for p in root.iterdir()) == ["good"]
+    fetch_pip("bad", "1.0", put_wheel(cache, "bad", "../../../evil"))
+    assert [p for p in tmp_path.rglob("evil") if cache / "pip" / "bad-1.0" not in p.parents] == []
+
+
+@pytest.mark.parametrize("fetch", [fetch_apt, fetch_pip])
+def test_a_wrong_hash_names_both_and_leaves_nothing(cache, no_client, fetch):
+    name, version, wanted = "parcel", "1.0", "0" * 64
+    found = put_wheel(cache) if fetch is fetch_pip else put_deb(cache, [tar_member("x")], "parcel_1.0_all.deb")
+    with pytest.raises(UserError) as error:
+        fetch(name, version, wanted)
+    message = str(error.value)
+    assert found in message
+    assert wanted in message
+    assert f"remove {cache / 'downloads' / 'parcel'}" in message
+    assert "\n" not in message
+    assert left_over(cache) == []
+
+
+def test_a_download_with_a_wrong_hash_is_refused(cache):
+    with pytest.raises(UserError, match=f"{PIP[2]}, but {'0' * 64}"):
+        fetch_pip("iniconfig", "2.0.0", "0" * 64)
+    assert left_over(cache) == []
+
+
+def test_a_package_that_is_none_is_refused(cache, no_client):
+    (cache / "downloads").mkdir(parents=True)
+    for file in ("parcel-1.0-py3-none-any.whl", "parcel_1.0_all.deb"):
+        (cache / "downloads" / file).write_bytes(b"neither")
+    sha256 = hashlib.sha256(b"neither").hexdigest()
+    for fetch in (fetch_apt, fetch_pip):
+        with pytest.raises(UserError, match="cannot be unpacked"):
+            fetch("parcel", "1.0", sha256)
+    assert left_over(cache) == []
+
+
+def test_without_a_network_the_error_says_what_to_do(cache, monkeypatch):
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, UNREACHABLE)
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PIP_INDEX_URL", UNREACHABLE)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(cache))
+    for fetch, package, command in (
+        (fetch_apt, APT, "`apt-get update`, then `apt-get download asterisk-core-sounds-en=1.6.1-1`"),
+        (fetch_pip, PIP, "`pip download --no-deps --only-binary=:all: iniconfig==2.0.0`"),
+    ):
+        with pytest.raises(UserError) as error:
+            fetch(*package)
+        assert f"run {command} and put the file into {cache / 'downloads'}" in str(error.value)
+        assert "\n" not in str(error.value)
+    assert left_over(cache) == []
+
+
+def test_a_missing_package_list_is_named(tmp_path, monkeypatch):
+    (tmp_path / "lists" / "partial").mkdir(parents=True)
+    settings = f'Dir::State::lists "{tmp_path}/lists"; Dir::Cache "{tmp_path}";'
+    (tmp_path / "apt.conf").write_text(settings)
+    monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
+    with pytest.raises(UserError, match="package list does not have it; `apt-get update` fills the list"):
+        fetch_apt(*APT)
+
+
+def test_a_machine_without_apt_get_is_told_where_the_file_goes(cache, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"no apt-get here.*on Debian.*downloads"):
+        fetch_apt(*APT)
+
+
+def test_another_process_may_be_first(cache):
+    root = cache / "apt" / "parcel-1"
+
+    def build(folder: Path) -> None:
+        (folder / "mine").touch()
+        root.mkdir()  # the other one, while this one was at work
+        (root / "theirs").touch()
+
+    assert build_folder(root, build) == root
+    assert [path.name for path in root.iterdir()] == ["theirs"]
+    assert left_over(cache) == ["apt/parcel-1"]
+
+
+def test_two_processes_at_once(cache):
+    sha256 = put_wheel(cache)
+    program = f"from agrepa_fast.fetch import fetch_pip; print(fetch_pip('parcel', '1.0', '{sha256}'))"
+    both = [
+        subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": "."}, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    roots = {process.communicate()[0].decode().strip() for process in both}
+    assert roots == {str(cache / "pip" / "parcel-1.0")}
+    assert left_over(cache) == ["pip/parcel-1.0"]
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, UserError])
+def test_an_interruption_leaves_nothing(cache, interruption):
+    def build(folder: Path) -> None:
+        (folder / "half").touch()
+        raise interruption
+
+    with pytest.raises(interruption):
+        build_folder(cache / "apt" / "parcel-1", build)
+    assert left_over(cache) == []
+
+
+def test_a_cache_that_is_no_folder_is_a_user_error(cache, no_client):
+    cache.write_text("a file")
+    with pytest.raises(UserError, match=r"cannot be written.*set AGREPA_CACHE"):
+        fetch_pip("parcel", "1.0", "0" * 64)
+
+
+def test_the_cache_is_in_the_home_folder_unless_set(monkeypatch):
+    monkeypatch.delenv("AGREPA_CACHE")
+    assert cache_dir() == Path.home() / ".cache" / "agrepa_fast"
+    monkeypatch.setenv("AGREPA_CACHE", "~/elsewhere")
+    assert cache_dir() == Path.home() / "elsewhere"

@@ -1,0 +1,365 @@
+"""Teachers: small random models on disk against transformers itself, and the packaged Whisper on real sounds."""
+
+import io
+import json
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from agrepa_fast.config import UserError
+from agrepa_fast.data.features import decode, import_torchaudio, resample
+from agrepa_fast.teachers import load_teacher
+from agrepa_fast.teachers.ctranslate2 import read_variables, whisper_encoder
+
+import_torchaudio()  # before transformers
+
+RATE = 16000
+# A multiple of Whisper's frame, one sample more, less than a frame, and one that is alone in its length.
+LENGTHS = (3200, 3201, 90, 7777)
+
+
+@pytest.fixture(scope="module")
+def waves() -> list[np.ndarray]:
+    draw = np.random.default_rng(0)
+    return [(draw.standard_normal(n) * np.exp(-np.arange(n) / 3000)).astype(np.float32) for n in LENGTHS]
+
+
+def whisper_config(**fields):
+    from transformers import WhisperConfig
+
+    sizes = {f"{side}_{size}": value for side in ("encoder", "decoder") for size, value in SIZES.items()}
+    return WhisperConfig(**({"d_model": 64, "vocab_size": 20} | sizes | TOKENS | {"encoder_layers": 3} | fields))
+
+
+SIZES = {"layers": 1, "attention_heads": 2, "ffn_dim": 96}
+TOKENS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1)
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory):
+    """(folder of a WhisperForConditionalGeneration, its encoder)"""
+    from transformers import WhisperForConditionalGeneration
+
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(whisper_config()).eval()
+    torch.nn.init.normal_(model.model.encoder.embed_positions.weight)
+    folder = tmp_path_factory.mktemp("models") / "Tiny-Whisper.v1"
+    model.save_pretrained(folder)
+    return folder, model.model.encoder
+
+
+def wave_model(kind: str, folder):
+    """A small model of the wave-reading family with its feature extractor, saved into `folder`."""
+    import transformers
+
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "conv_dim": [16, 16, 16],
+        "conv_kernel": [10, 3, 3],
+        "conv_stride": [5, 4, 4],
+        "num_conv_pos_embeddings": 8,
+        "num_conv_pos_embedding_groups": 4,
+    }
+    norm = {"feat_extract_norm": "layer", "do_stable_layer_norm": True} if kind == "Hubert" else {}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes, **norm)).eval()
+    model.save_pretrained(folder)
+    extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=kind == "Hubert")
+    extractor.save_pretrained(folder)
+    return model, extractor
+
+
+def close(ours: np.ndarray, theirs: np.ndarray, tolerance: float = 1e-5) -> None:
+    assert ours.shape == theirs.shape
+    assert ours.dtype == np.float32
+    scale = np.sqrt(np.mean(theirs**2))
+    assert scale > 1e-3
+    assert np.abs(ours - theirs).max() <= tolerance * max(scale, 1.0)
+
+
+@pytest.mark.parametrize("layer", [None, 1, 3])
+def test_whisper_on_30_seconds_is_transformers_own(whisper, layer):
+    from transformers import WhisperFeatureExtractor
+
+    folder, encoder = whisper
+    wave = np.random.default_rng(1).standard_normal(30 * RATE).astype(np.float32)
+    features = WhisperFeatureExtractor()(wave, sampling_rate=RATE, return_tensors="pt").input_features
+    with torch.inference_mode():
+        expected = encoder(features, output_hidden_states=True)
+    expected = expected.last_hidden_state if layer is None else expected.hidden_states[layer]
+    if layer == 3:  # the model's last hidden state is behind a norm, the layer's own output is not
+        with torch.inference_mode():
+            expected = encoder.layers[2](encoder(features, output_hidden_states=True).hidden_states[2], None)
+    teacher = load_teacher(str(folder) if layer is None else f"{folder}@{layer}")
+    close(teacher.frames([wave])[0], expected[0].numpy())
+
+
+def test_whisper_frames_cover_the_clip_and_no_more(whisper, waves):
+    teacher = load_teacher(str(whisper[0]))
+    assert (teacher.dim, teacher.rate, teacher.sample_rate) == (64, 50.0, RATE)
+    assert [f.shape for f in teacher.frames(waves)] == [(-(-n // 320), 64) for n in LENGTHS]
+
+
+def test_whisper_takes_more_than_30_seconds_in_windows(whisper):
+    teacher = load_teacher(str(whisper[0]))
+    wave = np.random.default_rng(2).standard_normal(30 * RATE + 5000).astype(np.float32)
+    frames = teacher.frames([wave, wave[:1000]])
+    assert [len(f) for f in frames] == [1500 + 16, 4]
+    close(frames[0][:1500], teacher.frames([wave[: 30 * RATE]])[0])
+    close(frames[0][1500:], teacher.frames([wave[30 * RATE :]])[0])
+
+
+@pytest.mark.parametrize("kind", ["Whisper", "Wav2Vec2", "Hubert", "WavLM"])
+def test_frames_do_not_depend_on_the_batch(whisper, waves, tmp_path, kind):
+    folder = whisper[0]
+    if kind != "Whisper":
+        wave_model(kind, folder := tmp_path)
+    for layer in ("", "@2"):
+        teacher = load_teacher(f"{folder}{layer}")
+        alone = [teacher.frames([wave])[0] for wave in waves]
+        teacher.room = 10**9  # one padded batch, as on a GPU
+        for together, one in zip(teacher.frames(waves), alone, strict=True):
+            close(together, one)
+        for together, one in zip(teacher.frames(waves[::-1] + waves), alone[::-1] + alone, strict=True):
+            close(together, one)
+
+
+def test_whisper_alone_and_with_its_decoder_are_the_same_teacher(whisper, waves, tmp_path):
+    folder, encoder = whisper
+    encoder.save_pretrained(tmp_path / "encoder")
+    whole, part = load_teacher(str(folder)), load_teacher(str(tmp_path / "encoder"))
+    assert whole.identity["sha256"] == part.identity["sha256"]
+    close(part.frames(waves[:1])[0], whole.frames(waves[:1])[0])
+
+
+@pytest.mark.parametrize("kind", ["Wav2Vec2", "Hubert", "WavLM"])
+def test_wave_encoders_are_transformers_own(waves, tmp_path, kind):
+    model, extractor = wave_model(kind, tmp_path)
+    wave = waves[3]
+    layers = []
+    hooks = [
+        layer.register_forward_hook(lambda module, args, out: layers.append(out)) for layer in model.encoder.layers
+    ]
+    with torch.inference_mode():
+        result = model(**extractor(wave, sampling_rate=RATE, return_tensors="pt")).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    layers = [out[0] if isinstance(out, tuple) else out for out in layers]
+    teacher = load_teacher(str(tmp_path))
+    assert teacher.rate == RATE / 80
+    assert teacher.identity["class"] == f"{kind}Model"
+    close(teacher.frames([wave])[0], result[0].numpy())
+    for number in (1, 3):
+        close(load_teacher(f"{tmp_path}@{number}").frames([wave])[0], layers[number - 1][0].numpy())
+
+
+def test_wave_encoders_have_frames_on_real_samples_only(waves, tmp_path):
+    wave_model("Hubert", tmp_path)
+    teacher = load_teacher(str(tmp_path))
+    field = 10 + 5 * (2 + 4 * 2)  # samples that one frame reads
+    assert [len(f) for f in teacher.frames(waves)] == [max(1, 1 + (n - field) // 80) for n in LENGTHS]
+    assert len(teacher.frames([np.ones(1, np.float32)])[0]) == 1
+
+
+def test_name_and_identity(whisper):
+    folder = whisper[0]
+    end, middle = load_teacher(str(folder)), load_teacher(f"{folder}@2")
+    assert (end.name, middle.name) == ("tiny_whisper_v1", "tiny_whisper_v1_l2")
+    assert end.identity["sha256"] == middle.identity["sha256"]
+    assert (end.identity["layer"], middle.identity["layer"]) == (None, 2)
+    assert end.identity["spec"] == str(folder)
+    assert json.loads(json.dumps(end.identity)) == end.identity
+
+
+def test_identity_changes_with_the_weights(whisper, tmp_path):
+    folder, encoder = whisper
+    before = load_teacher(str(folder)).identity["sha256"]
+    bias = encoder.layers[1].fc1.bias
+    with torch.no_grad():
+        bias[0] += 1e-4
+        encoder.save_pretrained(tmp_path)
+        bias[0] -= 1e-4
+    assert load_teacher(str(tmp_path)).identity["sha256"] != before
+
+
+@pytest.mark.parametrize("wave", [np.zeros(0, np.float32), np.zeros((2, 500), np.float32)], ids=["empty", "2-D"])
+def test_bad_waves_are_refused(whisper, waves, wave):
+    with pytest.raises(ValueError, match="wave 1 has shape"):
+        load_teacher(str(whisper[0])).frames([waves[0], wave])
+
+
+def user_error(spec: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_teacher(spec)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_layers_that_are_none(whisper):
+    folder = whisper[0]
+    assert "layers 1 to 3" in user_error(f"{folder}@4")
+    assert "counted from 1" in user_error(f"{folder}@0")
+    assert "counted from 1" in user_error(f"{folder}@two")
+
+
+def test_an_unknown_package_suggests_the_nearest():
+    assert "did you mean 'whisper-base'" in user_error("package:whisper-bsae")
+
+
+def test_a_missing_folder_names_the_three_ways(tmp_path):
+    message = user_error(f"{tmp_path}/nothing/here")
+    assert "package:whisper-base, a folder saved with save_pretrained, or a name on the model hub" in message
+
+
+def test_a_hub_name_without_a_network_names_the_three_ways(tmp_path):
+    program = (
+        "from agrepa_fast.teachers import load_teacher\nfrom agrepa_fast.config import UserError\n"
+        "try: load_teacher('openai/whisper-large-v3@12')\nexcept UserError as error: print(error)"
+    )
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": ".", "PATH": ""}
+    message = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True).stdout
+    assert "'openai/whisper-large-v3@12' cannot be loaded" in message
+    assert "package:whisper-base, a folder" in message
+    assert message.count("\n") == 1
+
+
+def test_a_folder_without_a_model(tmp_path):
+    assert "no config.json" in user_error(str(tmp_path))
+
+
+def test_models_of_other_kinds_are_refused(tmp_path):
+    from transformers import BertConfig
+
+    BertConfig(hidden_size=8).save_pretrained(tmp_path)
+    message = user_error(str(tmp_path))
+    assert "'bert' model" in message
+    assert "wavlm" in message
+
+
+def test_weights_that_are_cut_off_or_incomplete(whisper, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    whisper[1].save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    del weights["layers.1.fc1.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    assert "lack layers.1.fc1.weight" in user_error(str(tmp_path))
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "cannot be read" in user_error(str(tmp_path))
+
+
+def test_weights_that_do_not_fit_the_configuration(whisper, tmp_path):
+    whisper[1].save_pretrained(tmp_path)
+    whisper_config(encoder_ffn_dim=32, architectures=["WhisperEncoder"]).save_pretrained(tmp_path)
+    assert "cannot be read" in user_error(str(tmp_path))
+
+
+def test_a_wave_encoder_without_its_feature_extractor(tmp_path):
+    wave_model("Hubert", tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert "cannot be loaded" in user_error(str(tmp_path))
+
+
+def ctranslate2_bytes(encoder) -> bytes:
+    """The encoder as a CTranslate2 model.bin, with an alias and a tensor of the decoder."""
+    state = {name: value.numpy() for name, value in encoder.state_dict().items()}
+    variables = {
+        "encoder/position_encodings/encodings": state["embed_positions.weight"],
+        "encoder/num_heads": np.array(2, np.int16),
+        "decoder/embeddings/weight": np.zeros((4, 4), np.int8),
+    }
+
+    def put(name: str, source: str, weight: str = "weight", bias: str = "bias") -> None:
+        variables[f"encoder/{name}/{weight}"] = state[f"{source}.weight"]
+        variables[f"encoder/{name}/{bias}"] = state[f"{source}.bias"]
+
+    for name in ("conv1", "conv2"):
+        put(name, name)
+    put("layer_norm", "layer_norm", "gamma", "beta")
+    for n in range(len(encoder.layers)):
+        theirs, ours = f"layer_{n}", f"layers.{n}"
+        put(f"{theirs}/self_attention/layer_norm", f"{ours}.self_attn_layer_norm", "gamma", "beta")
+        put(f"{theirs}/ffn/layer_norm", f"{ours}.final_layer_norm", "gamma", "beta")
+        put(f"{theirs}/ffn/linear_0", f"{ours}.fc1")
+        put(f"{theirs}/ffn/linear_1", f"{ours}.fc2")
+        put(f"{theirs}/self_attention/linear_1", f"{ours}.self_attn.out_proj")
+        attention, fused = f"{ours}.self_attn", f"encoder/{theirs}/self_attention/linear_0"
+        variables[f"{fused}/weight"] = np.concatenate([state[f"{attention}.{p}_proj.weight"] for p in "qkv"])
+        no_bias = np.zeros(len(state[f"{attention}.q_proj.bias"]), np.float32)
+        biases = [state[f"{attention}.q_proj.bias"], no_bias, state[f"{attention}.v_proj.bias"]]
+        variables[f"{fused}/bias"] = np.concatenate(biases)
+    aliased = "encoder/layer_norm/gamma"
+    dtypes = {"float32": 0, "int8": 1, "int16": 2}
+
+    def text(value: str) -> bytes:
+        return struct.pack("<H", len(value) + 1) + value.encode() + b"\0"
+
+    moved = variables.pop(aliased)
+    variables["moved"] = moved
+    content = struct.pack("<I", 6) + text("WhisperSpec") + struct.pack("<II", 3, len(variables))
+    for name, value in variables.items():
+        content += text(name) + struct.pack(f"<B{value.ndim}I", value.ndim, *value.shape)
+        content += struct.pack("<BI", dtypes[value.dtype.name], value.nbytes) + value.tobytes()
+    return content + struct.pack("<I", 1) + text(aliased) + text("moved")
+
+
+def test_a_ctranslate2_model_becomes_the_encoder_it_was():
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    torch.manual_seed(0)
+    encoder = WhisperEncoder(whisper_config(d_model=128, encoder_ffn_dim=80))
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter)
+    converted = whisper_encoder(read_variables(io.BytesIO(ctranslate2_bytes(encoder))))
+    assert converted.config.encoder_attention_heads == 2
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(converted.state_dict()[name], value), name
+
+
+def test_a_ctranslate2_model_that_is_cut_off_or_quantised():
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    content = ctranslate2_bytes(WhisperEncoder(whisper_config()))
+    with pytest.raises(ValueError, match=r"ends \d+ bytes early"):
+        read_variables(io.BytesIO(content[: len(content) // 2]))
+    with pytest.raises(ValueError, match="no CTranslate2 model"):
+        read_variables(io.BytesIO(content.replace(b"WhisperSpec", b"TransformerS")))
+    variables = read_variables(io.BytesIO(content))
+    variables["encoder/conv1/weight"] = variables["encoder/conv1/weight"].astype(np.int8)
+    with pytest.raises(ValueError, match="quantised"):
+        whisper_encoder(variables)
+
+
+def test_packaged_whisper_is_the_model_it_says():
+    teacher = load_teacher("package:whisper-base@3")
+    assert teacher.name == "whisper_base_l3"
+    assert (teacher.dim, teacher.rate, teacher.sample_rate) == (512, 50.0, RATE)
+    # The hash of the encoder that was found equal to CTranslate2's own to 1e-3.
+    assert teacher.identity["sha256"] == "700ff2b228bd14a2db9269faa0342acdd076f4ee42763936d2eb230a87f9d066"
+    assert teacher.identity["licence"] == "MIT"
+    assert teacher.identity["version"] == "1.0.0"
+
+
+def test_packaged_whisper_tells_sounds_apart():
+    """Nearest neighbours among bass drum, tabla and ambience samples have the same label (measured: 0.90; the mean
+    log-mel reaches 0.78, Whisper's last layer 0.66, chance 0.37)."""
+    from agrepa_fast.data.sources import SAMPLES
+
+    folder = SAMPLES.fetch() / "usr/share/sonic-pi/samples"
+    files = [f for kind in ("bd", "tabla", "ambi") for f in sorted(folder.glob(f"{kind}_*.flac"))]
+    waves = [resample(*decode(file, file.name, 0.0, 2.2), RATE) for file in files]
+    vectors = np.stack([f.mean(axis=0) for f in load_teacher("package:whisper-base@3").frames(waves)])
+    vectors -= vectors.mean(axis=0)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    similarity = vectors @ vectors.T - 9 * np.eye(len(files))
+    labels = np.array([file.stem.split("_")[0] for file in files])
+    assert len(files) == 50
+    assert np.mean(labels[similarity.argmax(axis=1)] == labels) > 0.84
