@@ -35,7 +35,8 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn"],
-        "test": ["pytest>=8", "pytest-xdist", "ruff>=0.12"],
+        "vocos": ["vocos>=0.1"],
+        "test": ["pytest>=8", "ruff>=0.12", "vocos>=0.1"],
     },
     entry_points={"console_scripts": ["agrepa = agrepa_fast.cli:main"]},
 )
