@@ -4,6 +4,17 @@ teacher = load_teacher("openai/whisper-large-v3")     # from the model hub
 teacher = load_teacher("/models/wavlm-large@12")      # a folder, the output of its 12th layer
 teacher = load_teacher("package:whisper-base@3")      # from a package, no model hub needed
 frames = teacher.frames([wave])[0]                    # (frames, teacher.dim) float32
+
+The demo's audio teacher is Whisper-base's third layer: Whisper's encoder carries sound-event information (Gong et al.,
+Interspeech 2023, "Whisper-AT"), most of it below the end. Leave-one-out nearest-neighbour label accuracy of the pooled,
+centred vectors of the first 2.2 s of each sound of the demo corpus:
+
+                                      L1     L2     L3     L4     L5     L6    end  log-mel  aisfx
+    sonic-pi (165 files, 14 kinds)  .606   .606   .636   .503   .485   .467   .497     .467   .624
+    lincity (119 files, 39 kinds)   .160   .160   .168   .126   .168   .101   .134     .101   .185
+
+L3 against the end on sonic-pi: 33 files better, 10 worse. aisfx, a sound-effect network of its own, is no better and
+gives 5 frames a second, too few for tokens; the third layer gives 50 and needs no second download.
 """
 
 import re
