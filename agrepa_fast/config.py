@@ -107,6 +107,12 @@ class DataConfig:
     workers: int = 0  # loader processes; 0 reads in the training process
 
     def __post_init__(self) -> None:
+        for name in ("sample_rate", "n_fft", "hop_length", "n_mels", "codebook", "shard_clips"):
+            _check(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)}: at least 1")
+        _check(
+            1 <= self.win_length <= self.n_fft,
+            f"data.win_length={self.win_length}: must be from 1 to data.n_fft={self.n_fft}",
+        )
         _check(0 < self.min_seconds < self.max_seconds, "data.min_seconds must be above 0 and below data.max_seconds")
         _check(self.mel_scale in ("htk", "slaney"), f"data.mel_scale={self.mel_scale!r}: htk or slaney")
         _check(self.mel_norm in (None, "slaney"), f"data.mel_norm={self.mel_norm!r}: null or slaney")

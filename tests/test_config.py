@@ -38,8 +38,10 @@ def test_overrides_are_typed():
         ("model.heads=5", "does not divide"),
         ("model.gelu=relu", "erf or tanh"),
         ("probe.times=[0.0]", "between 0 and 1"),
-        ("probe.warmup_steps=700", "leaves no step to align"),
+        ("probe.warmup_steps=400", "leaves no step to align"),
         ("data.f_max=12000.0", "at most half"),
+        ("data.win_length=2048", "data.n_fft=1024"),
+        ("data.hop_length=0", "at least 1"),
         ("flow.sigma=0", "must be positive"),
     ],
 )

@@ -44,14 +44,20 @@ class FixedClips:
             yield replace(batch, condition=probe_condition(batch.mel, batch.condition, max_reference)), owned
 
 
+def _with_bar(clips: FixedClips, config: Config, what: str, progress: bool) -> Iterator[tuple[Batch, list[int]]]:
+    chunks = -(-len(clips) // (clips.world * clips.chunk))
+    batches = clips.batches(config.flow.max_reference)
+    return iter(tqdm(batches, desc=what, total=chunks, unit="chunk", disable=not progress, leave=False))
+
+
 @torch.no_grad()
-def validation_loss(model: nn.Module, clips: FixedClips, config: Config) -> dict[str, float]:
+def validation_loss(model: nn.Module, clips: FixedClips, config: Config, *, progress: bool = False) -> dict[str, float]:
     """Flow loss at fixed times and noise: mean over all clips, and of each domain. Every rank must call it."""
     times = config.eval.times
     losses = torch.zeros(len(clips), device=clips.device)
     training = model.training
     model.eval()
-    for batch, owned in clips.batches(config.flow.max_reference):
+    for batch, owned in _with_bar(clips, config, "validation", progress):
         for number, t in enumerate(times):
             keys = clip_keys(0, number, batch.places, "validation").to(clips.device)
             t_clips = torch.full((len(batch.keys),), t, device=clips.device)
@@ -79,10 +85,7 @@ def probe(
 ) -> FogaScores:
     """FogaScores of all clips, the same on every rank. Every rank must call it."""
     scores: FogaScores | None = None
-    chunks = tqdm(
-        clips.batches(config.flow.max_reference), desc="probe", unit="chunk", disable=not progress, leave=False
-    )
-    for batch, owned in chunks:
+    for batch, owned in _with_bar(clips, config, "probe", progress):
         part = foga(
             model,
             ProbeBatch(batch.mel, batch.condition, batch.domain, batch.places),

@@ -83,7 +83,7 @@ class Run:
 
     def validate(self, clips: FixedClips, step: int) -> dict[str, float]:
         with self.timed("validation"):
-            values = validation_loss(self.engine.module, clips, self.config)
+            values = validation_loss(self.engine.module, clips, self.config, progress=self.rank == 0)
             self.metrics.write(step, values)
         self.metrics.say(f"step {step}: validation flow loss {values['val/flow_loss']:.4f}")
         return values

@@ -25,7 +25,7 @@ def finish(run: Run, probe_clips: FixedClips, val_clips: FixedClips, started: fl
         evidence = run.measure_layers(probe_clips, config.train.steps).evidence()
     with run.ema.applied():
         with run.timed("validation"):
-            averaged = validation_loss(run.engine.module, val_clips, config)
+            averaged = validation_loss(run.engine.module, val_clips, config, progress=run.rank == 0)
         with run.timed("samples"):
             batch, sampled = sample_clips(
                 run.engine.module, run.index, config, config.eval.samples, run.device, progress=run.rank == 0
