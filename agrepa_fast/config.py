@@ -64,9 +64,11 @@ class ModelConfig:
     vocab: int | None = None  # number of token ids, all domains together
 
     def __post_init__(self) -> None:
-        _check(self.depth >= 1, f"model.depth={self.depth}: at least one block is needed")
+        for name in ("dim", "depth", "heads", "token_dim"):
+            _check(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)}: at least 1")
+        _check(self.ffn_mult > 0 and self.dim * self.ffn_mult >= 1, f"model.ffn_mult={self.ffn_mult}: must be positive")
         _check(
-            self.heads >= 1 and self.dim % self.heads == 0,
+            self.dim % self.heads == 0,
             f"model.heads={self.heads} does not divide model.dim={self.dim}: choose a divisor",
         )
         _check(
@@ -166,6 +168,8 @@ class AlignConfig:
             self.weighting in WEIGHTINGS, f"align.weighting={self.weighting!r}: {nearest(self.weighting, WEIGHTINGS)}"
         )
         _check(self.k >= 1, f"align.k={self.k}: at least one layer; align.strategy=none aligns nothing")
+        _check(self.weight >= 0, f"align.weight={self.weight}: must not be negative")
+        _check(self.lr > 0, f"align.lr={self.lr}: must be positive")
 
     @property
     def fixed_layers(self) -> tuple[int, ...]:
@@ -228,7 +232,9 @@ class TrainConfig:
         _check(self.clip_norm > 0, f"train.clip_norm={self.clip_norm}: must be positive")
         _check(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay}: must be in [0, 1)")
         _check(self.precision in ("auto", "bf16", "fp32"), f"train.precision={self.precision!r}: auto, bf16 or fp32")
-        _check(len(self.betas) == 2, f"train.betas={self.betas}: two numbers")
+        _check(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), f"train.betas={self.betas}: two in [0, 1)")
+        _check(self.weight_decay >= 0, f"train.weight_decay={self.weight_decay}: must not be negative")
+        _check(self.warmup_steps >= 0, f"train.warmup_steps={self.warmup_steps}: must not be negative")
 
 
 @dataclass(frozen=True)
@@ -299,13 +305,19 @@ def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
     for override in overrides:
         _known_field(override)
     try:
-        named = {"run": {"preset": path.stem}}
-        merged = OmegaConf.merge(
-            OmegaConf.structured(Config), named, OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
-        )
-        return OmegaConf.to_object(merged)
+        read = OmegaConf.load(path)
+        if not OmegaConf.is_dict(read):
+            raise UserError(
+                f"{path}: sections with fields are wanted, not a {type(OmegaConf.to_object(read)).__name__}"
+            )
     except YAMLError as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    try:
+        named = {"run": {"preset": path.stem}}
+        given = OmegaConf.from_dotlist(list(overrides))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), named, read, given))
+    except YAMLError as error:
+        raise UserError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{getattr(error, 'full_key', None) or path}: {str(error).splitlines()[0]}") from error
 

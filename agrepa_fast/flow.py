@@ -11,11 +11,9 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from .config import FlowConfig
-from .kernels import philox_normal, philox_uniform
-from .kernels._rows import valid_frames
+from .kernels import philox_normal, philox_uniform, valid_frames
 from .models.conditioning import Condition
 
 
@@ -80,6 +78,8 @@ def sample(
     Guidance v_u + guidance (v_c - v_u) needs both branches; they run in one batch. The null branch drops the tokens and
     keeps the reference, as the release does.
     """
+    from tqdm import tqdm
+
     clips = condition.lengths.shape[0]
     shape = condition.reference.shape
     x = flow.sigma * philox_normal(keys, shape[1] * shape[2]).view(shape)

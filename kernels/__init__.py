@@ -6,6 +6,7 @@ under any other name this file defines nothing.
 
 if __name__ == "agrepa_fast.kernels":
     from ._backend import BACKENDS, active_backend
+    from ._rows import valid_frames
     from .ada_norm import ada_norm
     from .align_loss import align_loss
     from .flow_mix import flow_mix, philox_normal, philox_uniform
@@ -25,5 +26,6 @@ if __name__ == "agrepa_fast.kernels":
         "philox_normal",
         "philox_uniform",
         "qk_norm_rope",
+        "valid_frames",
         "velocity_change",
     ]

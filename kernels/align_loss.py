@@ -34,6 +34,8 @@ def align_loss_ref(
     mask: torch.Tensor,
     lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    # Not only the loss: 0 times a teacher that is not finite would reach the gradients.
+    teacher = torch.where(mask.view(-1, *[1] * (teacher.ndim - 1)), teacher, 0)
     distance = 1 - F.cosine_similarity(_heads(hidden, w1, b1, w2, b2), teacher.unsqueeze(0), dim=-1)
     if distance.ndim == 3:
         if lengths is None:

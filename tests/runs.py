@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from agrepa_fast.config import DataConfig
+from agrepa_fast.data.clips import NOT_FEATURES
 from agrepa_fast.data.shards import Sample, file_sha256, write_atomically, write_index, write_shard
 from agrepa_fast.data.tokens import Codebook, codebook_bytes
 
@@ -33,8 +34,9 @@ def write_small_shards(folder: Path) -> Path:
     them."""
     folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
-    content = {"schema": 1, "features": asdict(DataConfig(sample_rate=16000, n_mels=8, f_max=8000.0, codebook=CODES))}
-    content |= {"domains": {}, "shards": []}
+    settings = asdict(DataConfig(sample_rate=16000, n_mels=8, f_max=8000.0, codebook=CODES))
+    features = {name: value for name, value in settings.items() if name not in NOT_FEATURES}
+    content = {"schema": 1, "features": features, "domains": {}, "shards": []}
     for number, (domain, dim) in enumerate(TEACHER_DIMS.items()):
         train = [_sample(draw, domain, dim, number * CODES, i) for i in range(22)]
         val = [_sample(draw, domain, dim, number * CODES, 100 + i) for i in range(5)]
@@ -58,6 +60,7 @@ def write_small_shards(folder: Path) -> Path:
             },
             "teacher": {
                 "name": f"teacher_{domain}",
+                "spec": DataConfig().speech_teacher,
                 "dim": dim,
                 "mean": np.mean([s.teacher.astype(np.float32) for s in train], axis=0).tolist(),
             },

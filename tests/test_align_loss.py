@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn as nn
+
 from agrepa_fast.kernels import align_loss
 
 K, N, T, D, H, E = 2, 5, 4, 6, 7, 3
@@ -41,6 +42,7 @@ def test_masked_rows_give_exact_zeros_and_no_gradient_even_with_a_teacher_that_i
     stacked = [s.detach().requires_grad_() for s in stacked]
     hidden = torch.randn(K, N, D, requires_grad=True)
     teacher = torch.randn(N, E)
+    teacher[1], teacher[3] = float("nan"), float("inf")
     mask = torch.tensor([True, False, True, False, True])
     loss = align_loss(hidden, *stacked, teacher, torch.ones(K), mask)
     assert torch.equal(loss[~mask], torch.zeros(2))

@@ -40,6 +40,11 @@ def test_overrides_are_typed():
         ("probe.times=[0.0]", "between 0 and 1"),
         ("probe.warmup_steps=400", "leaves no step to align"),
         ("data.f_max=12000.0", "at most half"),
+        ("train.betas=[0.9,1.5]", "two in [0, 1)"),
+        ("train.weight_decay=-1", "must not be negative"),
+        ("align.lr=0", "must be positive"),
+        ("model.dim=0", "at least 1"),
+        ("train.betas=[0.9", "train.betas"),
         ("data.win_length=2048", "data.n_fft=1024"),
         ("data.hop_length=0", "at least 1"),
         ("flow.sigma=0", "must be positive"),
@@ -55,6 +60,12 @@ def test_bad_values_get_one_line_that_names_them(override, message):
 def test_unknown_preset_suggests_the_nearest():
     with pytest.raises(UserError, match="did you mean 'demo'"):
         load_config("dmo")
+
+
+def test_a_preset_that_is_a_list(tmp_path):
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match="sections with fields"):
+        load_config(tmp_path / "list.yaml")
 
 
 def test_a_config_cannot_run_code(tmp_path):

@@ -75,8 +75,8 @@ class FogaScores:
         return scores.std(1) / scores.shape[1] ** 0.5
 
     def floor_of(self, domain: str) -> float:
-        """Largest change of any clip of the domain without an ablation."""
-        return float(self.floor[self.domain == DOMAINS.index(domain)].max())
+        """Mean change over the domain's clips without an ablation."""
+        return float(self.floor[self.domain == DOMAINS.index(domain)].mean())
 
     def evidence(self) -> dict[str, dict]:
         """Per domain what a choice of layers rests on, as plain numbers: mean and stderr per layer, floor, clips,

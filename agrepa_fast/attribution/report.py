@@ -58,7 +58,8 @@ def print_table(evidence: dict[str, dict], selection: LayerSelection | None) -> 
     title = ", ".join(
         f"{name}: {measured['clips']} clips, floor {measured['floor']:.1e}" for name, measured in evidence.items()
     )
-    table = Table(title=f"FoG-A ({title})")
+    recipe = next(iter(evidence.values()))["recipe"]
+    table = Table(title=f"FoG-A, {recipe} recipe ({title})")
     table.add_column("layer")
     for domain in domains:
         table.add_column(domain, justify="right")
@@ -105,8 +106,9 @@ def plot_attribution(evidence: dict[str, dict], selection: LayerSelection | None
         axes.set_ylabel("relative velocity change")
         axes.set_ylim(0, 1.18 * float((mean + stderr).max()) + 1e-12)
         step = "" if measured["step"] is None else f" at step {measured['step']}"
+        recipe = "" if measured["recipe"] == "corrected" else f" ({measured['recipe']} recipe)"
         axes.set_title(
-            f"{domain}: FoG-A{step}, {measured['clips']} clips ± standard error; filled = aligned", fontsize=10
+            f"{domain}: FoG-A{recipe}{step}, {measured['clips']} clips ± standard error; filled = aligned", fontsize=10
         )
     panels[-1].set_xticks(layers, [f"L{layer}" for layer in layers])
     panels[-1].set_xlabel("layer")

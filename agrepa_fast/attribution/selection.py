@@ -11,7 +11,7 @@ import torch
 from ..config import WEIGHTINGS, AlignConfig, UserError, nearest
 from .foga import FogaScores
 
-ABOVE_FLOOR = 10.0  # a layer counts as measured when its score clears this multiple of the floor by two standard errors
+ABOVE_FLOOR = 3.0  # a layer counts as measured when its score clears this multiple of the floor by two standard errors
 
 
 class NotRankableError(ValueError):

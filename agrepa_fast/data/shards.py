@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..config import DOMAINS, UserError
+from ..config import DOMAINS, DataConfig, UserError
 from .tokens import read_code_mels
 
 SCHEMA = 1
@@ -147,12 +147,30 @@ def load_index(folder: Path, verify: bool = True) -> Index:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         schema = content["schema"]
+        if missing := {"features", "domains", "shards"} - content.keys():
+            raise KeyError(f"no {', '.join(sorted(missing))}")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): {_remedy(folder)}") from error
     if schema != SCHEMA:
         raise UserError(f"{path} has schema version {schema}, this release reads {SCHEMA}: {_remedy(folder)}")
     _verify_files(folder, content, verify)
     return Index(folder, content)
+
+
+def matching_index(data: DataConfig, verify: bool = True) -> Index:
+    """The index of data.path. Raises UserError, too, when its features were made with other settings than `data`'s."""
+    index = load_index(Path(data.path), verify)
+    settings = [(name, there, getattr(data, name)) for name, there in index.features.items()]
+    for domain in index.domains:
+        name = f"{domain}_teacher"
+        settings.append((name, index.content["domains"][domain]["teacher"]["spec"], getattr(data, name)))
+    for name, there, here in settings:
+        if there != here:
+            raise UserError(
+                f"{index.folder} was prepared with data.{name}={there}, the run has {here}: set data.{name}={there}, "
+                "or prepare the recordings again"
+            )
+    return index
 
 
 def _remedy(folder: Path) -> str:

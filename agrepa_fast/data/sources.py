@@ -192,6 +192,7 @@ def folder_recordings(path: Path, domain: str) -> list[Recording]:
     for folder, folders, files in os.walk(path):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         audio = [f for f in sorted(files) if Path(f).suffix.lower() in SOUNDFILE_SUFFIXES and not f.startswith(".")]
+        audio = [f for f in audio if Path(folder, f).exists()]  # not links to nowhere
         lines = _folder_transcripts(Path(folder), files) if audio else {}
         recordings += [_file_recording(path, Path(folder, file), domain, lines) for file in audio]
     if not recordings:

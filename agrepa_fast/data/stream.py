@@ -165,4 +165,5 @@ def train_batches(
 ) -> Iterator[Batch]:
     """This rank's micro-batches in order, from optimizer step `step` on, without end."""
     batches = _RankBatches(index, data, seed, center, layout, step)
-    return iter(DataLoader(batches, batch_size=None, num_workers=data.workers))
+    # A generator of its own: DataLoader would draw from the one whose state a resumed run has restored for dropout.
+    return iter(DataLoader(batches, batch_size=None, num_workers=data.workers, generator=torch.Generator()))
