@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     if rest:  # overrides after an option
         args.overrides += rest
     try:
+        _check_backend()
         args.command(args)
     except UserError as error:
         print(f"agrepa {args.name}: {error}", file=sys.stderr)
@@ -29,6 +30,15 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"agrepa {args.name}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _check_backend() -> None:
+    from .kernels import active_backend
+
+    try:
+        active_backend()
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     folder.add_argument("--domain", required=True, choices=DOMAINS)
     for kind in (demo, folder):
         kind.add_argument("--preset", default="demo", help="whose features to compute (default: demo)")
-        kind.add_argument("--out", type=Path, help="folder of the shards (default: the preset's data.path)")
+        required = kind is folder  # a default would put anybody's recordings where the demo's belong
+        kind.add_argument("--out", type=Path, required=required, help="folder of the shards (demo: data.path)")
         kind.add_argument("overrides", nargs="*", metavar="data.field=value")
         kind.set_defaults(command=_prepare)
 
@@ -52,19 +63,23 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--recipe", default="corrected", choices=("corrected", "official"))
     probe.set_defaults(command=_probe)
     sample = commands.add_parser("sample", help="sample validation clips and write wavs")
-    sample.add_argument("--clips", type=int, default=2, help="clips per domain (default: 2)")
+    sample.add_argument("--clips", type=_positive, default=2, help="clips per domain (default: 2)")
     sample.set_defaults(command=_sample)
     for command in (probe, sample):
         command.add_argument("checkpoint", type=Path, help="runs/<run>, or one of its checkpoints")
         command.add_argument("--live", action="store_true", help="the live weights instead of their moving average")
-        command.add_argument(
-            "--out", type=Path, help=f"where to write (default: <checkpoint>/{command.prog.split()[-1]})"
-        )
+        command.add_argument("--out", type=Path, help="where to write (default: beside the checkpoints of the run)")
         command.add_argument("overrides", nargs="*", metavar="section.field=value")
 
     doctor = commands.add_parser("doctor", help="what is installed, which backend would run, what is missing")
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
 
 
 def _prepare(args: argparse.Namespace) -> None:
@@ -82,7 +97,7 @@ def _load(args: argparse.Namespace) -> tuple:
     """Model, its configuration with overrides, the shards, and the checkpoint's folder."""
     import torch
 
-    from .data.shards import load_index
+    from .data.shards import matching_index
     from .training.checkpoint import load_model, resolve_checkpoint
 
     path = resolve_checkpoint(args.checkpoint)
@@ -91,18 +106,19 @@ def _load(args: argparse.Namespace) -> tuple:
     if config.model != saved.model:
         raise UserError("model.* is the checkpoint's: it cannot be overridden here")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device), config, load_index(Path(config.data.path)), path, device
+    return model.to(device), config, matching_index(config.data), path, device
 
 
 def _probe(args: argparse.Namespace) -> None:
     from .attribution.report import append_csv, plot_attribution, print_table
     from .attribution.selection import NotRankableError, select_layers
+    from .training.checkpoint import step_of
     from .training.measure import FixedClips, probe
 
     model, config, index, path, device = _load(args)
     clips = FixedClips(index, "train", config.probe.clips, config.probe.chunk, device)
-    scores = probe(model, clips, config, recipe=args.recipe, progress=True)
-    out = args.out or path / "probe"
+    scores = probe(model, clips, config, step_of(path), recipe=args.recipe, progress=True)
+    out = args.out or _beside(path, "probe")
     out.mkdir(parents=True, exist_ok=True)
     try:
         selection = select_layers(scores, config.align.k, config.align.weighting)
@@ -110,7 +126,7 @@ def _probe(args: argparse.Namespace) -> None:
     except NotRankableError as refusal:
         selection = None
         print(f"no ranking: {refusal}")
-    append_csv(out / "attribution.csv", scores, 0)
+    append_csv(out / "attribution.csv", scores, scores.step)
     plot_attribution(scores.evidence(), selection, out / "attribution.png")
     print_table(scores.evidence(), selection)
     print(f"wrote {out}/attribution.csv and attribution.png")
@@ -122,10 +138,16 @@ def _sample(args: argparse.Namespace) -> None:
 
     model, config, index, path, device = _load(args)
     vocoder = load_vocoder(config.eval.vocoder, config.data, "cpu")
-    out = args.out or path / "sample"
+    out = args.out or _beside(path, "sample")
     batch, sampled = sample_clips(model, index, config, args.clips, device, progress=True)
     names = write_samples(batch, sampled, index, vocoder, out, out / "mel.png")
     print(f"wrote {len(names)} wavs and mel.png to {out} (vocoder: {vocoder.name})")
+
+
+def _beside(checkpoint: Path, what: str) -> Path:
+    """runs/<run>/<what>-<tag>: not in the checkpoint's own folder, which the run may rotate away."""
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    return run / f"{what}-{checkpoint.name}"
 
 
 def _doctor(args: argparse.Namespace) -> None:

@@ -15,7 +15,6 @@ REQUIRED = ("torch", "torchaudio", "deepspeed", "webdataset", "transformers", "o
 REQUIRED += ("scipy", "soundfile", "av", "matplotlib", "tensorboard", "tqdm", "rich")
 OPTIONAL = {
     "triton": "comes with torch on CUDA machines",
-    "flash-attn": "pip install flash-attn --no-build-isolation; torch's SDPA runs without it",
     "vocos": "pip install vocos, for 24 kHz / 100-mel presets; HiFi-GAN or Griffin-Lim runs without it",
 }
 
@@ -47,8 +46,7 @@ def report() -> None:
     }.items():
         found = shutil.which(command)
         table.add_row(f"command {command}", found or "not found", "" if found else advice)
-    if "torch" not in missing:
-        table.add_row("device", *_device())
+    table.add_row("device", *_device())
     table.add_row("kernels backend", f"{active_backend()} (this version has: {', '.join(BACKENDS)})", "")
     cache = cache_dir()
     for name in sorted(path.name for kind in ("apt", "pip") for path in (cache / kind).glob("*")):

@@ -22,13 +22,14 @@ import torch.distributed as dist
 
 from agrepa_fast.attribution.selection import unmeasured_selection
 from agrepa_fast.config import Config, UserError, load_config, save_config
-from agrepa_fast.data.shards import Index, load_index
+from agrepa_fast.data.shards import Index, matching_index
 from agrepa_fast.data.stream import BatchLayout, train_batches
+from agrepa_fast.data.vocoder import load_vocoder
 from agrepa_fast.models.dit import AudioDiT
 from agrepa_fast.training.aligner import Aligner
 from agrepa_fast.training.checkpoint import Checkpoints, find_checkpoint
 from agrepa_fast.training.ema import Ema
-from agrepa_fast.training.engine import build_engine, find_ds_config, resolve_ds_config, start_ranks
+from agrepa_fast.training.engine import LocalError, agree, build_engine, find_ds_config, resolve_ds_config, start_ranks
 from agrepa_fast.training.measure import FixedClips
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
@@ -57,7 +58,8 @@ def choose_config(args: argparse.Namespace) -> Config:
     if given:
         run = Path(given[-1])
     else:
-        runs = sorted(Path("runs").glob(f"{args.preset}-*/config.yaml"), key=lambda path: path.stat().st_mtime)
+        name = Path(args.preset).stem
+        runs = sorted(Path("runs").glob(f"{name}-*/config.yaml"), key=lambda path: path.stat().st_mtime)
         if not runs:
             raise UserError(
                 f"--resume {args.resume}: no run of preset {args.preset!r} in runs/; name it with run.dir=…"
@@ -69,21 +71,20 @@ def choose_config(args: argparse.Namespace) -> Config:
     return load_config(run / "config.yaml", [*args.overrides, f"run.dir={run}"])
 
 
-def prepared_index(config: Config, rank: int) -> Index:
-    """The shards of the run; the demo preset's are made when they are missing."""
-    if config.run.preset == "demo" and rank == 0 and not (Path(config.data.path) / "index.json").is_file():
-        from agrepa_fast.data.prepare import prepare_demo
+def prepared_index(config: Config) -> Index:
+    """The shards of the run. The demo preset's own are made when they are missing; rank 0's refusal is everybody's."""
+    path = Path(config.data.path)
 
-        prepare_demo(config, Path(config.data.path))
-    dist.barrier()
-    index = load_index(Path(config.data.path), verify=rank == 0)
-    for name in ("sample_rate", "hop_length", "n_mels", "f_max"):
-        if index.features[name] != getattr(config.data, name):
-            raise UserError(
-                f"{index.folder}: its shards have {name}={index.features[name]}, the run wants "
-                f"data.{name}={getattr(config.data, name)}: prepare them again, or override it"
-            )
-    return index
+    def prepare_and_verify() -> None:
+        is_demo = config.run.preset == "demo" and config.data.path == load_config("demo").data.path
+        if is_demo and not (path / "index.json").is_file():
+            from agrepa_fast.data.prepare import prepare_demo
+
+            prepare_demo(config, path)
+        matching_index(config.data)
+
+    agree(prepare_and_verify)
+    return matching_index(config.data, verify=False)
 
 
 def fit_to_shards(config: Config, index: Index) -> Config:
@@ -126,10 +127,17 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     layout = BatchLayout(config.train.batch_clips, config.train.accumulation, rank, world)
     ds_config = resolve_ds_config(ds_values, config.train, layout, device)
-    index = prepared_index(config, rank)
+    index = prepared_index(config)
     config = fit_to_shards(config, index)
     probe_clips = FixedClips(index, "train", config.probe.clips, config.probe.chunk, device, rank, world)
     val_clips = FixedClips(index, "val", config.eval.clips, config.probe.chunk, device, rank, world)
+    vocoder = None
+
+    def get_vocoder() -> None:  # before the first step: it may have to be fetched, and may not be had
+        nonlocal vocoder
+        vocoder = load_vocoder(config.eval.vocoder, config.data, "cpu")
+
+    agree(get_vocoder)
     folder = run_folder(config, resume is not None, rank)
     prepared = time.perf_counter()
 
@@ -161,16 +169,17 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
         done = step + 1
         if metrics.bar is not None:
             metrics.bar.update()
-        if done % config.train.log_every == 0 or done == steps:
+        saves = done % config.train.save_every == 0 or done == steps
+        if done % config.train.log_every == 0 or saves:
             metrics.flush(done, lr=engine.get_lr()[0])
         if done % config.train.val_every == 0 or done == steps:
             run.validate(val_clips, done)
         run.choose_layers(probe_clips, done)
-        if done % config.train.save_every == 0 or done == steps:
+        if saves:
             with run.timed("checkpoint"):
                 checkpoints.save(engine, ema, aligner, done, config)
     run.seconds["train"] = time.perf_counter() - loop_start - (sum(run.seconds.values()) - aside)
-    finish(run, probe_clips, val_clips, started)
+    finish(run, probe_clips, val_clips, vocoder, started)
     metrics.close()
 
 
@@ -180,8 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         config = choose_config(args)
         train(config, find_ds_config(args.ds_config), args.resume)
     except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank == 0 or dist.is_initialized():
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):
             print(f"agrepa train: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

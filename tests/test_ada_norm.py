@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from agrepa_fast.kernels import ada_norm
 
 # (N, C, T, D): rows over fewer conditions, one token, D not a power of two

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from agrepa_fast.kernels import flow_mix, philox_normal, philox_uniform
 from agrepa_fast.kernels.flow_mix import _philox
 

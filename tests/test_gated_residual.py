@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from agrepa_fast.kernels import ada_norm, gated_residual
 
 

@@ -25,8 +25,18 @@ print([name for name in vars(kernels) if not name.startswith("_")])
 
 
 def test_import_needs_torch_alone():
-    """`import agrepa_fast` must not pull in what only some commands need."""
-    heavy = ["omegaconf", "deepspeed", "transformers", "webdataset", "torchaudio", "matplotlib", "soundfile", "scipy"]
+    """`import agrepa_fast` must not pull in what only some commands need (torch itself imports tqdm where it is)."""
+    heavy = [
+        "omegaconf",
+        "deepspeed",
+        "transformers",
+        "webdataset",
+        "torchaudio",
+        "matplotlib",
+        "soundfile",
+        "scipy",
+        "yaml",
+    ]
     done = python(f"import sys, agrepa_fast; print([m for m in {heavy} if m in sys.modules])", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

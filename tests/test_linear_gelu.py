@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from agrepa_fast.kernels import linear_gelu
 
 FORMS = {

@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
-from agrepa_fast.kernels import qk_norm_rope
 
+from agrepa_fast.kernels import qk_norm_rope
 from agrepa_fast.models.conditioning import rotary_tables
 
 

@@ -2,13 +2,14 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from .runs import ROOT, metrics, run_training, write_small_shards
+from .runs import ROOT, metrics, run_training, start_training, write_small_shards
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +42,17 @@ def assert_same_curve(run: Path, other: Path, first_step: int = 0, tolerance: fl
         for name in a[step].keys() & b[step].keys():
             if "loss" in name:
                 assert a[step][name] == pytest.approx(b[step][name], abs=tolerance), (step, name)
+        assert a[step].keys() - {"train/grad_norm"} == b[step].keys() - {"train/grad_norm"}
+    averaged = [json.loads((r / "summary.json").read_text())["val/flow_loss"]["ema"] for r in (run, other)]
+    assert averaged[0] == pytest.approx(averaged[1], abs=tolerance)
+    for left, right in zip(*(attribution(r) for r in (run, other)), strict=True):
+        assert left[:4] == right[:4]
+        assert left[4] == pytest.approx(right[4], abs=tolerance)
+
+
+def attribution(run: Path) -> list[tuple]:
+    with (run / "attribution.csv").open() as file:
+        return [(r["step"], r["domain"], r["layer"], r["t"], float(r["score"])) for r in csv.DictReader(file)]
 
 
 def test_baseline_aligns_after_the_warm_up_and_shows_its_work(baseline):
@@ -76,30 +88,97 @@ def test_baseline_aligns_after_the_warm_up_and_shows_its_work(baseline):
         (2, 2, ()),
         (3, 2, ()),
         (2, 2, ("train.accumulation=2",)),
+        (3, 2, ("train.accumulation=4",)),  # one clip at a time: a rank has one domain, the other is absent
         (2, 1, ("data.workers=2",)),
     ],
 )
 def test_every_stage_and_rank_count_gives_the_same_curve(stage, ranks, extra, preset, baseline, ds_configs, tmp_path):
-    """At 2 ranks and 4 accumulated clips some micro-batches lack a domain."""
     args = ("--ds_config", ds_configs[stage], "--preset", str(preset), f"run.dir={tmp_path}/run", *extra)
     run_training(ranks, *args, cwd=tmp_path)
     assert_same_curve(baseline, tmp_path / "run")
     assert (tmp_path / "run" / "selection.json").is_file()
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (2, 2), (3, 2)])
-@pytest.mark.parametrize("stop", [1, 3], ids=["in the warm-up", "after the choice"])
-def test_resume_equals_the_uninterrupted_run(stage, ranks, stop, preset, baseline, ds_configs, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "ranks", "stop", "extra"),
+    [
+        (0, 1, 1, ()),  # in the warm-up
+        (2, 2, 1, ()),
+        (2, 2, 3, ()),  # after the choice
+        (3, 2, 3, ()),
+        (2, 1, 3, ("model.dropout=0.2",)),  # the state of the random generator comes back, too
+    ],
+)
+def test_resume_equals_the_uninterrupted_run(stage, ranks, stop, extra, preset, baseline, ds_configs, tmp_path):
     args = ("--ds_config", ds_configs[stage], f"run.dir={tmp_path}/run")
-    first = ("--preset", str(preset), f"train.save_every={stop}", "train.keep=9")
+    first = ("--preset", str(preset), f"train.save_every={stop}", "train.keep=9", *extra)
     run_training(ranks, *args, *first, cwd=tmp_path)
     uninterrupted = metrics(tmp_path / "run")
+    ema_loss = json.loads((tmp_path / "run" / "summary.json").read_text())["val/flow_loss"]["ema"]
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "train/lo')  # what a kill leaves
     run_training(ranks, *args, "--resume", f"step{stop:08d}", cwd=tmp_path)
     resumed = metrics(tmp_path / "run")
     assert resumed.keys() == uninterrupted.keys()
     for step in resumed:
         assert resumed[step] == pytest.approx(uninterrupted[step], abs=1e-6), step
-    assert_same_curve(baseline, tmp_path / "run")
+    resumed_summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert resumed_summary["val/flow_loss"]["ema"] == pytest.approx(ema_loss, abs=1e-6)
+    if not extra:
+        assert_same_curve(baseline, tmp_path / "run")
+
+
+def test_a_fault_that_rank_0_finds_stops_every_rank_with_one_line(preset, tmp_path):
+    shards = tmp_path / "shards"
+    shutil.copytree(preset.parent, shards)
+    victim = shards / "train-audio-0001.tar"
+    damaged = bytearray(victim.read_bytes())
+    damaged[3000] ^= 1
+    victim.write_bytes(damaged)
+    processes = start_training(2, "--preset", str(preset), f"data.path={shards}", cwd=tmp_path)
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert "train-audio-0001.tar has SHA-256" in outputs[0]
+    assert "Traceback" not in "".join(outputs)
+    assert "agrepa train:" not in outputs[1]
+
+
+def test_an_interrupted_save_loses_nothing(preset, tmp_path):
+    """A folder without its marker is removed, tags are never written twice, and old checkpoints are rotated away."""
+    args = ("--preset", str(preset), "run.dir=run", "align.strategy=random", "train.save_every=2")
+    run_training(1, *args, "train.steps=4", cwd=tmp_path)
+    folder = tmp_path / "run" / "checkpoints"
+    assert {path.name for path in folder.glob("step*")} == {"step00000002", "step00000004"}
+    (folder / "step00000004" / "checkpoint.json").unlink()
+    (folder / "latest").write_text("step00000002")  # the order of a save: the marker, then `latest`
+    run_training(1, "--resume", "latest", "run.dir=run", "train.save_every=3", cwd=tmp_path)
+    assert {path.name for path in folder.glob("step*")} == {"step00000003", "step00000004"}
+    assert (folder / "latest").read_text() == "step00000004"
+    run_training(1, "--resume", "step00000003", "run.dir=run", cwd=tmp_path)
+    assert {path.name for path in folder.glob("step*")} == {"step00000004", "step00000004-2"}
+    assert (folder / "latest").read_text() == "step00000004-2"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layers"), [("none", {}), ("fixed:2,4", {"speech": [2, 4], "audio": [2, 4]}), ("shallow", None)]
+)
+def test_other_strategies_align_from_the_start_and_are_measured_at_the_end(strategy, layers, preset, tmp_path):
+    run_training(1, "--preset", str(preset), "run.dir=run", f"align.strategy={strategy}", "train.steps=3", cwd=tmp_path)
+    run = tmp_path / "run"
+    chosen = json.loads((run / "selection.json").read_text())
+    assert chosen["layers"] == ({"speech": [1, 2], "audio": [1, 2]} if layers is None else layers)
+    assert [metrics(run)[step]["train/align_loss"] > 0 for step in (1, 3)] == [strategy != "none"] * 2
+    assert {row[0] for row in attribution(run)} == {"3"}
+    assert (run / "plots" / "attribution.png").is_file()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(preset, tmp_path):
+    args = ("--preset", str(preset), "run.dir=run", "train.lr=1e30", "train.warmup_steps=0", "train.save_every=1")
+    output = run_training(1, *args, "train.log_every=5", cwd=tmp_path, wanted=2)
+    assert "lower train.lr" in output
+    assert "Traceback" not in output
+    for path in (tmp_path / "run" / "checkpoints").glob("step*"):
+        assert int(path.name[4:]) < 3
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -134,12 +213,14 @@ class TestRefusals:
         run = ("run.dir=run", "train.steps=3", "align.strategy=none")
         run_training(1, "--preset", str(preset), *run, cwd=tmp_path)
         line = self.refused(preset, tmp_path, "run.dir=run", "--resume", "latest", "model.depth=5", "train.steps=9")
-        assert "another architecture, model.depth is 4" in line  # and the run is as it was:
+        assert "another architecture: model.depth is 4" in line  # and the run is as it was:
         assert "saved with ZeRO stage 2, this run has 1" in self.refused(
             preset, tmp_path, "run.dir=run", "--resume", "latest", "--ds_config", "zero1.json"
         )
         line = self.refused(preset, tmp_path, "run.dir=run", "--resume", "latest", "train.batch_clips=4")
-        assert "another order of clips, train.batch_clips is 8" in line
+        assert "train.batch_clips is 8 there and 4" in line
+        line = self.refused(preset, tmp_path, "run.dir=run", "--resume", "latest", "align.strategy=shallow")
+        assert "align.strategy is none there" in line
         assert "no checkpoint 'step7'" in self.refused(preset, tmp_path, "run.dir=run", "--resume", "step7")
 
     @pytest.mark.parametrize(
@@ -151,12 +232,16 @@ class TestRefusals:
             ('{"bf16": {"enabled": true}}', "contradicts fp32 on cpu"),
             ('{"fp16": {"enabled": true}}', "bf16 or fp32"),
             ('{"optimizer": {"type": "Adam"}}', "remove it"),
+            ('{"bf16": true}', "an object is wanted"),
+            ('{"zero_optimization": {"stage": 9}}', "stage 9 is unknown"),
+            ('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}', "DeepSpeed refuses"),
         ],
     )
     def test_a_ds_config_that_is_wrong(self, ds_config, message, preset, tmp_path):
         (tmp_path / "ds.json").write_text(ds_config)
         assert message in self.refused(preset, tmp_path, "--ds_config", "ds.json")
-        assert {path.name for path in tmp_path.iterdir()} == {"ds.json"}
+        assert {path.name for path in tmp_path.iterdir()} <= {"ds.json", "runs"}
+        assert not list(tmp_path.glob("runs/*/config.yaml"))
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -168,6 +253,9 @@ class TestRefusals:
             (("model.vocab=99",), "model.vocab=99"),
             (("--resume", "latest", "run.dir=nowhere"), "holds no run"),
             (("data.hop_length=300",), "hop_length=256"),
+            (("data.audio_teacher=package:whisper-base",), "prepared with data.audio_teacher=openai/whisper-large-v3"),
+            (("eval.vocoder=package:hifigan",), "eval.vocoder"),
+            (("eval.vocoder=grifin-lim",), "did you mean 'griffin-lim'"),
         ],
     )
     def test_a_setting_that_is_wrong(self, arguments, message, preset, tmp_path):

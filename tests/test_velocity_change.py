@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from agrepa_fast.kernels import velocity_change
 
 

@@ -1,1 +1,1 @@
-"""Teacher alignment of selected layers: heads, loss, schedule."""
+"""Teacher alignment of selected layers: heads and loss."""

@@ -1,5 +1,7 @@
 """Alignment beside the sharded engine: the current selection, its heads, and their own AdamW."""
 
+from dataclasses import asdict
+
 import torch
 import torch.distributed as dist
 
@@ -66,11 +68,9 @@ class Aligner:
         self.optimizer.zero_grad()
 
     def state_dict(self) -> dict:
-        """Selection, heads and optimizer, all on the CPU; the same on every rank, so it loads on any number of them."""
+        """Selection, heads and optimizer; the same on every rank, so it loads on any number of them."""
         if self.selection is None:
             return {}
-        from dataclasses import asdict
-
         state = {"selection": asdict(self.selection)}
         if self.heads is not None:
             state |= {"heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict()}

@@ -15,17 +15,21 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from ..config import Config, UserError, load_config, save_config
+from ..data.shards import INDEX, file_sha256
 from ..models.dit import AudioDiT
 from .aligner import Aligner
 from .ema import Ema
 from .engine import full_weights
 
 MARKER = "checkpoint.json"
-_ORDER_OF_CLIPS = (
-    ("run", "seed"),
-    ("train", "batch_clips"),
-    ("data", "speech_share"),
-)  # a step's clips follow from these
+_MAY_CHANGE = {  # on a resume; so may eval.*
+    *("run.dir", "data.path", "data.workers", "probe.chunk", "train.steps", "train.accumulation"),
+    *("train.save_every", "train.val_every", "train.log_every", "train.keep"),
+}
+
+
+def _fields(config: Config) -> list[tuple[str, str]]:
+    return [(section.name, field.name) for section in fields(config) for field in fields(getattr(config, section.name))]
 
 
 @dataclass
@@ -63,7 +67,7 @@ class Checkpoints:
                 aligner.selection.save(path / "selection.json")
         dist.barrier()
         if self.rank == 0:
-            facts = {"step": step, "ranks": self.world, "ZeRO stage": engine.zero_optimization_stage()}
+            facts = {"step": step, **self._facts(engine, config)}
             _write(path / MARKER, json.dumps(facts))
             _write(self.folder / "latest", tag)
             self._rotate()
@@ -73,15 +77,16 @@ class Checkpoints:
     def load(self, path: Path, engine, ema: Ema, aligner: Aligner, config: Config) -> int:
         """Continue from a checkpoint of this run; returns its step. Raises UserError when it does not fit this run."""
         saved = load_config(path / "config.yaml")
-        for section, name in (*(("model", field.name) for field in fields(config.model)), *_ORDER_OF_CLIPS):
+        for section, name in _fields(config):
             there, here = getattr(getattr(saved, section), name), getattr(getattr(config, section), name)
-            if there != here:
-                what = "another architecture" if section == "model" else "another order of clips"
+            if there != here and f"{section}.{name}" not in _MAY_CHANGE and section != "eval":
+                what = "another architecture: " if section == "model" else ""
                 raise UserError(
-                    f"{path}: {what}, {section}.{name} is {there} there and {here} in this run: leave it as it was"
+                    f"{path}: {what}{section}.{name} is {there} there and {here} in this run: leave it as it "
+                    "was, or start a new run"
                 )
         facts = json.loads((path / MARKER).read_text())
-        for name, here in (("ranks", self.world), ("ZeRO stage", engine.zero_optimization_stage())):
+        for name, here in self._facts(engine, config).items():
             if facts[name] != here:
                 raise UserError(
                     f"{path} was saved with {name} {facts[name]}, this run has {here}: resume it with {facts[name]}"
@@ -89,19 +94,23 @@ class Checkpoints:
         _, client = engine.load_checkpoint(str(self.folder), tag=path.name)
         state = load_file(path / f"rank{self.rank}.safetensors")
         ema.load_state_dict(state)
-        torch.set_rng_state(state["cpu_rng"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda_rng"])
         aligner.load_state_dict(client["aligner"])
+        torch.set_rng_state(state["cpu_rng"])  # last: making the heads draws from it
+        if torch.cuda.is_available() and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"])
         return client["step"]
+
+    def _facts(self, engine, config: Config) -> dict:
+        """What must be equal on a resume and is no setting."""
+        shards = file_sha256(Path(config.data.path) / INDEX)
+        return {"ranks": self.world, "ZeRO stage": engine.zero_optimization_stage(), "shards": shards}
 
     def _new_tag(self, step: int) -> str:
         tag, number = f"step{step:08d}", 1
         while (self.folder / tag).exists():
             number += 1
             tag = f"step{step:08d}-{number}"
-        if dist.get_world_size() > 1:
-            dist.barrier()  # nobody creates the folder before everybody has looked
+        dist.barrier()  # nobody creates the folder before everybody has looked
         return tag
 
     def _rotate(self) -> None:
@@ -134,6 +143,11 @@ def resolve_checkpoint(path: Path) -> Path:
     if not (path / "config.yaml").is_file() or not (path / MARKER).is_file():
         raise UserError(f"{path} is no checkpoint: give runs/<run>, or runs/<run>/checkpoints/<tag>")
     return path
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step of a checkpoint."""
+    return json.loads((path / MARKER).read_text())["step"]
 
 
 def load_model(path: Path, *, live: bool = False) -> tuple[AudioDiT, Config]:

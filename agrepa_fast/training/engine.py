@@ -5,6 +5,8 @@ import logging
 import math
 import os
 import socket
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from ..data.stream import BatchLayout
 from ..kernels import active_backend
 
 _NEVER = 2**62  # DeepSpeed's own progress lines: the run has a bar
+_PATIENCE = timedelta(hours=12)  # ranks wait while rank 0 prepares recordings; DeepSpeed's default is 10 minutes
 _OURS = {
     "optimizer": "AdamW is built from train.lr, train.betas and train.weight_decay",
     "scheduler": "the schedule is built from train.warmup_steps and train.final_lr",
@@ -45,8 +48,25 @@ def start_ranks() -> torch.device:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=_PATIENCE, verbose=False)
     return device
+
+
+class LocalError(UserError):
+    """A UserError that this rank alone ran into, while the others are fine."""
+
+
+def agree(action: Callable[[], object]) -> None:
+    """Run `action` on rank 0; when it raises UserError, every rank raises it."""
+    message = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except UserError as error:
+            message = [str(error)]
+    dist.broadcast_object_list(message)
+    if message[0] is not None:
+        raise UserError(message[0])
 
 
 def _free_port() -> str:
@@ -85,6 +105,14 @@ def resolve_ds_config(values: dict, train: TrainConfig, layout: BatchLayout, dev
     for section, reason in _OURS.items():
         if section in values:
             raise UserError(f'ds_config "{section}": remove it, {reason}')
+    for section in ("bf16", "fp16", "zero_optimization"):
+        if not isinstance(values.get(section, {}), dict):
+            raise UserError(
+                f'ds_config "{section}": an object is wanted, such as {{"enabled": true}} or {{"stage": 2}}'
+            )
+    stage = values.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f'ds_config "zero_optimization": stage {stage} is unknown: 0, 1, 2 or 3')
     bf16 = precision(train, device) == "bf16"
     if values.get("fp16", {}).get("enabled") is True:
         raise UserError('ds_config "fp16": this engine trains in bf16 or fp32; remove it and set train.precision')
@@ -123,6 +151,7 @@ def lr_factor(train: TrainConfig, step: int) -> float:
 def build_engine(model: nn.Module, config: Config, ds_config: dict):
     """The DeepSpeed engine around `model`, with AdamW and the schedule of the run. ds_config: resolved."""
     import deepspeed
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
     train = config.train
     # One parameter group: the optimizer state of any other is hard to reach under stages 1 and 2.
@@ -130,7 +159,12 @@ def build_engine(model: nn.Module, config: Config, ds_config: dict):
         model.parameters(), lr=train.lr, betas=tuple(train.betas), weight_decay=train.weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(train, step))
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
+        masters(engine)
+    except (AssertionError, AttributeError, ValueError, ZeRORuntimeException) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"DeepSpeed refuses this ds_config: {first}") from error
     return engine
 
 
@@ -163,15 +197,21 @@ def publish_masters(engine) -> None:
 
 
 def full_weights(engine) -> dict[str, torch.Tensor]:
-    """Name -> whole fp32 weight on the CPU, from the masters. Every rank must call it (the partitions are gathered)."""
+    """Name -> whole fp32 weight on the CPU, from the masters; on rank 0, nothing elsewhere. Every rank must call it,
+    since the partitions are gathered one after the other."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    names, parameters = zip(*engine.module.named_parameters(), strict=True)
-    if engine.zero_optimization_stage() == 0:
-        values = masters(engine)
-    else:
-        values = [safe_get_full_fp32_param(parameter) for parameter in parameters]
-    return {name: value.detach().cpu().clone().contiguous() for name, value in zip(names, values, strict=True)}
+    stage, whole = engine.zero_optimization_stage(), {}
+    for (name, parameter), value in zip(engine.module.named_parameters(), _whole(engine, stage), strict=True):
+        value = safe_get_full_fp32_param(parameter) if stage > 0 else value
+        if dist.get_rank() == 0:
+            whole[name] = value.detach().cpu().clone().contiguous()
+    return whole
+
+
+def _whole(engine, stage: int) -> list[torch.Tensor | None]:
+    """The masters where they are whole parameters, in the model's order."""
+    return masters(engine) if stage == 0 else [None] * len(list(engine.module.parameters()))
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Numbers of a run: metrics.jsonl and TensorBoard, a progress bar, and the picture of the losses."""
 
 import json
+import math
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..config import UserError
 from .engine import all_sum
 
 
@@ -51,6 +53,10 @@ class Metrics:
         values["train/clips_per_s"] = self._steps * self.batch_clips / seconds
         values |= {f"train/{name}": value for name, value in extra.items()}
         self.write(step, values)
+        if not math.isfinite(values["train/loss"]):  # the same number on every rank
+            raise UserError(
+                f"the loss is {values['train/loss']} at step {step}: lower train.lr; checkpoints are as they were"
+            )
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{values['train/loss']:.3f}", clips_s=f"{values['train/clips_per_s']:.0f}")
         self._sums, self._steps, self._clock = {}, 0, time.perf_counter()
@@ -91,8 +97,11 @@ class _Pause:
 def _drop_later_steps(path: Path, step: int) -> None:
     """A resumed run writes the steps after its checkpoint again."""
     if path.is_file():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept))
+        # A killed run may have left half a line at the end, without its newline.
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        temporary.replace(path)
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:

@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,15 +10,16 @@ from pathlib import Path
 import torch
 
 from ..attribution.foga import FogaScores
-from ..attribution.report import append_csv
+from ..attribution.report import append_csv, plot_attribution
 from ..attribution.selection import NotRankableError, select_layers
-from ..config import Config
+from ..config import Config, UserError
 from ..data.shards import Index
 from ..data.stream import Batch
 from ..flow import clip_keys, flow_loss, reference_prefix, training_draws
 from ..kernels import flow_mix
 from .aligner import Aligner
 from .ema import Ema
+from .engine import LocalError
 from .measure import FixedClips, probe, validation_loss
 from .metrics import Metrics
 
@@ -72,7 +74,7 @@ class Run:
         accumulation = self.config.train.accumulation
         sums: dict[str, torch.Tensor] = {}
         for _ in range(accumulation):
-            for name, value in self.micro_step(next(batches), step).items():
+            for name, value in self.micro_step(_next(batches), step).items():
                 sums[name] = sums.get(name, 0) + value / accumulation
         self.aligner.step(step)
         self.ema.update()
@@ -112,4 +114,15 @@ class Run:
             self.metrics.say(f"step {step}: FoG-A leads with {selection.describe()}")
             return
         self.aligner.select(selection)
+        if self.rank == 0:
+            selection.save(self.folder / "selection.json")
+            plot_attribution(selection.evidence, selection, self.folder / "plots" / "attribution.png")
         self.metrics.say(f"step {step}: aligned from here on: {selection.describe()}")
+
+
+def _next(batches: Iterator[Batch]) -> Batch:
+    """The next batch. A fault in the shards is this rank's alone; from a loader process it comes inside a traceback."""
+    try:
+        return next(batches)
+    except UserError as error:
+        raise LocalError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from error

@@ -8,7 +8,7 @@ import time
 import torch
 
 from ..attribution.report import plot_attribution
-from ..data.vocoder import load_vocoder
+from ..data.vocoder import Vocoder
 from ..kernels import active_backend
 from .engine import precision
 from .measure import FixedClips, validation_loss
@@ -17,8 +17,8 @@ from .run import Run
 from .samples import sample_clips, write_samples
 
 
-def finish(run: Run, probe_clips: FixedClips, val_clips: FixedClips, started: float) -> None:
-    """Plots, wavs and the summary. Every rank runs the model; rank 0 writes."""
+def finish(run: Run, probe_clips: FixedClips, val_clips: FixedClips, vocoder: Vocoder | None, started: float) -> None:
+    """Plots, wavs and the summary. Every rank runs the model; rank 0, which has the vocoder, writes."""
     config, folder, selection = run.config, run.folder, run.aligner.selection
     evidence = selection.evidence if selection else {}
     if not evidence:  # nothing was measured to choose: measure what the layers contribute now
@@ -33,7 +33,6 @@ def finish(run: Run, probe_clips: FixedClips, val_clips: FixedClips, started: fl
     if run.rank != 0:
         return
     with run.timed("samples"):
-        vocoder = load_vocoder(config.eval.vocoder, config.data, "cpu")
         wavs = write_samples(batch, sampled, run.index, vocoder, folder / "samples", folder / "plots" / "mel.png")
     plot_attribution(evidence, selection, folder / "plots" / "attribution.png")
     plot_loss(folder / "metrics.jsonl", folder / "plots" / "loss.png", selection.step if selection else None)
