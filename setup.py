@@ -24,6 +24,8 @@ setup(
         "transformers>=5,<6",
         "omegaconf>=2.3",
         "safetensors",
+        "filelock",
+        "pyyaml",
         "numpy",
         "scipy",
         "soundfile>=0.13",
@@ -34,7 +36,6 @@ setup(
         "rich",
     ],
     extras_require={
-        "flash": ["flash-attn"],
         "vocos": ["vocos>=0.1"],
         "test": ["pytest>=8", "ruff>=0.12", "vocos>=0.1"],
     },

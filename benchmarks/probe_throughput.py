@@ -13,13 +13,13 @@ from functools import partial
 
 import torch
 from _bench import time_interleaved, write_json
-from agrepa_fast.kernels import velocity_change
 from rich.console import Console
 from rich.table import Table
 
 from agrepa_fast import AudioDiT, Condition, count_block_forwards, multi_gate
 from agrepa_fast.attribution.gates import single_ablations
 from agrepa_fast.config import ModelConfig
+from agrepa_fast.kernels import velocity_change
 
 N_MELS, VOCAB = 80, 512
 

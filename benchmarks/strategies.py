@@ -4,11 +4,13 @@ stage.
 python benchmarks/strategies.py [--strategies none fixed:4 shallow foga] [--seeds 0] [--out FILE] [section.field=value
 ...]
 
-Runs go to runs/strategies/<strategy>-seed<seed> (a finished one is not run again).
+Runs go to runs/strategies/<strategy>-seed<seed>-<overrides>; a finished one is not run again, so remove the folder
+after a change of the code.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +22,11 @@ from rich.table import Table
 
 def run(strategy: str, seed: int, overrides: list[str]) -> dict:
     """The summary of one run of the demo preset, through the real launcher."""
-    folder = Path("runs/strategies") / f"{strategy.replace(':', '-').replace(',', '-')}-seed{seed}"
-    if not (folder / "summary.json").is_file():
+    name = "-".join([strategy, f"seed{seed}", *overrides])
+    folder = Path("runs/strategies") / re.sub(r"[^\w.-]", "-", name)
+    if folder.exists() and not (folder / "summary.json").is_file():
+        raise SystemExit(f"{folder} holds an unfinished run: remove it")
+    if not folder.exists():
         launcher = Path(sys.executable).with_name("deepspeed")
         settings = [f"align.strategy={strategy}", f"run.seed={seed}", f"run.dir={folder}", *overrides]
         subprocess.run([launcher, "agrepa_fast/train.py", "--ds_config", "zero2.json", *settings], check=True)
