@@ -23,6 +23,12 @@ def test_every_clip_once_an_epoch_in_another_order_each_time(index):
     assert [DomainSequence(index, "speech", seed=1)[i].key for i in range(22)] != epochs[0]
 
 
+def test_shards_come_in_another_order_each_epoch(index):
+    sequence = DomainSequence(index, "speech", seed=0)
+    orders = [tuple(dict.fromkeys(int(sequence[22 * e + i].key[-4:]) // 8 for i in range(22))) for e in range(6)]
+    assert len(set(orders)) > 1
+
+
 def test_a_position_is_found_without_what_comes_before(index):
     wanted = DomainSequence(index, "audio", seed=3)[57].key
     forwards = DomainSequence(index, "audio", seed=3)
