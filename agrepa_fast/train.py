@@ -181,6 +181,17 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     run.seconds["train"] = time.perf_counter() - loop_start - (sum(run.seconds.values()) - aside)
     finish(run, probe_clips, val_clips, vocoder, started)
     metrics.close()
+    dist.barrier()
+    dist.destroy_process_group()  # its threads, left to the interpreter's exit, now and then abort the process
+
+
+def _leave(code: int) -> None:
+    """Exit at once where other ranks may wait: a process group torn down at exit can abort and lose the exit code."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized():
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -190,11 +201,11 @@ def main(argv: list[str] | None = None) -> None:
         train(config, find_ds_config(args.ds_config), args.resume)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):
-            print(f"agrepa train: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+            print(f"agrepa train: {error}", file=sys.stderr)
+        _leave(2)
     except KeyboardInterrupt:
         print("agrepa train: interrupted; --resume latest goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        _leave(130)
 
 
 if __name__ == "__main__":
