@@ -37,7 +37,10 @@ def test_gradients():
     cos, sin = (table.double() for table in rotary_tables(3, 4, "cpu"))
     qkv = torch.randn(2, 3, 24, dtype=torch.float64, requires_grad=True)
     weights = [torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    call = lambda x, q, k: qk_norm_rope(x, 2, (cos, sin), q_weight=q, k_weight=k)  # noqa: E731
+
+    def call(x, q, k):
+        return qk_norm_rope(x, 2, (cos, sin), q_weight=q, k_weight=k)
+
     assert torch.autograd.gradcheck(call, (qkv, *weights))
 
 
