@@ -1,6 +1,6 @@
 """FoG-A of all layers: one forward a layer, stacked gates, and prefix-shared, on the same model and clips.
 
-python benchmarks/probe_throughput.py [--depths 12 24] [--dim 256] [--frames 200] [--clips 2] [--repeats 5] [--out FILE]
+python benchmarks/probe_throughput.py [--depths 12 24] [--dim 256] [--frames 200] [--clips 2] [--repeats 4] [--out FILE]
 
 sequential      one forward of the whole model and one for each layer without it: L + L(L-1) block forwards
 stacked         all L + 1 variants as one batch with a gate matrix: L(L+1)
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--frames", type=int, default=200)
     parser.add_argument("--clips", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--out", help="JSON file (default: benchmarks/results/probe_throughput_<device>.json)")
     args = parser.parse_args()
 
@@ -121,7 +121,7 @@ def main() -> None:
             spread = f"{r['p20_s']:.3f} to {r['p80_s']:.3f}"
             cells = (r["block_forwards"], f"{r['median_s']:.3f}", spread, f"{r['speed_up']:.2f}x")
             table.add_row(str(depth), name, *map(str, cells), f"{r['max_score_difference']:.1e}")
-    Console().print(table)
+    Console(width=110).print(table)
     print("wrote", write_json("probe_throughput", {"settings": vars(args), "results": results}, args.out))
 
 
