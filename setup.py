@@ -1,8 +1,41 @@
-"""Metadata, dependencies and the `agrepa` command. Needs neither torch nor a compiler to build."""
+"""Metadata, dependencies, the `agrepa` command and the CPU library of csrc/cpu. Needs neither torch nor nvcc; without
+a C++ compiler everything but that library is installed, and the operations run their references on CPUs."""
 
+import platform
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+X86 = platform.machine() in ("x86_64", "AMD64")
+# One object per operation and instruction set; Python picks at run time what the machine has (kernels/_native.py).
+ISAS = {"generic": []} | ({"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]} if X86 else {})
+
+
+class BuildCpuLibrary(build_ext):
+    """A plain shared library with a C ABI. OpenMP is not linked: the symbols are those of torch's own runtime, because
+    two runtimes in one process keep two thread pools, which fight for the cores."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"
+
+    def build_extension(self, extension: Extension) -> None:
+        objects = []
+        for isa, flags in ISAS.items():
+            objects += self.compiler.compile(
+                [source for source in extension.sources if not source.endswith("isa.cpp")],
+                output_dir=f"{self.build_temp}/{isa}",
+                macros=[("AGREPA_ISA", isa)],
+                depends=extension.depends,
+                extra_preargs=["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", *flags],
+            )
+        objects += self.compiler.compile(
+            [source for source in extension.sources if source.endswith("isa.cpp")],
+            output_dir=self.build_temp,
+            extra_preargs=["-std=c++17", "-O2", "-fPIC"],
+        )
+        self.compiler.link_shared_object(objects, self.get_ext_fullpath(extension.name), target_lang="c++")
+
 
 setup(
     name="agrepa_fast",
@@ -16,8 +49,18 @@ setup(
     packages=[*find_packages(include=["agrepa_fast", "agrepa_fast.*"]), "agrepa_fast.kernels"],
     package_dir={"agrepa_fast.kernels": "kernels"},
     package_data={"agrepa_fast": ["presets/*.yaml", "presets/*.json"]},
+    ext_modules=[
+        Extension(
+            "agrepa_fast.kernels._cpu",
+            sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
+            depends=sorted(map(str, Path("csrc/cpu").glob("*.h"))),
+            optional=True,  # no compiler: a warning, and the references run
+        )
+    ],
+    cmdclass={"build_ext": BuildCpuLibrary},
     install_requires=[
         "torch>=2.11,<2.14",
+        "triton>=3.6,<3.10; sys_platform == 'linux'",
         "torchaudio>=2.11",
         "deepspeed>=0.19.8,<0.20",
         "webdataset>=1.0.2,<2",

@@ -5,7 +5,7 @@ under any other name this file defines nothing.
 """
 
 if __name__ == "agrepa_fast.kernels":
-    from ._backend import BACKENDS, active_backend
+    from ._backend import BACKENDS, active_backend, force_backend
     from ._rows import valid_frames
     from .ada_norm import ada_norm
     from .align_loss import align_loss
@@ -21,6 +21,7 @@ if __name__ == "agrepa_fast.kernels":
         "ada_norm",
         "align_loss",
         "flow_mix",
+        "force_backend",
         "gated_residual",
         "linear_gelu",
         "philox_normal",

@@ -1,7 +1,12 @@
 """What several tests share: small models and batches, always with padding and an odd number of frames."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 
 from agrepa_fast.attribution.foga import ProbeBatch
 from agrepa_fast.config import ModelConfig

@@ -3,11 +3,39 @@ import torch
 
 from agrepa_fast.kernels import ada_norm
 
+from .accuracy import DEVICE, assert_as_accurate, assert_repeatable, fused_backends
+
 # (N, C, T, D): rows over fewer conditions, one token, D not a power of two
-SHAPES = [(6, 3, 5, 8), (2, 2, 1, 6), (4, 1, 3, 10)]
+SMALL = [(6, 3, 5, 8), (2, 2, 1, 6), (4, 1, 3, 10)]
+# one token; T past a chunk of 32 with D past a power of two; one row a tile; D below a vector
+SHAPES = [(2, 2, 1, 24), (4, 2, 37, 40), (2, 1, 5, 4100), (1, 1, 3, 3)]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+def inputs(n, c, t, d, dtype, per_frame):
+    torch.manual_seed(0)
+    modulation = torch.randn(*((c, t, 2 * d) if per_frame else (c, 2 * d)), device=DEVICE)
+    x = torch.randn(n, t, 2 * d, device=DEVICE) + 3  # a mean that matters; rows of a wider tensor
+    return {"x": x.to(dtype), "modulation": modulation.to(dtype)}, [torch.randn(n, t, d, device=DEVICE)]
+
+
+def call(x, modulation):
+    return ada_norm(x.chunk(2, dim=-1)[1], *modulation.chunk(2, dim=-1))  # .chunk() views, as in the model
+
+
+@pytest.mark.parametrize("backend", fused_backends())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("per_frame", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_accurate_as_the_reference(shape, per_frame, dtype, backend):
+    assert_as_accurate(call, *inputs(*shape, dtype, per_frame), backend)
+
+
+@pytest.mark.parametrize("backend", fused_backends())
+def test_repeatable(backend):
+    assert_repeatable(call, *inputs(4, 2, 70, 40, torch.float32, False), backend)
+
+
+@pytest.mark.parametrize("shape", SMALL)
 @pytest.mark.parametrize("per_frame", [False, True])
 def test_matches_the_formula_row_by_row(shape, per_frame):
     n, c, t, d = shape
@@ -21,11 +49,36 @@ def test_matches_the_formula_row_by_row(shape, per_frame):
         torch.testing.assert_close(y[row], normed * (1 + scale[row % c]) + shift[row % c])
 
 
-def test_gradients():
+def test_reference_gradients():
     x, scale, shift = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((4, 3, 5), (2, 5), (2, 5)))
     assert torch.autograd.gradcheck(ada_norm, (x, scale, shift))
 
 
-def test_refuses_rows_that_the_conditions_do_not_divide():
-    with pytest.raises(ValueError, match="5 rows over 2 conditions"):
-        ada_norm(torch.randn(5, 3, 4), torch.randn(2, 4), torch.randn(2, 4))
+def test_registered_correctly():
+    torch.library.opcheck(
+        torch.ops.agrepa.ada_norm.default,
+        (torch.randn(4, 3, 8, requires_grad=True), *(torch.randn(2, 8, requires_grad=True) for _ in range(2)), 1e-6),
+    )
+
+
+@pytest.mark.parametrize(
+    ("x", "scale", "shift", "message"),
+    [
+        ((5, 3, 4), (2, 4), (2, 4), "5 rows over 2 conditions"),
+        ((4, 3, 4), (2, 5), (2, 5), r"scale is \(2, 5\), wanted \(C, 4\)"),
+        ((4, 3, 4), (2, 2, 4), (2, 2, 4), r"wanted \(C, 3, 4\)"),
+        ((4, 3, 4), (2, 4), (1, 4), "wanted that of scale"),
+        ((4, 4), (2, 4), (2, 4), r"x is \(4, 4\), wanted \(N, T, D\)"),
+    ],
+)
+def test_says_what_was_wanted(x, scale, shift, message):
+    with pytest.raises(ValueError, match=message):
+        ada_norm(torch.randn(x), torch.randn(scale), torch.randn(shift))
+
+
+def test_refuses_strided_and_integer_rows():
+    m = torch.randn(2, 4)
+    with pytest.raises(ValueError, match="stride 3 in its last dimension"):
+        ada_norm(torch.randn(2, 4, 3).transpose(1, 2), m, m)
+    with pytest.raises(ValueError, match=r"x is torch.int64, wanted float32"):
+        ada_norm(torch.ones(2, 3, 4, dtype=torch.int64), m, m)

@@ -1,0 +1,107 @@
+"""How an operation is held against its reference: error against float64, guarded buffers, repeatability.
+
+A fused result may be at most 1.5 times as far from float64 as plain PyTorch in the same dtype (RMS; bf16 statistics
+pass a maximum-error rule and fail this one). Inputs and outputs lie between NaN canaries, and every buffer that the
+operation allocates starts as NaN: what is read or written out of bounds, or not written at all, shows.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from agrepa_fast.kernels import force_backend
+from agrepa_fast.kernels._library import OPERATORS
+
+FUSED = ("triton", "native")  # what runs here; without a GPU, Triton in its interpreter (conftest.py)
+CANARY = 256  # elements on each side
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def fused_backends(*, cuda: bool = DEVICE == "cuda") -> tuple[str, ...]:
+    return ("triton",) if cuda else FUSED
+
+
+def guarded(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy between canaries, same shape; integers are between zeros."""
+    fill = float("nan") if tensor.is_floating_point() else 0
+    buffer = torch.full((tensor.numel() + 2 * CANARY,), fill, dtype=tensor.dtype, device=tensor.device)
+    inner = buffer[CANARY:-CANARY].view(tensor.shape)
+    return inner.copy_(tensor)
+
+
+class Guard(TorchDispatchMode):
+    """Allocations of agrepa's operators lie between canaries and start as NaN. Leaving it raises AssertionError when
+    one was overwritten."""
+
+    ALLOCATE = (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default)
+
+    def __init__(self):
+        super().__init__()
+        self.buffers, self.inside = [], False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "agrepa":
+            was, self.inside = self.inside, True
+            try:
+                with self:  # the mode is off inside __torch_dispatch__; the operator's own calls must be seen
+                    return OPERATORS[func._schema.name.removeprefix("agrepa::")](*args, **kwargs)
+            finally:
+                self.inside = was
+        result = func(*args, **kwargs)
+        if self.inside and func in self.ALLOCATE and result.is_floating_point():
+            buffer = torch.full((result.numel() + 2 * CANARY,), float("nan"), dtype=result.dtype, device=result.device)
+            self.buffers.append(buffer)
+            return buffer[CANARY : buffer.numel() - CANARY].view(result.shape)
+        return result
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        if error[0] is None and not self.inside:
+            for buffer in self.buffers:
+                edges = torch.cat((buffer[:CANARY], buffer[buffer.numel() - CANARY :]))
+                assert edges.isnan().all(), "an operation wrote outside its output"
+
+
+def run(call: Callable, inputs: dict[str, torch.Tensor], gradients: list[torch.Tensor], backend: str, dtype=None):
+    """Outputs and gradients of call(**inputs), by name. Floating-point inputs are leaves in `dtype` (default: theirs);
+    `gradients` are those of the floating-point outputs, cast to each output's dtype."""
+    leaves = {}
+    for name, value in inputs.items():
+        leaf = value.detach().to(dtype if dtype is not None and value.is_floating_point() else value.dtype)
+        leaves[name] = guarded(leaf).requires_grad_(leaf.is_floating_point())
+    with force_backend(backend), Guard():
+        outputs = call(**leaves)
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else [o for o in outputs if o is not None]
+        assert len(outputs) == len(gradients), f"{len(outputs)} outputs, {len(gradients)} gradients"
+        torch.autograd.backward(outputs, [g.to(o.dtype) for o, g in zip(outputs, gradients, strict=True)])
+    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    return results | {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+def rms(x: torch.Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def assert_as_accurate(
+    call: Callable, inputs: dict[str, torch.Tensor], gradients: list[torch.Tensor], backend: str, factor: float = 1.5
+) -> None:
+    """call(**inputs), built on public operations, is as close to float64 as its reference is, in the inputs' dtype."""
+    fused = run(call, inputs, gradients, backend)
+    plain = run(call, inputs, gradients, "reference")
+    exact = run(call, inputs, gradients, "reference", torch.float64)
+    assert fused.keys() == plain.keys() == exact.keys(), (list(fused), list(plain), list(exact))
+    for name in exact:
+        assert fused[name].dtype == plain[name].dtype, f"{name}: {fused[name].dtype}, wanted {plain[name].dtype}"
+        assert fused[name].shape == plain[name].shape, name
+        error, allowed = rms(fused[name] - exact[name]), factor * rms(plain[name] - exact[name])
+        floor = 1e-7 * rms(exact[name])  # where plain PyTorch happens to be exact
+        assert error <= allowed + floor, f"{name}: RMS error {error:.3e}, allowed {allowed + floor:.3e}"
+
+
+def assert_repeatable(call: Callable, inputs: dict[str, torch.Tensor], gradients: list[torch.Tensor], backend: str):
+    """Outputs and gradients are bitwise the same twice."""
+    first, second = (run(call, inputs, gradients, backend) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), f"{name} differs between two runs"
