@@ -3,17 +3,35 @@
 adaLN-gated residual of Peebles & Xie 2023 (DiT), with the ablation gate m of AG-REPA's FoG-A (arXiv 2603.01006).
 
 Dims:     N rows, C conditions (C divides N, row n has condition n mod C), T frames, D width.
-Shapes:   h, f, h', y (N, T, D); gate, scale, shift (C, D) or (C, T, D); m (N,) in [0, 1]; lengths (C,); time_sum (N, D)
-          fp32.
-Numerics: a row with m = 0 hands h on untouched, whatever f holds; time_sum adds the valid frames in fp32.
+Shapes:   h, f, h', y (N, T, D); gate, scale, shift (C, D) or (C, T, D), any row stride; m (N,) in [0, 1]; lengths (C,);
+          time_sum (N, D) fp32; mean, rstd (N, T) fp32.
+Numerics: fp32 inside; a row with m = 0 hands h on untouched, whatever f holds, and gives f no gradient; time_sum adds
+          the valid frames in fp32; no atomics, deterministic.
+Traffic:  with (C, D) modulations, forward 4 N T D elements (h, f, h', y), backward 6 (dh', dy, f, h', dh, df); without
+          the norm 3 and 4 (dh', f, dh, df). The time-sum adds none: its gradient enters as one (N, D) row.
 """
 
 from typing import NamedTuple
 
 import torch
 
-from ._rows import over_time, split_rows, valid_frames
-from .ada_norm import ada_norm_ref
+from . import _native
+from ._backend import backend_of, tl, triton
+from ._library import define, differentiate
+from ._rows import (
+    CHUNK,
+    check_rows,
+    check_tensor,
+    fit_modulation,
+    modulation_strides,
+    over_time,
+    per_condition,
+    row_tile,
+    split_rows,
+    unit_stride,
+    valid_frames,
+)
+from .ada_norm import ada_norm_ref, load_rows, norm_backward, row_statistics, store_rows
 
 
 class GatedResidual(NamedTuple):
@@ -39,16 +57,252 @@ def gated_residual_ref(
         out = h + update
     else:
         rows = m.view(-1, 1, 1).to(h.dtype)
+        # f too: 0 times a branch that is not finite would reach the gradients
+        update = (split_rows(torch.where(rows == 0, 0, f), gate.shape[0]) * over_time(gate)).flatten(0, 1)
         out = torch.where(rows == 0, h, h + rows * update)
     y = None if scale is None else ada_norm_ref(out, scale, shift, eps)
     total = None
     if time_sum:
-        total = out.float()
+        total = out if out.dtype == torch.float64 else out.float()
         if lengths is not None:
             mask = valid_frames(lengths, h.shape[1])[..., None]
             total = torch.where(mask, split_rows(total, lengths.shape[0]), 0).flatten(0, 1)
         total = total.sum(1)
     return GatedResidual(out, y, total)
+
+
+@triton.jit
+def load_modulation(pointer, c, stride_n, d, D: tl.constexpr):
+    """Row c of a (C, D) modulation as an fp32 tile (1, BLOCK)."""
+    return tl.load(pointer + c * stride_n + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _gated_residual_fwd_kernel(
+    h_ptr, f_ptr, gate_ptr, m_ptr, scale_ptr, shift_ptr, lengths_ptr, out_ptr, y_ptr, sums_ptr, mean_ptr, rstd_ptr,
+    frames, conditions, length_count,
+    h_n, h_t, f_n, f_t, gate_n, gate_t, scale_n, scale_t, shift_n, shift_t, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, PER_FRAME: tl.constexpr,
+    GATED: tl.constexpr, NORM: tl.constexpr, SUM: tl.constexpr, LENGTHS: tl.constexpr,
+):  # fmt: skip
+    spans = tl.cdiv(frames, SPAN)
+    n = (tl.program_id(0) // spans).to(tl.int64)
+    c = n % conditions
+    first = tl.program_id(0) % spans * SPAN
+    d = tl.arange(0, BLOCK)
+    inside = (d < D)[None, :]
+    valid = frames
+    if LENGTHS:
+        valid = tl.load(lengths_ptr + n % length_count)
+    m = 1.0
+    if GATED:
+        m = tl.load(m_ptr + n)
+    if not PER_FRAME:
+        gate = load_modulation(gate_ptr, c, gate_n, d, D)
+        if NORM:
+            scale = load_modulation(scale_ptr, c, scale_n, d, D)
+            shift = load_modulation(shift_ptr, c, shift_n, d, D)
+    sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for start in range(0, SPAN, ROWS):
+        t = first + start + tl.arange(0, ROWS)
+        rows = t < frames
+        mask = rows[:, None] & inside
+        if PER_FRAME:
+            gate = load_rows(gate_ptr, c, t, gate_n, gate_t, d, mask)
+        h = load_rows(h_ptr, n, t, h_n, h_t, d, mask)
+        out = h + m * gate * load_rows(f_ptr, n, t, f_n, f_t, d, mask)
+        if GATED:
+            out = tl.where(m == 0.0, h, out)
+        out = out.to(out_ptr.dtype.element_ty).to(tl.float32)  # what is stored is what is normalised and summed
+        store_rows(out_ptr, out, n, t, frames, d, mask, D)
+        if SUM:
+            sums += tl.where((t < valid)[:, None] & mask, out, 0.0)
+        if NORM:
+            if PER_FRAME:
+                scale = load_rows(scale_ptr, c, t, scale_n, scale_t, d, mask)
+                shift = load_rows(shift_ptr, c, t, shift_n, shift_t, d, mask)
+            mean, rstd = row_statistics(out, inside, eps, D)
+            y = (out - mean[:, None]) * rstd[:, None] * (1.0 + scale) + shift
+            store_rows(y_ptr, y, n, t, frames, d, mask, D)
+            tl.store(mean_ptr + n * frames + t, mean, mask=rows)
+            tl.store(rstd_ptr + n * frames + t, rstd, mask=rows)
+    if SUM:
+        tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * D + d, tl.sum(sums, axis=0), mask=d < D)
+
+
+@triton.jit
+def _gated_residual_bwd_kernel(
+    dout_ptr, dy_ptr, dsum_ptr, f_ptr, out_ptr, gate_ptr, m_ptr, scale_ptr, lengths_ptr, mean_ptr, rstd_ptr,
+    dh_ptr, df_ptr, dgate_ptr, dscale_ptr, dshift_ptr, frames, conditions, length_count,
+    dout_n, dout_t, dy_n, dy_t, f_n, f_t, gate_n, gate_t, scale_n, scale_t,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PER_FRAME: tl.constexpr,
+    GATED: tl.constexpr, DOUT: tl.constexpr, NORM: tl.constexpr, SUM: tl.constexpr, LENGTHS: tl.constexpr,
+):  # fmt: skip
+    chunks = tl.cdiv(frames, CHUNK)
+    n = (tl.program_id(0) // chunks).to(tl.int64)
+    c = n % conditions
+    first = tl.program_id(0) % chunks * CHUNK
+    d = tl.arange(0, BLOCK)
+    inside = (d < D)[None, :]
+    valid = frames
+    if LENGTHS:
+        valid = tl.load(lengths_ptr + n % length_count)
+    m = 1.0
+    if GATED:
+        m = tl.load(m_ptr + n)
+    if not PER_FRAME:
+        gate = load_modulation(gate_ptr, c, gate_n, d, D)
+        if NORM:
+            scale = load_modulation(scale_ptr, c, scale_n, d, D)
+    if SUM:
+        dsum = tl.load(dsum_ptr + n * D + d, mask=d < D, other=0.0)[None, :]
+    dgate = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    dscale = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    dshift = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for start in range(0, CHUNK, ROWS):
+        t = first + start + tl.arange(0, ROWS)
+        rows = t < frames
+        mask = rows[:, None] & inside
+        total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+        if DOUT:
+            total += load_rows(dout_ptr, n, t, dout_n, dout_t, d, mask)
+        if SUM:
+            total += tl.where((t < valid)[:, None] & mask, dsum, 0.0)
+        if NORM:
+            mean = tl.load(mean_ptr + n * frames + t, mask=rows, other=0.0)
+            rstd = tl.load(rstd_ptr + n * frames + t, mask=rows, other=0.0)
+            dy = load_rows(dy_ptr, n, t, dy_n, dy_t, d, mask)
+            xhat = (load_rows(out_ptr, n, t, frames * D, D, d, mask) - mean[:, None]) * rstd[:, None]
+            xhat = tl.where(mask, xhat, 0.0)
+            if PER_FRAME:
+                scale = load_rows(scale_ptr, c, t, scale_n, scale_t, d, mask)
+                store_rows(dscale_ptr, dy * xhat, n, t, frames, d, mask, D)
+                store_rows(dshift_ptr, dy, n, t, frames, d, mask, D)
+            else:
+                dscale += dy * xhat
+                dshift += dy
+            total += norm_backward(dy * (1.0 + scale), xhat, rstd, D)
+        store_rows(dh_ptr, total, n, t, frames, d, mask, D)
+        f = load_rows(f_ptr, n, t, f_n, f_t, d, mask)
+        if PER_FRAME:
+            gate = load_rows(gate_ptr, c, t, gate_n, gate_t, d, mask)
+        df, along = m * gate * total, f * total
+        if GATED:
+            df, along = tl.where(m == 0.0, 0.0, df), tl.where(m == 0.0, 0.0, along)
+        store_rows(df_ptr, df, n, t, frames, d, mask, D)
+        if PER_FRAME:
+            store_rows(dgate_ptr, along, n, t, frames, d, mask, D)
+        else:
+            dgate += along
+    if not PER_FRAME:
+        piece = tl.program_id(0).to(tl.int64) * D
+        tl.store(dgate_ptr + piece + d, tl.sum(dgate, axis=0), mask=d < D)
+        if NORM:
+            tl.store(dscale_ptr + piece + d, tl.sum(dscale, axis=0), mask=d < D)
+            tl.store(dshift_ptr + piece + d, tl.sum(dshift, axis=0), mask=d < D)
+
+
+def _strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:
+    return sum(((0, 0) if x is None else modulation_strides(x) for x in tensors), ())
+
+
+def _outputs(h, f, gate, m, scale, shift, lengths, time_sum, eps) -> tuple[torch.Tensor, ...]:
+    n, frames, width = h.shape
+    normed = 0 if scale is None else n
+    mean, rstd = (h.new_empty((normed, frames), dtype=torch.float32) for _ in range(2))
+    total = h.new_empty((n if time_sum else 0, width), dtype=torch.float32)
+    return h.new_empty(h.shape), h.new_empty((normed, frames, width)), total, mean, rstd
+
+
+def _forward(h, f, gate, m, scale, shift, lengths, time_sum, eps) -> tuple[torch.Tensor, ...]:
+    n, frames, width = h.shape
+    tile = row_tile(width)
+    span = CHUNK if time_sum else tile["ROWS"]
+    out, y, total, mean, rstd = _outputs(h, f, gate, m, scale, shift, lengths, time_sum, eps)
+    sums = h.new_empty((n, -(-frames // span), width), dtype=torch.float32) if time_sum else None
+    inputs = (h, f, gate, m, scale, shift, lengths)
+    sizes = (gate.shape[0], 1 if lengths is None else lengths.shape[0])
+    strides = _strides(h, f, gate, scale, shift)
+    normed = scale is not None
+    if backend_of(h) == "native":
+        results = (out, y if normed else None, sums, mean, rstd)
+        _native.call("gated_residual_fwd", h.dtype, *inputs, *results, n, frames, width, *sizes, span, *strides, eps)
+    else:
+        _gated_residual_fwd_kernel[(n * triton.cdiv(frames, span),)](
+            *inputs, out, y, sums, mean, rstd, frames, *sizes, *strides, eps, SPAN=span, PER_FRAME=gate.ndim == 3,
+            GATED=m is not None, NORM=normed, SUM=time_sum, LENGTHS=lengths is not None, **tile,
+        )  # fmt: skip
+    return out, y, sums.sum(1) if time_sum else total, mean, rstd
+
+
+def _gradients(dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd) -> tuple[torch.Tensor, ...]:
+    dm = f.new_empty(0 if m is None else f.shape[0], dtype=torch.float32)
+    dscale, dshift = (gate.new_empty((0,) if dy is None else gate.shape) for _ in range(2))
+    return f.new_empty(f.shape), f.new_empty(f.shape), gate.new_empty(gate.shape), dm, dscale, dshift
+
+
+def _backward(dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd) -> tuple[torch.Tensor, ...]:
+    n, frames, width = f.shape
+    chunk = 1 if gate.ndim == 3 else CHUNK
+    dout, dy = (None if d is None else unit_stride(d) for d in (dout, dy))
+    dsum = None if dsum is None else dsum.contiguous()
+    dh, df = f.new_empty(f.shape), f.new_empty(f.shape)
+    count = 1 if dy is None else 3
+    sums = [f.new_empty((n, -(-frames // chunk), width), dtype=torch.float32) for _ in range(count)]
+    inputs = (dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd)
+    results = (dh, df, *sums, *[None] * (3 - count))
+    sizes = (gate.shape[0], 1 if lengths is None else lengths.shape[0])
+    strides = _strides(dout, dy, f, gate, scale)
+    if backend_of(f) == "native":
+        _native.call("gated_residual_bwd", f.dtype, *inputs, *results, n, frames, width, *sizes, chunk, *strides)
+    else:
+        _gated_residual_bwd_kernel[(n * triton.cdiv(frames, CHUNK),)](
+            *inputs, *results, frames, *sizes, *strides, CHUNK=CHUNK, PER_FRAME=gate.ndim == 3, GATED=m is not None,
+            DOUT=dout is not None, NORM=dy is not None, SUM=dsum is not None, LENGTHS=lengths is not None,
+            **row_tile(width),
+        )  # fmt: skip
+    along, dm = sums[0], f.new_empty(0, dtype=torch.float32)  # f * dh', before m and gate
+    if m is not None:
+        weighted = split_rows(along if gate.ndim == 3 else along.sum(1, keepdim=True), gate.shape[0])
+        dm = (weighted * over_time(gate).float()).sum((-2, -1)).flatten()
+        along = along * m.view(-1, 1, 1)
+    dmodulations = [per_condition(s, gate) for s in (along, *sums[1:])]
+    return dh, df, dmodulations[0], dm, *(dmodulations[1:] or (gate.new_empty(0) for _ in range(2)))
+
+
+_gated_residual = define(
+    "gated_residual(Tensor h, Tensor f, Tensor gate, Tensor? m, Tensor? scale, Tensor? shift, Tensor? lengths,"
+    " bool time_sum, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _outputs,
+)
+_gated_residual_backward = define(
+    "gated_residual_backward(Tensor? dout, Tensor? dy, Tensor? dsum, Tensor f, Tensor out, Tensor gate, Tensor? m,"
+    " Tensor? scale, Tensor? lengths, Tensor mean, Tensor rstd)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _gradients,
+)
+
+
+def _save(ctx, inputs, output) -> None:
+    _, f, gate, m, scale, _, lengths, time_sum, _ = inputs
+    out, _, _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.time_sum, ctx.gated, ctx.normed = time_sum, m is not None, scale is not None
+    ctx.save_for_backward(f, out, gate, m, scale, lengths, mean, rstd)
+
+
+def _differentiate(ctx, dout, dy, dsum, _dmean, _drstd) -> tuple[torch.Tensor | None, ...]:
+    dy = dy if ctx.normed else None  # empty outputs stand for what was not asked for
+    dsum = dsum if ctx.time_sum else None
+    dh, df, dgate, dm, dscale, dshift = _gated_residual_backward(dout, dy, dsum, *ctx.saved_tensors)
+    dscale, dshift = (None, None) if dy is None else (dscale, dshift)
+    return dh, df, dgate, dm if ctx.gated else None, dscale, dshift, None, None, None
+
+
+differentiate("gated_residual", _differentiate, _save)
 
 
 def gated_residual(
@@ -63,14 +317,30 @@ def gated_residual(
     time_sum: bool = False,
     eps: float = 1e-6,
 ) -> GatedResidual:
-    """Residual update, the next modulated norm when scale and shift are given, and the masked time-sum when asked.
+    """Residual update, the next modulated norm when scale and shift are given, and the masked time-sum when asked, in
+    h's dtype; f and the modulations are cast to it.
 
-    Raises ValueError when shapes disagree or only one of scale and shift is given.
+    Raises ValueError naming what was wanted when shapes, devices or strides do not fit, when the conditions do not
+    divide the rows, or when only one of scale and shift is given.
     """
-    if h.shape != f.shape:
-        raise ValueError(f"h {tuple(h.shape)} and f {tuple(f.shape)} must have the same shape")
-    if m is not None and m.shape != h.shape[:1]:
-        raise ValueError(f"m {tuple(m.shape)} must be one gate a row, ({h.shape[0]},)")
+    check_rows("h", h)
+    check_tensor("f", f, tuple(h.shape), h)
+    f, gate = f.to(h.dtype), fit_modulation("gate", gate, h)
+    if m is not None:
+        check_tensor("m", m, h.shape[:1], h)
+        m = m.float() if h.dtype != torch.float64 else m
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift come together: one of them is missing")
-    return gated_residual_ref(h, f, gate, m, scale=scale, shift=shift, lengths=lengths, time_sum=time_sum, eps=eps)
+    if scale is not None:
+        scale, shift = fit_modulation("scale", scale, h), fit_modulation("shift", shift, h)
+        if not scale.shape == shift.shape == gate.shape:
+            raise ValueError(f"scale {tuple(scale.shape)} and shift {tuple(shift.shape)}: wanted gate's shape")
+    if lengths is not None:
+        check_tensor("lengths", lengths, ("C",), h)
+        if h.shape[0] % lengths.shape[0]:
+            raise ValueError(f"{h.shape[0]} rows over {lengths.shape[0]} lengths: the lengths must divide the rows")
+        lengths = lengths.long()
+    if backend_of(h) == "reference":
+        return gated_residual_ref(h, f, gate, m, scale=scale, shift=shift, lengths=lengths, time_sum=time_sum, eps=eps)
+    out, y, total, _, _ = _gated_residual(h, f, gate, m, scale, shift, lengths, time_sum, eps)
+    return GatedResidual(out, None if scale is None else y, total if time_sum else None)
