@@ -37,7 +37,7 @@ def _check_backend() -> None:
 
     try:
         active_backend()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from error
 
 

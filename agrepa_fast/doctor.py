@@ -9,12 +9,13 @@ from pathlib import Path
 
 from .config import load_config
 from .fetch import cache_dir
-from .kernels import BACKENDS, active_backend
+from .kernels import active_backend, native_isa
 
 REQUIRED = ("torch", "torchaudio", "deepspeed", "webdataset", "transformers", "omegaconf", "safetensors", "numpy")
 REQUIRED += ("scipy", "soundfile", "av", "matplotlib", "tensorboard", "tqdm", "rich")
 OPTIONAL = {
-    "triton": "comes with torch on CUDA machines",
+    "triton": "pip install 'triton>=3.6,<3.10': the GPU kernels",
+    "flash-attn": "pip install flash-attn, on GPUs: attention over padded batches without a mask",
     "vocos": "pip install vocos, for 24 kHz / 100-mel presets; HiFi-GAN or Griffin-Lim runs without it",
 }
 
@@ -47,7 +48,13 @@ def report() -> None:
         found = shutil.which(command)
         table.add_row(f"command {command}", found or "not found", "" if found else advice)
     table.add_row("device", *_device())
-    table.add_row("kernels backend", f"{active_backend()} (this version has: {', '.join(BACKENDS)})", "")
+    table.add_row("kernels backend", active_backend(), "")
+    isa = native_isa()
+    table.add_row(
+        "CPU library",
+        f"built, {isa}" if isa else "not built: the references run on CPUs",
+        "" if isa else "install a C++ compiler (apt-get install g++), then pip install -e . again",
+    )
     cache = cache_dir()
     for name in sorted(path.name for kind in ("apt", "pip") for path in (cache / kind).glob("*")):
         table.add_row("fetched package", name, "")

@@ -6,6 +6,7 @@ under any other name this file defines nothing.
 
 if __name__ == "agrepa_fast.kernels":
     from ._backend import BACKENDS, active_backend, force_backend
+    from ._native import native_isa
     from ._rows import valid_frames
     from .ada_norm import ada_norm
     from .align_loss import align_loss
@@ -24,6 +25,7 @@ if __name__ == "agrepa_fast.kernels":
         "force_backend",
         "gated_residual",
         "linear_gelu",
+        "native_isa",
         "philox_normal",
         "philox_uniform",
         "qk_norm_rope",

@@ -22,6 +22,13 @@ def _load() -> ctypes.CDLL | None:
 
 LIBRARY = _load()
 isa = ISAS[LIBRARY.agrepa_isa()] if LIBRARY else None  # tests set it to run the others
+
+
+def native_isa() -> str | None:
+    """The instruction set whose functions run (generic, avx2 or avx512), or None where the library was not built."""
+    return isa
+
+
 _functions: dict[tuple[str, torch.dtype, str], ctypes._CFuncPtr] = {}
 
 

@@ -4,13 +4,14 @@ operations share to check, address and reduce such tensors."""
 import torch
 
 CHUNK = 32  # frames whose contributions to a modulation's gradient are summed in registers; fixed: same bits every time
-_TILE = 4096  # elements a Triton program holds of each tensor: 16 a thread, two 128-bit loads of bf16
+FORWARD_TILE = 4096  # elements a Triton program holds of each tensor: 16 a thread, two 128-bit loads of bf16
+BACKWARD_TILE = 2048  # three fp32 accumulators beside four tensors: more would leave one program to an SM
 
 
-def row_tile(width: int) -> dict[str, int]:
+def row_tile(width: int, elements: int = FORWARD_TILE) -> dict[str, int]:
     """Launch settings of Triton kernels that work on whole rows of this width."""
     block = max(16, 1 << (width - 1).bit_length())
-    return {"D": width, "BLOCK": block, "ROWS": min(CHUNK, max(1, _TILE // block)), "num_warps": 8}
+    return {"D": width, "BLOCK": block, "ROWS": min(CHUNK, max(1, elements // block)), "num_warps": 8}
 
 
 def split_rows(x: torch.Tensor, conditions: int) -> torch.Tensor:

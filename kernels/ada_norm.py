@@ -15,6 +15,7 @@ from . import _native
 from ._backend import backend_of, tl, triton
 from ._library import define, differentiate
 from ._rows import (
+    BACKWARD_TILE,
     CHUNK,
     check_rows,
     fit_modulation,
@@ -101,7 +102,6 @@ def _ada_norm_bwd_kernel(
     first = tl.program_id(0) % chunks * CHUNK
     d = tl.arange(0, BLOCK)
     inside = (d < D)[None, :]
-    scale = tl.zeros((1, BLOCK), dtype=tl.float32)
     if not PER_FRAME:
         scale = tl.load(scale_ptr + c * scale_n + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     dscale = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
@@ -169,7 +169,13 @@ def _backward(
         _native.call("ada_norm_bwd", x.dtype, *tensors, n, frames, width, scale.shape[0], chunk, *strides)
     else:
         _ada_norm_bwd_kernel[(n * triton.cdiv(frames, CHUNK),)](
-            *tensors, frames, scale.shape[0], *strides, CHUNK=CHUNK, PER_FRAME=per_frame, **row_tile(width)
+            *tensors,
+            frames,
+            scale.shape[0],
+            *strides,
+            CHUNK=CHUNK,
+            PER_FRAME=per_frame,
+            **row_tile(width, BACKWARD_TILE),
         )
     return dx, per_condition(dscale, scale), per_condition(dshift, scale)
 

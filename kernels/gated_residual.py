@@ -8,7 +8,8 @@ Shapes:   h, f, h', y (N, T, D); gate, scale, shift (C, D) or (C, T, D), any row
 Numerics: fp32 inside; a row with m = 0 hands h on untouched, whatever f holds, and gives f no gradient; time_sum adds
           the valid frames in fp32; no atomics, deterministic.
 Traffic:  with (C, D) modulations, forward 4 N T D elements (h, f, h', y), backward 6 (dh', dy, f, h', dh, df); without
-          the norm 3 and 4 (dh', f, dh, df). The time-sum adds none: its gradient enters as one (N, D) row.
+          the norm 3 and 3 (dh', f, df: dh is dh' itself). The time-sum adds none to the forward; its gradient enters as
+          one (N, D) row, and then dh is written.
 """
 
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from . import _native
 from ._backend import backend_of, tl, triton
 from ._library import define, differentiate
 from ._rows import (
+    BACKWARD_TILE,
     CHUNK,
     check_rows,
     check_tensor,
@@ -182,7 +184,8 @@ def _gated_residual_bwd_kernel(
                 dscale += dy * xhat
                 dshift += dy
             total += norm_backward(dy * (1.0 + scale), xhat, rstd, D)
-        store_rows(dh_ptr, total, n, t, frames, d, mask, D)
+        if NORM or SUM:
+            store_rows(dh_ptr, total, n, t, frames, d, mask, D)
         f = load_rows(f_ptr, n, t, f_n, f_t, d, mask)
         if PER_FRAME:
             gate = load_rows(gate_ptr, c, t, gate_n, gate_t, d, mask)
@@ -238,7 +241,12 @@ def _forward(h, f, gate, m, scale, shift, lengths, time_sum, eps) -> tuple[torch
 def _gradients(dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd) -> tuple[torch.Tensor, ...]:
     dm = f.new_empty(0 if m is None else f.shape[0], dtype=torch.float32)
     dscale, dshift = (gate.new_empty((0,) if dy is None else gate.shape) for _ in range(2))
-    return f.new_empty(f.shape), f.new_empty(f.shape), gate.new_empty(gate.shape), dm, dscale, dshift
+    return _empty_dh(dy, dsum, f), f.new_empty(f.shape), gate.new_empty(gate.shape), dm, dscale, dshift
+
+
+def _empty_dh(dy, dsum, f) -> torch.Tensor:
+    """Room for dh, or nothing where dh is dout itself."""
+    return f.new_empty((0,) if dy is None and dsum is None else f.shape)
 
 
 def _backward(dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd) -> tuple[torch.Tensor, ...]:
@@ -246,11 +254,11 @@ def _backward(dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd) -> tu
     chunk = 1 if gate.ndim == 3 else CHUNK
     dout, dy = (None if d is None else unit_stride(d) for d in (dout, dy))
     dsum = None if dsum is None else dsum.contiguous()
-    dh, df = f.new_empty(f.shape), f.new_empty(f.shape)
+    dh, df = _empty_dh(dy, dsum, f), f.new_empty(f.shape)
     count = 1 if dy is None else 3
     sums = [f.new_empty((n, -(-frames // chunk), width), dtype=torch.float32) for _ in range(count)]
     inputs = (dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd)
-    results = (dh, df, *sums, *[None] * (3 - count))
+    results = (dh if dh.numel() else None, df, *sums, *[None] * (3 - count))
     sizes = (gate.shape[0], 1 if lengths is None else lengths.shape[0])
     strides = _strides(dout, dy, f, gate, scale)
     if backend_of(f) == "native":
@@ -259,7 +267,7 @@ def _backward(dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd) -> tu
         _gated_residual_bwd_kernel[(n * triton.cdiv(frames, CHUNK),)](
             *inputs, *results, frames, *sizes, *strides, CHUNK=CHUNK, PER_FRAME=gate.ndim == 3, GATED=m is not None,
             DOUT=dout is not None, NORM=dy is not None, SUM=dsum is not None, LENGTHS=lengths is not None,
-            **row_tile(width),
+            **row_tile(width, BACKWARD_TILE),
         )  # fmt: skip
     along, dm = sums[0], f.new_empty(0, dtype=torch.float32)  # f * dh', before m and gate
     if m is not None:
@@ -299,6 +307,8 @@ def _differentiate(ctx, dout, dy, dsum, _dmean, _drstd) -> tuple[torch.Tensor | 
     dsum = dsum if ctx.time_sum else None
     dh, df, dgate, dm, dscale, dshift = _gated_residual_backward(dout, dy, dsum, *ctx.saved_tensors)
     dscale, dshift = (None, None) if dy is None else (dscale, dshift)
+    if dy is None and dsum is None:
+        dh = dout
     return dh, df, dgate, dm if ctx.gated else None, dscale, dshift, None, None, None
 
 
@@ -327,8 +337,8 @@ def gated_residual(
     check_tensor("f", f, tuple(h.shape), h)
     f, gate = f.to(h.dtype), fit_modulation("gate", gate, h)
     if m is not None:
+        m = m.contiguous() if h.dtype == torch.float64 else m.float().contiguous()  # a column of (N, 2) gates
         check_tensor("m", m, h.shape[:1], h)
-        m = m.float() if h.dtype != torch.float64 else m
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift come together: one of them is missing")
     if scale is not None:

@@ -72,7 +72,7 @@ def test_sample(run, tmp_path):
 def test_doctor(capsys):
     main(["doctor"])
     out = capsys.readouterr().out
-    for word in ("torch", "deepspeed", "kernels backend", "reference", "demo shards"):
+    for word in ("torch", "deepspeed", "kernels backend", "native", "CPU library", "demo shards"):
         assert word in out
 
 

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,10 +43,42 @@ def test_import_needs_torch_alone():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", ["tritn", "triton"])
-def test_unknown_backend_is_refused(monkeypatch, name):
-    from agrepa_fast.kernels import active_backend
+BACKEND = "from agrepa_fast.kernels import active_backend; print(active_backend({device!r}))"
 
-    monkeypatch.setenv("AGREPA_BACKEND", name)
-    with pytest.raises(ValueError, match="this version has reference"):
-        active_backend()
+
+@pytest.mark.parametrize(
+    ("environment", "device", "answer"),
+    [
+        ({}, "cpu", "native"),
+        ({}, "cuda", "triton"),
+        ({"AGREPA_BACKEND": "reference"}, "cuda", "reference"),
+        ({"AGREPA_BACKEND": "triton", "TRITON_INTERPRET": "1"}, "cpu", "triton"),
+        ({"AGREPA_BACKEND": "tritn"}, "cpu", "choose one of triton, native, reference"),
+        ({"AGREPA_BACKEND": "triton"}, "cpu", "set TRITON_INTERPRET=1 too"),
+        ({"AGREPA_BACKEND": "native"}, "cuda", "the CPU library runs on CPUs only"),
+    ],
+)
+def test_backend_decision(environment, device, answer):
+    """AGREPA_BACKEND is read at import: each case is a process."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("AGREPA_BACKEND", "TRITON_INTERPRET")}
+    done = python(BACKEND.format(device=device), cwd=ROOT, env=clean | environment)
+    assert answer in (done.stdout if done.returncode == 0 else done.stderr.splitlines()[-1])
+
+
+def test_without_triton_and_without_the_library():
+    """No compiler at install and no Triton: the references run on a CPU; on CUDA a missing Triton is an error."""
+    code = """
+import sys
+sys.modules["triton"] = None
+from pathlib import Path
+import torch
+exists = Path.is_file
+Path.is_file = lambda path: path.name != "_cpu.so" and exists(path)
+from agrepa_fast.kernels import active_backend, ada_norm, native_isa
+assert native_isa() is None
+print(active_backend("cpu"), ada_norm(torch.ones(2, 3, 4), torch.zeros(2, 4), torch.ones(2, 4)).sum().item())
+active_backend("cuda")
+"""
+    done = python(code, cwd=ROOT, env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"})
+    assert done.stdout.split() == ["reference", "24.0"], done.stderr
+    assert "needs triton >= 3.6" in done.stderr

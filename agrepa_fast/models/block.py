@@ -4,7 +4,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..kernels import ada_norm, gated_residual, linear_gelu, qk_norm_rope, valid_frames
+from ..kernels import ada_norm, gated_residual, linear_gelu, qk_norm_rope
+from .attention import attend
 
 INITS = ("adaln_zero", "release")
 
@@ -66,8 +67,9 @@ class GatedDiTBlock(nn.Module):
         gate: torch.Tensor | None = None,
         rope: tuple[torch.Tensor, torch.Tensor] | None = None,
         lengths: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """x (N, T, D) -> (N, T, D).
+        time_sum: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """x (N, T, D) -> (N, T, D), and with time_sum also the sum of its valid frames, (N, D) fp32.
 
         cond: (C, D), or (C, T, D) for per-frame time; C divides N and row n has condition n mod C. modulation: the six
         modulations (C, 6, D) or (C, T, 6, D) ready-made, instead of cond. gate: m, (N,) for the whole block or (N, 2)
@@ -82,16 +84,13 @@ class GatedDiTBlock(nn.Module):
         attention = self._attention(ada_norm(x, scale1, shift1), rope, lengths)
         h = gated_residual(x, attention, gate1, m1, scale=scale2, shift=shift2)
         inner = F.dropout(linear_gelu(h.y, self.fc1.weight, self.fc1.bias, self.gelu), self.dropout, self.training)
-        return gated_residual(h.h, F.dropout(self.fc2(inner), self.dropout, self.training), gate2, m2).h
+        ffn = F.dropout(self.fc2(inner), self.dropout, self.training)
+        out = gated_residual(h.h, ffn, gate2, m2, lengths=lengths, time_sum=time_sum)
+        return (out.h, out.time_sum) if time_sum else out.h
 
     def _attention(self, y, rope, lengths) -> torch.Tensor:
         q, k, v = qk_norm_rope(self.qkv(y), self.heads, rope, q_weight=self.q_norm, k_weight=self.k_norm)
-        mask = None
-        if lengths is not None:
-            mask = valid_frames(lengths, y.shape[1]).repeat(y.shape[0] // lengths.shape[0], 1)[:, None, None]
-        dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return self.out(attended.transpose(1, 2).flatten(2))
+        return self.out(attend(q, k, v, lengths, self.dropout if self.training else 0.0))
 
     @staticmethod
     def _row_gates(gate: torch.Tensor | None, rows: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -20,6 +20,17 @@ class Condition:
     lengths: torch.Tensor  # (C,) int64, frames
     keep_tokens: torch.Tensor | None = None  # (C,) bool; False drops the tokens of that clip (guidance); None keeps all
     keep_reference: torch.Tensor | None = None  # (C,) bool, likewise
+    padded: bool | None = None  # whether some length is below T; None: looked up, True on a GPU, where that would wait
+
+    def __post_init__(self) -> None:
+        if self.padded is None:
+            frames = self.reference.shape[1]
+            object.__setattr__(self, "padded", self.lengths.is_cuda or bool((self.lengths < frames).any()))
+
+    @property
+    def mask_lengths(self) -> torch.Tensor | None:
+        """(C,) what to mask by: the lengths, or None when no frame is padding."""
+        return self.lengths if self.padded else None
 
     def to(self, device: torch.device | str) -> "Condition":
         return self._map(lambda tensor: tensor.to(device))
@@ -29,8 +40,8 @@ class Condition:
         return self._map(lambda tensor: tensor[clips])
 
     def _map(self, function) -> "Condition":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: function(value) for name, value in tensors.items() if value is not None})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: function(x) for name, x in values.items() if isinstance(x, torch.Tensor)})
 
 
 def interpolate_tokens(
@@ -115,7 +126,10 @@ def rotary_tables(frames: int, head_dim: int, device, theta: float = 10_000.0) -
     return angles.cos(), angles.sin()
 
 
-def zero_padding(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """x (N, T, D) with the frames beyond lengths (C,) set to exact zeros; row n has the length of condition n mod C."""
+def zero_padding(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    """x (N, T, D) with the frames beyond lengths (C,) set to exact zeros; row n has the length of condition n mod C.
+    None: x itself."""
+    if lengths is None:
+        return x
     mask = valid_frames(lengths, x.shape[1]).unsqueeze(-1)
     return torch.where(mask, x.unflatten(0, (-1, lengths.shape[0])), 0).flatten(0, 1)

@@ -28,14 +28,14 @@ _OURS = {
 def start_ranks() -> torch.device:
     """Join the process group (one rank when no launcher set the environment) and return this rank's device.
 
-    Raises UserError for an AGREPA_BACKEND that this version does not have.
+    Raises UserError for an AGREPA_BACKEND that is unknown or cannot run here.
     """
     import deepspeed
     import deepspeed.ops
 
     try:
         active_backend()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from error
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

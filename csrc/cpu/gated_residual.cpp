@@ -49,7 +49,7 @@ void gated_residual_fwd(const T* h, const T* f, const T* gate, const float* m, c
   }
 }
 
-// dgate (before m), dscale, dshift: (N, chunks, D) fp32, sums over `chunk` frames each; dy null: no norm.
+// dgate (before m), dscale, dshift: (N, chunks, D) fp32, sums over `chunk` frames each; dy null: no norm; dh null: it is dout.
 template <class T>
 void gated_residual_bwd(const T* dout, const T* dy, const float* dsum, const T* f, const T* out, const T* gate,
                         const float* m, const T* scale, const i64* lengths, const float* mean, const float* rstd, T* dh,
@@ -90,20 +90,21 @@ void gated_residual_bwd(const T* dout, const T* dy, const float* dsum, const T* 
 #pragma omp simd
           for (i64 d = 0; d < D; ++d) sum[d] += given[d];
         }
-        T *to_h = dh + i * D, *to_f = df + i * D;
+        if (dh) {
+          T* to_h = dh + i * D;
+#pragma omp simd
+          for (i64 d = 0; d < D; ++d) store(to_h + d, sum[d]);
+        }
+        T* to_f = df + i * D;
         const float* g = as_float(gate + c * gate_n + t * gate_t, gates, D);
         if (row_gate == 0) {
 #pragma omp simd
-          for (i64 d = 0; d < D; ++d) {
-            store(to_h + d, sum[d]);
-            store(to_f + d, 0.0f);
-          }
+          for (i64 d = 0; d < D; ++d) store(to_f + d, 0.0f);
           continue;
         }
         const float* branch = as_float(f + n * f_n + t * f_t, f_row, D);
 #pragma omp simd
         for (i64 d = 0; d < D; ++d) {
-          store(to_h + d, sum[d]);
           store(to_f + d, row_gate * g[d] * sum[d]);
           dgates[d] += branch[d] * sum[d];
         }
