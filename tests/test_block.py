@@ -3,7 +3,10 @@ import torch
 import torch.nn.functional as F
 
 from agrepa_fast import GatedDiTBlock
+from agrepa_fast.kernels import force_backend
 from agrepa_fast.models.conditioning import rotary_tables
+
+from .accuracy import DEVICE, assert_as_accurate, assert_repeatable, fused_backends
 
 
 def block(**options) -> GatedDiTBlock:
@@ -63,6 +66,97 @@ def test_branch_gates_are_attention_then_ffn():
     torch.nn.init.zeros_(made.fc2.weight)
     torch.nn.init.zeros_(made.fc2.bias)
     torch.testing.assert_close(no_ffn, made(x, cond))
+
+
+OPTIONS = [{}, {"qk_norm": True, "gelu": "tanh"}]
+
+
+def whole_block(options):
+    """block(x, cond, ...) as a function of its inputs and parameters, and those inputs: rows over fewer conditions,
+    an odd number of frames past a chunk, lengths, gates of every kind, the time-sum."""
+    torch.manual_seed(0)
+    made = GatedDiTBlock(48, 3, **options).to(DEVICE)
+    inputs = {name: torch.randn_like(value) * 0.2 for name, value in made.named_parameters()}
+    inputs |= {"x": torch.randn(6, 37, 48, device=DEVICE), "cond": torch.randn(3, 48, device=DEVICE)}
+    gates = torch.tensor([[1, 1], [0, 1], [1, 0], [0.5, 0.25], [0, 0], [1, 0.5]], device=DEVICE)
+    lengths = torch.tensor([37, 20, 1], device=DEVICE)
+
+    def call(x, cond, **parameters):
+        rope = tuple(table.to(x.dtype) for table in rotary_tables(37, 16, DEVICE))
+        options = {"rope": rope, "gate": gates, "lengths": lengths, "time_sum": True}
+        out, total = torch.func.functional_call(made, parameters, (x, cond), options)
+        return torch.where((torch.arange(37, device=DEVICE) < lengths[:, None]).repeat(2, 1)[..., None], out, 0), total
+
+    gradients = [torch.randn(6, 37, 48, device=DEVICE), torch.randn(6, 48, device=DEVICE)]
+    return call, inputs, gradients
+
+
+@pytest.mark.parametrize("backend", fused_backends())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_as_accurate_as_the_reference(options, dtype, backend):
+    call, inputs, gradients = whole_block(options)
+    inputs = {name: value.to(dtype) for name, value in inputs.items()}
+    assert_as_accurate(call, inputs, gradients, backend)
+
+
+@pytest.mark.parametrize("backend", fused_backends())
+def test_repeatable(backend):
+    assert_repeatable(*whole_block(OPTIONS[1]), backend)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_state_dict_is_that_of_a_plain_block_on_every_backend(options):
+    """Strict loading both ways; nothing but Linear layers and two norm weights, so a plain block can hold it."""
+
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, wide, narrow in (("modulation", 16, 96), ("qkv", 16, 48), ("out", 16, 16)):
+                setattr(self, name, torch.nn.Linear(wide, narrow))
+            self.fc1, self.fc2 = torch.nn.Linear(16, 64), torch.nn.Linear(64, 16)
+            if options.get("qk_norm"):
+                self.q_norm, self.k_norm = (torch.nn.Parameter(torch.ones(8)) for _ in range(2))
+
+    outputs = []
+    plain, x, cond = Plain(), torch.randn(2, 5, 16), torch.randn(2, 16)
+    for backend in (*fused_backends(), "reference"):
+        with force_backend(backend):
+            made = block(**options)
+            made.load_state_dict(plain.state_dict(), strict=True)
+            plain.load_state_dict(made.state_dict(), strict=True)
+            outputs.append(made.to(DEVICE)(x.to(DEVICE), cond.to(DEVICE)))
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("time_sum", [False, True])
+def test_compiles_without_graph_breaks(time_sum):
+    made = block(qk_norm=True).to(DEVICE)
+    x, cond = torch.randn(4, 7, 16, device=DEVICE), torch.randn(2, 16, device=DEVICE)
+    options = {
+        "rope": rotary_tables(7, 8, DEVICE),
+        "lengths": torch.tensor([7, 4], device=DEVICE),
+        "time_sum": time_sum,
+    }
+    results = []
+    for call in (made, torch.compile(made, fullgraph=True)):
+        made.zero_grad()
+        rows = x.clone().requires_grad_()
+        out = call(rows, cond, **options)
+        sum(part.square().sum() for part in (out if time_sum else (out,))).backward()
+        results.append([out[0] if time_sum else out, rows.grad, *(p.grad.clone() for p in made.parameters())])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
+
+
+def test_time_sum_is_that_of_the_valid_frames():
+    made, x, cond = block(), torch.randn(4, 7, 16), torch.randn(2, 16)
+    lengths = torch.tensor([7, 3])
+    out, total = made(x, cond, lengths=lengths, time_sum=True)
+    assert torch.equal(out, made(x, cond, lengths=lengths))
+    for row in range(4):
+        torch.testing.assert_close(total[row], out[row, : lengths[row % 2]].sum(0), atol=1e-5, rtol=1e-5)
 
 
 def test_rows_use_the_condition_of_their_place():

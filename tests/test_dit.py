@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,40 @@ def test_captured_layers_are_block_outputs_numbered_from_one(model):
     pooled = model(mel, torch.full((3,), 0.5), condition, capture=(3,), pooled=True).hidden[3]
     for clip, length in enumerate(condition.lengths.tolist()):
         torch.testing.assert_close(pooled[clip], outputs[2][clip, :length].mean(0))
+
+
+def test_one_gemm_for_all_modulations_equals_one_a_block(model):
+    """On a GPU the model joins them; here it is asked to."""
+    mel, condition = small_batch()
+    t, results = torch.tensor([0.2, 0.5, 0.9]), []
+    for joined in (False, True):
+        model.zero_grad()
+        model._joins_modulations = lambda cond, joined=joined: joined
+        v = model(mel, t, condition).v
+        v.square().sum().backward()
+        results.append([v, *(p.grad.clone() for p in model.parameters())])
+    for apart, together in zip(*results, strict=True):
+        torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-4)
+
+
+def test_modulations_stay_apart_on_cpus_per_frame_and_under_zero_3(model):
+    assert not model._joins_modulations(torch.randn(3, 32))
+    on_gpu = SimpleNamespace(is_cuda=True, ndim=2)
+    assert model._joins_modulations(on_gpu)
+    assert not model._joins_modulations(SimpleNamespace(is_cuda=True, ndim=3))
+    model.blocks[0].modulation.weight.ds_id = 0  # what DeepSpeed's stage 3 marks every parameter with
+    assert not model._joins_modulations(on_gpu)
+
+
+def test_equal_lengths_are_not_masked_and_change_nothing(model):
+    mel, condition = small_batch(lengths=(37, 37, 37))
+    assert condition.mask_lengths is None
+    assert condition[:2].mask_lengths is None
+    assert small_batch()[1].mask_lengths is not None
+    t = torch.tensor([0.2, 0.5, 0.9])
+    free, masked = (model(mel, t, c, capture=(2,), pooled=True) for c in (condition, replace(condition, padded=True)))
+    torch.testing.assert_close(free.v, masked.v, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(free.hidden[2], masked.hidden[2], atol=1e-5, rtol=1e-5)
 
 
 def test_rows_share_conditions(model):
