@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from agrepa_fast import count_block_forwards, multi_gate
-from agrepa_fast.attribution.gates import single_ablations
+from agrepa_fast.attribution.gates import prefix_order, single_ablations
 
 
 class Residual(nn.Module):
@@ -64,12 +64,102 @@ def test_equals_a_naive_loop_on_random_gate_matrices(trial):
     wanted = naive(model, x, mask, gates)
     for block in model.blocks:
         block.rows = 0
-    with multi_gate(model.blocks, gates, row_arguments=["mask"]) as ran:
+    max_rows = draw.choice([None, 1, clips, 2 * clips, 3 * clips + 1])
+    with multi_gate(model.blocks, gates, row_arguments=["mask"], max_rows=max_rows) as ran:
         got = model(x.repeat(variants, 1, 1), mask.repeat(variants)).unflatten(0, (variants, clips))
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     prefixes = sum(len({tuple(row[:block].tolist()) for row in gates}) for block in range(depth))
     assert sum(ran) == count_block_forwards(gates) == prefixes
     assert sum(block.rows for block in model.blocks) == prefixes * clips
+
+
+class Branches(nn.Module):
+    """Attention-like and FFN-like branches, with the residual sum outside of them; the second is called by keyword."""
+
+    def __init__(self, depth: int, dim: int = 6):
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(dim, dim) for _ in range(2 * depth))
+
+    def forward(self, x, gates=None):
+        for number, branch in enumerate(self.branches):
+            out = branch(input=x) if number % 2 else branch(x)
+            x = torch.tanh(x + (out if gates is None else gates[number] * out))
+        return x
+
+
+@pytest.mark.parametrize("trial", range(8))
+def test_branches_equal_a_naive_loop_on_random_gate_matrices(trial):
+    draw = random.Random(trial)
+    depth, variants, clips = draw.randint(1, 4), draw.randint(1, 7), draw.randint(1, 3)
+    gates = torch.tensor([[draw.choice([0, 1, 1, 1, 0.25]) for _ in range(2 * depth)] for _ in range(variants)])
+    torch.manual_seed(trial)
+    model, x = Branches(depth), torch.randn(clips, 5, 6)
+    with multi_gate(model.branches, gates, kind="branch", max_rows=draw.choice([None, 1, 2 * clips])) as ran:
+        got = model(x.repeat(variants, 1, 1)).unflatten(0, (variants, clips))
+    wanted = torch.stack([model(x, row) for row in gates])
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    assert sum(ran) == count_block_forwards(gates)
+
+
+def test_a_branchs_output_is_scaled_and_exactly_zero_at_gate_zero():
+    branch, x = nn.Linear(6, 6), torch.randn(2, 6)
+    with torch.no_grad(), multi_gate([branch], torch.tensor([[1.0], [0.25], [0.0]]), kind="branch"):
+        full, quarter, none = branch(x.repeat(3, 1)).unflatten(0, (3, 2))
+    torch.testing.assert_close(quarter, 0.25 * full)
+    assert torch.equal(none, torch.zeros_like(full))
+
+
+def test_attention_and_ffn_of_24_blocks_apart_cost_588_block_forwards_worth_of_branches():
+    assert count_block_forwards(single_ablations(2 * 24)) == 2 * 588
+
+
+@pytest.mark.parametrize("trial", range(5))
+def test_ordered_variants_run_as_a_slice(trial):
+    draw = torch.Generator().manual_seed(trial)
+    gates = (torch.rand(9, 5, generator=draw) > 0.4).float()
+    gates = gates[prefix_order(gates)]
+    for block in range(5):
+        rows = [tuple(row[:block].tolist()) for row in gates]
+        distinct = len(set(rows))
+        assert len(set(rows[:distinct])) == distinct
+
+
+class TestRefusals:
+    def run(self, calls, blocks=3):
+        model = Stack(blocks)
+        x, table, mask = torch.randn(4, 5, 6), torch.zeros(6), torch.ones(4)
+        with multi_gate(model.blocks, single_ablations(3), row_arguments=["mask"]):
+            for number in calls:
+                x = model.blocks[number](x, table, mask=mask)
+
+    @pytest.mark.parametrize(
+        ("calls", "message"),
+        [
+            ([], "block 1 of 3 never ran"),
+            ([0, 1], "block 3 of 3 never ran"),
+            ([0, 1, 1, 2], "block 2 ran where block 3 of 3 was due"),
+            ([1, 0, 2], "block 2 ran where block 1 of 3 was due"),
+            ([0, 1, 2, 0], "block 2 of 3 never ran"),
+        ],
+    )
+    def test_blocks_that_do_not_run_once_in_order(self, calls, message):
+        with pytest.raises(ValueError, match=message):
+            self.run(calls)
+
+    def test_several_calls_of_the_model_are_fine(self):
+        self.run([0, 1, 2, 0, 1, 2])
+
+    def test_batch_statistics(self):
+        block = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+        with pytest.raises(ValueError, match=r"block 1: 1 \(BatchNorm1d\)"), multi_gate([block], torch.ones(2, 1)):
+            pass
+        block.eval()
+        with multi_gate([block], torch.ones(2, 1)):
+            block(torch.randn(4, 6))
+
+    def test_kind(self):
+        with pytest.raises(ValueError, match="block or branch"), multi_gate([], torch.ones(2, 0), kind="brnch"):
+            pass
 
 
 @pytest.mark.parametrize("depth", [1, 8, 24])

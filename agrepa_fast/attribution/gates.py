@@ -6,13 +6,15 @@ trie over the gate matrix. Ablating each of L blocks alone costs L(L+1)/2 block 
 forward a layer, and gives the same numbers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 import torch.nn as nn
+
+KINDS = ("block", "branch")
 
 
 def single_ablations(depth: int) -> torch.Tensor:
@@ -37,28 +39,65 @@ def _plan(gates: torch.Tensor) -> list[_BlockPlan]:
     if gates.ndim != 2 or not ((gates >= 0) & (gates <= 1)).all():
         raise ValueError(f"gates must be a (variants, blocks) matrix in [0, 1], not {tuple(gates.shape)}")
     plans = []
-    rows = gates.tolist()
-    for block in range(gates.shape[1]):
-        first: dict[tuple[float, ...], int] = {}  # prefix -> its first variant
-        number = {}  # prefix -> its place among the distinct ones
-        prefix = []
-        for variant, row in enumerate(rows):
-            key = tuple(row[:block])
-            first.setdefault(key, variant)
-            prefix.append(number.setdefault(key, len(number)))
-        plans.append(_BlockPlan(torch.tensor(list(first.values())), torch.tensor(prefix), gates[:, block].clone()))
+    prefix = [0] * len(gates)  # the number of each variant's prefix, extended block by block
+    for column in gates.T.tolist():
+        first = list({number: variant for variant, number in reversed(list(enumerate(prefix)))}.items())
+        first = torch.tensor([variant for _, variant in sorted(first)])
+        plans.append(_BlockPlan(first, torch.tensor(prefix), torch.tensor(column, dtype=torch.float64)))
+        number: dict[tuple[int, float], int] = {}
+        prefix = [number.setdefault(key, len(number)) for key in zip(prefix, column, strict=True)]
     return plans
 
 
 def count_block_forwards(gates: torch.Tensor) -> int:
     """Block forwards (of C rows each) that multi_gate runs for gates (V, L): the number of distinct prefixes at every
-    block, summed."""
+    block, summed. For kind="branch" it counts branches: half a block each where a block has two."""
     return sum(len(plan.first) for plan in _plan(gates.cpu()))
+
+
+def prefix_order(gates: torch.Tensor) -> torch.Tensor:
+    """(V,) an order of the variants in which the rows that every block runs are the first ones, a slice instead of a
+    gather: by the block at which a variant leaves the ones before it."""
+    births = torch.full((len(gates),), gates.shape[1])
+    for block, plan in reversed(list(enumerate(_plan(gates.cpu())))):
+        births[plan.first] = block
+    return births.argsort(stable=True)
+
+
+@dataclass
+class _Gating:
+    """What the patched blocks of one multi_gate share."""
+
+    variants: int
+    depth: int
+    kind: str
+    row_arguments: Sequence[str | int] | None
+    max_rows: int | None
+    ran: list[int] = field(default_factory=list)
+
+    def begin(self, number: int, prefixes: int) -> None:
+        """Block `number` (0-based) starts. Raises ValueError when it is not the next one: prefixes would be wrong."""
+        due = len(self.ran) % self.depth
+        if number != due:
+            raise ValueError(
+                f"block {number + 1} ran where block {due + 1} of {self.depth} was due: every block must run once, in "
+                "the order in which they were given"
+            )
+        self.ran.append(prefixes)
+
+    def end(self) -> None:
+        if not self.ran or len(self.ran) % self.depth:
+            raise ValueError(f"block {len(self.ran) % self.depth + 1} of {self.depth} never ran inside multi_gate")
 
 
 @contextmanager
 def multi_gate(
-    blocks: Sequence[nn.Module], gates: torch.Tensor, *, row_arguments: Sequence[str | int] | None = None
+    blocks: Sequence[nn.Module],
+    gates: torch.Tensor,
+    *,
+    kind: str = "block",
+    row_arguments: Sequence[str | int] | None = None,
+    max_rows: int | None = None,
 ) -> Iterator[list[int]]:
     """Inside it, a model with these residual blocks computes all variants of gates (V, L) at once.
 
@@ -67,67 +106,113 @@ def multi_gate(
     gets a full row back, so skip connections and heads outside the blocks see right values. Yields a list with the
     prefixes run at each block, filled as blocks run.
 
-    A block's first positional argument is its hidden state. Its other tensor arguments with V * C rows are sliced like
-    it; when the hidden state has another dimension of that size, a table could be mistaken for rows, and
-    `row_arguments` (keyword names, positions from 1 on) must say which arguments are rows. A tuple output has the
-    hidden state first; its other tensors are handed on per variant.
+    kind: "block" for modules that contain their residual sum; "branch" for modules whose output is added to the
+    residual outside of them (attention and FFN apart, voicebox-pytorch): their outputs are multiplied by the gate, and
+    exactly zero at gate 0. Blocks or branches are given in the order in which they run.
 
-    Raises ValueError for gates that do not fit the blocks, rows that V does not divide, and ambiguous arguments.
+    A block's state is its first tensor argument, positional or by keyword. Its other tensor arguments with V * C rows
+    are sliced like it; when the state has another dimension of that size, a table could be mistaken for rows, and
+    `row_arguments` (keyword names, positions from 1 on) must say which arguments are rows. A tuple output has the
+    state first; its other tensors are handed on per variant. max_rows bounds the rows that a block runs at once.
+
+    Raises ValueError for gates that do not fit the blocks, rows that V does not divide, ambiguous arguments, and blocks
+    that never run, run twice, or run in another order.
     """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r}: {' or '.join(KINDS)}")
     if gates.ndim != 2 or gates.shape[1] != len(blocks):
         raise ValueError(f"gates {tuple(gates.shape)} must be (variants, {len(blocks)}): one column a block")
-    ran: list[int] = []
+    gating = _Gating(len(gates), len(blocks), kind, row_arguments, max_rows)
     patched = []
     try:
-        for block, plan in zip(blocks, _plan(gates.cpu()), strict=True):
+        for number, (block, plan) in enumerate(zip(blocks, _plan(gates.cpu()), strict=True)):
+            if batch_norm := _batch_norm(block):
+                raise ValueError(f"block {number + 1}: {batch_norm}: its rows are not independent of each other")
             patched.append((block, block.__dict__.get("forward")))
-            block.forward = partial(_gated_forward, block.forward, plan, len(gates), row_arguments, ran)
-        yield ran
+            block.forward = partial(_gated_forward, block.forward, plan, number, gating)
+        yield gating.ran
+        gating.end()
     finally:
-        for block, own_forward in patched:
+        for block, own_forward in reversed(patched):
             del block.forward
             if own_forward is not None:
                 block.forward = own_forward
 
 
-def _gated_forward(forward, plan: _BlockPlan, variants: int, row_arguments, ran: list[int], *args, **kwargs):
-    x = args[0]
+def _batch_norm(block: nn.Module) -> str | None:
+    """What mixes the rows of a batch by its statistics, if anything does."""
+    for name, module in block.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            return f"{name or 'it'} ({type(module).__name__}) normalises over the batch"
+    return None
+
+
+def _gated_forward(forward: Callable, plan: _BlockPlan, number: int, gating: _Gating, *args, **kwargs):
+    arguments = {**dict(enumerate(args)), **kwargs}
+    state = next((name for name, value in arguments.items() if isinstance(value, torch.Tensor) and value.ndim), None)
+    if state is None:
+        raise ValueError(f"block {number + 1} was called without a tensor")
+    x, variants = arguments[state], gating.variants
     rows = x.shape[0]
     if rows % variants:
         raise ValueError(f"{rows} rows for {variants} variants: call the model with variants x clips rows")
-    ran.append(len(plan.first))
-    take = partial(_take_variants, plan=plan, variants=variants)
-    spread = partial(_spread_variants, plan=plan, clips=rows // variants)
-    is_row = _row_test(x, rows, row_arguments, {**dict(enumerate(args)), **kwargs})
-    out = forward(
-        take(x),
-        *[take(value) if is_row(place, value) else value for place, value in enumerate(args[1:], start=1)],
-        **{name: take(value) if is_row(name, value) else value for name, value in kwargs.items()},
-    )
+    gating.begin(number, len(plan.first))
+    clips = rows // variants
+    is_row = _row_test(x, state, gating.row_arguments, arguments)
+    taken = {name: _take_variants(value, plan, variants) for name, value in arguments.items() if is_row(name, value)}
+    out = _in_chunks(forward, args, kwargs, taken, len(plan.first) * clips, _chunk_rows(gating.max_rows, clips))
+    spread = partial(_spread_variants, plan=plan, clips=clips)
+    gate = _blend if gating.kind == "block" else _scale
     if isinstance(out, torch.Tensor):
-        return _blend(x, spread(out), plan, variants)
-    others = [spread(value) if _has_rows(value, len(plan.first) * (rows // variants)) else value for value in out[1:]]
-    return (_blend(x, spread(out[0]), plan, variants), *others)
+        return gate(x, spread(out), plan, variants)
+    others = [spread(value) if _has_rows(value, len(plan.first) * clips) else value for value in out[1:]]
+    return (gate(x, spread(out[0]), plan, variants), *others)
+
+
+def _chunk_rows(max_rows: int | None, clips: int) -> int | None:
+    """Rows of a chunk: whole variants, since row n has condition n mod C."""
+    return None if max_rows is None else max(1, max_rows // clips) * clips
+
+
+def _in_chunks(forward: Callable, args: tuple, kwargs: dict, taken: dict, rows: int, chunk: int | None):
+    """forward with `taken` in place of the arguments of these names, `chunk` rows at a time."""
+    outputs = []
+    for start in range(0, rows, chunk or rows):
+        part = {name: value[start : start + (chunk or rows)] for name, value in taken.items()}
+        outputs.append(
+            forward(
+                *[part.get(place, value) for place, value in enumerate(args)],
+                **{name: part.get(name, value) for name, value in kwargs.items()},
+            )
+        )
+    if len(outputs) == 1:
+        return outputs[0]
+    if isinstance(outputs[0], torch.Tensor):
+        return torch.cat(outputs)
+    return tuple(
+        torch.cat(parts) if isinstance(parts[0], torch.Tensor) else parts[0] for parts in zip(*outputs, strict=True)
+    )
 
 
 def _has_rows(value, rows: int) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == rows
 
 
-def _row_test(x: torch.Tensor, rows: int, row_arguments, arguments: dict):
+def _row_test(x: torch.Tensor, state: str | int, row_arguments, arguments: dict) -> Callable:
     """A function (name, value) -> whether that argument has a row for every row of x."""
     if row_arguments is not None:
-        return lambda name, value: name in row_arguments
-    suspects = [name for name, value in arguments.items() if name != 0 and _has_rows(value, rows)]
+        return lambda name, value: name == state or name in row_arguments
+    rows = x.shape[0]
+    suspects = [name for name, value in arguments.items() if name != state and _has_rows(value, rows)]
     if suspects and rows in x.shape[1:]:
         raise ValueError(
             f"argument {suspects[0]!r} has {rows} rows, as has a later dimension of the state {tuple(x.shape)}: "
             "name the arguments that are rows in multi_gate(row_arguments=...)"
         )
-    return lambda name, value: name in suspects
+    return lambda name, value: name == state or name in suspects
 
 
-def _take_variants(x: torch.Tensor, *, plan: _BlockPlan, variants: int) -> torch.Tensor:
+def _take_variants(x: torch.Tensor, plan: _BlockPlan, variants: int) -> torch.Tensor:
     """The rows (P * C, ...) of the variants that run, a view when they come first."""
     by_variant = x.unflatten(0, (variants, -1))
     if plan.contiguous:
@@ -149,4 +234,13 @@ def _blend(x: torch.Tensor, out: torch.Tensor, plan: _BlockPlan, variants: int) 
         gate = float(plan.gate[variant])
         row = before[variant]
         after[variant] = row if gate == 0 else row + gate * (after[variant] - row)
+    return after.flatten(0, 1)
+
+
+def _scale(x: torch.Tensor, out: torch.Tensor, plan: _BlockPlan, variants: int) -> torch.Tensor:
+    """The branch's output (a fresh tensor) times the gate, exact zeros at gate 0."""
+    after = out.unflatten(0, (variants, -1))
+    for variant in (plan.gate < 1).nonzero().flatten().tolist():
+        gate = float(plan.gate[variant])
+        after[variant] = gate * after[variant] if gate else 0
     return after.flatten(0, 1)
