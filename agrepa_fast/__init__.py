@@ -7,7 +7,7 @@ if (
 ):  # imported from a checkout, where kernels/ stands beside this package
     __path__.append(str(Path(__file__).parents[1]))
 
-from .attribution.foga import FogaScores, foga
+from .attribution.foga import FogaScores, ablate, foga
 from .attribution.gates import count_block_forwards, multi_gate
 from .attribution.selection import LayerSelection, select_layers
 from .config import Config, UserError, load_config
@@ -26,6 +26,7 @@ __all__ = [
     "LayerSelection",
     "UserError",
     "Velocity",
+    "ablate",
     "count_block_forwards",
     "foga",
     "load_config",

@@ -61,12 +61,19 @@ def _parser() -> argparse.ArgumentParser:
 
     probe = commands.add_parser("probe", help="measure what each layer contributes to the velocity (FoG-A)")
     probe.add_argument("--recipe", default="corrected", choices=("corrected", "official"))
+    probe.add_argument("--model", metavar="MODULE:FACTORY", help="probe any model: FACTORY() returns (model, inputs)")
+    probe.add_argument("--blocks", metavar="PATH", help="its blocks: transformer.blocks, or layers.*.attn,layers.*.ff")
+    probe.add_argument(
+        "--kind", default="block", choices=("block", "branch"), help="branch: the residual sum is outside"
+    )
+    probe.add_argument("--row-arguments", nargs="*", metavar="NAME", help="arguments of a block that have a row a clip")
     probe.set_defaults(command=_probe)
     sample = commands.add_parser("sample", help="sample validation clips and write wavs")
     sample.add_argument("--clips", type=_positive, default=2, help="clips per domain (default: 2)")
     sample.set_defaults(command=_sample)
     for command in (probe, sample):
-        command.add_argument("checkpoint", type=Path, help="runs/<run>, or one of its checkpoints")
+        optional = {"nargs": "?"} if command is probe else {}  # --model stands in for it
+        command.add_argument("checkpoint", type=Path, help="runs/<run>, or one of its checkpoints", **optional)
         command.add_argument("--live", action="store_true", help="the live weights instead of their moving average")
         command.add_argument("--out", type=Path, help="where to write (default: beside the checkpoints of the run)")
         command.add_argument("overrides", nargs="*", metavar="section.field=value")
@@ -115,9 +122,17 @@ def _probe(args: argparse.Namespace) -> None:
     from .training.checkpoint import step_of
     from .training.measure import FixedClips, probe
 
+    if args.model:
+        _probe_any(args)
+        return
+    if args.checkpoint is None:
+        raise UserError("name a checkpoint, or --model MODULE:FACTORY with --blocks PATH")
     model, config, index, path, device = _load(args)
     clips = FixedClips(index, "train", config.probe.clips, config.probe.chunk, device)
-    scores = probe(model, clips, config, step_of(path), recipe=args.recipe, progress=True)
+    try:
+        scores = probe(model, clips, config, step_of(path), recipe=args.recipe, progress=True)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
     out = args.out or _beside(path, "probe")
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -130,6 +145,32 @@ def _probe(args: argparse.Namespace) -> None:
     plot_attribution(scores.evidence(), selection, out / "attribution.png")
     print_table(scores.evidence(), selection)
     print(f"wrote {out}/attribution.csv and attribution.png")
+
+
+def _probe_any(args: argparse.Namespace) -> None:
+    """FoG-A of a model that is not ours, at the inputs that its factory returns."""
+    import importlib
+
+    from .attribution.foga import ablate
+    from .attribution.gates import find_blocks
+    from .attribution.report import append_csv, plot_attribution, print_table
+
+    module, _, factory = args.model.partition(":")
+    if not factory or args.blocks is None:
+        raise UserError(f"--model {args.model}: write MODULE:FACTORY, and --blocks PATH beside it")
+    sys.path.insert(0, "")
+    try:
+        model, inputs = getattr(importlib.import_module(module), factory)()
+        blocks = find_blocks(model, args.blocks)
+        scores = ablate(model, inputs, list(blocks.values()), kind=args.kind, row_arguments=args.row_arguments)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"--model {args.model}: {error}") from error
+    out = args.out or Path("probe")
+    out.mkdir(parents=True, exist_ok=True)
+    append_csv(out / "attribution.csv", scores, 0)
+    plot_attribution(scores.evidence(), None, out / "attribution.png")
+    print_table(scores.evidence(), None)
+    print(f"L1 ... L{len(blocks)} are {', '.join(blocks)}\nwrote {out}/attribution.csv and attribution.png")
 
 
 def _sample(args: argparse.Namespace) -> None:

@@ -188,8 +188,12 @@ class ProbeConfig:
     times: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
     draws: int = 1  # noise draws per clip and time
     chunk: int = 8  # clips per forward; bounds the memory, not the result
+    pool: int = 1  # the layers are ranked on this many recent probes together
+    confidence: float = 1.0  # choose before warmup_steps once the Top-K is this probable in every domain; 1: never
 
     def __post_init__(self) -> None:
+        _check(self.pool >= 1, f"probe.pool={self.pool}: at least 1")
+        _check(0 < self.confidence <= 1, f"probe.confidence={self.confidence}: must be in (0, 1]")
         _check(
             self.every >= 1 and self.clips >= 1 and self.draws >= 1,
             "probe.every, probe.clips and probe.draws: at least 1",

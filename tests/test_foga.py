@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from agrepa_fast import foga, select_layers
-from agrepa_fast.attribution.foga import ProbeBatch
+from agrepa_fast.attribution.foga import FogaScores, ProbeBatch
 from agrepa_fast.attribution.selection import NotRankableError
 from agrepa_fast.flow import clip_keys
 from agrepa_fast.kernels import flow_mix
@@ -87,6 +87,69 @@ def test_statistics_by_hand(probe_batch):
     assert scores.stderr("audio").isinf().all()  # one clip
     torch.testing.assert_close(scores.mean_at("audio")[:, 1], scores.change[:, 1, 1].mean(-1))
     assert scores.domains() == ("speech", "audio")
+
+
+class TestStatistics:
+    def scores(self, per_clip, step=0, draws=1):
+        """FogaScores of one domain whose per-clip scores are the rows of `per_clip`, (L, C)."""
+        change = torch.tensor(per_clip)[..., None, None].expand(-1, -1, 1, draws).clone()
+        clips = change.shape[1]
+        return FogaScores(change, torch.zeros(clips), torch.zeros(clips, dtype=torch.long), (0.5,), step=step)
+
+    def test_bootstrap_probability_that_the_top_k_is_the_top_k(self):
+        """Two clips that disagree: L1 wins a resample when clip 1 is drawn twice (1/4) or each once (1/2)."""
+        certain = self.scores([[0.9, 0.8], [0.1, 0.2], [0.5, 0.4]])
+        assert certain.top_k_probability("speech", 1) == certain.top_k_probability("speech", 2) == 1
+        torn = self.scores([[0.9, 0.1], [0.2, 0.6]])
+        assert torn.top_k_probability("speech", 1) == pytest.approx(0.75, abs=0.03)
+        assert torn.top_k_probability("speech", 1) == torn.top_k_probability("speech", 1)
+
+    def test_rank_correlation(self):
+        up, down = self.scores([[0.1], [0.2], [0.3]]), self.scores([[3.0], [2.0], [0.1]])
+        assert up.rank_correlation(up, "speech") == pytest.approx(1)
+        assert up.rank_correlation(down, "speech") == pytest.approx(-1)
+
+    def test_pooled_probes_are_further_draws_of_each_clip(self):
+        early, late = self.scores([[0.1, 0.3], [0.2, 0.2]], step=1), self.scores([[0.3, 0.5], [0.2, 0.6]], step=2)
+        pooled = late.pooled_with([early])
+        torch.testing.assert_close(pooled.per_clip("speech"), torch.tensor([[0.2, 0.4], [0.2, 0.4]]))
+        assert pooled.clips("speech") == 2
+        assert pooled.step == 2
+        with pytest.raises(ValueError, match="same clips"):
+            late.pooled_with([self.scores([[0.1], [0.2]])])
+
+
+def test_modules_modes_and_the_random_state_come_back(probe_batch):
+    model = small_model(dropout=0.5).train()
+    model.blocks[1].eval()  # a frozen part
+    model.register_forward_hook(lambda *_: torch.rand(1) and None)  # a model that draws
+    before = torch.get_rng_state()
+    foga(model, probe_batch, times=(0.5,))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [block.training for block in model.blocks] == [True, False, True, True]
+
+
+def test_scores_that_mean_nothing_are_refused(probe_batch):
+    model = small_model()
+    model.blocks[2].fc2.bias.data.fill_(float("inf"))
+    with pytest.raises(ValueError, match="probe clip 0, layer 1: the score is not finite"):
+        foga(model, probe_batch, times=(0.5,))
+    model = small_model()
+    torch.nn.init.zeros_(model.out.weight)
+    torch.nn.init.zeros_(model.out.bias)
+    with pytest.raises(ValueError, match="probe clip 0: the model's velocity is zero"):
+        foga(model, probe_batch, times=(0.5,))
+
+
+def test_rows_at_once_are_bounded_without_changing_a_score(probe_batch):
+    model, rows = small_model(depth=6), []
+    model.blocks[5].qkv.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[0]))
+    free = foga(model, probe_batch, times=(0.5,))
+    assert max(rows) == 18
+    rows.clear()
+    bounded = foga(model, probe_batch, times=(0.5,), max_rows=7)
+    assert max(rows) == 6  # whole variants of 3 clips
+    torch.testing.assert_close(bounded.change, free.change, atol=1e-6, rtol=1e-6)
 
 
 def test_official_recipe_feeds_the_clean_mel_at_0_8(probe_batch):

@@ -5,8 +5,8 @@ from agrepa_fast.kernels import ada_norm, force_backend, gated_residual
 
 from .accuracy import DEVICE, assert_as_accurate, assert_repeatable, fused_backends
 
-# (N, C, T, D): one token; T past a chunk of 32 with D past a power of two; one row a tile; D no multiple of a vector. Rows
-# enough for the gradient of m, one number a row, to have an RMS error that is not luck.
+# (N, C, T, D): one token; T past a chunk of 32 with D past a power of two; one row a tile; D no multiple of a vector.
+# Rows enough for the gradient of m, one number a row, to have an RMS error that is not luck.
 SHAPES = [(36, 3, 1, 24), (12, 3, 37, 40), (6, 1, 3, 2100), (18, 3, 33, 21)]
 
 

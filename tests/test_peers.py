@@ -1,6 +1,7 @@
 """multi_gate on other people's models, installed from PyPI (extra "peers", pip install --no-deps), with random weights,
 against a naive loop that ablates one block at a time."""
 
+import csv
 import importlib
 import importlib.machinery
 import sys
@@ -12,7 +13,8 @@ import torch
 import torch.nn as nn
 
 from agrepa_fast import count_block_forwards, multi_gate
-from agrepa_fast.attribution.gates import single_ablations
+from agrepa_fast.attribution.gates import find_blocks, single_ablations
+from agrepa_fast.cli import main
 from agrepa_fast.data.features import import_torchaudio
 
 import_torchaudio()  # the peers import it; beside a CPU build of torch that needs a stand-in first
@@ -179,3 +181,69 @@ def test_whole_layers_of_a_unet_whose_residual_stands_outside():
     with multi_gate(branches, layers.repeat_interleave(2, dim=1), kind="branch"):
         got = tensor_of(model(**rows)).unflatten(0, (len(layers), CLIPS))
     torch.testing.assert_close(got, torch.stack(wanted), atol=1e-5, rtol=1e-5)
+
+
+FACTORIES = """
+import torch
+from tests.test_peers import audio_dit, awake, voicebox
+
+def factory(make):
+    torch.manual_seed(5)
+    model, _, inputs = make()
+    return awake(model), inputs
+
+def audio():
+    return factory(audio_dit)
+
+def layers():
+    return factory(voicebox)
+"""
+
+
+def test_agrepa_probe_of_any_model(tmp_path, monkeypatch, capsys):
+    """As a person types it, with factories in the current folder, against leaving out one block after the other."""
+    (tmp_path / "mine.py").write_text(FACTORIES)
+    monkeypatch.chdir(tmp_path)
+    main(["probe", "--model", "mine:audio", "--blocks", "transformer_blocks", "--out", "audio"])
+    assert "transformer_blocks.0" in capsys.readouterr().out
+    torch.manual_seed(5)
+    model, blocks, inputs = audio_dit()
+    awake(model)
+    wanted = []
+    with torch.no_grad():
+        base = tensor_of(model(**inputs)).flatten(1)
+        for block in blocks:
+            with without([block], "block"):
+                change = (tensor_of(model(**inputs)).flatten(1) - base).norm(dim=1)
+            wanted.append(float((change / base.norm(dim=1)).mean()))
+    with (tmp_path / "audio" / "attribution.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["t"] == "mean"]
+    assert [float(row["score"]) for row in rows] == pytest.approx(wanted, rel=1e-4)
+    assert (tmp_path / "audio" / "attribution.png").stat().st_size > 1000
+    main(["probe", "--model", "mine:layers", "--blocks", "layers.*.3,layers.*.5", "--kind", "branch", "--out", "v"])
+    assert "layers.0.3, layers.0.5, layers.1.3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "mine", "--blocks", "x"], "write MODULE:FACTORY"),
+        (["--model", "no_such_module:f", "--blocks", "x"], "No module named 'no_such_module'"),
+        (["--model", "tests.test_peers:f5_inputs", "--blocks", "x"], "too many values to unpack"),
+        ([], "name a checkpoint, or --model"),
+    ],
+)
+def test_probe_refusals(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["probe", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_find_blocks():
+    model = nn.ModuleDict({"a": nn.ModuleList(nn.ModuleList([nn.Identity(), nn.ReLU()]) for _ in range(2))})
+    assert list(find_blocks(model, "a")) == ["a.0", "a.1"]
+    assert list(find_blocks(model, "a.*.0,a.*.1")) == ["a.0.0", "a.0.1", "a.1.0", "a.1.1"]
+    for path, message in (("b", "b"), ("a.*.2", "2"), ("a.0.0", "no list of modules")):
+        with pytest.raises(ValueError, match=message):
+            find_blocks(model, path)

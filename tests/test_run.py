@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from agrepa_fast.attribution.foga import ProbeBatch, foga
 from agrepa_fast.attribution.report import append_csv
 from agrepa_fast.attribution.selection import LayerSelection, select_layers
-from agrepa_fast.config import FlowConfig, UserError, load_config
+from agrepa_fast.config import FlowConfig, ModelConfig, UserError, load_config
 from agrepa_fast.data.shards import load_index
 from agrepa_fast.data.stream import BatchLayout, DataConfig, collate, train_batches
 from agrepa_fast.flow import clip_keys, euler, flow_loss, reference_prefix, sample, sway_times, training_draws
 from agrepa_fast.kernels import flow_mix
-from agrepa_fast.models.dit import Velocity
+from agrepa_fast.models.dit import AudioDiT, Velocity
 from agrepa_fast.training import aligner as aligner_module
 from agrepa_fast.training import checkpoint
 from agrepa_fast.training.engine import lr_factor
@@ -113,7 +113,26 @@ def test_a_probe_keeps_the_floor(index, monkeypatch):
     one = SimpleNamespace(change=torch.ones(2, 3, 1, 1), floor=torch.full((3,), 0.25), times=(0.5,))
     monkeypatch.setattr(measure, "foga", lambda *_, **__: one)
     clips = FixedClips(index, "val", 3, 3, "cpu")
-    assert probe(None, clips, load_config("demo")).floor.tolist() == [0.25] * 6
+    model = SimpleNamespace(blocks=[None, None])
+    assert probe(model, clips, load_config("demo")).floor.tolist() == [0.25] * 6
+
+
+def test_a_probe_that_fails_costs_nothing(index, tmp_path):
+    config = load_config("demo", ["probe.start_step=1", "probe.every=1", "align.k=1", "probe.chunk=4"])
+    model = AudioDiT(ModelConfig(dim=16, depth=2, heads=2, token_dim=8, n_mels=index.n_mels, vocab=index.vocab))
+    model.blocks[1].fc2.bias.data.fill_(float("nan"))
+    torch.nn.init.normal_(model.blocks[1].modulation.weight)
+    said, aligner = [], aligner_module.Aligner(config, {}, torch.device("cpu"))
+    metrics, clips = SimpleNamespace(say=said.append, pause=nullcontext), FixedClips(index, "val", 5, 4, "cpu")
+    run = Run(config, index, torch.device("cpu"), SimpleNamespace(module=model), None, aligner, metrics, 0, 1, tmp_path)
+    before = torch.get_rng_state()
+    run.choose_layers(clips, 1)
+    assert said == ["step 1: the probe failed and training goes on: probe clip 0, layer 1: the score is not finite"]
+    assert aligner.selection is None
+    assert aligner.probes == []
+    assert not list(tmp_path.iterdir())
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_layer_that_is_not_measured_is_not_chosen():

@@ -172,6 +172,25 @@ def test_other_strategies_align_from_the_start_and_are_measured_at_the_end(strat
     assert (run / "plots" / "attribution.png").is_file()
 
 
+def test_layers_are_chosen_early_once_the_choice_is_sure(preset, tmp_path):
+    """Pooled over two probes; a resume from before the choice makes the same one."""
+    arguments = ["--preset", str(preset), "run.dir=run", "probe.warmup_steps=4", "probe.pool=2", "train.save_every=1"]
+    out = run_training(1, *arguments, "probe.confidence=0.01", "train.keep=9", cwd=tmp_path)
+    assert "decided early, 3 probes saved" in out
+    selection = json.loads((tmp_path / "run" / "selection.json").read_text())
+    assert selection["step"] == 1
+    assert 0.01 < min(d["top_k_probability"] for d in selection["evidence"].values()) <= 1
+    arguments[2] = "run.dir=unsure"
+    out = run_training(1, *arguments, "train.keep=9", cwd=tmp_path)
+    assert "decided early" not in out
+    whole = json.loads((tmp_path / "unsure" / "selection.json").read_text())
+    assert whole["step"] == 4
+    shutil.rmtree(tmp_path / "unsure" / "checkpoints" / "step00000005")
+    (tmp_path / "unsure" / "selection.json").unlink()
+    run_training(1, *arguments, "train.keep=9", "--resume", "step00000003", cwd=tmp_path)
+    assert json.loads((tmp_path / "unsure" / "selection.json").read_text()) == whole
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(preset, tmp_path):
     args = ("--preset", str(preset), "run.dir=run", "train.lr=1e30", "train.warmup_steps=0", "train.save_every=1")
     output = run_training(1, *args, "train.log_every=5", cwd=tmp_path, wanted=2)

@@ -139,6 +139,29 @@ def multi_gate(
                 block.forward = own_forward
 
 
+def find_blocks(model: nn.Module, paths: str) -> dict[str, nn.Module]:
+    """Name -> module of what `paths` names, in the order of running: a list's path ("transformer.blocks"), or paths
+    with a star for every element of a list, taken in turn ("layers.*.attn,layers.*.ff"). Raises ValueError for a path
+    that does not exist."""
+    columns = [_expand(model, path if "*" in path else f"{path}.*") for path in paths.split(",")]
+    if len({len(column) for column in columns}) > 1:
+        raise ValueError(f"{paths}: the lists have {', '.join(str(len(column)) for column in columns)} elements")
+    return {name: model.get_submodule(name) for turn in zip(*columns, strict=True) for name in turn}
+
+
+def _expand(model: nn.Module, path: str) -> list[str]:
+    before, _, after = path.partition(".*")
+    try:
+        names = [f"{before}.{name}{after}" for name, _ in model.get_submodule(before).named_children()]
+        for name in names:
+            model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not names:
+        raise ValueError(f"{before} ({type(model.get_submodule(before)).__name__}) is no list of modules")
+    return names
+
+
 def _batch_norm(block: nn.Module) -> str | None:
     """What mixes the rows of a batch by its statistics, if anything does."""
     for name, module in block.named_modules():

@@ -26,7 +26,7 @@ class LayerSelection:
     layers: dict[str, tuple[int, ...]]
     weights: dict[str, tuple[float, ...]]
     step: int = 0  # optimizer step of the choice
-    evidence: dict = field(default_factory=dict)  # FogaScores.evidence(); empty for fixed choices
+    evidence: dict = field(default_factory=dict)  # FogaScores.evidence(), top_k_probability; empty for fixed choices
 
     @property
     def all_layers(self) -> tuple[int, ...]:
@@ -64,7 +64,7 @@ def select_layers(scores: FogaScores, k: int = 3, weighting: str = "normalized")
         raise ValueError(f"weighting={weighting!r}: {nearest(weighting, WEIGHTINGS)}")
     if not 1 <= k <= scores.depth:
         raise ValueError(f"k={k}: must be from 1 to the {scores.depth} layers that were measured")
-    layers, weights = {}, {}
+    layers, weights, evidence = {}, {}, scores.evidence()
     for domain in scores.domains():
         mean, stderr, floor = scores.mean(domain), scores.stderr(domain), scores.floor_of(domain)
         measured = mean - 2 * stderr.nan_to_num(posinf=0) > ABOVE_FLOOR * floor  # one clip has no standard error
@@ -77,7 +77,8 @@ def select_layers(scores: FogaScores, k: int = 3, weighting: str = "normalized")
         chosen = sorted(int(layer) for layer in ranked)
         layers[domain] = tuple(layer + 1 for layer in chosen)
         weights[domain] = _weights(mean[chosen], weighting)
-    return LayerSelection("foga", layers, weights, scores.step or 0, scores.evidence())
+        evidence[domain]["top_k_probability"] = scores.top_k_probability(domain, k)
+    return LayerSelection("foga", layers, weights, scores.step or 0, evidence)
 
 
 def _weights(scores: torch.Tensor, weighting: str) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from ..alignment.heads import AlignmentHeads
 from ..alignment.objectives import alignment_loss
+from ..attribution.foga import FogaScores
 from ..attribution.selection import LayerSelection
 from ..config import Config
 from ..data.stream import Batch
@@ -25,6 +26,13 @@ class Aligner:
         self.selection: LayerSelection | None = None
         self.heads: AlignmentHeads | None = None
         self.optimizer: torch.optim.AdamW | None = None
+        self.probes: list[FogaScores] = []  # the recent ones, which the next ranking pools
+
+    def add_probe(self, scores: FogaScores) -> FogaScores:
+        """Remember a probe; returns it pooled with the recent ones (probe.pool together)."""
+        recent = self.probes[-(self.config.probe.pool - 1) :] if self.config.probe.pool > 1 else []
+        self.probes = [*recent, scores]
+        return scores.pooled_with(recent)
 
     def select(self, selection: LayerSelection) -> None:
         """Create the heads of a selection; every rank must get the same one."""
@@ -68,16 +76,18 @@ class Aligner:
         self.optimizer.zero_grad()
 
     def state_dict(self) -> dict:
-        """Selection, heads and optimizer; the same on every rank, so it loads on any number of them."""
+        """Recent probes, selection, heads and optimizer; the same on every rank, so it loads on any number of them."""
+        state = {"probes": [asdict(scores) for scores in self.probes]}
         if self.selection is None:
-            return {}
-        state = {"selection": asdict(self.selection)}
+            return state
+        state |= {"selection": asdict(self.selection)}
         if self.heads is not None:
             state |= {"heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict()}
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        if not state:
+        self.probes = [FogaScores(**scores) for scores in state["probes"]]
+        if "selection" not in state:
             return
         self.select(LayerSelection.from_dict(state["selection"]))
         if self.heads is not None:

@@ -219,3 +219,12 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def first_failure(message: str | None) -> str | None:
+    """The message of the first rank that has one, on every rank. Every rank must call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return message
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    return next((text for text in messages if text is not None), None)

@@ -17,7 +17,7 @@ from ..data.shards import Index, Sample
 from ..data.stream import Batch, collate, fixed_clips
 from ..flow import clip_keys, flow_loss
 from ..kernels import flow_mix
-from .engine import all_sum
+from .engine import all_sum, first_failure
 
 
 class FixedClips:
@@ -83,23 +83,30 @@ def probe(
     recipe: str = "corrected",
     progress: bool = False,
 ) -> FogaScores:
-    """FogaScores of all clips, the same on every rank. Every rank must call it."""
-    scores: FogaScores | None = None
+    """FogaScores of all clips, the same on every rank. Every rank must call it; when the measurement fails on one, all
+    raise ValueError after the same number of forwards."""
+    shape = (len(config.probe.times), config.probe.draws) if recipe == "corrected" else (1, 1)
+    change = torch.zeros(len(model.blocks), len(clips), *shape)
+    floor, failure, times = torch.zeros(len(clips)), None, ()
     for batch, owned in _with_bar(clips, config, "probe", progress):
-        part = foga(
-            model,
-            ProbeBatch(batch.mel, batch.condition, batch.domain, batch.places),
-            times=config.probe.times,
-            draws=config.probe.draws,
-            sigma=config.flow.sigma,
-            recipe=recipe,
-        )
-        if scores is None:
-            layers, _, times, draws = part.change.shape
-            change = torch.zeros(layers, len(clips), times, draws)
-            scores = FogaScores(change, torch.zeros(len(clips)), clips.domain, part.times, recipe, step)
+        try:
+            part = foga(
+                model,
+                ProbeBatch(batch.mel, batch.condition, batch.domain, batch.places),
+                times=config.probe.times,
+                draws=config.probe.draws,
+                sigma=config.flow.sigma,
+                recipe=recipe,
+            )
+        except ValueError as error:
+            failure = failure or str(error)
+            continue
+        times = part.times
         for row in owned:
-            scores.change[:, batch.places[row]] = part.change[:, row]
-            scores.floor[batch.places[row]] = part.floor[row]
-    change, floor = (all_sum(values.to(clips.device)).cpu() for values in (scores.change, scores.floor))
-    return replace(scores, change=change, floor=floor)
+            change[:, batch.places[row]] = part.change[:, row]
+            floor[batch.places[row]] = part.floor[row]
+    failure = first_failure(failure)
+    if failure is not None:
+        raise ValueError(failure)
+    change, floor = (all_sum(values.to(clips.device)).cpu() for values in (change, floor))
+    return FogaScores(change, floor, clips.domain, times, recipe, step)

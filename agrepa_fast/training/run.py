@@ -98,26 +98,36 @@ class Run:
         return scores
 
     def choose_layers(self, clips: FixedClips, step: int) -> None:
-        """Probe when it is due; from the end of the warm-up on, align the layers that stand out and keep them."""
+        """Probe when it is due, and align the layers that stand out: at the end of the warm-up, or before it once their
+        choice is probe.confidence sure. A probe that fails costs its time and nothing else."""
         schedule, align = self.config.probe, self.config.align
         if align.strategy != "foga" or self.aligner.selection is not None or step < schedule.start_step:
             return
         if step % schedule.every and step != schedule.warmup_steps:
             return
-        scores = self.measure_layers(clips, step)
         try:
+            scores = self.aligner.add_probe(self.measure_layers(clips, step))
             selection = select_layers(scores, align.k, align.weighting)
         except NotRankableError as refusal:
             self.metrics.say(f"step {step}: FoG-A does not rank yet: {refusal}")
             return
-        if step < schedule.warmup_steps:
-            self.metrics.say(f"step {step}: FoG-A leads with {selection.describe()}")
+        except (ValueError, torch.OutOfMemoryError) as failure:
+            self.metrics.say(f"step {step}: the probe failed and training goes on: {failure}")
+            return
+        sure = min(measured["top_k_probability"] for measured in selection.evidence.values())
+        found = f"{selection.describe()} (Top-{align.k} with probability {sure:.2f})"
+        early = step < schedule.warmup_steps
+        if early and sure <= schedule.confidence:
+            self.metrics.say(f"step {step}: FoG-A leads with {found}")
             return
         self.aligner.select(selection)
         if self.rank == 0:
             selection.save(self.folder / "selection.json")
             plot_attribution(selection.evidence, selection, self.folder / "plots" / "attribution.png")
-        self.metrics.say(f"step {step}: aligned from here on: {selection.describe()}")
+        saved = -(-(schedule.warmup_steps - step) // schedule.every) if early else 0
+        self.metrics.say(
+            f"step {step}: aligned from here on: {found}" + (f"; decided early, {saved} probes saved" if early else "")
+        )
 
 
 def _next(batches: Iterator[Batch]) -> Batch:

@@ -22,7 +22,10 @@ def finish(run: Run, probe_clips: FixedClips, val_clips: FixedClips, vocoder: Vo
     config, folder, selection = run.config, run.folder, run.aligner.selection
     evidence = selection.evidence if selection else {}
     if not evidence:  # nothing was measured to choose: measure what the layers contribute now
-        evidence = run.measure_layers(probe_clips, config.train.steps).evidence()
+        try:
+            evidence = run.measure_layers(probe_clips, config.train.steps).evidence()
+        except ValueError as failure:
+            run.metrics.say(f"no attribution plot: the last probe failed: {failure}")
     with run.ema.applied():
         with run.timed("validation"):
             averaged = validation_loss(run.engine.module, val_clips, config, progress=run.rank == 0)
@@ -34,7 +37,8 @@ def finish(run: Run, probe_clips: FixedClips, val_clips: FixedClips, vocoder: Vo
         return
     with run.timed("samples"):
         wavs = write_samples(batch, sampled, run.index, vocoder, folder / "samples", folder / "plots" / "mel.png")
-    plot_attribution(evidence, selection, folder / "plots" / "attribution.png")
+    if evidence:
+        plot_attribution(evidence, selection, folder / "plots" / "attribution.png")
     plot_loss(folder / "metrics.jsonl", folder / "plots" / "loss.png", selection.step if selection else None)
     if selection:
         selection.save(folder / "selection.json")
