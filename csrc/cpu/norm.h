@@ -1,22 +1,29 @@
 // Layer norm of one row and its gradient, in fp32. x, dy ... are rows of D elements.
 #pragma once
-#include <math.h>
-
 #include "common.h"
 
 namespace {
 
 // Two passes over a row that stays in cache: no cancellation.
 inline void row_statistics(const float* x, i64 D, float eps, float* mean, float* rstd) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (i64 d = 0; d < D; ++d) sum += x[d];
-  const float m = sum / D;
-  float squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (i64 d = 0; d < D; ++d) squares += (x[d] - m) * (x[d] - m);
+  constexpr i64 LANES = 32;  // sums of few terms each, on every instruction set: fp32 keeps them accurate
+  float sums[LANES] = {}, squares[LANES] = {};
+  const i64 whole = D / LANES * LANES;
+  for (i64 d = 0; d < whole; d += LANES)
+#pragma omp simd
+    for (i64 j = 0; j < LANES; ++j) sums[j] += x[d + j];
+  for (i64 d = whole; d < D; ++d) sums[d - whole] += x[d];
+  double total = 0;
+  for (i64 j = 0; j < LANES; ++j) total += sums[j];
+  const float m = total / D;
+  for (i64 d = 0; d < whole; d += LANES)
+#pragma omp simd
+    for (i64 j = 0; j < LANES; ++j) squares[j] += (x[d + j] - m) * (x[d + j] - m);
+  for (i64 d = whole; d < D; ++d) squares[d - whole] += (x[d] - m) * (x[d] - m);
+  total = 0;
+  for (i64 j = 0; j < LANES; ++j) total += squares[j];
   *mean = m;
-  *rstd = 1.0f / __builtin_sqrtf(squares / D + eps);
+  *rstd = 1.0f / __builtin_sqrtf(total / D + eps);
 }
 
 template <class T>
