@@ -7,11 +7,19 @@ neither on the batch nor on the padding.
 
 Dims:     C clips, T frames, M mel bins.
 Shapes:   x, x_t, target (C, T, M); t (C,) or (C, T); keys (C,) int64.
+Numerics: fp32 inside, x_t and target in x's dtype; backends agree on the bits of the uniforms, and on the normals to
+          the rounding of log, sin and cos.
+Traffic:  3 passes over (C, T, M): x, x_t, target. No noise is stored.
 """
 
 import math
 
 import torch
+
+from . import _native
+from ._backend import backend_of, tl, triton
+from ._library import define, differentiate
+from ._rows import check_rows, check_tensor
 
 _A, _B = 0xD2511F53, 0xCD9E8D57  # multipliers, and below the Weyl increments, of Salmon et al. 2011, table 2
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -67,13 +75,105 @@ def flow_mix_ref(
     return (1 - t) * noise + t * x, x - noise
 
 
+@triton.jit
+def _normals(word1, word2):
+    """Box-Muller transform of two tiles of words. cos and sin are polynomials (Cephes, S. Moshier) of what is left of
+    the angle when the nearest quarter turn is taken off, exactly, in u: those of the GPU's library keep an array in
+    local memory for large angles."""
+    radius = tl.sqrt(-2.0 * tl.log(tl.maximum(tl.uint_to_uniform_float(word1), 1e-7)))
+    u = tl.uint_to_uniform_float(word2)
+    quarter = (4.0 * u + 0.5).to(tl.int32)
+    angle = 6.283185307179586 * (u - 0.25 * quarter.to(tl.float32))
+    z = angle * angle
+    sin = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * angle + angle
+    cos = ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2) * z * z - 0.5 * z + 1.0
+    odd = (quarter & 1) == 1
+    first = tl.where(odd, sin, cos)
+    second = tl.where(odd, cos, sin)
+    first = tl.where(((quarter + 1) & 2) == 2, -first, first)
+    second = tl.where((quarter & 2) == 2, -second, second)
+    return radius * first, radius * second
+
+
+@triton.jit
+def _flow_mix_kernel(
+    x_ptr, t_ptr, keys_ptr, x_t_ptr, target_ptr, elements, bins, t_c, t_t, sigma,
+    COUNTERS: tl.constexpr, PER_FRAME: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    elements = elements // ALIGN * ALIGN  # the same number, which the compiler now knows how to load widely
+    tiles = tl.cdiv(elements, 4 * COUNTERS)
+    c = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    counter = tile * COUNTERS + tl.arange(0, COUNTERS)
+    word0, word1, word2, word3 = tl.randint4x(tl.load(keys_ptr + c), counter)
+    n0, n1 = _normals(word0, word1)
+    n2, n3 = _normals(word2, word3)
+    noise = tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (4 * COUNTERS,)) * sigma
+    i = tile * (4 * COUNTERS) + tl.arange(0, 4 * COUNTERS)
+    inside = i < elements
+    clip = c * elements  # int64: C*T*M overflows int32
+    x = tl.load(x_ptr + clip + i, mask=inside, other=0.0).to(tl.float32)
+    if PER_FRAME:
+        t = tl.load(t_ptr + c * t_c + (i // bins).to(tl.int64) * t_t, mask=inside, other=0.0).to(tl.float32)
+    else:
+        t = tl.load(t_ptr + c * t_c).to(tl.float32)
+    tl.store(x_t_ptr + clip + i, ((1.0 - t) * noise + t * x).to(x_t_ptr.dtype.element_ty), mask=inside)
+    tl.store(target_ptr + clip + i, (x - noise).to(target_ptr.dtype.element_ty), mask=inside)
+
+
+def _outputs(x: torch.Tensor, t: torch.Tensor, keys: torch.Tensor, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _forward(x: torch.Tensor, t: torch.Tensor, keys: torch.Tensor, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
+    clips, frames, bins = x.shape
+    x_t, target = _outputs(x, t, keys, sigma)
+    x = x.contiguous()
+    t_strides = (t.stride(0), t.stride(1) if t.ndim == 2 else 0)
+    tensors = (x, t, keys, x_t, target)
+    if backend_of(x) == "native":
+        _native.call("flow_mix", x.dtype, *tensors, clips, frames, bins, *t_strides, sigma)
+    else:
+        elements, counters = frames * bins, 512
+        _flow_mix_kernel[(clips * triton.cdiv(elements, 4 * counters),)](
+            *tensors, elements, bins, *t_strides, sigma,
+            COUNTERS=counters, PER_FRAME=t.ndim == 2, ALIGN=math.gcd(elements, 16), num_warps=4,
+        )  # fmt: skip
+    return x_t, target
+
+
+_flow_mix = define("flow_mix(Tensor x, Tensor t, Tensor keys, float sigma) -> (Tensor, Tensor)", _forward, _outputs)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, t, _, _ = inputs
+    ctx.dtype = x.dtype
+    ctx.save_for_backward(t.view(*t.shape, *[1] * (x.ndim - t.ndim)))
+
+
+def _differentiate(ctx, dx_t, dtarget) -> tuple[torch.Tensor | None, ...]:
+    (t,) = ctx.saved_tensors
+    return (t * dx_t + dtarget).to(ctx.dtype), None, None, None
+
+
+differentiate("flow_mix", _differentiate, _save)
+
+
 def flow_mix(
     x: torch.Tensor, t: torch.Tensor, keys: torch.Tensor, sigma: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_t and the velocity target of clips x at times t. Raises ValueError unless there is one time and one key a
-    clip."""
-    if t.shape[0] != x.shape[0] or keys.shape != x.shape[:1]:
-        raise ValueError(
-            f"{x.shape[0]} clips need as many times and keys, not {tuple(t.shape)} and {tuple(keys.shape)}"
-        )
-    return flow_mix_ref(x, t, keys, sigma)
+    """x_t and the velocity target of clips x (C, T, M) at times t, in x's dtype. Only x gets a gradient.
+
+    Raises ValueError naming what was wanted when shapes, dtypes or devices do not fit: one time a clip (C,) or a frame
+    (C, T), and one int64 key a clip.
+    """
+    check_rows("x", x)
+    clips, frames, _ = x.shape
+    if t.shape not in ((clips,), (clips, frames)) or t.device != x.device:
+        raise ValueError(f"t is {tuple(t.shape)} on {t.device}, wanted ({clips},) or ({clips}, {frames}) on {x.device}")
+    check_tensor("keys", keys, (clips,), x)
+    if keys.dtype != torch.int64:
+        raise ValueError(f"keys are {keys.dtype}, wanted torch.int64")
+    if backend_of(x) == "reference":
+        return flow_mix_ref(x, t, keys, sigma)
+    return _flow_mix(x, t.detach().float(), keys, float(sigma))

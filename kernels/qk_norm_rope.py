@@ -1,14 +1,22 @@
 """Queries, keys and values from the packed projection, with per-head RMS norm and rotary positions on q and k.
 
 Rotary: Su et al. 2021 (RoFormer). Pairs are neighbours (interleaved, as in x-transformers and F5-TTS) or halves of the
-head.
+head. RMS norm: Zhang & Sennrich 2019.
 
 Dims:     N rows, T frames, H heads, E = D / H head width.
-Shapes:   qkv (N, T, 3 D) packed as q | k | v; cos, sin (T, E / 2); q_weight, k_weight (E,); q, k, v (N, H, T, E).
+Shapes:   qkv (N, T, 3 D) packed as q | k | v, any row stride; cos, sin (T, E / 2); q_weight, k_weight (E,);
+          q, k, v (N, H, T, E). q and k are transposed views of (N, T, H, E), v is a view of qkv.
+Numerics: fp32 inside with fp32 tables, q and k in qkv's dtype; no atomics, deterministic.
+Traffic:  forward 2 passes over q and k (read, write); backward 2 over q, k, v, and one more over q, k with a norm.
 """
 
 import torch
 import torch.nn.functional as F
+
+from . import _native
+from ._backend import backend_of, tl, triton
+from ._library import define
+from ._rows import check_rows, check_tensor, unit_stride
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -41,6 +49,286 @@ def qk_norm_rope_ref(
     return q, k, v
 
 
+@triton.jit
+def _load_pairs(pointer, offsets, rows, E: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The first and the second members of all pairs of some heads, as fp32 tiles (ROWS, BLOCK / 2); offsets, rows
+    (ROWS, 1) are where each head starts and whether it is there."""
+    if INTERLEAVED:  # one wide load, taken apart in registers
+        e = tl.arange(0, BLOCK)[None, :]
+        x = tl.load(pointer + offsets + e, mask=rows & (e < E), other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(x, (x.shape[0], BLOCK // 2, 2)))
+    else:
+        e = tl.arange(0, BLOCK // 2)[None, :]
+        half: tl.constexpr = (E + 1) // 2  # an odd E has a norm at most
+        a = tl.load(pointer + offsets + e, mask=rows & (e < half), other=0.0).to(tl.float32)
+        b = tl.load(pointer + offsets + half + e, mask=rows & (e < E - half), other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def _store_pairs(pointer, a, b, offsets, rows, E: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The inverse of _load_pairs, in the dtype at pointer."""
+    dtype = pointer.dtype.element_ty
+    if INTERLEAVED:
+        e = tl.arange(0, BLOCK)[None, :]
+        x = tl.reshape(tl.join(a.to(dtype), b.to(dtype)), (a.shape[0], BLOCK))
+        tl.store(pointer + offsets + e, x, mask=rows & (e < E))
+    else:
+        e = tl.arange(0, BLOCK // 2)[None, :]
+        half: tl.constexpr = (E + 1) // 2
+        tl.store(pointer + offsets + e, a.to(dtype), mask=rows & (e < half))
+        tl.store(pointer + offsets + half + e, b.to(dtype), mask=rows & (e < E - half))
+
+
+@triton.jit
+def _load_angles(cos_ptr, sin_ptr, t, h, rows, ROTARY: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
+    """cos and sin (ROWS, BLOCK / 2) of frames t; those of angle 0 for heads that are not rotated."""
+    e = tl.arange(0, BLOCK // 2)[None, :]
+    mask = rows & (h < ROTARY)[:, None] & (e < E // 2)
+    offsets = t[:, None] * (E // 2) + e
+    return tl.load(cos_ptr + offsets, mask=mask, other=1.0), tl.load(sin_ptr + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def _inverse_rms(a, b, rows, eps, E: tl.constexpr):
+    squares = tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)
+    return tl.where(rows, 1.0 / tl.sqrt(squares / E + eps)[:, None], 0.0)
+
+
+@triton.jit
+def _forward_part(
+    x_ptr, weight_ptr, y_ptr, x_offsets, y_offsets, zeros, cos, sin, rows, eps,
+    E: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    a, b = _load_pairs(x_ptr, x_offsets, rows, E, BLOCK, INTERLEAVED)
+    if NORM:
+        weight_a, weight_b = _load_pairs(weight_ptr, zeros, rows, E, BLOCK, INTERLEAVED)
+        rrms = _inverse_rms(a, b, rows, eps, E)
+        a, b = a * rrms * weight_a, b * rrms * weight_b
+    if ROPE:
+        a, b = a * cos - b * sin, b * cos + a * sin
+    _store_pairs(y_ptr, a, b, y_offsets, rows, E, BLOCK, INTERLEAVED)
+
+
+@triton.jit
+def _qk_norm_rope_fwd_kernel(
+    x_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, q_ptr, k_ptr, frames, x_n, x_t, eps,
+    HEADS: tl.constexpr, ROTARY: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(frames * HEADS, ROWS)
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)  # heads of all frames, one after another
+    t, h = row // HEADS, row % HEADS
+    rows = (t < frames)[:, None]
+    x_offsets = (n * x_n + t.to(tl.int64) * x_t + h * E)[:, None]  # int64: N*T*3D overflows int32
+    y_offsets = ((n * frames * HEADS + row) * E)[:, None]
+    zeros = tl.zeros((ROWS, 1), dtype=tl.int32)
+    cos, sin = 1.0, 0.0
+    if ROPE:
+        cos, sin = _load_angles(cos_ptr, sin_ptr, t, h, rows, ROTARY, E, BLOCK)
+    if tl.program_id(1) == 0:
+        _forward_part(
+            x_ptr, q_weight_ptr, q_ptr, x_offsets, y_offsets, zeros, cos, sin, rows, eps,
+            E, BLOCK, INTERLEAVED, NORM, ROPE,
+        )  # fmt: skip
+    else:
+        _forward_part(
+            x_ptr + HEADS * E, k_weight_ptr, k_ptr, x_offsets, y_offsets, zeros, cos, sin, rows, eps,
+            E, BLOCK, INTERLEAVED, NORM, ROPE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward_part(
+    dy_ptr, dy_n, dy_h, dy_t, x_ptr, x_n, x_t, cos_ptr, sin_ptr, weight_ptr, dx_ptr, dweight_ptr, frames, eps,
+    HEADS: tl.constexpr, ROTARY: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    STEPS: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    chunks = tl.cdiv(frames * HEADS, ROWS * STEPS)
+    n = (tl.program_id(0) // chunks).to(tl.int64)
+    first = tl.program_id(0) % chunks * (ROWS * STEPS)
+    every = tl.full((ROWS, 1), 1, dtype=tl.int1)
+    if NORM:
+        zeros = tl.zeros((ROWS, 1), dtype=tl.int32)
+        weight_a, weight_b = _load_pairs(weight_ptr, zeros, every, E, BLOCK, INTERLEAVED)
+        sum_a = tl.zeros((ROWS, BLOCK // 2), dtype=tl.float32)
+        sum_b = tl.zeros((ROWS, BLOCK // 2), dtype=tl.float32)
+    for step in range(STEPS):
+        row = first + step * ROWS + tl.arange(0, ROWS)
+        t, h = row // HEADS, row % HEADS
+        rows = (t < frames)[:, None]
+        long_t, long_h = t.to(tl.int64), h.to(tl.int64)
+        dy_offsets = (n * dy_n + long_t * dy_t + long_h * dy_h)[:, None]
+        a, b = _load_pairs(dy_ptr, dy_offsets, rows, E, BLOCK, INTERLEAVED)
+        if ROPE:
+            cos, sin = _load_angles(cos_ptr, sin_ptr, t, h, rows, ROTARY, E, BLOCK)
+            a, b = a * cos + b * sin, b * cos - a * sin
+        if NORM:
+            x_offsets = (n * x_n + long_t * x_t + h * E)[:, None]
+            x_a, x_b = _load_pairs(x_ptr, x_offsets, rows, E, BLOCK, INTERLEAVED)
+            rrms = _inverse_rms(x_a, x_b, rows, eps, E)
+            x_a, x_b = x_a * rrms, x_b * rrms
+            sum_a += a * x_a
+            sum_b += b * x_b
+            a, b = a * weight_a, b * weight_b
+            along = ((tl.sum(a * x_a, axis=1) + tl.sum(b * x_b, axis=1)) / E)[:, None]
+            a, b = (a - x_a * along) * rrms, (b - x_b * along) * rrms
+        dx_offsets = ((n * frames + long_t) * (3 * HEADS * E) + h * E)[:, None]
+        _store_pairs(dx_ptr, a, b, dx_offsets, rows, E, BLOCK, INTERLEAVED)
+    if NORM:
+        piece = tl.zeros((1, 1), dtype=tl.int64) + tl.program_id(0) * (2 * E)
+        one = tl.full((1, 1), 1, dtype=tl.int1)
+        sum_a, sum_b = tl.sum(sum_a, axis=0)[None, :], tl.sum(sum_b, axis=0)[None, :]
+        _store_pairs(dweight_ptr, sum_a, sum_b, piece, one, E, BLOCK, INTERLEAVED)
+
+
+@triton.jit
+def _qk_norm_rope_bwd_kernel(
+    dq_ptr, dk_ptr, dv_ptr, x_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, dx_ptr, dweight_ptr,
+    frames, dq_n, dq_h, dq_t, dk_n, dk_h, dk_t, dv_n, dv_h, dv_t, x_n, x_t, eps,
+    HEADS: tl.constexpr, ROTARY: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    STEPS: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    D: tl.constexpr = HEADS * E
+    if tl.program_id(1) == 0:
+        _backward_part(
+            dq_ptr, dq_n, dq_h, dq_t, x_ptr, x_n, x_t, cos_ptr, sin_ptr, q_weight_ptr, dx_ptr, dweight_ptr,
+            frames, eps, HEADS, ROTARY, E, BLOCK, ROWS, STEPS, INTERLEAVED, NORM, ROPE,
+        )  # fmt: skip
+    elif tl.program_id(1) == 1:
+        _backward_part(
+            dk_ptr, dk_n, dk_h, dk_t, x_ptr + D if NORM else x_ptr, x_n, x_t, cos_ptr, sin_ptr, k_weight_ptr,
+            dx_ptr + D, dweight_ptr + E, frames, eps, HEADS, ROTARY, E, BLOCK, ROWS, STEPS, INTERLEAVED, NORM, ROPE,
+        )  # fmt: skip
+    else:  # v: a copy
+        _backward_part(
+            dv_ptr, dv_n, dv_h, dv_t, x_ptr, x_n, x_t, cos_ptr, sin_ptr, q_weight_ptr, dx_ptr + 2 * D, dweight_ptr,
+            frames, eps, HEADS, ROTARY, E, BLOCK, ROWS, STEPS, False, False, False,
+        )  # fmt: skip
+
+
+def _tile(heads: int, width: int) -> dict[str, int]:
+    """Launch settings: 4096 elements a tile, 16 a thread, at 64 elements a head."""
+    block = max(16, 1 << (width - 1).bit_length())
+    return {"HEADS": heads, "E": width, "BLOCK": block, "ROWS": min(64, max(1, 4096 // block)), "num_warps": 8}
+
+
+def _outputs(qkv, heads, cos, sin, q_weight, k_weight, interleaved, rotary_heads, eps) -> tuple[torch.Tensor, ...]:
+    shape = (*qkv.shape[:2], heads, qkv.shape[2] // (3 * heads))
+    return qkv.new_empty(shape), qkv.new_empty(shape)
+
+
+def _forward(
+    qkv: torch.Tensor,
+    heads: int,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    interleaved: bool,
+    rotary_heads: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    n, frames, _ = qkv.shape
+    q, k = _outputs(qkv, heads, cos, sin, q_weight, k_weight, interleaved, rotary_heads, eps)
+    width, strides = q.shape[3], qkv.stride()[:2]
+    if backend_of(qkv) == "native":
+        tensors = (qkv, cos, sin, _float(q_weight), _float(k_weight), q, k)
+        sizes = (n, frames, heads, width, rotary_heads, interleaved)
+        _native.call("qk_norm_rope_fwd", qkv.dtype, *tensors, *sizes, *strides, eps)
+    else:
+        tile, norm, rope = _tile(heads, width), q_weight is not None, cos is not None
+        _qk_norm_rope_fwd_kernel[(n * triton.cdiv(frames * heads, tile["ROWS"]), 2)](
+            qkv, cos, sin, q_weight, k_weight, q, k, frames, *strides, eps,
+            ROTARY=rotary_heads, INTERLEAVED=interleaved and rope, NORM=norm, ROPE=rope, **tile,
+        )  # fmt: skip
+    return q, k
+
+
+def _float(weight: torch.Tensor | None) -> torch.Tensor | None:
+    return None if weight is None else weight.float()
+
+
+def _gradients(
+    dq, dk, dv, qkv, cos, sin, q_weight, k_weight, interleaved, rotary_heads, eps
+) -> tuple[torch.Tensor, torch.Tensor]:
+    n, heads, frames, width = dq.shape
+    return dq.new_empty((n, frames, 3 * heads * width)), dq.new_empty((2, width), dtype=torch.float32)
+
+
+def _backward(
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    qkv: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    interleaved: bool,
+    rotary_heads: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dqkv (N, T, 3 D) and the weights' gradients (2, E) fp32, zeros without a norm. qkv is None without a norm."""
+    n, heads, frames, width = dq.shape
+    gradients = tuple(map(unit_stride, (dq, dk, dv)))
+    dqkv, norm, rope = dq.new_empty((n, frames, 3 * heads * width)), qkv is not None, cos is not None
+    strides = [stride for gradient in gradients for stride in gradient.stride()[:3]]
+    strides += qkv.stride()[:2] if norm else (0, 0)
+    if backend_of(dq) == "native":
+        chunk = max(1, 64 // heads)  # frames: about 64 heads are summed one after another, few for fp32's sake
+        dweight = dq.new_empty((n * -(-frames // chunk) if norm else 0, 2, width), dtype=torch.float32)
+        tensors = (*gradients, qkv, cos, sin, _float(q_weight), _float(k_weight), dqkv, dweight)
+        sizes = (n, frames, heads, width, rotary_heads, interleaved, chunk)
+        _native.call("qk_norm_rope_bwd", dq.dtype, *tensors, *sizes, *strides, eps)
+    else:
+        tile, steps = _tile(heads, width), 8 if norm else 1
+        pieces = n * triton.cdiv(frames * heads, tile["ROWS"] * steps)
+        dweight = dq.new_empty((pieces if norm else 0, 2, width), dtype=torch.float32)
+        _qk_norm_rope_bwd_kernel[(pieces, 3)](
+            *gradients, qkv, cos, sin, q_weight, k_weight, dqkv, dweight, frames, *strides, eps,
+            ROTARY=rotary_heads, STEPS=steps, INTERLEAVED=interleaved and rope, NORM=norm, ROPE=rope, **tile,
+        )  # fmt: skip
+    return dqkv, dweight.sum(0)
+
+
+_OPTIONS = "Tensor? cos, Tensor? sin, Tensor? q_weight, Tensor? k_weight, bool interleaved, int rotary_heads, float eps"
+_qk_norm_rope = define(f"qk_norm_rope(Tensor qkv, int heads, {_OPTIONS}) -> (Tensor, Tensor)", _forward, _outputs)
+_qk_norm_rope_backward = define(
+    f"qk_norm_rope_backward(Tensor dq, Tensor dk, Tensor dv, Tensor? qkv, {_OPTIONS}) -> (Tensor, Tensor)",
+    _backward,
+    _gradients,
+)
+
+
+class _QkNormRope(torch.autograd.Function):
+    """The differentiable boundary: an operator may not return v, a view of its input, and the three gradients fill one
+    packed tensor."""
+
+    @staticmethod
+    def forward(ctx, qkv, heads, cos, sin, q_weight, k_weight, *options):
+        q, k = _qk_norm_rope(qkv, heads, cos, sin, q_weight, k_weight, *options)
+        ctx.save_for_backward(None if q_weight is None else qkv, cos, sin, q_weight, k_weight)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        v = qkv.unflatten(-1, (3, heads, -1))[:, :, 2]
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        qkv, cos, sin, q_weight, k_weight = ctx.saved_tensors
+        some = next((gradient for gradient in gradients if gradient is not None), None)
+        if some is None:
+            return (None,) * 9
+        zeros = some.new_zeros(some.shape[-1:]).expand(some.shape)
+        gradients = [zeros if gradient is None else gradient for gradient in gradients]
+        dqkv, dweight = _qk_norm_rope_backward(*gradients, qkv, cos, sin, q_weight, k_weight, *ctx.options)
+        if qkv is None:
+            return dqkv, *(None,) * 8
+        return dqkv, None, None, None, dweight[0].to(q_weight.dtype), dweight[1].to(k_weight.dtype), None, None, None
+
+
 def qk_norm_rope(
     qkv: torch.Tensor,
     heads: int,
@@ -52,25 +340,40 @@ def qk_norm_rope(
     rotary_heads: int | None = None,
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v (N, H, T, E) from qkv (N, T, 3 D). `rope` is (cos, sin); None leaves positions out; weights None leave
-    the norm out.
+    """q, k, v (N, H, T, E) in qkv's dtype, from qkv (N, T, 3 D). `rope` is (cos, sin), which get no gradient; None
+    leaves positions out; weights None leave the norm out; rotary_heads rotates the first n heads only.
 
-    Raises ValueError when the heads do not divide the width or the tables do not fit.
+    Raises ValueError naming what was wanted when shapes, devices or strides do not fit.
     """
+    check_rows("qkv", qkv)
     if qkv.shape[-1] % (3 * heads):
         raise ValueError(f"qkv is {qkv.shape[-1]} wide: not three times a multiple of {heads} heads")
     width = qkv.shape[-1] // (3 * heads)
-    if rope is not None and rope[0].shape != (qkv.shape[1], width // 2):
-        raise ValueError(f"rotary tables are {tuple(rope[0].shape)}, wanted ({qkv.shape[1]}, {width // 2})")
+    rotary_heads = heads if rotary_heads is None else rotary_heads
+    if not 0 <= rotary_heads <= heads:
+        raise ValueError(f"rotary_heads is {rotary_heads}, wanted 0 to {heads}")
     if (q_weight is None) != (k_weight is None):
         raise ValueError("q_weight and k_weight come together: one of them is missing")
-    return qk_norm_rope_ref(
-        qkv,
-        heads,
-        rope,
-        q_weight=q_weight,
-        k_weight=k_weight,
-        interleaved=interleaved,
-        rotary_heads=rotary_heads,
-        eps=eps,
-    )
+    if q_weight is not None:
+        check_tensor("q_weight", q_weight, (width,), qkv)
+        check_tensor("k_weight", k_weight, (width,), qkv)
+    if rope is not None:
+        if width % 2:
+            raise ValueError(f"heads are {width} wide: rotary positions need an even width")
+        for name, table in zip(("cos", "sin"), rope, strict=True):
+            check_tensor(f"rotary table {name}", table, (qkv.shape[1], width // 2), qkv)
+    if backend_of(qkv) == "reference" or (rope is None and q_weight is None):  # then all three are views
+        if q_weight is not None:
+            q_weight, k_weight = q_weight.to(qkv.dtype), k_weight.to(qkv.dtype)
+        return qk_norm_rope_ref(
+            qkv,
+            heads,
+            rope,
+            q_weight=q_weight,
+            k_weight=k_weight,
+            interleaved=interleaved,
+            rotary_heads=rotary_heads,
+            eps=eps,
+        )
+    cos, sin = (None, None) if rope is None else (table.float().contiguous() for table in rope)
+    return _QkNormRope.apply(qkv, heads, cos, sin, q_weight, k_weight, interleaved, rotary_heads, eps)

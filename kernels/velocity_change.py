@@ -3,13 +3,22 @@
 AG-REPA (arXiv 2603.01006), the FoG-A score of one clip.
 
 Dims:     V variants, C clips, T frames, M mel bins.
-Shapes:   variants (V, C, T, M); base (C, T, M); lengths (C,) or None; change (V, C) fp32.
-Numerics: fp32; padded frames count for nothing, whatever they hold.
+Shapes:   variants (V, C, T, M); base (C, T, M), any strides over variants and clips; lengths (C,) or None;
+          change (V, C) fp32.
+Numerics: fp32 inside, no atomics, deterministic; padded frames count for nothing, whatever they hold.
+Traffic:  1 pass over the variants (and the base, once in the CPU library, V + 1 times through the GPU's L2 cache).
 """
+
+import math
 
 import torch
 
-from ._rows import valid_frames
+from . import _native
+from ._backend import backend_of, tl, triton
+from ._library import define
+from ._rows import check_tensor, valid_frames
+
+_PIECE = 4096  # elements of a clip whose squares are summed at once; fixed: same bits every time
 
 
 def velocity_change_ref(
@@ -22,11 +31,81 @@ def velocity_change_ref(
     return difference.flatten(2).norm(dim=2) / (base.flatten(1).norm(dim=1) + eps)
 
 
+@triton.jit
+def _velocity_change_kernel(
+    variants_ptr, base_ptr, lengths_ptr, squares_ptr, variants_v, variants_c, base_c, clips, frames, bins,
+    PIECE: tl.constexpr, MASKED: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Sums of squares of one piece of one clip: of the base at v = 0, of variant v - 1 minus the base beyond."""
+    pieces = tl.cdiv(frames * bins, PIECE)
+    piece = tl.program_id(0) % pieces
+    c = (tl.program_id(0) // pieces % clips).to(tl.int64)
+    v = (tl.program_id(0) // (pieces * clips)).to(tl.int64)
+    valid = frames * bins
+    if MASKED:
+        valid = tl.minimum(tl.load(lengths_ptr + c), frames).to(tl.int32) * bins
+    i = piece * PIECE + tl.arange(0, PIECE)
+    # Whole vectors are loaded: ALIGN divides the strides and a clip's elements, and the compiler must see it.
+    mask = i < (valid + ALIGN - 1) // ALIGN * ALIGN
+    base_clip = c * (base_c // ALIGN * ALIGN)  # int64: V*C*T*M overflows int32
+    x = tl.load(base_ptr + base_clip + i, mask=mask, other=0.0).to(tl.float32)
+    if v > 0:
+        clip = (v - 1) * (variants_v // ALIGN * ALIGN) + c * (variants_c // ALIGN * ALIGN)
+        x = tl.load(variants_ptr + clip + i, mask=mask, other=0.0).to(tl.float32) - x
+    x = tl.where(i < valid, x, 0.0)
+    tl.store(squares_ptr + tl.program_id(0), tl.sum(x * x, axis=0))
+
+
+def _output(variants: torch.Tensor, base: torch.Tensor, lengths: torch.Tensor | None, eps: float) -> torch.Tensor:
+    return variants.new_empty(variants.shape[:2], dtype=torch.float32)
+
+
+def _forward(variants: torch.Tensor, base: torch.Tensor, lengths: torch.Tensor | None, eps: float) -> torch.Tensor:
+    count, clips, frames, bins = variants.shape
+    variants, base = _packed_clips(variants), _packed_clips(base)
+    squares = variants.new_empty((count + 1, clips, -(-frames * bins // _PIECE)), dtype=torch.float32)
+    strides = (*variants.stride()[:2], base.stride(0))
+    if backend_of(variants) == "native":
+        sizes = (count, clips, frames, bins, _PIECE)
+        _native.call("velocity_change", variants.dtype, variants, base, lengths, squares, *sizes, *strides)
+    else:
+        _velocity_change_kernel[(squares.numel(),)](
+            variants, base, lengths, squares, *strides, clips, frames, bins,
+            PIECE=_PIECE, MASKED=lengths is not None, ALIGN=math.gcd(*strides, frames * bins, 16), num_warps=8,
+        )  # fmt: skip
+    norms = squares.sum(2).sqrt()
+    return norms[1:] / (norms[0] + eps)
+
+
+def _packed_clips(x: torch.Tensor) -> torch.Tensor:
+    """x itself when the frames of every clip follow one another, else a copy."""
+    return x if x.stride()[-2:] == (x.shape[-1], 1) else x.contiguous()
+
+
+_velocity_change = define(
+    "velocity_change(Tensor variants, Tensor base, Tensor? lengths, float eps) -> Tensor", _forward, _output
+)
+
+
 def velocity_change(
     variants: torch.Tensor, base: torch.Tensor, lengths: torch.Tensor | None = None, eps: float = 1e-8
 ) -> torch.Tensor:
-    """Change of every variant and clip (V, C), fp32. Raises ValueError when the variants are not of the base's
-    shape."""
-    if variants.shape[1:] != base.shape:
+    """Change of every variant and clip (V, C), fp32 (float64 for float64).
+
+    The fused backends have no backward: where a gradient is wanted, the reference runs. Raises ValueError naming what
+    was wanted when shapes, dtypes or devices do not fit.
+    """
+    if variants.ndim != 4 or variants.shape[1:] != base.shape:
         raise ValueError(f"variants {tuple(variants.shape)} must be (V, *{tuple(base.shape)})")
-    return velocity_change_ref(variants.float(), base.float(), lengths, eps)
+    if not base.is_floating_point() or variants.dtype != base.dtype or variants.device != base.device:
+        raise ValueError(
+            f"variants are {variants.dtype} on {variants.device}, base is {base.dtype} on {base.device}: wanted one "
+            "floating-point dtype and one device"
+        )
+    if lengths is not None:
+        check_tensor("lengths", lengths, base.shape[:1], base)
+    wants_gradient = torch.is_grad_enabled() and (variants.requires_grad or base.requires_grad)
+    if backend_of(base) == "reference" or wants_gradient:
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        return velocity_change_ref(variants.to(dtype), base.to(dtype), lengths, eps)
+    return _velocity_change(variants, base, None if lengths is None else lengths.long(), eps)

@@ -1,8 +1,79 @@
+import math
+
 import pytest
 import torch
 
-from agrepa_fast.kernels import flow_mix, philox_normal, philox_uniform
-from agrepa_fast.kernels.flow_mix import _philox
+from agrepa_fast.kernels import flow_mix, force_backend, philox_normal, philox_uniform
+from agrepa_fast.kernels.flow_mix import _philox, _uniform
+
+from .accuracy import DEVICE, assert_repeatable, fused_backends, rms, run
+
+# (C, T, M): one element, one normal of four; clips past two tiles of 2048 elements, no multiple of four, frames across
+# the native backend's tiles of 1024; clips shorter than a tile, bins narrower than a counter's four normals
+SHAPES = [(1, 1, 1), (2, 53, 97), (3, 5, 3)]
+KEYS = torch.tensor([-1, 2**62 + 12345, 0x0123456789ABCDEF])  # high words and a sign
+
+
+def inputs(clips, frames, bins, dtype, per_frame):
+    torch.manual_seed(0)
+    x = torch.randn(clips, frames, bins, device=DEVICE).to(dtype)
+    t = torch.rand(*((clips, frames) if per_frame else (clips,)), device=DEVICE)
+    return {"x": x}, t, [torch.randn(clips, frames, bins, device=DEVICE) for _ in range(2)]
+
+
+def exact_normals(keys, count):
+    """The Box-Muller transform of the same uniforms in float64."""
+    u = [_uniform(words).double() for words in _philox(keys, (count + 3) // 4)]
+    normals = []
+    for first, second in (u[:2], u[2:]):
+        radius = first.clamp(min=1e-7).log().mul(-2).sqrt()
+        normals += [radius * (2 * math.pi * second).cos(), radius * (2 * math.pi * second).sin()]
+    return torch.stack(normals, dim=-1).flatten(1)[:, :count]
+
+
+@pytest.mark.parametrize("backend", fused_backends())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("per_frame", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_accurate_as_the_reference(shape, per_frame, dtype, backend):
+    """Against float64 from the uniforms on: the reference's own normals are fp32."""
+    tensors, t, gradients = inputs(*shape, dtype, per_frame)
+    keys = KEYS[: shape[0]].to(DEVICE)
+    fused, plain = (run(lambda x: flow_mix(x, t, keys, 0.7), tensors, gradients, b) for b in (backend, "reference"))
+    x, dx_t, dtarget = (v.double() for v in (tensors["x"], *(g.to(dtype) for g in gradients)))
+    noise = 0.7 * exact_normals(keys, x[0].numel()).view(shape)
+    time = t.double().view(*t.shape, *[1] * (3 - t.ndim))
+    exact = {"output 0": (1 - time) * noise + time * x, "output 1": x - noise, "dx": time * dx_t + dtarget}
+    assert fused.keys() == plain.keys() == exact.keys()
+    for name, value in exact.items():
+        assert fused[name].dtype == plain[name].dtype == dtype
+        allowed = 1.5 * rms(plain[name] - value) + 1e-7 * rms(value)
+        assert rms(fused[name] - value) <= allowed, name
+
+
+@pytest.mark.parametrize("backend", fused_backends())
+def test_noise_is_the_reference_noise(backend):
+    keys = torch.cat((KEYS, torch.arange(3))).to(DEVICE)
+    with force_backend(backend):
+        noise, negative = flow_mix(torch.zeros(6, 90, 101, device=DEVICE), torch.zeros(6, device=DEVICE), keys)
+    torch.testing.assert_close(noise.flatten(1), philox_normal(keys, 9090), rtol=0, atol=3e-6)
+    assert torch.equal(noise, -negative)
+
+
+@pytest.mark.parametrize("backend", fused_backends())
+def test_repeatable(backend):
+    tensors, t, gradients = inputs(2, 53, 97, torch.float32, True)
+    assert_repeatable(lambda x: flow_mix(x, t, KEYS[:2].to(DEVICE)), tensors, gradients, backend)
+
+
+@pytest.mark.parametrize("backend", fused_backends())
+def test_any_strides(backend):
+    """Clips that are not packed are copied; times are read by their strides."""
+    tensors, t, _ = inputs(3, 6, 10, torch.float32, True)
+    strided = tensors["x"][:, :4, 5:], t.t().contiguous().t()[:, :4], KEYS.to(DEVICE)
+    with force_backend(backend):
+        for got, wanted in zip(flow_mix(*strided), flow_mix(*(v.contiguous() for v in strided)), strict=True):
+            assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize(
@@ -46,13 +117,15 @@ def test_draws_have_the_right_distribution():
     assert torch.corrcoef(n).fill_diagonal_(0).abs().max() < 0.02  # clips are independent
 
 
-def test_noise_of_a_clip_depends_on_its_key_alone():
-    x = torch.zeros(3, 10, 4)
-    keys = torch.tensor([5, 6, 7])
-    t = torch.zeros(3)
-    alone, _ = flow_mix(x[:1], t[:1], keys[1:2])
-    batch, _ = flow_mix(x, t, keys)
-    padded, _ = flow_mix(torch.zeros(3, 17, 4), t, keys)
+@pytest.mark.parametrize("backend", [*fused_backends(), "reference"])
+def test_noise_of_a_clip_depends_on_its_key_alone(backend):
+    x = torch.zeros(3, 10, 4, device=DEVICE)
+    keys = torch.tensor([5, 6, 7], device=DEVICE)
+    t = torch.zeros(3, device=DEVICE)
+    with force_backend(backend):
+        alone, _ = flow_mix(x[:1], t[:1], keys[1:2])
+        batch, _ = flow_mix(x, t, keys)
+        padded, _ = flow_mix(torch.zeros(3, 17, 4, device=DEVICE), t, keys)
     assert torch.equal(batch[1], alone[0])
     assert torch.equal(padded[:, :10], batch)
 
@@ -66,3 +139,31 @@ def test_path_and_target():
     torch.testing.assert_close(target, x - noise)
     per_frame, _ = flow_mix(x, t[:, None].expand(2, 5), keys, sigma=0.5)
     assert torch.equal(per_frame, x_t)
+
+
+def test_reference_gradients():
+    x, t = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True), torch.rand(2, 3)
+    assert torch.autograd.gradcheck(lambda x: flow_mix(x, t, KEYS[:2]), (x,))
+
+
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_registered_correctly(per_frame):
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    arguments = (x, torch.rand(2, 3) if per_frame else torch.rand(2), torch.arange(2), 0.5)
+    torch.library.opcheck(torch.ops.agrepa.flow_mix.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("x", "t", "keys", "message"),
+    [
+        (torch.randn(2, 3, 4), torch.rand(3), torch.arange(2), r"t is \(3,\) on cpu, wanted \(2,\) or \(2, 3\)"),
+        (torch.randn(2, 3, 4), torch.rand(2, 4), torch.arange(2), r"t is \(2, 4\)"),
+        (torch.randn(2, 3, 4), torch.rand(2), torch.arange(3), r"keys is \(3,\), wanted \(2,\)"),
+        (torch.randn(2, 3, 4), torch.rand(2), torch.arange(2).int(), "keys are torch.int32, wanted torch.int64"),
+        (torch.ones(2, 3, 4).long(), torch.rand(2), torch.arange(2), "x is torch.int64, wanted float32"),
+        (torch.randn(2, 3), torch.rand(2), torch.arange(2), r"x is \(2, 3\), wanted \(N, T, D\)"),
+    ],
+)
+def test_says_what_was_wanted(x, t, keys, message):
+    with pytest.raises(ValueError, match=message):
+        flow_mix(x, t, keys)

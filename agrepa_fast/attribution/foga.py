@@ -159,8 +159,9 @@ def foga(
         for t in times:
             for draw in range(draws):
                 x_t = _noised(batch, t, sigma, seed, draw, recipe)
-                base, *ablated = _velocities(model, blocks, gates, batch.condition, x_t, t, max_rows)
-                changes.append(velocity_change(torch.stack(ablated), base, batch.condition.lengths))
+                v = _velocities(model, blocks, gates, batch.condition, x_t, t, max_rows)
+                base = v[0]
+                changes.append(velocity_change(v[1:], base, batch.condition.lengths))
                 if floor is None:
                     plain = model(x_t, x_t.new_full(x_t.shape[:1], t), batch.condition).v
                     floor = velocity_change(plain[None], base, batch.condition.lengths)[0]
@@ -198,9 +199,10 @@ def ablate(
     with _undisturbed(model):
         with multi_gate(blocks, gates[order], kind=kind, row_arguments=row_arguments, max_rows=max_rows):
             v = _first(model(**rows))
-        base, *ablated = v.reshape(len(gates), clips, 1, -1)[order.argsort().to(v.device)]
+        v = v.reshape(len(gates), clips, 1, -1)[order.argsort().to(v.device)]
+        base = v[0]
         plain = _first(model(**inputs)).reshape(1, clips, 1, -1)
-    change, floor = velocity_change(torch.stack(ablated), base), velocity_change(plain, base)[0]
+    change, floor = velocity_change(v[1:], base), velocity_change(plain, base)[0]
     scores = FogaScores(
         change[..., None, None].cpu(),
         floor.cpu(),
