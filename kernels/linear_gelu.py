@@ -2,13 +2,27 @@
 
 Hendrycks & Gimpel 2016. The released AG-REPA uses the exact form, F5-TTS and CosyVoice 3 the tanh form.
 
-Shapes: x (..., D_in); weight (D_out, D_in); bias (D_out,); y (..., D_out).
+Dims:     M rows (all leading dimensions of x), K input width, E output width.
+Shapes:   x (..., K); weight (E, K), any row stride; bias (E,) or None; z = x W^T (M, E), without the bias; y (..., E).
+Numerics: the GEMMs in the input's dtype with fp32 accumulators; bias, GELU and its derivative in fp32; db from fp32
+          partial sums per chunk of rows; no atomics, deterministic.
+Traffic:  beside the GEMMs, forward 2 M E elements (z, y), backward 3 (dy, z, dz). The epilogue kernel saves the
+          forward's reading of z; which shapes take it is measured, and stands in EPILOGUE.
 """
 
 import torch
 import torch.nn.functional as F
 
+from . import _native
+from ._backend import backend_of, tl, triton
+from ._library import define, differentiate
+from ._rows import check_tensor, unit_stride
+
 _APPROXIMATE = {"erf": "none", "tanh": "tanh"}
+# (device capability, K, E) where the GEMM with epilogue was measured to be the faster one. None was yet.
+EPILOGUE: frozenset[tuple[tuple[int, int], int, int]] = frozenset()
+_CHUNK = 64  # rows whose bias gradients are summed in registers; fixed: same bits every time
+_TILE = {"BLOCK": 1024, "ROWS": 2, "num_warps": 4}  # 128 bits a load, of the bias too; 16 elements a thread
 
 
 def linear_gelu_ref(
@@ -17,8 +31,258 @@ def linear_gelu_ref(
     return F.gelu(F.linear(x, weight, bias), approximate=_APPROXIMATE[gelu])
 
 
-def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str = "erf") -> torch.Tensor:
-    """gelu(x W^T + b). Raises ValueError for another gelu than erf or tanh."""
+@triton.jit
+def _tanh(u):
+    """An odd polynomial (Cephes) for |u| < 0.625, beyond it 1 - 2 / (exp(2 |u|) + 1)."""
+    size, square = tl.abs(u), u * u
+    p = -5.70498872745e-3 * square + 2.06390887954e-2
+    p = p * square - 5.37397155531e-2
+    p = p * square + 1.33314422036e-1
+    p = p * square - 3.33332819422e-1
+    outside = 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(size, 40.0)) + 1.0)
+    return tl.where(size < 0.625, u + u * square * p, tl.where(u < 0.0, -outside, outside))
+
+
+@triton.jit
+def _sigmoid(z, TANH: tl.constexpr):
+    """2 gelu(z) / z - 1 of an fp32 tile: an erf or a tanh."""
+    return _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z)) if TANH else tl.erf(z * 0.7071067811865476)
+
+
+@triton.jit
+def _gelu(z, TANH: tl.constexpr):
+    return 0.5 * z * (1.0 + _sigmoid(z, TANH))
+
+
+@triton.jit
+def _slope(z, TANH: tl.constexpr):
+    """gelu'(z) of an fp32 tile."""
+    sigmoid = _sigmoid(z, TANH)
+    if TANH:
+        steepness = (1.0 - sigmoid * sigmoid) * 0.3989422804014327 * (1.0 + 0.134145 * z * z)
+    else:
+        steepness = tl.exp(-0.5 * z * z) * 0.3989422804014327
+    return 0.5 * (1.0 + sigmoid) + z * steepness
+
+
+@triton.jit
+def _gelu_fwd_kernel(
+    z_ptr, bias_ptr, y_ptr, rows,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TANH: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(2).to(tl.int64)
+    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = (m < rows)[:, None] & (e < D)[None, :]
+    offsets = (group * rows + m.to(tl.int64)[:, None]) * D + e[None, :]  # int64: M*E overflows int32
+    z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        z += tl.load(bias_ptr + group * D + e, mask=e < D, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + offsets, _gelu(z, TANH).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gelu_bwd_kernel(
+    dy_ptr, z_ptr, bias_ptr, dz_ptr, dbias_ptr, rows,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TANH: tl.constexpr,
+    BIAS: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(2).to(tl.int64)
+    chunk = tl.program_id(0)
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    bias = tl.zeros((BLOCK,), dtype=tl.float32)
+    if BIAS:
+        bias += tl.load(bias_ptr + group * D + e, mask=e < D, other=0.0).to(tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for start in range(0, CHUNK, ROWS):
+        m = chunk * CHUNK + start + tl.arange(0, ROWS)
+        mask = (m < rows)[:, None] & (e < D)[None, :]
+        offsets = (group * rows + m.to(tl.int64)[:, None]) * D + e[None, :]
+        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
+        dz = dy * _slope(z, TANH)
+        dbias += dz
+        tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    piece = (group * tl.num_programs(0) + chunk) * D
+    tl.store(dbias_ptr + piece + e, tl.sum(dbias, axis=0), mask=e < D)
+
+
+@triton.jit
+def _linear_gelu_kernel(
+    x_ptr, weight_ptr, bias_ptr, z_ptr, y_ptr, rows, x_m, weight_e,
+    K: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr, TANH: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    # Programs go down GROUP row tiles before they go on to the next columns: both operands stay in L2.
+    row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(D, BLOCK_E)
+    band = tl.program_id(0) // (GROUP * column_tiles)
+    height = tl.minimum(row_tiles - band * GROUP, GROUP)
+    place = tl.program_id(0) % (GROUP * column_tiles)
+    m = (band * GROUP + place % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    e = place // height * BLOCK_E + tl.arange(0, BLOCK_E)
+    k = tl.arange(0, BLOCK_K)
+    x_rows = x_ptr + m.to(tl.int64)[:, None] * x_m
+    weight_rows = weight_ptr + e.to(tl.int64)[:, None] * weight_e
+    sums = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        inside = (start + k < K)[None, :]
+        x = tl.load(x_rows + (start + k)[None, :], mask=(m < rows)[:, None] & inside, other=0.0)
+        weight = tl.load(weight_rows + (start + k)[None, :], mask=(e < D)[:, None] & inside, other=0.0)
+        sums = tl.dot(x, tl.trans(weight), sums, input_precision=PRECISION)
+    mask = (m < rows)[:, None] & (e < D)[None, :]
+    offsets = m.to(tl.int64)[:, None] * D + e[None, :]
+    if KEEP:
+        tl.store(z_ptr + offsets, sums.to(z_ptr.dtype.element_ty), mask=mask)
+    if BIAS:
+        sums += tl.load(bias_ptr + e, mask=e < D, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + offsets, _gelu(sums, TANH).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def gelu_rows(z: torch.Tensor, bias: torch.Tensor | None, tanh: bool, y: torch.Tensor) -> None:
+    """y = gelu(z + bias) of contiguous z (groups, M, E), bias (groups, E); y may be z."""
+    groups, rows, width = z.shape
+    if backend_of(z) == "native":
+        _native.call("gelu_fwd", z.dtype, z, bias, y, groups, rows, width, tanh)
+    else:
+        grid = (triton.cdiv(rows, _TILE["ROWS"]), triton.cdiv(width, _TILE["BLOCK"]), groups)
+        pointers = (z, z if bias is None else bias, y)
+        _gelu_fwd_kernel[grid](*pointers, rows, D=width, TANH=tanh, BIAS=bias is not None, **_TILE)
+
+
+def gelu_rows_backward(
+    dy: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None, tanh: bool, dz: torch.Tensor
+) -> torch.Tensor:
+    """dz = dy gelu'(z + bias), all contiguous (groups, M, E), and its sums over rows, (groups, E) fp32; dz may be
+    dy."""
+    groups, rows, width = z.shape
+    dbias = z.new_empty((groups, -(-rows // _CHUNK), width), dtype=torch.float32)
+    if backend_of(z) == "native":
+        _native.call("gelu_bwd", z.dtype, dy, z, bias, dz, dbias, groups, rows, width, _CHUNK, tanh)
+    else:
+        grid = (dbias.shape[1], triton.cdiv(width, _TILE["BLOCK"]), groups)
+        pointers = (dy, z, z if bias is None else bias, dz, dbias)
+        _gelu_bwd_kernel[grid](*pointers, rows, D=width, CHUNK=_CHUNK, TANH=tanh, BIAS=bias is not None, **_TILE)
+    return dbias.sum(1)
+
+
+def _one_kernel(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tanh: bool, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and z from the GEMM with epilogue."""
+    x, (width, inner) = unit_stride(x), weight.shape
+    y, z = _outputs(x, weight, bias, tanh, keep)
+    grid = (triton.cdiv(x.shape[0], 128) * triton.cdiv(width, 128),)
+    _linear_gelu_kernel[grid](
+        x, weight, x if bias is None else bias, z if keep else y, y, x.shape[0], x.stride(0), weight.stride(0),
+        K=inner, D=width, BLOCK_M=128, BLOCK_E=128, BLOCK_K=128 // x.element_size(), GROUP=8,
+        PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        TANH=tanh, BIAS=bias is not None, KEEP=keep, num_warps=8, num_stages=4,
+    )  # fmt: skip
+    return y, z
+
+
+def _outputs(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tanh: bool,
+    keep: bool,
+    epilogue: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = x.shape[0], weight.shape[0]
+    return x.new_empty(shape), x.new_empty(shape if keep else (0,))
+
+
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tanh: bool,
+    keep: bool,
+    epilogue: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (M, E), and z if it is to be kept for the backward. `epilogue` forces one of the two ways on Triton; None takes
+    what EPILOGUE says."""
+    if epilogue is None:
+        epilogue = x.is_cuda and (torch.cuda.get_device_capability(x.device), *weight.shape[::-1]) in EPILOGUE
+    if epilogue:
+        return _one_kernel(x, weight, bias, tanh, keep)
+    z = torch.mm(x, weight.t())
+    y = z.new_empty(z.shape) if keep else z
+    gelu_rows(z.unsqueeze(0), bias, tanh, y)
+    return y, z if keep else z.new_empty(0)
+
+
+def _gradients(
+    dy: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None, tanh: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return z.new_empty(z.shape), z.new_empty(z.shape[1:])
+
+
+def _backward(
+    dy: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None, tanh: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dz = z.new_empty(z.shape)
+    dbias = gelu_rows_backward(dy.contiguous(), z.unsqueeze(0), bias, tanh, dz)
+    return dz, dbias[0].to(z.dtype)
+
+
+_linear_gelu = define(
+    "linear_gelu(Tensor x, Tensor weight, Tensor? bias, bool tanh, bool keep, bool? epilogue=None) -> (Tensor, Tensor)",
+    _forward,
+    _outputs,
+)
+_linear_gelu_backward = define(
+    "linear_gelu_backward(Tensor dy, Tensor z, Tensor? bias, bool tanh) -> (Tensor, Tensor)", _backward, _gradients
+)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, bias, ctx.tanh, *_ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, output[1])
+
+
+def _differentiate(ctx, dy, _dz) -> tuple[torch.Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 6
+    x, weight, bias, z = ctx.saved_tensors
+    dz, dbias = _linear_gelu_backward(dy, z, bias, ctx.tanh)
+    dx = dz @ weight if ctx.needs_input_grad[0] else None
+    dweight = dz.t() @ x if ctx.needs_input_grad[1] else None
+    return dx, dweight, None if bias is None else dbias, None, None, None
+
+
+differentiate("linear_gelu", _differentiate, _save)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str) -> None:
     if gelu not in _APPROXIMATE:
         raise ValueError(f"gelu={gelu!r}: erf or tanh")
-    return linear_gelu_ref(x, weight, bias, gelu)
+    if not x.is_floating_point() or x.ndim == 0:
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, wanted floating point (..., K)")
+    check_tensor("weight", weight, ("E", x.shape[-1]), x)
+    if bias is not None:
+        check_tensor("bias", bias, (weight.shape[0],), x)
+
+
+def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str = "erf") -> torch.Tensor:
+    """gelu(x W^T + b), in x's dtype; under autocast in autocast's, as a linear layer.
+
+    Raises ValueError for another gelu than erf or tanh, and naming what was wanted when shapes, devices, strides or
+    dtypes do not fit.
+    """
+    _check(x, weight, bias, gelu)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, wanted x's {x.dtype} (or autocast)")
+    if backend_of(x) == "reference":
+        return linear_gelu_ref(x, weight, bias, gelu)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    y = _linear_gelu(x.reshape(-1, x.shape[-1]), weight, bias, gelu == "tanh", keep)[0]
+    return y.view(*x.shape[:-1], weight.shape[0])
