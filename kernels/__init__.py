@@ -9,7 +9,7 @@ if __name__ == "agrepa_fast.kernels":
     from ._native import native_isa
     from ._rows import valid_frames
     from .ada_norm import ada_norm
-    from .align_loss import align_loss
+    from .align_loss import align_loss, align_loss_sum
     from .flow_mix import flow_mix, philox_normal, philox_uniform
     from .gated_residual import gated_residual
     from .linear_gelu import linear_gelu
@@ -21,6 +21,7 @@ if __name__ == "agrepa_fast.kernels":
         "active_backend",
         "ada_norm",
         "align_loss",
+        "align_loss_sum",
         "flow_mix",
         "force_backend",
         "gated_residual",

@@ -1,18 +1,35 @@
 """Teacher-projection cosine loss of all aligned layers of one domain: loss_n = sum_k lambda_k (1 - cos(mlp_k(h_kn),
-y_n)).
+y_n)), frame-wise the mean of it over the clip's frames.
 
 AG-REPA (arXiv 2603.01006), sec. "AG-REPA"; frame-wise it is REPA's loss (Yu et al. 2025) with the same heads.
 
 Dims:     K aligned layers, N rows, T frames, D width, H hidden width of the heads, E teacher width.
 Shapes:   hidden (K, N, D) pooled or (K, N, T, D) frame-wise; w1 (K, H, D), b1 (K, H), w2 (K, E, H), b2 (K, E);
-          teacher (N, E) or (N, T, E); weights (K,); mask (N,) bool; lengths (N,), frame-wise only; loss (N,) fp32.
-Numerics: cosine in fp32; a row whose mask is False gives exactly 0 and no gradient, whatever its teacher holds.
+          teacher (N, E) or (N, T, E), any row strides; weights (K,); mask (N,) bool; lengths (N,), frame-wise only;
+          loss (N,) fp32.
+Numerics: GEMMs in the heads' dtype, whatever autocast says; GELU, cosine and its gradient in fp32; gradients of the
+          heads summed over chunks in fp32; no atomics, deterministic. A row whose mask is False and a frame past its
+          clip's length give exactly 0 and no gradient, whatever hidden states and teacher hold.
+Traffic:  chunks of 4096 projected frames, which stay in the GPU's L2: two GEMMs, one pass that turns the projection
+          into its own gradient, then the chunk's gradients. Nothing of N T E or N T H elements exists.
+
+align_loss_sum is what training calls: the rows' weights in the scalar loss are known, so gradients are finished in the
+forward. align_loss is exact for any gradient of its rows, and computes the chunks again in its backward.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
-from ._rows import valid_frames
+from . import _native
+from ._backend import backend_of, tl, triton
+from ._library import define, differentiate
+from ._rows import BACKWARD_TILE, CHUNK, check_tensor, row_tile, valid_frames
+from .linear_gelu import gelu_rows, gelu_rows_backward
+
+PROJECTED = 4096  # frames projected at a time, of all heads together
+_TEACHERS = (torch.float32, torch.bfloat16, torch.float16)  # the places are those of csrc/cpu/align_loss.cpp
 
 
 def _heads(
@@ -21,6 +38,11 @@ def _heads(
     flat = hidden.flatten(1, -2)
     inner = F.gelu(torch.baddbmm(b1.unsqueeze(1), flat, w1.transpose(1, 2)))
     return torch.baddbmm(b2.unsqueeze(1), inner, w2.transpose(1, 2)).unflatten(1, hidden.shape[1:-1])
+
+
+def _limits(mask: torch.Tensor, lengths: torch.Tensor | None, frames: int) -> torch.Tensor:
+    """(N,) int64: frames of each row that count."""
+    return torch.where(mask, frames if lengths is None else lengths.long(), 0)
 
 
 def align_loss_ref(
@@ -34,15 +56,256 @@ def align_loss_ref(
     mask: torch.Tensor,
     lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    # Not only the loss: 0 times a teacher that is not finite would reach the gradients.
-    teacher = torch.where(mask.view(-1, *[1] * (teacher.ndim - 1)), teacher, 0)
+    frames = hidden.shape[2] if hidden.ndim == 4 else 1
+    limits = _limits(mask, lengths, frames)
+    valid = valid_frames(limits, frames).view(*hidden.shape[1:-1], 1)
+    # Not only the loss: 0 times a hidden state or a teacher that is not finite would reach the gradients.
+    hidden, teacher = torch.where(valid, hidden, 0), torch.where(valid, teacher, 0)
     distance = 1 - F.cosine_similarity(_heads(hidden, w1, b1, w2, b2), teacher.unsqueeze(0), dim=-1)
-    if distance.ndim == 3:
-        if lengths is None:
-            distance = distance.mean(-1)
-        else:
-            distance = torch.where(valid_frames(lengths, distance.shape[-1]), distance, 0).sum(-1) / lengths
-    return torch.where(mask, (weights.unsqueeze(1) * distance).sum(0), 0)
+    distance = torch.where(valid.squeeze(-1), distance, 0).view(*hidden.shape[:2], frames)
+    return (weights.unsqueeze(1) * (distance.sum(-1) / limits.clamp(min=1))).sum(0)
+
+
+@triton.jit
+def _cosine_kernel(
+    z_ptr, bias_ptr, teacher_ptr, limits_ptr, coefficient_ptr, distance_ptr, dbias_ptr,
+    first, rows, clips, frames, teacher_n, teacher_t,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    chunks = tl.cdiv(rows, CHUNK)
+    k = (tl.program_id(0) // chunks).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    inside = (d < D)[None, :]
+    bias = tl.load(bias_ptr + k * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    dbias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for start in range(0, CHUNK, ROWS):
+        i = tl.program_id(0) % chunks * CHUNK + start + tl.arange(0, ROWS).to(tl.int64)
+        here = i < rows
+        n, t = (first + i) // frames, (first + i) % frames
+        valid = t < tl.load(limits_ptr + n, mask=here, other=0)
+        mask = valid[:, None] & inside
+        z_at = z_ptr + (k * rows + i[:, None]) * D + d[None, :]
+        z = tl.where(mask, tl.load(z_at, mask=mask, other=0.0).to(tl.float32) + bias, 0.0)
+        teacher_at = teacher_ptr + n[:, None] * teacher_n + t[:, None] * teacher_t + d[None, :]
+        y = tl.load(teacher_at, mask=mask, other=0.0).to(tl.float32)
+        z_norm = tl.sqrt(tl.sum(z * z, axis=1))
+        z_scale = 1.0 / tl.maximum(z_norm, 1e-8)  # the epsilon of F.cosine_similarity
+        y_scale = 1.0 / tl.maximum(tl.sqrt(tl.sum(y * y, axis=1)), 1e-8)
+        cosine = tl.sum(z * y, axis=1) * z_scale * y_scale
+        tl.store(distance_ptr + k * clips * frames + first + i, tl.where(valid, 1.0 - cosine, 0.0), mask=here)
+        if GRADIENT:
+            scale = -z_scale * tl.load(coefficient_ptr + k * clips + n, mask=valid, other=0.0)
+            along = cosine / tl.where(z_norm > 0.0, z_norm, 1.0)
+            dz = scale[:, None] * (y * y_scale[:, None] - z * along[:, None])
+            dbias += dz
+            tl.store(z_at, dz.to(z_ptr.dtype.element_ty), mask=here[:, None] & inside)
+    if GRADIENT:
+        piece = tl.program_id(0).to(tl.int64) * D
+        tl.store(dbias_ptr + piece + d, tl.sum(dbias, axis=0), mask=d < D)
+
+
+def _cosine(
+    z: torch.Tensor,
+    bias: torch.Tensor,
+    teacher: torch.Tensor,
+    limits: torch.Tensor,
+    coefficient: torch.Tensor | None,
+    distance: torch.Tensor,
+    first: int,
+) -> torch.Tensor | None:
+    """Distances of the rows z + bias (K, rows, E) to frames first, first + 1, ... of the teacher (N, T, E), into their
+    places in distance (K, N T). With coefficient (K, N), z becomes the gradient of sum(coefficient distance), and its
+    sums over rows (K, E) are returned."""
+    heads, rows, width = z.shape
+    chunks, gradient = -(-rows // CHUNK), coefficient is not None
+    dbias = z.new_empty((heads, chunks if gradient else 0, width), dtype=torch.float32)
+    tensors = (z, bias, teacher, limits, coefficient if gradient else distance, distance, dbias)
+    sizes = (first, rows, *teacher.shape[:2], *teacher.stride()[:2])
+    if backend_of(z) == "native":
+        kind = _TEACHERS.index(teacher.dtype)
+        _native.call("align_cosine", z.dtype, *tensors, *sizes, heads, width, CHUNK, kind, gradient)
+    else:
+        tile = row_tile(width, BACKWARD_TILE)
+        _cosine_kernel[(heads * chunks,)](*tensors, *sizes, CHUNK=CHUNK, GRADIENT=gradient, **tile)
+    return dbias.sum(1) if gradient else None
+
+
+def _pieces(heads: int, rows: int) -> Iterator[tuple[slice, slice]]:
+    """Heads and rows to project at a time: of many rows, PROJECTED of one head; of few rows, those of several heads."""
+    together = max(1, PROJECTED // max(rows, 1))
+    for k in range(0, heads, together):
+        for row in range(0, rows, PROJECTED):
+            yield slice(k, k + together), slice(row, min(row + PROJECTED, rows))
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total (fp32) += left^T right."""
+    if left.dtype == total.dtype:
+        total.baddbmm_(left.mT, right)
+    else:
+        total += torch.bmm(left.mT, right)
+
+
+def _compute(
+    hidden: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    teacher: torch.Tensor,
+    weights: torch.Tensor,
+    mask: torch.Tensor,
+    lengths: torch.Tensor | None,
+    row_weights: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """Losses of the rows; with row_weights also the gradients of their weighted sum, to hidden, w1, b1, w2 and b2."""
+    heads, clips, width = hidden.shape[0], hidden.shape[1], hidden.shape[-1]
+    frames = hidden.shape[2] if hidden.ndim == 4 else 1
+    flat, b1, b2 = hidden.reshape(heads, -1, width), b1.contiguous(), b2.contiguous()
+    teacher = teacher.view(clips, frames, -1) if teacher.ndim == 2 else teacher
+    limits = _limits(mask, lengths, frames)
+    counts, valid = limits.clamp(min=1), valid_frames(limits, frames).view(-1, 1)
+    distance = flat.new_empty(flat.shape[:2], dtype=torch.float32)
+    gradients, coefficient = [], None
+    if row_weights is not None:
+        coefficient = weights.float().unsqueeze(1) * (row_weights.float() / counts)
+        sums = [p.new_zeros(p.shape, dtype=torch.float32) for p in (w1, b1, w2, b2)]
+        gradients = [flat.new_empty(flat.shape), *sums]
+    with torch.autocast(hidden.device.type, enabled=False):
+        for k, rows in _pieces(heads, flat.shape[1]):
+            h = torch.where(valid[rows], flat[k, rows], 0).to(w1.dtype)
+            pre = torch.bmm(h, w1[k].mT)
+            inner = pre.new_empty(pre.shape)
+            gelu_rows(pre, b1[k], False, inner)
+            z = torch.bmm(inner, w2[k].mT)
+            of_heads = None if coefficient is None else coefficient[k]
+            db2 = _cosine(z, b2[k], teacher, limits, of_heads, distance[k], rows.start)
+            if coefficient is None:
+                continue
+            dhidden, dw1, db1, dw2 = gradients[0], gradients[1][k], gradients[2][k], gradients[3][k]
+            gradients[4][k] += db2
+            _add_product(dw2, z, inner)
+            dpre = torch.bmm(z, w2[k])
+            db1 += gelu_rows_backward(dpre, pre, b1[k], False, dpre)
+            _add_product(dw1, dpre, h)
+            dhidden[k, rows] = torch.bmm(dpre, w1[k])
+    per_clip = distance.view(heads, clips, frames).sum(-1) / counts
+    losses = (weights.float().unsqueeze(1) * per_clip).sum(0)
+    if coefficient is None:
+        return (losses,)
+    dhidden, *sums = gradients
+    return losses, dhidden.view(hidden.shape), *(s.to(w1.dtype) for s in sums)
+
+
+def _losses(hidden: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
+    return _compute(hidden, *others, None)[0]
+
+
+def _losses_fake(hidden: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
+    return hidden.new_empty(hidden.shape[1], dtype=torch.float32)
+
+
+def _total(hidden: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    losses, *gradients = _compute(hidden, *others)
+    return (others[-1].float() * losses).sum(), losses, *gradients
+
+
+def _total_fake(
+    hidden: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    *others: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    losses = _losses_fake(hidden)
+    return losses.new_empty(()), losses, *(x.new_empty(x.shape) for x in (hidden, w1, b1, w2, b2))
+
+
+_INPUTS = (
+    "Tensor hidden, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor teacher, Tensor weights, Tensor mask, "
+    "Tensor? lengths"
+)
+_align_loss = define(f"align_loss({_INPUTS}) -> Tensor", _losses, _losses_fake)
+_align_loss_sum = define(
+    f"align_loss_sum({_INPUTS}, Tensor row_weights) -> "
+    "(Tensor total, Tensor losses, Tensor dhidden, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
+    _total,
+    _total_fake,
+)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, dlosses) -> tuple[torch.Tensor | None, ...]:
+    _, _, *gradients = _align_loss_sum(*ctx.saved_tensors, dlosses)
+    return *gradients, None, None, None, None
+
+
+def _save_gradients(ctx, inputs, output) -> None:
+    _, *others = output
+    ctx.mark_non_differentiable(*others)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*others[1:])
+
+
+def _scale_gradients(ctx, dtotal, *_) -> tuple[torch.Tensor | None, ...]:
+    if dtotal is None:
+        return (None,) * 10
+    return *(dtotal * gradient for gradient in ctx.saved_tensors), None, None, None, None, None
+
+
+differentiate("align_loss", _differentiate, _save)
+differentiate("align_loss_sum", _scale_gradients, _save_gradients)
+
+
+def _check(
+    hidden: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    teacher: torch.Tensor,
+    weights: torch.Tensor,
+    mask: torch.Tensor,
+    lengths: torch.Tensor | None,
+) -> None:
+    if hidden.ndim not in (3, 4) or not hidden.is_floating_point():
+        raise ValueError(
+            f"hidden is {hidden.dtype} {tuple(hidden.shape)}, wanted floating point (K, N, D) or (K, N, T, D)"
+        )
+    if hidden.shape[1:-1] != teacher.shape[:-1] or not teacher.is_floating_point():
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and teacher {tuple(teacher.shape)} ({teacher.dtype}) must share rows and "
+            "frames and be floating point"
+        )
+    heads, clips, width = hidden.shape[0], hidden.shape[1], hidden.shape[-1]
+    check_tensor("teacher", teacher, (*teacher.shape,), hidden)
+    check_tensor("w1", w1, (heads, "H", width), hidden)
+    check_tensor("b1", b1, (heads, w1.shape[1]), hidden)
+    check_tensor("w2", w2, (heads, teacher.shape[-1], w1.shape[1]), hidden)
+    check_tensor("b2", b2, (heads, teacher.shape[-1]), hidden)
+    check_tensor("weights", weights, (heads,), hidden)
+    check_tensor("mask", mask, (clips,), hidden)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask is {mask.dtype}, wanted torch.bool")
+    if lengths is not None:
+        check_tensor("lengths", lengths, (clips,), hidden)
+        if hidden.ndim == 3:
+            raise ValueError("lengths with pooled hidden states (K, N, D): they belong to (K, N, T, D)")
+    for name, p in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
+        if p.dtype != w1.dtype or p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+            raise ValueError(f"{name} is {p.dtype}, wanted float32, bfloat16 or float64, the same for all of the heads")
+
+
+def _reference(hidden: torch.Tensor, w1: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
+    """align_loss_ref with the dtypes of the operation: GEMMs in the heads', the cosine at least in fp32."""
+    b1, w2, b2, teacher, *rest = others
+    wide = torch.promote_types(w1.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return align_loss_ref(hidden.to(w1.dtype), w1, b1, w2, b2, teacher.to(wide), *rest)
 
 
 def align_loss(
@@ -56,8 +319,38 @@ def align_loss(
     mask: torch.Tensor,
     lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Per-row loss (N,), fp32. Raises ValueError when the hidden states and the teacher do not have the same rows and
-    frames."""
-    if hidden.shape[1:-1] != teacher.shape[:-1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} and teacher {tuple(teacher.shape)} must share rows and frames")
-    return align_loss_ref(hidden.float(), w1, b1, w2, b2, teacher.float(), weights, mask, lengths)
+    """Per-row loss (N,), fp32. Differentiates hidden states and heads, not the teacher nor the weights.
+
+    Raises ValueError naming what was wanted when shapes, devices, strides or dtypes do not fit.
+    """
+    _check(hidden, w1, b1, w2, b2, teacher, weights, mask, lengths)
+    teacher, weights = teacher.detach(), weights.detach()
+    if backend_of(w1) == "reference":
+        return _reference(hidden, w1, b1, w2, b2, teacher, weights, mask, lengths)
+    teacher = teacher if teacher.dtype in _TEACHERS else teacher.float()
+    return _align_loss(hidden, w1, b1, w2, b2, teacher, weights, mask, lengths)
+
+
+def align_loss_sum(
+    hidden: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    teacher: torch.Tensor,
+    weights: torch.Tensor,
+    mask: torch.Tensor,
+    row_weights: torch.Tensor,
+    lengths: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum(row_weights * loss), fp32, and the losses (N,) detached. Gradients are computed here and only scaled in the
+    backward. Differentiates and raises as align_loss does; row_weights (N,) gets no gradient either."""
+    _check(hidden, w1, b1, w2, b2, teacher, weights, mask, lengths)
+    check_tensor("row_weights", row_weights, (hidden.shape[1],), hidden)
+    row_weights = row_weights.detach()
+    if backend_of(w1) == "reference" or not torch.is_grad_enabled():
+        losses = align_loss(hidden, w1, b1, w2, b2, teacher, weights, mask, lengths)
+        return (row_weights * losses).sum(), losses.detach()
+    teacher = teacher.detach() if teacher.dtype in _TEACHERS else teacher.detach().float()
+    total, losses, *_ = _align_loss_sum(hidden, w1, b1, w2, b2, teacher, weights.detach(), mask, lengths, row_weights)
+    return total, losses
