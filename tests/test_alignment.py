@@ -26,7 +26,9 @@ def teachers(rows: int) -> dict[str, torch.Tensor]:
 def test_loss_by_hand():
     made, hidden = heads(), {layer: torch.randn(4, 32) for layer in (1, 2, 3)}
     teacher, domain = teachers(4), torch.tensor([0, 1, 0, 1])
-    loss = alignment_loss(made, hidden, teacher, domain)
+    mean, loss = alignment_loss(made, hidden, teacher, domain)
+    torch.testing.assert_close(mean, loss.mean())
+    assert not loss.requires_grad
     for row in range(4):
         name = ("speech", "audio")[domain[row]]
         wanted = 0
@@ -40,7 +42,7 @@ def test_loss_by_hand():
 def test_gradients_reach_the_selected_layers_and_their_blocks_only(model):
     mel, condition = small_batch()
     out = model(mel, torch.full((3,), 0.5), condition, capture=(1, 2, 3), pooled=True)
-    alignment_loss(heads(), out.hidden, teachers(3), torch.tensor([0, 1, 0])).sum().backward()
+    alignment_loss(heads(), out.hidden, teachers(3), torch.tensor([0, 1, 0]))[0].backward()
     reached = [block.fc1.weight.grad is not None and bool(block.fc1.weight.grad.any()) for block in model.blocks]
     assert reached == [True, True, True, False]  # L4 lies above the deepest selected layer
 
@@ -49,7 +51,7 @@ def test_an_absent_domain_gives_exact_zeros():
     made, hidden = heads(), {layer: torch.randn(4, 32, requires_grad=True) for layer in (1, 2, 3)}
     teacher = teachers(4)
     teacher["audio"] = torch.zeros(4, 7)
-    alignment_loss(made, hidden, teacher, torch.zeros(4, dtype=torch.long)).sum().backward()
+    alignment_loss(made, hidden, teacher, torch.zeros(4, dtype=torch.long))[0].backward()
     for name, parameter in made.named_parameters():
         assert parameter.grad is not None
         assert bool(parameter.grad.any()) == ("speech" in name)

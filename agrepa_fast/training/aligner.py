@@ -55,10 +55,10 @@ class Aligner:
         return self.selection.all_layers if self.heads is not None else ()
 
     def loss(self, hidden: dict[int, torch.Tensor], batch: Batch) -> torch.Tensor:
-        """align.weight x alignment loss of each clip, (B,) fp32; zeros while nothing is selected."""
+        """align.weight x alignment loss, the mean over the batch's clips, fp32; zero while nothing is selected."""
         if self.heads is None:
-            return torch.zeros(len(batch.keys), device=self.device)
-        return self.config.align.weight * alignment_loss(self.heads, hidden, batch.teacher, batch.domain)
+            return torch.zeros((), device=self.device)
+        return self.config.align.weight * alignment_loss(self.heads, hidden, batch.teacher, batch.domain)[0]
 
     def step(self, step: int) -> None:
         """Average the heads' gradients over ranks in one all-reduce, clip, and update. At the same point on every

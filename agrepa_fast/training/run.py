@@ -64,7 +64,7 @@ class Run:
         x_t, target = flow_mix(batch.mel, draws.t, noise_keys, flow.sigma)
         out = self.engine(x_t, draws.t, condition, capture=self.aligner.layers, pooled=True)
         flow_part = flow_loss(out.v, target, batch.condition.lengths).mean()
-        align_part = self.aligner.loss(out.hidden, batch).mean()
+        align_part = self.aligner.loss(out.hidden, batch)
         self.engine.backward(flow_part + align_part)
         self.engine.step()
         return {"flow_loss": flow_part.detach(), "align_loss": align_part.detach()}
