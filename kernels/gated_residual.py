@@ -257,10 +257,11 @@ def _backward(dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd) -> tu
     dh, df = _empty_dh(dy, dsum, f), f.new_empty(f.shape)
     count = 1 if dy is None else 3
     sums = [f.new_empty((n, -(-frames // chunk), width), dtype=torch.float32) for _ in range(count)]
-    inputs = (dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd)
+    normed = (out, scale, mean, rstd) if dy is not None else (None,) * 4
+    inputs = (dout, dy, dsum, f, normed[0], gate, m, normed[1], lengths, *normed[2:])
     results = (dh if dh.numel() else None, df, *sums, *[None] * (3 - count))
     sizes = (gate.shape[0], 1 if lengths is None else lengths.shape[0])
-    strides = _strides(dout, dy, f, gate, scale)
+    strides = _strides(dout, dy, f, gate, normed[1])
     if backend_of(f) == "native":
         _native.call("gated_residual_bwd", f.dtype, *inputs, *results, n, frames, width, *sizes, chunk, *strides)
     else:

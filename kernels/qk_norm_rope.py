@@ -277,7 +277,7 @@ def _backward(
     strides = [stride for gradient in gradients for stride in gradient.stride()[:3]]
     strides += qkv.stride()[:2] if norm else (0, 0)
     if backend_of(dq) == "native":
-        chunk = max(1, 64 // heads)  # frames: about 64 heads are summed one after another, few for fp32's sake
+        chunk = max(1, 16 // heads)  # frames: about 16 heads are summed one after another, few for fp32's sake
         dweight = dq.new_empty((n * -(-frames // chunk) if norm else 0, 2, width), dtype=torch.float32)
         tensors = (*gradients, qkv, cos, sin, _float(q_weight), _float(k_weight), dqkv, dweight)
         sizes = (n, frames, heads, width, rotary_heads, interleaved, chunk)

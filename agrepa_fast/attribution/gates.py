@@ -29,6 +29,13 @@ class _BlockPlan:
     first: torch.Tensor  # (P,) the first variant of each distinct prefix
     prefix: torch.Tensor  # (V,) which of the P results each variant uses
     gate: torch.Tensor  # (V,) this block's gates
+    copies: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(first, prefix) there; copied once, since a copy waits for the GPU and no CUDA graph can hold it."""
+        if device not in self.copies:
+            self.copies[device] = self.first.to(device), self.prefix.to(device)
+        return self.copies[device]
 
     @property
     def contiguous(self) -> bool:
@@ -240,12 +247,12 @@ def _take_variants(x: torch.Tensor, plan: _BlockPlan, variants: int) -> torch.Te
     by_variant = x.unflatten(0, (variants, -1))
     if plan.contiguous:
         return by_variant[: len(plan.first)].flatten(0, 1)
-    return by_variant[plan.first.to(x.device)].flatten(0, 1)
+    return by_variant[plan.on(x.device)[0]].flatten(0, 1)
 
 
 def _spread_variants(out: torch.Tensor, *, plan: _BlockPlan, clips: int) -> torch.Tensor:
     """(P * C, ...) to every variant's rows (V * C, ...)."""
-    return out.unflatten(0, (-1, clips))[plan.prefix.to(out.device)].flatten(0, 1)
+    return out.unflatten(0, (-1, clips))[plan.on(out.device)[1]].flatten(0, 1)
 
 
 def _blend(x: torch.Tensor, out: torch.Tensor, plan: _BlockPlan, variants: int) -> torch.Tensor:

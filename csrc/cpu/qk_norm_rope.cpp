@@ -5,7 +5,7 @@
 namespace {
 
 inline float inverse_rms(const float* x, i64 E, float eps) {
-  float squares = 0;
+  double squares = 0;  // as accurate on every instruction set
 #pragma omp simd reduction(+ : squares)
   for (i64 e = 0; e < E; ++e) squares += x[e] * x[e];
   return 1.0f / __builtin_sqrtf(squares / E + eps);
@@ -67,16 +67,16 @@ void qk_norm_rope_fwd(const T* qkv, const float* cos, const float* sin, const fl
 // dy becomes the gradient of a head x that was normalised; adds dy * xhat to dweight.
 inline void norm_head_backward(float* dy, const float* x, const float* weight, float* dweight, i64 E, float eps) {
   const float rrms = inverse_rms(x, E, eps);
-  float along = 0;
+  double along = 0;
 #pragma omp simd reduction(+ : along)
   for (i64 e = 0; e < E; ++e) {
     const float xhat = x[e] * rrms;
     dweight[e] += dy[e] * xhat;
     along += dy[e] * weight[e] * xhat;
   }
-  along /= E;
+  const float mean = along / E;
 #pragma omp simd
-  for (i64 e = 0; e < E; ++e) dy[e] = (dy[e] * weight[e] - x[e] * rrms * along) * rrms;
+  for (i64 e = 0; e < E; ++e) dy[e] = (dy[e] * weight[e] - x[e] * rrms * mean) * rrms;
 }
 
 // dqkv is contiguous; dweight: (N * chunks, 2, E) fp32, sums over `chunk` frames each, untouched without a norm.
