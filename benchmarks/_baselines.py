@@ -1,0 +1,99 @@
+"""What the fused code is measured against: the released recipe written from its description, plain SDPA, and FoG-A
+without shared prefixes. Blocks take GatedDiTBlock's weights as they are."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import _bench  # noqa: F401 (puts the checkout on sys.path)
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from agrepa_fast import AudioDiT, Condition, GatedDiTBlock
+
+
+class PlainBlock(GatedDiTBlock):
+    """The block in plain PyTorch, with its own modulation Linear. Attention is PyTorch's SDPA as it comes."""
+
+    def forward(self, x, cond, *, modulation=None, rope=None, lengths=None, time_sum=False):
+        """As GatedDiTBlock without gates, rotary positions or masks; a ready `modulation` is not used."""
+        modulations = self.modulation(F.silu(cond)).unsqueeze(1).chunk(6, dim=-1)
+        scale1, shift1, scale2, shift2, gate1, gate2 = modulations
+        h = x + gate1 * self._attend(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1)
+        inner = F.gelu(self.fc1(F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale2) + shift2))
+        ffn = F.dropout(self.fc2(F.dropout(inner, self.dropout, self.training)), self.dropout, self.training)
+        out = h + gate2 * ffn
+        return (out, out.float().sum(1)) if time_sum else out
+
+    def _attend(self, y):
+        q, k, v = self.qkv(y).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class ReleasedBlock(PlainBlock):
+    """The released AG-REPA block: nn.MultiheadAttention's arithmetic, which computes and returns its weights."""
+
+    def _attend(self, y):
+        rows = y.transpose(0, 1)
+        attended, _weights = F.multi_head_attention_forward(
+            rows, rows, rows, y.shape[-1], self.heads, self.qkv.weight, self.qkv.bias, None, None, False,
+            self.dropout, self.out.weight, self.out.bias, training=self.training, need_weights=True,
+        )  # fmt: skip
+        return attended.transpose(0, 1)
+
+
+def with_blocks(model: AudioDiT, kind: type[PlainBlock]) -> AudioDiT:
+    """The model with its blocks replaced by blocks of this kind, same weights and options."""
+    for number, block in enumerate(model.blocks):
+        with block.out.weight.device:
+            plain = kind(block.out.in_features, block.heads, dropout=block.dropout, gelu=block.gelu)
+        plain.load_state_dict(block.state_dict())
+        model.blocks[number] = plain.to(block.out.weight.dtype)
+    return model
+
+
+def sequential_velocities(model: AudioDiT, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+    """(L + 1, C, T, M): the whole model's, then one forward without each block."""
+    blocks, velocities = model.blocks, [model(x_t, t, condition).v]
+    try:
+        for left_out in range(len(blocks)):
+            model.blocks = nn.ModuleList(block for number, block in enumerate(blocks) if number != left_out)
+            velocities.append(model(x_t, t, condition).v)
+    finally:
+        model.blocks = blocks
+    return torch.stack(velocities)
+
+
+@contextmanager
+def row_gates(model: AudioDiT, gates: torch.Tensor, clips: int) -> Iterator[None]:
+    """Inside it, the model computes all variants of gates (V, L), on its device, as one batch of V * clips rows that
+    share nothing."""
+    for layer, block in enumerate(model.blocks):
+        gate = gates[:, layer].repeat_interleave(clips)
+        block.forward = partial(type(block).forward, block, gate=gate)
+    try:
+        yield
+    finally:
+        for block in model.blocks:
+            del block.forward
+
+
+class TeacherStandIn(nn.Module):
+    """A transformer encoder with a teacher's size and random weights: its time, not its answers. Whisper-large-v3's is
+    32 x 1280 over 1500 frames whatever the clip's length, BEATs' 12 x 768 over 496 patches of 10 s."""
+
+    def __init__(self, depth: int, width: int, frames: int):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            width, width // 64, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False).eval()
+        self.frames, self.width = frames, width
+
+    @torch.no_grad()
+    def forward(self, clips: int) -> torch.Tensor:
+        weight = self.encoder.layers[0].linear1.weight
+        return self.encoder(torch.ones(clips, self.frames, self.width, dtype=weight.dtype, device=weight.device)).mean(
+            1
+        )

@@ -1,0 +1,177 @@
+"""One optimizer step on random clips: ours as training/run.py takes it, and the released recipe's."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from _baselines import PlainBlock, ReleasedBlock, TeacherStandIn, with_blocks
+from _bench import Results
+
+from agrepa_fast import AudioDiT, Condition, LayerSelection
+from agrepa_fast.alignment.heads import AlignmentHeads
+from agrepa_fast.alignment.objectives import alignment_loss
+from agrepa_fast.config import FlowConfig, ModelConfig
+from agrepa_fast.flow import clip_keys, flow_loss, reference_prefix, training_draws
+from agrepa_fast.kernels import flow_mix
+
+FLOW = FlowConfig()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is trained (AG-REPA, config A), and on which clips."""
+
+    dim: int = 1024
+    depth: int = 24
+    frames: int = 938
+    batch: int = 16
+    small_batch: int = 4
+    mels: int = 100
+    vocab: int = 8192
+    speech_teacher: int = 1280
+    audio_teacher: int = 768
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+    repeats: int = 10
+
+    @property
+    def heads(self) -> int:
+        return max(1, self.dim // 64)
+
+    @property
+    def model(self) -> ModelConfig:
+        sizes = {"dim": self.dim, "depth": self.depth, "heads": self.heads, "token_dim": self.dim}
+        return ModelConfig(**sizes, n_mels=self.mels, vocab=self.vocab)
+
+    @property
+    def selection(self) -> LayerSelection:
+        layers = (1, 2, self.depth)
+        third = (1 / 3,) * 3
+        return LayerSelection("fixed", {"speech": layers, "audio": layers}, {"speech": third, "audio": third})
+
+    def clip_flops(self) -> float:
+        """Forward and backward of one clip through the blocks' matrix products and attention."""
+        return 3 * self.depth * self.frames * (24 * self.dim**2 + 4 * self.frames * self.dim)
+
+
+def awake_model(sizes: Sizes, dtype: torch.dtype) -> AudioDiT:
+    """A random model whose zero-initialised modulations have values, so that every block does something."""
+    torch.manual_seed(0)
+    with torch.device(sizes.device):
+        model = AudioDiT(sizes.model)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.modulation.weight, std=0.1 / sizes.dim**0.5)
+        torch.nn.init.normal_(block.modulation.bias, std=0.3)
+    return model.to(dtype)
+
+
+class Clips(NamedTuple):
+    mel: torch.Tensor  # (B, T, mels)
+    condition: Condition
+    teacher: Results  # domain -> (B, E)
+    domain: torch.Tensor  # (B,)
+
+
+def random_clips(sizes: Sizes, clips: int) -> Clips:
+    """Equally long clips, every other one speech; the reference is left for the step to draw."""
+    draw = torch.Generator().manual_seed(1)
+    mel = torch.randn(clips, sizes.frames, sizes.mels, generator=draw)
+    tokens = torch.randint(sizes.vocab, (clips, sizes.frames // 2), generator=draw)
+    lengths = torch.full((clips,), sizes.frames)
+    # made on the CPU, where Condition sees that nothing is padded
+    condition = Condition(tokens, lengths // 2, torch.zeros_like(mel), lengths).to(sizes.device)
+    widths = {"speech": sizes.speech_teacher, "audio": sizes.audio_teacher}
+    teacher = {name: torch.randn(clips, width, generator=draw).to(sizes.device) for name, width in widths.items()}
+    return Clips(mel.to(sizes.device), condition, teacher, (torch.arange(clips) % 2).to(sizes.device))
+
+
+class OurStep:
+    """Forward, loss with pooled alignment, backward, clipping, AdamW and EMA, without DeepSpeed: bf16 weights, fp32
+    masters, one device. Nothing in it waits for the GPU, so a CUDA graph can hold it."""
+
+    def __init__(self, sizes: Sizes, clips: int):
+        self.clips = random_clips(sizes, clips)
+        self.model = awake_model(sizes, sizes.dtype)
+        widths = {"speech": sizes.speech_teacher, "audio": sizes.audio_teacher}
+        self.heads = AlignmentHeads(sizes.selection, sizes.dim, widths, seed=0).to(sizes.device)
+        self.weights = list(self.model.parameters())
+        self.masters = [weight.detach().float().clone() for weight in self.weights]
+        self.average = [master.clone() for master in self.masters]
+        self.trained = [*self.masters, *self.heads.parameters()]
+        for trained in self.trained:
+            trained.grad = torch.zeros_like(trained)
+        on_gpu = sizes.device == "cuda"
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True, capturable=on_gpu)
+        self.keys = [clip_keys(0, 0, range(clips), use).to(sizes.device) for use in ("draws", "noise")]
+
+    def loss(self) -> torch.Tensor:
+        clips = self.clips
+        draws = training_draws(FLOW, clips.condition.lengths, self.keys[0])
+        condition = replace(
+            clips.condition,
+            reference=reference_prefix(clips.mel, draws.reference_lengths),
+            keep_tokens=draws.keep_tokens,
+            keep_reference=draws.keep_reference,
+        )
+        x_t, target = flow_mix(clips.mel, draws.t, self.keys[1], FLOW.sigma)
+        out = self.model(x_t, draws.t, condition, capture=self.heads.selection.all_layers, pooled=True)
+        flow = flow_loss(out.v, target, clips.condition.lengths).mean()
+        return flow + alignment_loss(self.heads, out.hidden, clips.teacher, clips.domain)[0]
+
+    def __call__(self) -> torch.Tensor:
+        loss = self.loss()
+        gradients = torch.autograd.grad(loss, [*self.weights, *self.heads.parameters()])
+        with torch.no_grad():
+            kept, count = [trained.grad for trained in self.trained], len(self.masters)
+            torch._foreach_copy_(kept[:count], gradients[:count])  # one dtype a call, or it copies one by one
+            torch._foreach_copy_(kept[count:], gradients[count:])
+            torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+            self.optimizer.step()
+            torch._foreach_copy_(self.weights, self.masters)
+            torch._foreach_lerp_(self.average, self.masters, 0.001)
+        return loss.detach()
+
+
+class ReleasedStep:
+    """The released recipe: fp32, attention with weights, dropout 0.2, teachers run on every batch (BEATs twice).
+    Without teachers: what one gets out of it with bf16 autocast, SDPA and cached teachers."""
+
+    def __init__(self, sizes: Sizes, teachers: tuple[TeacherStandIn, TeacherStandIn] | None):
+        self.clips, self.device = random_clips(sizes, sizes.small_batch), sizes.device
+        self.teachers = teachers and tuple(teacher.to(sizes.device, torch.float32) for teacher in teachers)
+        self.model = with_blocks(awake_model(sizes, torch.float32), ReleasedBlock if teachers else PlainBlock)
+        for block in self.model.blocks:
+            block.dropout = 0.2
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.keys = clip_keys(0, 0, range(sizes.small_batch), "noise").to(sizes.device)
+
+    def __call__(self) -> torch.Tensor:
+        clips, count = self.clips, len(self.clips.mel)
+        if self.teachers:
+            whisper, beats = self.teachers
+            for teacher in (whisper, beats, beats):
+                teacher(count)
+        t = torch.rand(count, device=self.device)
+        x_t, target = flow_mix(clips.mel, t, self.keys, FLOW.sigma)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.teachers is None):
+            v = self.model(x_t, t, clips.condition).v
+        loss = flow_loss(v, target, clips.condition.lengths).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def graphed(call, warmup: int = 3):
+    """A function that replays `call` as one CUDA graph, and the tensor it fills. `call` has run `warmup` times."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warmup):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph.replay, result

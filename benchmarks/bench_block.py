@@ -1,0 +1,206 @@
+"""Forward + backward of a stack of 4 blocks: released-style, SDPA, torch.compile, and ours. Same weights, same tensors.
+
+python benchmarks/bench_block.py [--shapes d,T,B ...] [--repeats N] [--profile] [--out FILE]
+
+released        attention computes and returns its weights, fp32
+eager           the blocks' reference backend: SDPA; bf16 on a GPU, as all below
+torch.compile   of the whole stack of those
+ours            GatedDiTBlock on its own backend (native on a CPU, triton on a GPU)
+
+On a GPU also: the plain block with PyTorch's default SDPA, eager and compiled (ours puts cuDNN first), and ours under
+torch.compile(fullgraph=True). Outputs and all gradients are checked first; a wrong method is not timed.
+"""
+
+import sys
+
+import torch
+import torch.nn as nn
+from _baselines import PlainBlock, ReleasedBlock
+from _bench import (
+    BASELINE,
+    FUSED,
+    RESULTS,
+    Phases,
+    Results,
+    cast,
+    milliseconds,
+    parser,
+    print_table,
+    ratio,
+    time_phases,
+    why_wrong,
+    write_json,
+)
+
+from agrepa_fast import GatedDiTBlock
+from agrepa_fast.kernels import force_backend
+
+BLOCKS, HEAD = 4, 64
+
+
+class Stack(nn.Module):
+    def __init__(self, kind: type[GatedDiTBlock], dim: int, heads: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(kind(dim, heads) for _ in range(BLOCKS))
+
+    def forward(self, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, cond)
+        return x
+
+
+class Method:
+    """One way to run the stack: a kind of block in a dtype on a backend, compiled or not."""
+
+    def __init__(self, kind, state: Results, inputs: Results, dy, dtype, backend=None, compiler=None, fullgraph=False):
+        self.backend = backend
+        self.x, self.cond = (cast(inputs[name], dtype).requires_grad_() for name in ("x", "cond"))
+        self.dy = dy.to(dtype)
+        with self.x.device:
+            stack = Stack(kind, self.x.shape[-1], max(1, self.x.shape[-1] // HEAD))
+        stack.load_state_dict(state)
+        self.stack = stack.to(dtype)
+        self.names = ["x", "cond", *(name for name, _ in stack.named_parameters())]
+        self.leaves = [self.x, self.cond, *stack.parameters()]
+        self.run = self.stack
+        if compiler is not None:
+            self.run = torch.compile(self.stack, backend=compiler, fullgraph=fullgraph, dynamic=False)
+
+    def forward(self) -> torch.Tensor:
+        with force_backend(self.backend):
+            return self.run(self.x, self.cond)
+
+    def backward(self, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with force_backend(self.backend):
+            return torch.autograd.grad(out, self.leaves, self.dy)
+
+    def results(self) -> Results:
+        out = self.forward()
+        gradients = zip(self.names, self.backward(out), strict=True)
+        return {"out": out.detach()} | {f"d{name}": gradient for name, gradient in gradients}
+
+
+def build(shape: tuple[int, int, int], compiler: str) -> tuple[dict[str, Method], Method]:
+    """The methods by name, all with one state_dict, and the one that is exact."""
+    d, t, b = shape
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    stack = Stack(GatedDiTBlock, d, max(1, d // HEAD))
+    for block in stack.blocks:  # zero-initialised modulations would hide the branches
+        nn.init.normal_(block.modulation.weight, std=0.1 / d**0.5)
+        nn.init.normal_(block.modulation.bias, std=0.3)
+    state = stack.state_dict()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    # rounded to the run's precision once, so that every method starts from the same numbers
+    state = {name: value.to(dtype).float().to(device) for name, value in state.items()}
+    inputs = {"x": torch.randn(b, t, d), "cond": torch.randn(b, d)}
+    inputs = {name: value.to(device, dtype) for name, value in inputs.items()}
+    given = (state, inputs, torch.randn(b, t, d, device=device).to(dtype))
+    exact_dtype = torch.float32 if device == "cuda" else torch.float64  # of bf16, fp32 is exact enough
+    methods = {
+        "released": Method(ReleasedBlock, *given, torch.float32),
+        "eager": Method(GatedDiTBlock, *given, dtype, "reference"),
+        "torch.compile": Method(GatedDiTBlock, *given, dtype, "reference", compiler),
+        "ours": Method(GatedDiTBlock, *given, dtype),
+    }
+    if device == "cuda":
+        methods["eager, default SDPA"] = Method(PlainBlock, *given, dtype)
+        methods["torch.compile, default SDPA"] = Method(PlainBlock, *given, dtype, None, compiler)
+        methods["ours, torch.compile"] = Method(GatedDiTBlock, *given, dtype, None, compiler, fullgraph=True)
+    return methods, Method(GatedDiTBlock, *given, exact_dtype, "reference")
+
+
+def measure(shape: tuple[int, int, int], repeats: int, compiler: str = "inductor") -> tuple[dict, dict[str, Method]]:
+    """Timings by method, or {"wrong": what}, and the methods that were timed."""
+    torch._dynamo.reset()
+    methods, exactly = build(shape, compiler)
+    exact, plain = exactly.results(), methods["eager"].results()
+    del exactly
+    results = {}
+    for name, method in methods.items():
+        allow = FUSED if name.startswith("ours") else BASELINE
+        wrong = why_wrong(method.results, plain, exact, allow)
+        results[name] = {"wrong": wrong} if wrong else {}
+    del exact, plain
+    right = {name: method for name, method in methods.items() if not results[name]}
+    phases = {name: Phases(method.forward, method.backward) for name, method in right.items()}
+    results |= time_phases(phases, repeats, apart=False)
+    for name, result in results.items():
+        result["over_released"] = ratio(results, "released", name)
+    return results, right
+
+
+# method, base, wanted: performance.md, "Goals on a CPU" and goal 3
+CPU_GOALS = (("ours", "released", 1.15), ("ours", "torch.compile", 1.0))
+GPU_GOALS = (
+    ("ours", "torch.compile", 1.04),
+    ("ours", "torch.compile, default SDPA", 1.10),
+    ("ours", "eager, default SDPA", 1.2),
+)
+
+
+def goals(results: dict) -> list[tuple[str, str, str, str]]:
+    """(what, measured, wanted, verdict) of the goals that one shape's results answer."""
+    rows = []
+    for method, base, wanted in GPU_GOALS if torch.cuda.is_available() else CPU_GOALS:
+        got = ratio(results, base, method)
+        verdict = "not measured" if got is None else "met" if got >= wanted else "missed"
+        rows.append((f"block over {base}", "" if got is None else f"{got:.3f}x", f"{wanted:.2f}x", verdict))
+    return rows
+
+
+def rows(label: str, results: dict) -> list[tuple]:
+    made = []
+    for name, result in results.items():
+        if "wrong" in result:
+            made.append((label, name, "not timed, wrong:", result["wrong"], "", "", ""))
+            continue
+        times = [milliseconds(result[phase]) for phase in ("forward", "backward", "both")]
+        over = result["over_released"]
+        memory = f"{result['peak_memory_mib']:.0f}" if "peak_memory_mib" in result else ""
+        made.append((label, name, *times, "" if over is None else f"{over:.2f}x", memory))
+    return made
+
+
+HEADER = ("d, T, B", "method", "forward ms (p20 to p80)", "backward ms", "both ms", "released = 1", "MiB")
+
+
+def print_profile(name: str, method: Method) -> None:
+    """Where one method's forward and backward go."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(3):
+            method.backward(method.forward())
+    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(f"\n{name}, three forwards and backwards")
+    print(profile.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=60))
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--profile", action="store_true", help="print where each method's time goes")
+    args = arguments.parse_args()
+    results, table, verdicts = {}, [], []
+    for shape in args.shapes:
+        label = ", ".join(map(str, shape))
+        results[label], timed = measure(shape, args.repeats, args.compiler)
+        table += rows(label, results[label])
+        verdicts += [(label, *row) for row in goals(results[label])]
+        if args.profile:
+            for name, method in timed.items():
+                print_profile(f"{label}: {name}", method)
+        del timed
+    print_table(f"{BLOCKS} blocks, forward + backward", HEADER, table)
+    print_table("goals", ("d, T, B", "what", "measured", "wanted", ""), verdicts)
+    settings = {"blocks": BLOCKS, "repeats": args.repeats, "compiler": args.compiler}
+    made = {"settings": settings, "results": results, "goals": verdicts}
+    out = args.out or RESULTS / f"bench_block_{'gpu' if torch.cuda.is_available() else 'cpu'}.json"
+    print("\nwrote", write_json("bench_block", made, out))
+    if any("wrong" in result["ours"] for result in results.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
