@@ -1,0 +1,365 @@
+"""Compile every Triton kernel for GPUs that are not here, by its real launch code, and hold what it costs to limits.
+
+The public operations run on CPU tensors, forced onto the Triton path, forward and backward, under a stub driver that
+compiles each launch for sm_80, sm_90 and sm_100 instead of starting it. Limits: compile_limits.json, by Triton version.
+
+Main path: loads from tensors of at least a clip's mel, T x 100 elements, so from every (N, T, D). What is smaller
+(statistics of a row, a condition's modulation, rotary tables, pooled states) may be narrower; it is listed all the
+same. Loads and spills are read from the SASS; which argument a load reads from, it has from the PTX instructions of the
+same source line.
+
+    python benchmarks/compile_kernels.py [--archs 80 90 100] [--dims 256 1024 1152 1664] [--ops ada_norm ...] [--out F]
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
+
+import torch
+import triton
+from _bench import RESULTS, write_json
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.compiler.errors import CompilationError
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from agrepa_fast.kernels import (
+    ada_norm,
+    align_loss,
+    flow_mix,
+    force_backend,
+    gated_residual,
+    linear_gelu,
+    qk_norm_rope,
+    velocity_change,
+)
+from agrepa_fast.kernels._library import OPERATORS
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+LIMITS = Path(__file__).with_name("compile_limits.json")
+N, T, HEAD, MELS = 16, 938, 64, 100  # the batch of performance.md
+LARGE = T * MELS
+LINE = "{:>3} {:>4}  {:30} {:28} {:>4} {:>6} {:>6} {:>9}  {}"
+ARCHS, DIMS = (80, 90, 100), (256, 1024, 1152, 1664)
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, requires_grad=True)
+
+
+def modulations(width: int) -> tuple[torch.Tensor, ...]:
+    """The six views that GatedDiTBlock takes of one packed modulation."""
+    return leaf(N, 6, width).unbind(-2)
+
+
+def backward(*outputs: torch.Tensor) -> None:
+    torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+
+
+def run_ada_norm(width: int) -> None:
+    scale, shift, *_ = modulations(width)
+    backward(ada_norm(leaf(N, T, width), scale, shift))
+    scale, shift, *_ = leaf(N, T, 6, width).unbind(-2)  # per-frame time
+    backward(ada_norm(leaf(N, T, width), scale, shift))
+
+
+def run_gated_residual(width: int) -> None:
+    """Amid the block and at its end, as in training; then as the probe and alignment run it."""
+    _, _, scale, shift, gate1, gate2 = modulations(width)
+    lengths, m = torch.full((N,), T), torch.empty(N)
+    h, f = leaf(N, T, width), leaf(N, T, width)
+    backward(*gated_residual(h, f, gate1, scale=scale, shift=shift)[:2])
+    backward(gated_residual(h, f, gate2).h)
+    backward(*gated_residual(h, f, gate1, m, scale=scale, shift=shift)[:2])
+    aligned = gated_residual(h, f, gate2, m, lengths=lengths, time_sum=True)
+    backward(aligned.h, aligned.time_sum)
+    _, _, scale, shift, gate1, _ = leaf(N, T, 6, width).unbind(-2)  # per-frame time
+    backward(*gated_residual(h, f, gate1, scale=scale, shift=shift)[:2])
+
+
+def run_qk_norm_rope(width: int) -> None:
+    heads, half = width // HEAD, HEAD // 2
+    rope = torch.empty(T, half), torch.empty(T, half)
+    weights = {"q_weight": leaf(HEAD), "k_weight": leaf(HEAD)}
+    backward(*qk_norm_rope(leaf(N, T, 3 * width), heads, rope))
+    backward(*qk_norm_rope(leaf(N, T, 3 * width), heads, rope, **weights))
+    backward(*qk_norm_rope(leaf(N, T, 3 * width), heads, rope, **weights, interleaved=False, rotary_heads=1))
+
+
+def run_linear_gelu(width: int) -> None:
+    """The product followed by the elementwise kernels, and the product with its epilogue."""
+    for gelu in ("erf", "tanh"):
+        backward(linear_gelu(leaf(N, T, width), leaf(4 * width, width), leaf(4 * width), gelu))
+        rows, weight, bias = leaf(N * T, width), leaf(4 * width, width), leaf(4 * width)
+        torch.ops.agrepa.linear_gelu(rows, weight, bias, gelu == "tanh", True, True)
+
+
+def run_align_loss(width: int) -> None:
+    """Three layers, the width of Whisper-large-v3; heads in fp32 as in training."""
+    layers, teacher = 3, 1280
+    heads = [
+        leaf(layers, *shape, dtype=torch.float32) for shape in ((width, width), (width,), (teacher, width), (teacher,))
+    ]
+    weights, mask = torch.empty(layers), torch.ones(N, dtype=torch.bool)
+    pooled = leaf(layers, N, width, dtype=torch.float32)
+    backward(align_loss(pooled, *heads, torch.empty(N, teacher), weights, mask))
+    frames, lengths = leaf(layers, N, T, width), torch.full((N,), T)
+    backward(align_loss(frames, *heads, torch.empty(N, T, teacher, dtype=torch.bfloat16), weights, mask, lengths))
+
+
+def run_velocity_change(width: int) -> None:
+    """24 variants of two clips."""
+    variants, base = torch.empty(24, 2, T, MELS, dtype=torch.bfloat16), torch.empty(2, T, MELS, dtype=torch.bfloat16)
+    velocity_change(variants, base, torch.full((2,), T))
+
+
+def run_flow_mix(width: int) -> None:
+    flow_mix(torch.empty(N, T, MELS), torch.empty(N), torch.arange(N))
+
+
+# operation -> what runs it forward and backward at width d
+CASES: dict[str, Callable[[int], None]] = {
+    "ada_norm": run_ada_norm,
+    "gated_residual": run_gated_residual,
+    "qk_norm_rope": run_qk_norm_rope,
+    "linear_gelu": run_linear_gelu,
+    "align_loss": run_align_loss,
+    "velocity_change": run_velocity_change,
+    "flow_mix": run_flow_mix,
+}
+
+
+class Stub:
+    """Just enough of a driver for Triton to specialise arguments and compile."""
+
+    def __init__(self, arch: int):
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch  # compiled kernels are kept by device alone: with one number, sm_80's would be reused
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cuda", 0)
+
+
+class WithoutProducts(TorchDispatchMode):
+    """Matrix products return uninitialised results: they take seconds on a CPU, and no value matters here."""
+
+    PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.partition("::")[2]
+        if func.namespace == "agrepa":
+            with self:  # the mode is off in here
+                return OPERATORS[name](*args, **kwargs or {})
+        if name in self.PRODUCTS:
+            left, right = args[-2:]
+            return left.new_empty((*left.shape[:-1], right.shape[-1]))
+        return func(*args, **kwargs or {})
+
+
+@dataclass
+class Launched:
+    """A compiled kernel and how it was launched."""
+
+    name: str
+    variant: str  # the switches that are on
+    kernel: CompiledKernel
+    sizes: dict[str, int]  # elements of its tensor arguments, the most of all launches
+
+
+@contextmanager
+def recording(arch: int) -> Iterator[dict[str, Launched]]:
+    """Inside it, launches compile for this architecture; yields what they fill, one entry a compiled kernel."""
+    launched, run = {}, JITFunction.run
+
+    def compile_only(self, *args, grid, warmup=False, **options):
+        given = dict(zip(self.arg_names, args, strict=False)) | options
+        variant = " ".join(name.lower() for name, value in given.items() if value is True)
+        kernel = run(self, *args, grid=(1,), warmup=True, **options)
+        sizes = launched.setdefault(kernel.hash, Launched(self.__name__, variant, kernel, {})).sizes
+        for name, value in given.items():
+            if isinstance(value, torch.Tensor):
+                sizes[name] = max(sizes.get(name, 0), value.numel())
+
+    driver.set_active(Stub(arch))
+    JITFunction.run = compile_only
+    try:
+        yield launched
+    finally:
+        JITFunction.run = run
+
+
+def tool(name: str, *args: str) -> str:
+    return subprocess.run([str(TOOLS / name), *args], capture_output=True, text=True, check=True).stdout
+
+
+def ptx_loads(ptx: str, arguments: list[str]) -> dict[tuple[str, int], set[str]]:
+    """(file, line) -> the arguments from which the global loads of that source line read, found by following each
+    address back to the kernel's parameters."""
+    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', ptx, re.M))
+    sources: dict[str, set[str]] = {}  # register -> the registers and parameters it is computed from
+    loads, place = [], None
+    for statement in re.split(r"[;\n]", ptx):
+        if location := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", statement):
+            place = (Path(files[location[1]]).name, int(location[2]))
+            continue
+        instruction = re.match(r"\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)\s+(\{[^}]*\}|\[[^\]]*\]|[^,]+),(.*)", statement)
+        if not instruction:
+            continue
+        operation, result, operands = instruction.groups()
+        if operation.startswith(("ld.global", "cp.async")):
+            loads.append((place, re.search(r"\[\s*(%\w+)", operands)[1]))
+        elif not operation.startswith(("ld.shared", "st.")):
+            found = set(re.findall(r"%r\w*|\w+_param_\d+", operands))
+            for register in re.findall(r"%r\w*", result):
+                sources.setdefault(register, set()).update(found)
+    by_line: dict[tuple[str, int], set[str]] = {}
+    for place, address in loads:
+        reached, pending = set(), [address]
+        while pending:
+            name = pending.pop()
+            if name not in reached:
+                reached.add(name)
+                pending.extend(sources.get(name, ()))
+        parameters = (re.search(r"_param_(\d+)$", name) for name in reached)
+        indices = [int(match[1]) for match in parameters if match]
+        by_line.setdefault(place, set()).update(arguments[i] for i in indices if i < len(arguments))
+    return by_line
+
+
+def bits_of(suffix: str) -> int:
+    """Width of a SASS load from its modifiers, such as .E.128 or .E.U16."""
+    sizes = [int(size) for size in re.findall(r"\.(?:[US])?(8|16|64|128|256)\b", suffix)]
+    return sizes[0] if sizes else 32
+
+
+def sass_loads(sass: str) -> list[tuple[tuple[str, int] | None, int]]:
+    """Source line and width of every global load."""
+    loads, place = [], None
+    for line in sass.splitlines():
+        if location := re.search(r'//## File "([^"]+)", line (\d+)', line):
+            place = (Path(location[1]).name, int(location[2]))
+        elif load := re.search(r"\bLDG(?:STS)?((?:\.\w+)*)\b", line):
+            loads.append((place, bits_of(load[1])))
+    return loads
+
+
+def resources(kernel: CompiledKernel, sizes: dict[str, int]) -> dict:
+    """Registers, shared bytes, spills and load widths of a compiled kernel; `sizes` are the elements of its
+    tensor arguments."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, sass = tool("cuobjdump", "--dump-resource-usage", file.name), tool("nvdisasm", "-g", "-c", file.name)
+    arguments = [name for name, kind in kernel.src.signature.items() if kind != "constexpr"]
+    read_by = ptx_loads(kernel.asm["ptx"], arguments)
+    main, others = [], {}
+    for place, bits in sass_loads(sass):
+        tensors = {name for name in read_by.get(place, sizes) if name in sizes}  # a place unknown to PTX: the main path
+        if any(sizes[name] >= LARGE for name in tensors):
+            main.append(bits)
+        else:
+            for name in tensors:
+                others[name] = min(bits, others.get(name, bits))
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "shared": kernel.metadata.shared,
+        "spills": len(re.findall(r"\b(?:STL|LDL)(?:\.\w+)*\b", sass)),
+        "main_load_bits": min(main, default=None),
+        "other_load_bits": others,
+    }
+
+
+def compile_case(operation: str, width: int, arch: int) -> tuple[list[dict], str | None]:
+    """What each kernel that the operation launches, forward and backward, costs; and why it went no further."""
+    error = None
+    with recording(arch) as launched, force_backend("triton"), WithoutProducts():
+        try:
+            CASES[operation](width)
+        except CompilationError as failed:
+            error = str(failed)
+    if not launched and error is None:
+        error = "no kernel was launched"
+    rows = []
+    for one in launched.values():
+        place = {"operation": operation, "arch": one.kernel.metadata.target.arch, "d": width}
+        kind = {"kernel": one.name, "variant": one.variant}
+        rows.append(place | kind | resources(one.kernel, one.sizes))
+    return rows, error
+
+
+def broken_limits(row: dict, limits: dict) -> list[str]:
+    wide = limits["main_load_bits"].get(str(row["d"]), 0)
+    registers = limits["registers"].get(row["kernel"])
+    broken = []
+    if row["spills"] > limits["spills"]:
+        broken.append(f"{row['spills']} spills, allowed {limits['spills']}")
+    if row["main_load_bits"] is not None and row["main_load_bits"] < wide:
+        broken.append(f"a main load of {row['main_load_bits']} bits, wanted {wide}")
+    if registers is None:
+        broken.append(f"{row['registers']} registers, and no limit in {LIMITS.name}")
+    elif row["registers"] > registers:
+        broken.append(f"{row['registers']} registers, allowed {registers}")
+    return broken
+
+
+def limits_of(version: str) -> dict:
+    """The limits of this Triton version (major.minor). Raises ValueError when there are none."""
+    limits = json.loads(LIMITS.read_text())
+    series = ".".join(version.split(".")[:2])
+    if series not in limits:
+        raise ValueError(f"{LIMITS.name} has no limits for Triton {series}, only for {', '.join(limits)}: add them")
+    return limits[series]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--archs", type=int, nargs="+", default=ARCHS)
+    parser.add_argument("--dims", type=int, nargs="+", default=DIMS)
+    parser.add_argument("--ops", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--out", default=RESULTS / "compile_kernels.json")
+    args = parser.parse_args()
+
+    limits, results, failures = limits_of(triton.__version__), [], 0
+    print(LINE.format("sm", "d", "kernel", "variant", "regs", "shared", "spills", "main load", "other loads"))
+    for arch, width, operation in product(args.archs, args.dims, args.ops):
+        compiled, error = compile_case(operation, width, arch)
+        if error:
+            print(f"{arch:>3} {width:>4}  BROKEN: {operation}: {error}")
+            failures += 1
+        for row in compiled:
+            others = ", ".join(f"{name} {bits}" for name, bits in sorted(row["other_load_bits"].items()))
+            places = (row[name] for name in ("arch", "d", "kernel", "variant", "registers", "shared", "spills"))
+            print(LINE.format(*places, row["main_load_bits"] or "-", others))
+            row["broken"] = broken_limits(row, limits)
+            failures += len(row["broken"])
+            for broken in row["broken"]:
+                print(f"    BROKEN: {broken}")
+        results += compiled
+    path = write_json("compile_kernels", {"triton": triton.__version__, "kernels": results}, args.out)
+    print(f"{len(results)} kernels compiled, {failures} limits broken; {path}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
