@@ -1,0 +1,607 @@
+"""What plant_faults.py plants, by operation: file, text that is there once, what replaces it, what that breaks."""
+
+# fmt: off
+FAULTS = {
+    "ada_norm": [
+        (
+            "kernels/ada_norm.py",
+            "(g - total[:, None] - xhat * along[:, None])",
+            "(g - xhat * along[:, None])",
+            "the mean term of dx is dropped",
+        ),
+        (
+            "kernels/ada_norm.py",
+            "tl.load(shift_ptr + c * shift_n + d",
+            "tl.load(shift_ptr + n * shift_n + d",
+            "shift is indexed by row, not by condition",
+        ),
+        (
+            "kernels/ada_norm.py",
+            "            dshift += dy\n",
+            "            dshift += 1.02 * dy\n",
+            "2 % on dshift",
+        ),
+        (
+            "kernels/ada_norm.py",
+            "dy = load_rows(dy_ptr, n, t, dy_n, dy_t, d, mask)",
+            "dy = load_rows(dy_ptr, n, t, dy_n, x_t, d, mask)",
+            "dy is read with x's stride over frames",
+        ),
+        (
+            "csrc/cpu/ada_norm.cpp",
+            "smaller(first + chunk, frames)",
+            "smaller(first + chunk, frames - 1)",
+            "the last frame gets no gradient",
+        ),
+        (
+            "csrc/cpu/ada_norm.cpp",
+            "c = n % C, first = piece",
+            "c = n / (N / C), first = piece",
+            "the backward takes neighbouring rows for one condition",
+        ),
+        (
+            "csrc/cpu/ada_norm.cpp",
+            "as_float(x + n * x_n + t * x_t, row, D)",
+            "as_float(x + n * x_n + t * D, row, D)",
+            "the forward takes x for contiguous",
+        ),
+        (
+            "csrc/cpu/norm.h",
+            "    dscale[d] += dy[d] * xhat;\n",
+            "    dscale[d] += 1.02f * dy[d] * xhat;\n",
+            "2 % on dscale",
+        ),
+    ],
+    "align_loss": [
+        (
+            "kernels/align_loss.py",
+            "valid = t < tl.load(limits_ptr + n",
+            "valid = t <= tl.load(limits_ptr + n",
+            "a frame of padding counts",
+        ),
+        (
+            "kernels/align_loss.py",
+            "(y * y_scale[:, None] - z * along[:, None])",
+            "(y * y_scale[:, None])",
+            "gradient without the norm's term",
+        ),
+        (
+            "kernels/align_loss.py",
+            "tl.load(coefficient_ptr + k * clips + n",
+            "tl.load(coefficient_ptr + n",
+            "every layer takes the first layer's lambda",
+        ),
+        (
+            "kernels/align_loss.py",
+            "n[:, None] * teacher_n + t[:, None] * teacher_t",
+            "n[:, None] * teacher_t + t[:, None] * teacher_t",
+            "wrong stride over the teacher's clips",
+        ),
+        (
+            "kernels/align_loss.py",
+            "z_at = z_ptr + (k * rows + i[:, None]) * D",
+            "z_at = z_ptr + i[:, None] * D",
+            "every layer reads the first one's projections",
+        ),
+        (
+            "kernels/align_loss.py",
+            "dbias += dz\n",
+            "dbias += 1.02 * dz\n",
+            "2 % on the gradient of b2",
+        ),
+        (
+            "kernels/align_loss.py",
+            "distance_ptr + k * clips * frames + first + i",
+            "distance_ptr + k * clips * frames + i",
+            "later chunks overwrite the first one's distances",
+        ),
+        (
+            "csrc/cpu/align_loss.cpp",
+            "if (t < limits[n])",
+            "if (t <= limits[n])",
+            "a frame of padding counts",
+        ),
+        (
+            "csrc/cpu/align_loss.cpp",
+            "(y[e] * y_scale - z[e] * along)",
+            "(y[e] * y_scale)",
+            "gradient without the norm's term",
+        ),
+        (
+            "csrc/cpu/align_loss.cpp",
+            "coefficient[k * N + n]",
+            "coefficient[n]",
+            "every layer takes the first layer's lambda",
+        ),
+        (
+            "csrc/cpu/align_loss.cpp",
+            "i < smaller(start + chunk, rows)",
+            "i < smaller(start + chunk - 1, rows)",
+            "wrong chunk end",
+        ),
+        (
+            "csrc/cpu/align_loss.cpp",
+            "to_float(bias[k * E + e])",
+            "to_float(bias[e])",
+            "every layer takes the first layer's bias",
+        ),
+        (
+            "csrc/cpu/align_loss.cpp",
+            "bits |= sign | ",
+            "bits |= ",
+            "fp16 teachers lose their signs",
+        ),
+        (
+            "csrc/cpu/align_loss.cpp",
+            "fill(z_row, 0, E);",
+            "fill(z_row, 0, 0);",
+            "a row that does not count keeps the row before",
+        ),
+        (
+            "csrc/cpu/linear_gelu.cpp",
+            "bias + i / M * E",
+            "bias",
+            "every layer takes the first layer's b1, forward",
+        ),
+        (
+            "kernels/linear_gelu.py",
+            "bias += tl.load(bias_ptr + group * D + e",
+            "bias += tl.load(bias_ptr + e",
+            "every layer takes the first layer's b1, backward",
+        ),
+    ],
+    "flow_mix": [
+        (
+            "kernels/flow_mix.py",
+            "tl.join(tl.join(n0, n2), tl.join(n1, n3))",
+            "tl.join(tl.join(n0, n1), tl.join(n2, n3))",
+            "Triton: a counter's normals in another order",
+        ),
+        (
+            "kernels/flow_mix.py",
+            "    counter = tile * COUNTERS + tl.arange(0, COUNTERS)",
+            "    counter = tile * (4 * COUNTERS) + tl.arange(0, COUNTERS)",
+            "Triton: the second tile skips counters",
+        ),
+        (
+            "kernels/flow_mix.py",
+            "    clip = c * elements  # int64",
+            "    clip = c * (elements - elements % 4)  # int64",
+            "Triton: clips start at a multiple of four",
+        ),
+        (
+            "kernels/flow_mix.py",
+            "tl.load(t_ptr + c * t_c + (i // bins).to(tl.int64) * t_t",
+            "tl.load(t_ptr + c * t_c + (i // bins).to(tl.int64)",
+            "Triton: the times' stride over frames is taken for 1",
+        ),
+        (
+            "kernels/flow_mix.py",
+            "x - noise).to(target_ptr",
+            "x - 1.02 * noise).to(target_ptr",
+            "Triton: 2 % on the target's noise",
+        ),
+        (
+            "kernels/flow_mix.py",
+            "second = tl.where((quarter & 2) == 2, -second, second)",
+            "second = tl.where((quarter & 2) == 2, second, second)",
+            "Triton: the sine's sign in the lower half turn",
+        ),
+        (
+            "kernels/flow_mix.py",
+            "return (t * dx_t + dtarget).to(ctx.dtype)",
+            "return (t * dx_t + t * dtarget).to(ctx.dtype)",
+            "the target's gradient with a factor t",
+        ),
+        (
+            "csrc/cpu/flow_mix.cpp",
+            "k0 = uint32_t(key), k1 = uint32_t(key >> 32)",
+            "k0 = uint32_t(key), k1 = 0",
+            "C++: the key's high word is dropped",
+        ),
+        (
+            "csrc/cpu/flow_mix.cpp",
+            "draw(uint64_t(keys[c]), uint32_t(tile * COUNTERS)",
+            "draw(uint64_t(keys[c]), uint32_t(tile)",
+            "C++: the tiles' counters overlap",
+        ),
+        (
+            "csrc/cpu/flow_mix.cpp",
+            "int32_t(word) < 0 ? int32_t(~word)",
+            "int32_t(word) < 0 ? int32_t(-word)",
+            "C++: the sign bit is folded one off",
+        ),
+        (
+            "csrc/cpu/flow_mix.cpp",
+            "store(x_t + at + i, (1 - time) * eps + time * value);",
+            "store(x_t + at + i, (1 - time) * noise[i] + time * value);",
+            "C++: sigma is left out of x_t",
+        ),
+        (
+            "csrc/cpu/flow_mix.cpp",
+            "fill(times + i, t[c * t_c + frame * t_t], end - i)",
+            "fill(times + i, t[c * t_c + i / bins * t_t], end - i)",
+            "C++: every tile takes the first frames' times",
+        ),
+        (
+            "csrc/cpu/flow_mix.cpp",
+            "  p = p * f + 3.3333331174e-1f;",
+            "  p = p * f + 3.33e-1f;",
+            "C++: a coefficient of the logarithm to three digits",
+        ),
+        (
+            "csrc/cpu/flow_mix.cpp",
+            "const i64 size = smaller(4 * COUNTERS, elements - first)",
+            "const i64 size = smaller(4 * COUNTERS, (elements - first) / 4 * 4)",
+            "C++: the last elements of a clip are not written",
+        ),
+    ],
+    "gated_residual": [
+        (
+            "kernels/gated_residual.py",
+            "            out = tl.where(m == 0.0, h, out)\n",
+            "            out = out\n",
+            "Triton: a row with m = 0 lets 0 times f through",
+        ),
+        (
+            "kernels/gated_residual.py",
+            "            sums += tl.where((t < valid)[:, None] & mask, out, 0.0)\n",
+            "            sums += tl.where(mask, out, 0.0)\n",
+            "Triton: padding enters the time-sum",
+        ),
+        (
+            "kernels/gated_residual.py",
+            "            total += tl.where((t < valid)[:, None] & mask, dsum, 0.0)\n",
+            "            total += tl.where(mask, dsum, 0.0)\n",
+            "Triton: padding gets the time-sum's gradient",
+        ),
+        (
+            "kernels/gated_residual.py",
+            "            total += norm_backward(dy * (1.0 + scale), xhat, rstd, D)\n",
+            "            total += norm_backward(dy, xhat, rstd, D)\n",
+            "Triton: the norm's gradient forgets the scale",
+        ),
+        (
+            "kernels/gated_residual.py",
+            "            dgate += along\n",
+            "            dgate += 1.02 * along\n",
+            "Triton: 2 % on dgate",
+        ),
+        (
+            "kernels/gated_residual.py",
+            "out = h + m * gate * load_rows(f_ptr, n, t, f_n, f_t, d, mask)",
+            "out = h + m * gate * load_rows(f_ptr, n, t, f_n, D, d, mask)",
+            "Triton: f is taken for contiguous",
+        ),
+        (
+            "kernels/gated_residual.py",
+            "        along = along * m.view(-1, 1, 1)\n",
+            "        along = along * 1.0\n",
+            "dgate forgets m, on both backends",
+        ),
+        (
+            "csrc/cpu/gated_residual.cpp",
+            "if (sums && t < valid)",
+            "if (sums && t <= valid)",
+            "C++: the first padded frame enters the time-sum",
+        ),
+        (
+            "csrc/cpu/gated_residual.cpp",
+            "if (dsum && t < valid)",
+            "if (dsum)",
+            "C++: padding gets the time-sum's gradient",
+        ),
+        (
+            "csrc/cpu/gated_residual.cpp",
+            "store(to_f + d, row_gate * g[d] * sum[d]);",
+            "store(to_f + d, g[d] * sum[d]);",
+            "C++: df forgets m",
+        ),
+        (
+            "csrc/cpu/gated_residual.cpp",
+            "        if (row_gate == 0) {  // h itself",
+            "        if (row_gate < 0) {  // h itself",
+            "C++: a row with m = 0 lets 0 times f through",
+        ),
+        (
+            "csrc/cpu/gated_residual.cpp",
+            (
+                "#pragma omp simd\n"
+                "          for (i64 d = 0; d < D; ++d) store(to_f + d, 0.0f);\n"
+            ),
+            "",
+            "C++: df of a row with m = 0 is not written",
+        ),
+        (
+            "csrc/cpu/gated_residual.cpp",
+            "as_float(stored, out_row, D)",
+            "as_float(h_in, out_row, D)",
+            "C++: the norm and the sum take h for h'",
+        ),
+    ],
+    "linear_gelu": [
+        (
+            "kernels/linear_gelu.py",
+            "z += tl.load(bias_ptr + group * D + e",
+            "z += 0.0 * tl.load(bias_ptr + group * D + e",
+            "forward drops the bias",
+        ),
+        (
+            "kernels/linear_gelu.py",
+            "dbias += dz\n",
+            "dbias += 1.02 * dz\n",
+            "2 % on the bias gradient",
+        ),
+        (
+            "kernels/linear_gelu.py",
+            "for start in range(0, CHUNK, ROWS):",
+            "for start in range(0, CHUNK - ROWS, ROWS):",
+            "backward skips the last rows of a chunk",
+        ),
+        (
+            "kernels/linear_gelu.py",
+            "(1.0 - sigmoid * sigmoid)",
+            "(1.0 - sigmoid)",
+            "derivative of tanh",
+        ),
+        (
+            "kernels/linear_gelu.py",
+            "m = (band * GROUP + place % height) * BLOCK_M",
+            "m = (place % height) * BLOCK_M",
+            "epilogue never leaves the first band of row tiles",
+        ),
+        (
+            "kernels/linear_gelu.py",
+            "inside = (start + k < K)[None, :]",
+            "inside = (k < K)[None, :]",
+            "epilogue reads past K",
+        ),
+        (
+            "kernels/linear_gelu.py",
+            "tl.where(size < 0.625,",
+            "tl.where(size < 1.25,",
+            "tanh's polynomial outside its range",
+        ),
+        (
+            "csrc/cpu/linear_gelu.cpp",
+            "row[e] = to_float(z[e]) + to_float(bias[e])",
+            "row[e] = to_float(z[e])",
+            "the bias is dropped",
+        ),
+        (
+            "csrc/cpu/linear_gelu.cpp",
+            "m < smaller(first + chunk, M)",
+            "m < smaller(first + chunk - 1, M)",
+            "wrong chunk end",
+        ),
+        (
+            "csrc/cpu/linear_gelu.cpp",
+            "dbias[e] += z[e];",
+            "dbias[e] += 1.02f * z[e];",
+            "2 % on the bias gradient",
+        ),
+        (
+            "csrc/cpu/linear_gelu.cpp",
+            "as_float(dy + at, dy_row, E)",
+            "as_float(dy + first * E, dy_row, E)",
+            "every row takes its chunk's first dy",
+        ),
+        (
+            "csrc/cpu/linear_gelu.cpp",
+            "slope_row<true>(in, row, sums, E)",
+            "slope_row<false>(in, row, sums, E)",
+            "backward of the other GELU",
+        ),
+        (
+            "csrc/cpu/gelu.h",
+            "0.113347888f",
+            "0.1134f",
+            "a coefficient of the tail",
+        ),
+    ],
+    "qk_norm_rope": [
+        (
+            "kernels/qk_norm_rope.py",
+            "mask = rows & (h < ROTARY)[:, None] & (e < E // 2)",
+            "mask = rows & (e < E // 2)",
+            "Triton: heads beyond the first n are rotated too",
+        ),
+        (
+            "kernels/qk_norm_rope.py",
+            "    squares = tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)",
+            "    squares = tl.sum(a * a, axis=1) * 2",
+            "Triton: the second members of the pairs are left out of the RMS",
+        ),
+        (
+            "kernels/qk_norm_rope.py",
+            "            x_ptr + HEADS * E, k_weight_ptr, k_ptr,",
+            "            x_ptr + HEADS * E, q_weight_ptr, k_ptr,",
+            "Triton: k is normed with q's weight",
+        ),
+        (
+            "kernels/qk_norm_rope.py",
+            "            a, b = a * cos + b * sin, b * cos - a * sin",
+            "            a, b = a * cos - b * sin, b * cos + a * sin",
+            "Triton: the backward turns the same way as the forward",
+        ),
+        (
+            "kernels/qk_norm_rope.py",
+            "            a, b = (a - x_a * along) * rrms, (b - x_b * along) * rrms",
+            "            a, b = a * rrms, b * rrms",
+            "Triton: the norm's backward without its mean term",
+        ),
+        (
+            "kernels/qk_norm_rope.py",
+            "            sum_b += b * x_b",
+            "            sum_b += 1.02 * b * x_b",
+            "Triton: 2 % on half of the weights' gradients",
+        ),
+        (
+            "kernels/qk_norm_rope.py",
+            "        row = first + step * ROWS + tl.arange(0, ROWS)",
+            "        row = first + step * ROWS + tl.arange(0, ROWS) + (step == 1)",
+            "Triton: one head skipped at the second tile of a chunk",
+        ),
+        (
+            "kernels/qk_norm_rope.py",
+            "dy_offsets = (n * dy_n + long_t * dy_t + long_h * dy_h)[:, None]",
+            "dy_offsets = (n * dy_n + long_t * dy_t + long_h * E)[:, None]",
+            "Triton: the gradient's stride over heads is taken for E",
+        ),
+        (
+            "kernels/qk_norm_rope.py",
+            "            dv_ptr, dv_n, dv_h, dv_t, x_ptr,",
+            "            dv_ptr, dv_n, dv_t, dv_h, x_ptr,",
+            "Triton: dv's strides over heads and frames swapped",
+        ),
+        (
+            "kernels/qk_norm_rope.py",
+            "dqkv, None, None, None, dweight[0].to(q_weight.dtype), dweight[1]",
+            "dqkv, None, None, None, dweight[1].to(q_weight.dtype), dweight[0]",
+            "the weights' gradients swapped",
+        ),
+        (
+            "csrc/cpu/qk_norm_rope.cpp",
+            (
+                "if (cos != nullptr && h < rotary) rotate(head, cos + t * (E / 2), sin + t * (E / 2), 1, E, "
+                "interleaved);"
+            ),
+            (
+                "if (cos != nullptr && h <= rotary) rotate(head, cos + t * (E / 2), sin + t * (E / 2), 1, E, "
+                "interleaved);"
+            ),
+            "C++: one head too many is rotated",
+        ),
+        (
+            "csrc/cpu/qk_norm_rope.cpp",
+            "const T* x = qkv + n * x_n + t * x_t + part * D;",
+            "const T* x = qkv + n * x_n + t * 3 * D + part * D;",
+            "C++: the rows' stride is taken for 3 D",
+        ),
+        (
+            "csrc/cpu/qk_norm_rope.cpp",
+            "x[half + i] = b * cos[i] + a * s;",
+            "x[half + i] = b * cos[i] - a * s;",
+            "C++: sign of the rotation's second member, halves",
+        ),
+        (
+            "csrc/cpu/qk_norm_rope.cpp",
+            "x[2 * i + 1] = b * cos[i] + a * s;",
+            "x[2 * i + 1] = b * cos[i] + x[2 * i] * s;",
+            "C++: the second member sees the first one rotated",
+        ),
+        (
+            "csrc/cpu/qk_norm_rope.cpp",
+            "dy[e] = (dy[e] * weight[e] - x[e] * rrms * mean) * rrms;",
+            "dy[e] = (dy[e] * weight[e] - x[e] * mean) * rrms;",
+            "C++: the norm's mean term of raw x",
+        ),
+        (
+            "csrc/cpu/qk_norm_rope.cpp",
+            "t < smaller(first + chunk, frames); ++t",
+            "t < smaller(first + chunk - 1, frames); ++t",
+            "C++: the last frame of a chunk is skipped",
+        ),
+        (
+            "csrc/cpu/qk_norm_rope.cpp",
+            "if (qkv != nullptr) fill(sums, 0, 2 * E);",
+            "if (qkv != nullptr) fill(sums, 0, E);",
+            "C++: k's weight sums are not cleared",
+        ),
+        (
+            "csrc/cpu/qk_norm_rope.cpp",
+            "dv + n * dv_n + h * dv_h + t * dv_t, E * sizeof(T)",
+            "dv + n * dv_n + h * dv_h + t * dv_t, (E - 1) * sizeof(T)",
+            "C++: the last element of each dv head is not copied",
+        ),
+    ],
+    "velocity_change": [
+        (
+            "kernels/velocity_change.py",
+            "tl.minimum(tl.load(lengths_ptr + c), frames)",
+            "tl.load(lengths_ptr + c)",
+            "Triton: a length beyond the frames reads the next clip",
+        ),
+        (
+            "kernels/velocity_change.py",
+            "    x = tl.where(i < valid, x, 0.0)\n",
+            "",
+            "Triton: the padding in the last vector counts",
+        ),
+        (
+            "kernels/velocity_change.py",
+            "    c = (tl.program_id(0) // pieces % clips).to(tl.int64)",
+            "    c = (tl.program_id(0) // pieces % clips * 0).to(tl.int64)",
+            "Triton: every clip is the first",
+        ),
+        (
+            "kernels/velocity_change.py",
+            "clip = (v - 1) * (variants_v // ALIGN * ALIGN) + c * (variants_c // ALIGN * ALIGN)",
+            "clip = ((v - 1) * clips + c) * (frames * bins)",
+            "Triton: variants are taken for packed",
+        ),
+        (
+            "kernels/velocity_change.py",
+            "    return x if x.stride()[-2:] == (x.shape[-1], 1) else x.contiguous()",
+            "    return x",
+            "frames that do not follow one another are not copied",
+        ),
+        (
+            "kernels/velocity_change.py",
+            "norms[1:] / (norms[0] + eps)",
+            "norms[1:] / norms[0]",
+            "eps is left out",
+        ),
+        (
+            "kernels/velocity_change.py",
+            "    if backend_of(base) == \"reference\" or wants_gradient:",
+            "    if backend_of(base) == \"reference\":",
+            "a wanted gradient goes missing",
+        ),
+        (
+            "kernels/velocity_change.py",
+            "        x = tl.load(variants_ptr + clip + i, mask=mask, other=0.0).to(tl.float32) - x",
+            (
+                "        x = (tl.load(variants_ptr + clip + i, mask=mask, other=0.0) - "
+                "x.to(variants_ptr.dtype.element_ty)).to(tl.float32)"
+            ),
+            "Triton: the difference is rounded to the variants' dtype",
+        ),
+        (
+            "csrc/cpu/velocity_change.cpp",
+            "const i64 valid = lengths == nullptr ? frames : smaller(lengths[c], frames);",
+            "const i64 valid = frames;",
+            "C++: padding counts",
+        ),
+        (
+            "csrc/cpu/velocity_change.cpp",
+            "const i64 size = smaller(piece, valid * bins - first);",
+            "const i64 size = smaller(piece - 1, valid * bins - first);",
+            "C++: the last element of a piece is skipped",
+        ),
+        (
+            "csrc/cpu/velocity_change.cpp",
+            "variants + v * variants_v + c * variants_c + first",
+            "variants + (v * C + c) * frames * bins + first",
+            "C++: variants are taken for packed",
+        ),
+        (
+            "csrc/cpu/velocity_change.cpp",
+            "squares[(v + 1) * C * pieces + i] = sum;",
+            "squares[(v + 1) * C * pieces + i] = 1.02f * sum;",
+            "C++: 2 % on the variants' squares",
+        ),
+        (
+            "csrc/cpu/velocity_change.cpp",
+            "base + c * base_c + first, buffer, size);",
+            "base + first, buffer, size);",
+            "C++: every clip is held against the first base",
+        ),
+        (
+            "csrc/cpu/velocity_change.cpp",
+            "        sum = 0;\n",
+            "",
+            "C++: each variant's sum begins with the last one's",
+        ),
+    ],
+}
