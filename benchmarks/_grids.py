@@ -86,7 +86,8 @@ def main() -> None:
     first, step = args.share
     for name, test, arguments in itertools.islice(cases(module), first, args.limit, step):
         try:
-            test(**arguments)
+            with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # where the tests name no device
+                test(**arguments)
             passed += 1
         except Exception as error:  # whatever a case raises is its result; the other cases still run
             failed[name] = f"{type(error).__name__}: {str(error).strip()}"[:300]

@@ -51,6 +51,16 @@ def small_batch(lengths: tuple[int, ...] = (37, 20, 11), frames: int = FRAMES, s
     return mel, Condition(tokens, token_lengths, reference, lengths)
 
 
+@pytest.fixture(autouse=True)
+def _default_device(request):
+    """Tests of a backend make their tensors on the GPU where there is one, as benchmarks/_grids.py does."""
+    if "backend" in request.fixturenames and torch.cuda.is_available():
+        with torch.device("cuda"):
+            yield
+    else:
+        yield
+
+
 @pytest.fixture
 def model() -> AudioDiT:
     return small_model()
