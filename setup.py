@@ -10,7 +10,9 @@ from setuptools.errors import CompileError
 
 X86 = platform.machine() in ("x86_64", "AMD64")
 # One object per operation and instruction set; Python picks at run time what the machine has (kernels/_native.py).
-ISAS = {"generic": []} | ({"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]} if X86 else {})
+ISAS = {"generic": []}
+if X86:
+    ISAS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
 
 
 class BuildCpuLibrary(build_ext):
