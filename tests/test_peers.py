@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch._dynamo.guards  # before the stand-ins: half imported among them, it would stay so
 import torch.nn as nn
 
 from agrepa_fast import count_block_forwards, multi_gate
