@@ -7,8 +7,9 @@ if (
 ):  # imported from a checkout, where kernels/ stands beside this package
     __path__.append(str(Path(__file__).parents[1]))
 
-from .attribution.foga import FogaScores, ablate, foga
+from .attribution.foga import ablate, foga
 from .attribution.gates import count_block_forwards, multi_gate
+from .attribution.scores import LayerScores
 from .attribution.selection import LayerSelection, select_layers
 from .config import Config, UserError, load_config
 from .models.block import GatedDiTBlock
@@ -21,8 +22,8 @@ __all__ = [
     "AudioDiT",
     "Condition",
     "Config",
-    "FogaScores",
     "GatedDiTBlock",
+    "LayerScores",
     "LayerSelection",
     "UserError",
     "Velocity",

@@ -21,24 +21,25 @@ class PlainBlock(GatedDiTBlock):
         modulations = self.modulation(F.silu(cond)).unsqueeze(1).chunk(6, dim=-1)
         scale1, shift1, scale2, shift2, gate1, gate2 = modulations
         h = x + gate1 * self._attend(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1)
-        inner = F.gelu(self.fc1(F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale2) + shift2))
-        ffn = F.dropout(self.fc2(F.dropout(inner, self.dropout, self.training)), self.dropout, self.training)
+        inner = F.gelu(self.ffn.fc1(F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale2) + shift2))
+        dropout, training = self.ffn.dropout, self.training
+        ffn = F.dropout(self.ffn.fc2(F.dropout(inner, dropout, training)), dropout, training)
         out = h + gate2 * ffn
         return (out, out.float().sum(1)) if time_sum else out
 
     def _attend(self, y):
-        q, k, v = self.qkv(y).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = self.attn.qkv(y).unflatten(-1, (3, self.attn.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.attn.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class ReleasedBlock(PlainBlock):
     """The released AG-REPA block: nn.MultiheadAttention's arithmetic, which computes and returns its weights."""
 
     def _attend(self, y):
-        rows = y.transpose(0, 1)
+        rows, a = y.transpose(0, 1), self.attn
         attended, _weights = F.multi_head_attention_forward(
-            rows, rows, rows, y.shape[-1], self.heads, self.qkv.weight, self.qkv.bias, None, None, False,
-            self.dropout, self.out.weight, self.out.bias, training=self.training, need_weights=True,
+            rows, rows, rows, y.shape[-1], a.heads, a.qkv.weight, a.qkv.bias, None, None, False,
+            a.dropout, a.out.weight, a.out.bias, training=self.training, need_weights=True,
         )  # fmt: skip
         return attended.transpose(0, 1)
 
@@ -46,10 +47,11 @@ class ReleasedBlock(PlainBlock):
 def with_blocks(model: AudioDiT, kind: type[PlainBlock]) -> AudioDiT:
     """The model with its blocks replaced by blocks of this kind, same weights and options."""
     for number, block in enumerate(model.blocks):
-        with block.out.weight.device:
-            plain = kind(block.out.in_features, block.heads, dropout=block.dropout, gelu=block.gelu)
+        out = block.attn.out
+        with out.weight.device:
+            plain = kind(out.in_features, block.attn.heads, dropout=block.ffn.dropout, gelu=block.ffn.gelu)
         plain.load_state_dict(block.state_dict())
-        model.blocks[number] = plain.to(block.out.weight.dtype)
+        model.blocks[number] = plain.to(out.weight.dtype)
     return model
 
 

@@ -141,7 +141,7 @@ class ReleasedStep:
         self.teachers = teachers and tuple(teacher.to(sizes.device, torch.float32) for teacher in teachers)
         self.model = with_blocks(awake_model(sizes, torch.float32), ReleasedBlock if teachers else PlainBlock)
         for block in self.model.blocks:
-            block.dropout = 0.2
+            block.attn.dropout = block.ffn.dropout = 0.2
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.keys = clip_keys(0, 0, range(sizes.small_batch), "noise").to(sizes.device)
 

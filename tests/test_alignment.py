@@ -43,7 +43,9 @@ def test_gradients_reach_the_selected_layers_and_their_blocks_only(model):
     mel, condition = small_batch()
     out = model(mel, torch.full((3,), 0.5), condition, capture=(1, 2, 3), pooled=True)
     alignment_loss(heads(), out.hidden, teachers(3), torch.tensor([0, 1, 0]))[0].backward()
-    reached = [block.fc1.weight.grad is not None and bool(block.fc1.weight.grad.any()) for block in model.blocks]
+    reached = [
+        block.ffn.fc1.weight.grad is not None and bool(block.ffn.fc1.weight.grad.any()) for block in model.blocks
+    ]
     assert reached == [True, True, True, False]  # L4 lies above the deepest selected layer
 
 

@@ -29,8 +29,8 @@ def test_release_init_draws_the_modulation_and_zeroes_both_outputs():
     made = GatedDiTBlock(64, 2)
     made.initialize("release")
     assert made.modulation.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert not made.out.weight.any()
-    assert not made.fc2.weight.any()
+    assert not made.attn.out.weight.any()
+    assert not made.ffn.fc2.weight.any()
 
 
 @pytest.mark.parametrize("gelu", ["erf", "tanh"])
@@ -38,8 +38,8 @@ def test_matches_a_plain_implementation_with_the_releases_chunk_order(gelu):
     """scale, shift, scale, shift, gate, gate: written out with torch.nn.MultiheadAttention, as the release does."""
     made, x, cond = block(gelu=gelu), torch.randn(3, 7, 16), torch.randn(3, 16)
     attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
-    attention.in_proj_weight, attention.in_proj_bias = made.qkv.weight, made.qkv.bias
-    attention.out_proj.weight, attention.out_proj.bias = made.out.weight, made.out.bias
+    attention.in_proj_weight, attention.in_proj_bias = made.attn.qkv.weight, made.attn.qkv.bias
+    attention.out_proj.weight, attention.out_proj.bias = made.attn.out.weight, made.attn.out.bias
     gamma1, beta1, gamma2, beta2, alpha1, alpha2 = (
         part.unsqueeze(1)
         for part in F.linear(F.silu(cond), made.modulation.weight, made.modulation.bias).chunk(6, dim=-1)
@@ -47,8 +47,8 @@ def test_matches_a_plain_implementation_with_the_releases_chunk_order(gelu):
     y = F.layer_norm(x, (16,), eps=1e-6) * (1 + gamma1) + beta1
     h = x + alpha1 * attention(y, y, y, need_weights=False)[0]
     y = F.layer_norm(h, (16,), eps=1e-6) * (1 + gamma2) + beta2
-    inner = F.gelu(made.fc1(y), approximate="none" if gelu == "erf" else "tanh")
-    torch.testing.assert_close(made(x, cond), h + alpha2 * made.fc2(inner), atol=1e-5, rtol=1e-5)
+    inner = F.gelu(made.ffn.fc1(y), approximate="none" if gelu == "erf" else "tanh")
+    torch.testing.assert_close(made(x, cond), h + alpha2 * made.ffn.fc2(inner), atol=1e-5, rtol=1e-5)
 
 
 def test_gate_zero_returns_the_input_exactly():
@@ -63,8 +63,8 @@ def test_gate_zero_returns_the_input_exactly():
 def test_branch_gates_are_attention_then_ffn():
     made, x, cond = block(), torch.randn(2, 6, 16), torch.randn(2, 16)
     no_ffn = made(x, cond, gate=torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
-    torch.nn.init.zeros_(made.fc2.weight)
-    torch.nn.init.zeros_(made.fc2.bias)
+    torch.nn.init.zeros_(made.ffn.fc2.weight)
+    torch.nn.init.zeros_(made.ffn.fc2.bias)
     torch.testing.assert_close(no_ffn, made(x, cond))
 
 
@@ -112,11 +112,12 @@ def test_state_dict_is_that_of_a_plain_block_on_every_backend(options):
     class Plain(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            for name, wide, narrow in (("modulation", 16, 96), ("qkv", 16, 48), ("out", 16, 16)):
-                setattr(self, name, torch.nn.Linear(wide, narrow))
-            self.fc1, self.fc2 = torch.nn.Linear(16, 64), torch.nn.Linear(64, 16)
+            linear, module = torch.nn.Linear, torch.nn.Module
+            self.modulation, self.attn, self.ffn = linear(16, 96), module(), module()
+            self.attn.qkv, self.attn.out = linear(16, 48), linear(16, 16)
+            self.ffn.fc1, self.ffn.fc2 = linear(16, 64), linear(64, 16)
             if options.get("qk_norm"):
-                self.q_norm, self.k_norm = (torch.nn.Parameter(torch.ones(8)) for _ in range(2))
+                self.attn.q_norm, self.attn.k_norm = (torch.nn.Parameter(torch.ones(8)) for _ in range(2))
 
     outputs = []
     plain, x, cond = Plain(), torch.randn(2, 5, 16), torch.randn(2, 16)

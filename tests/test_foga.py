@@ -1,10 +1,14 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from agrepa_fast import foga, select_layers
-from agrepa_fast.attribution.foga import FogaScores, ProbeBatch
+from agrepa_fast.attribution import foga as foga_module
+from agrepa_fast.attribution.foga import ProbeBatch
+from agrepa_fast.attribution.scores import LayerScores
 from agrepa_fast.attribution.selection import NotRankableError
 from agrepa_fast.flow import clip_keys
 from agrepa_fast.kernels import flow_mix
@@ -37,17 +41,17 @@ def naive_scores(model, batch: ProbeBatch, t: float, sigma: float = 0.5) -> torc
 def test_equals_really_skipping_each_block(position, probe_batch):
     model = small_model(depth=5, position=position).eval()
     scores = foga(model, probe_batch, times=(0.2, 0.7))
-    assert scores.change.shape == (5, 3, 2, 1)
+    assert scores.values.shape == (5, 3, 2, 1)
     for number, t in enumerate((0.2, 0.7)):
         torch.testing.assert_close(
-            scores.change[:, :, number, 0], naive_scores(model, probe_batch, t), atol=1e-5, rtol=1e-5
+            scores.values[:, :, number, 0], naive_scores(model, probe_batch, t), atol=1e-5, rtol=1e-5
         )
 
 
 def test_runs_l_l_plus_1_over_2_block_forwards_and_l_more_for_the_floor(probe_batch):
     model, rows = small_model(depth=6), []
     for block in model.blocks:
-        block.qkv.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[0]))
+        block.attn.qkv.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[0]))
     foga(model, probe_batch, times=(0.5,))
     assert sum(rows) == (21 + 6) * 3
 
@@ -55,7 +59,7 @@ def test_runs_l_l_plus_1_over_2_block_forwards_and_l_more_for_the_floor(probe_ba
 def test_dropout_is_off_inside_and_the_mode_comes_back(probe_batch):
     model = small_model(dropout=0.5).train()
     a, b = foga(model, probe_batch, times=(0.5,)), foga(model, probe_batch, times=(0.5,))
-    assert torch.equal(a.change, b.change)
+    assert torch.equal(a.values, b.values)
     assert model.training
     with pytest.raises(RuntimeError):
         foga(model, probe_batch._replace(mel=probe_batch.mel[..., :-1]), times=(0.5,))
@@ -66,7 +70,7 @@ def test_padding_does_not_change_a_score(probe_batch):
     model = small_model()
     dirty = probe_batch.mel.clone()
     dirty[1, 20:] = 100
-    a, b = (foga(model, probe_batch._replace(mel=mel), times=(0.5,)).change for mel in (probe_batch.mel, dirty))
+    a, b = (foga(model, probe_batch._replace(mel=mel), times=(0.5,)).values for mel in (probe_batch.mel, dirty))
     assert torch.equal(a, b)
 
 
@@ -75,26 +79,26 @@ def test_a_clips_score_does_not_depend_on_the_other_clips(probe_batch):
     together = foga(model, probe_batch, times=(0.3,), draws=2)
     one = ProbeBatch(probe_batch.mel[1:2], probe_batch.condition[1:2], probe_batch.domain[1:2], (1,))
     torch.testing.assert_close(
-        foga(model, one, times=(0.3,), draws=2).change, together.change[:, 1:2], atol=1e-5, rtol=1e-5
+        foga(model, one, times=(0.3,), draws=2).values, together.values[:, 1:2], atol=1e-5, rtol=1e-5
     )
 
 
 def test_statistics_by_hand(probe_batch):
     scores = foga(small_model(), probe_batch, times=(0.3, 0.6), draws=2)
-    speech = scores.change[:, [0, 2]].mean((2, 3))
+    speech = scores.values[:, [0, 2]].mean((2, 3))
     torch.testing.assert_close(scores.mean("speech"), speech.mean(1))
     torch.testing.assert_close(scores.stderr("speech"), (speech[:, 0] - speech[:, 1]).abs() / 2)
     assert scores.stderr("audio").isinf().all()  # one clip
-    torch.testing.assert_close(scores.mean_at("audio")[:, 1], scores.change[:, 1, 1].mean(-1))
+    torch.testing.assert_close(scores.mean_at("audio")[:, 1], scores.values[:, 1, 1].mean(-1))
     assert scores.domains() == ("speech", "audio")
 
 
 class TestStatistics:
     def scores(self, per_clip, step=0, draws=1):
-        """FogaScores of one domain whose per-clip scores are the rows of `per_clip`, (L, C)."""
+        """LayerScores of one domain whose per-clip scores are the rows of `per_clip`, (L, C)."""
         change = torch.tensor(per_clip)[..., None, None].expand(-1, -1, 1, draws).clone()
         clips = change.shape[1]
-        return FogaScores(change, torch.zeros(clips), torch.zeros(clips, dtype=torch.long), (0.5,), step=step)
+        return LayerScores(change, torch.zeros(clips), torch.zeros(clips, dtype=torch.long), (0.5,), step=step)
 
     def test_bootstrap_probability_that_the_top_k_is_the_top_k(self):
         """Two clips that disagree: L1 wins a resample when clip 1 is drawn twice (1/4) or each once (1/2)."""
@@ -131,7 +135,7 @@ def test_modules_modes_and_the_random_state_come_back(probe_batch):
 
 def test_scores_that_mean_nothing_are_refused(probe_batch):
     model = small_model()
-    model.blocks[2].fc2.bias.data.fill_(float("inf"))
+    model.blocks[2].ffn.fc2.bias.data.fill_(float("inf"))
     with pytest.raises(ValueError, match="probe clip 0, layer 1: the score is not finite"):
         foga(model, probe_batch, times=(0.5,))
     model = small_model()
@@ -143,13 +147,13 @@ def test_scores_that_mean_nothing_are_refused(probe_batch):
 
 def test_rows_at_once_are_bounded_without_changing_a_score(probe_batch):
     model, rows = small_model(depth=6), []
-    model.blocks[5].qkv.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[0]))
+    model.blocks[5].attn.qkv.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[0]))
     free = foga(model, probe_batch, times=(0.5,))
     assert max(rows) == 18
     rows.clear()
     bounded = foga(model, probe_batch, times=(0.5,), max_rows=7)
     assert max(rows) == 6  # whole variants of 3 clips
-    torch.testing.assert_close(bounded.change, free.change, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(bounded.values, free.values, atol=1e-6, rtol=1e-6)
 
 
 def test_official_recipe_feeds_the_clean_mel_at_0_8(probe_batch):
@@ -166,7 +170,7 @@ def test_other_gates(probe_batch):
     model = small_model(depth=4)
     gates = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [1, 0.5, 1, 1]])
     scores = foga(model, probe_batch, times=(0.5,), gates=gates)
-    assert scores.change.shape[0] == 2
+    assert scores.values.shape[0] == 2
     keys = clip_keys(0, 0, probe_batch.places, "foga 0.5")
     times = torch.full((3,), 0.5)
     x_t, _ = flow_mix(probe_batch.mel, times, keys, 0.5)
@@ -180,19 +184,19 @@ def test_other_gates(probe_batch):
         half = model(x_t, times, probe_batch.condition).v
     for row, v in enumerate((pair, half)):
         wanted = (v - base).flatten(1).norm(dim=1) / base.flatten(1).norm(dim=1)
-        torch.testing.assert_close(scores.change[row, :, 0, 0], wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(scores.values[row, :, 0, 0], wanted, atol=1e-5, rtol=1e-5)
 
 
 class TestSelection:
     def scores(self, speech, audio, floor=1e-7, spread=0.01):
-        """FogaScores of 4 clips a domain around the given means."""
+        """LayerScores of 4 clips a domain around the given means."""
         clips = torch.tensor([-1.0, 1.0, -1.0, 1.0]) * spread
         change = torch.cat([torch.tensor(m)[:, None] * (1 + clips) for m in (speech, audio)], dim=1)[..., None, None]
         base = foga(
             small_model(len(speech)), ProbeBatch(*small_batch(), torch.tensor([0, 1, 0]), (0, 1, 2)), times=(0.5,)
         )
         return replace(
-            base, change=change, floor=torch.full((8,), floor), domain=torch.tensor([0] * 4 + [1] * 4), step=7
+            base, values=change, floor=torch.full((8,), floor), domain=torch.tensor([0] * 4 + [1] * 4), step=7
         )
 
     def test_top_k_per_domain_with_normalised_weights(self):
@@ -227,3 +231,116 @@ class TestSelection:
             select_layers(scores, k=3)
         with pytest.raises(ValueError, match="did you mean 'normalized'"):
             select_layers(scores, k=1, weighting="normalised")
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_attention_and_ffn_apart_equal_the_blocks_own_gates(part, probe_batch):
+    """kind="branch" against block(..., gate=(N, 2)) for one branch of one block after the other."""
+    model = small_model(depth=3)
+    scores = foga(model, probe_batch, times=(0.4,), kind="branch")
+    assert scores.layer_names() == ("L1.attn", "L1.ffn", "L2.attn", "L2.ffn", "L3.attn", "L3.ffn")
+    t = torch.full((3,), 0.4)
+    x_t = flow_mix(probe_batch.mel, t, clip_keys(0, 0, probe_batch.places, "foga 0.4"), 0.5)[0]
+    with torch.no_grad():
+        base = model(x_t, t, probe_batch.condition).v
+        for layer, block in enumerate(model.blocks):
+            gate = torch.ones(3, 2)
+            gate[:, part] = 0
+            block.forward = partial(block.forward, gate=gate)
+            v = model(x_t, t, probe_batch.condition).v
+            del block.forward
+            wanted = (v - base).flatten(1).norm(dim=1) / base.flatten(1).norm(dim=1)
+            assert wanted.min() > 1e-3
+            torch.testing.assert_close(scores.values[2 * layer + part, :, 0, 0], wanted, atol=1e-5, rtol=1e-5)
+
+
+class TestGraphs:
+    """Where CUDA graphs are captured, on a CPU with a stand-in that has their rules: the operations of one call, on the
+    same buffers, without Python."""
+
+    @pytest.fixture
+    def captures(self, monkeypatch):
+        made = []
+
+        def capture(call, pool, warmup=2):
+            for _ in range(warmup):
+                call()
+            with torch.no_grad():
+                operations = make_fx(lambda: call())()
+            made.append(pool)
+            return lambda: operations() and None
+
+        monkeypatch.setattr(foga_module, "captured", capture)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
+        return made
+
+    def batches(self):
+        for seed in (1, 2):
+            mel, condition = small_batch((37, 20, 11 + seed), seed=seed)
+            yield ProbeBatch(mel, condition, torch.tensor([0, 1, 0]), (3 * seed, 3 * seed + 1, 3 * seed + 2))
+
+    def assert_equals_foga(self, probe, model):
+        for batch in self.batches():
+            measured, wanted = probe.launch(batch), foga(model, batch, times=(0.2, 0.6), draws=2)
+            torch.testing.assert_close(measured.values, wanted.values, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(measured.floor, wanted.floor, atol=1e-6, rtol=0)
+            assert not measured.silent.any()
+
+    def test_replays_are_of_live_weights_and_new_clips(self, captures):
+        model = small_model()
+        probe = foga_module.FogaProbe(model, times=(0.2, 0.6), draws=2, graph=True)
+        self.assert_equals_foga(probe, model)
+        for parameter in model.parameters():  # an optimizer's step, or load_state_dict
+            parameter.data.mul_(1.1)
+        self.assert_equals_foga(probe, model)
+        assert len(captures) == 2  # the variants, and the plain forward, in one pool
+        assert captures[0] is captures[1]
+
+    def test_weights_that_have_moved_are_captured_again(self, captures):
+        model = small_model()
+        probe = foga_module.FogaProbe(model, times=(0.2, 0.6), draws=2, graph=True)
+        next(iter(self.batches()))
+        self.assert_equals_foga(probe, model)
+        model.blocks[1].ffn.fc1.weight.data = 2 * model.blocks[1].ffn.fc1.weight.data
+        self.assert_equals_foga(probe, model)
+        assert len(captures) == 4
+
+    def test_the_training_mode_comes_back_when_a_capture_fails(self, captures, monkeypatch):
+        model = small_model().train()
+
+        def fails(*_):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        monkeypatch.setattr(foga_module, "captured", fails)
+        probe = foga_module.FogaProbe(model, graph=True)
+        with pytest.raises(RuntimeError, match="capturing"):
+            probe.launch(next(iter(self.batches())))
+        assert model.training
+        assert all("forward" not in block.__dict__ for block in model.blocks)
+
+
+def test_a_model_that_mixes_clips_is_refused_by_the_blocks_name(probe_batch):
+    model = small_model()
+    block = model.blocks[2]
+    forward = block.forward
+    block.forward = lambda *args, **kwargs: (out := forward(*args, **kwargs)) + 0.1 * out.mean(0)
+    with pytest.raises(ValueError, match=r"block 3 \(GatedDiTBlock\) cannot be gated exactly"):
+        foga(model, probe_batch, times=(0.5,))
+
+
+class TestOfficialRecipe:
+    """The release's probe, faults included (models.py, fog_attribution)."""
+
+    def test_odd_layers_only(self, probe_batch):
+        scores = foga(small_model(depth=5), probe_batch, recipe="official")
+        assert scores.mean("speech").isnan().tolist() == [False, True, False, True, False]
+        assert scores.evidence()["audio"]["mean"][1] is None
+        chosen = select_layers(scores, k=2)
+        assert set(chosen.layers["speech"]) <= {1, 3, 5}
+        with pytest.raises(ValueError, match="3 of 5"):
+            select_layers(scores, k=4)
+
+    def test_dropout_differs_between_the_passes(self, probe_batch):
+        steady, dropped = (foga(small_model(dropout=p), probe_batch, recipe="official") for p in (0.0, 0.5))
+        assert steady.floor_of("speech") < 2e-4  # sqrt(1e-8) over the energy
+        assert dropped.floor_of("speech") > 0.05

@@ -65,7 +65,7 @@ def test_equals_a_naive_loop_on_random_gate_matrices(trial):
     for block in model.blocks:
         block.rows = 0
     max_rows = draw.choice([None, 1, clips, 2 * clips, 3 * clips + 1])
-    with multi_gate(model.blocks, gates, row_arguments=["mask"], max_rows=max_rows) as ran:
+    with multi_gate(model.blocks, gates, row_arguments=["mask"], max_rows=max_rows, check_rows=False) as ran:
         got = model(x.repeat(variants, 1, 1), mask.repeat(variants)).unflatten(0, (variants, clips))
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     prefixes = sum(len({tuple(row[:block].tolist()) for row in gates}) for block in range(depth))
@@ -156,6 +156,23 @@ class TestRefusals:
         block.eval()
         with multi_gate([block], torch.ones(2, 1)):
             block(torch.randn(4, 6))
+
+    def test_attention_across_clips(self):
+        class Mixing(nn.Module):
+            def forward(self, x):
+                return x + torch.softmax(x @ x.mT, -1) @ x
+
+        blocks, gates = nn.ModuleList([nn.Identity(), Mixing()]), single_ablations(2)
+        with pytest.raises(ValueError, match=r"block 2 \(Mixing\) cannot be gated exactly"), multi_gate(blocks, gates):
+            blocks[1](blocks[0](torch.randn(6, 4)))  # rows are clips: each attends to all
+
+    def test_dropout_left_on(self):
+        blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)) for _ in range(2)])
+        with pytest.raises(ValueError, match="dropout left on"), multi_gate(blocks, single_ablations(2)):
+            blocks[1](blocks[0](torch.randn(6, 4)))
+        blocks.eval()
+        with multi_gate(blocks, single_ablations(2)):
+            blocks[1](blocks[0](torch.randn(6, 4)))
 
     def test_kind(self):
         with pytest.raises(ValueError, match="block or branch"), multi_gate([], torch.ones(2, 0), kind="brnch"):

@@ -75,12 +75,12 @@ def test_foga_score_of_one_clip_by_hand():
     """sqrt(mean(dv^2)) / sqrt(mean v^2) at the clean mel and t = 0.8, without padding the ratio of the norms."""
     model, (mel, condition) = small_model(depth=2, position="sinusoidal", init="release"), small_batch((37, 37))
     for block in model.blocks:
-        torch.nn.init.normal_(block.out.weight, std=0.1)
-        torch.nn.init.normal_(block.fc2.weight, std=0.1)
+        torch.nn.init.normal_(block.attn.out.weight, std=0.1)
+        torch.nn.init.normal_(block.ffn.fc2.weight, std=0.1)
     scores = foga(model, ProbeBatch(mel, condition, torch.tensor([0, 1]), (0, 1)), recipe="official")
     with torch.no_grad():
         v = model(mel, torch.full((2,), 0.8), condition).v
         model.blocks = model.blocks[1:]
         without_first = model(mel, torch.full((2,), 0.8), condition).v
     wanted = (without_first - v).square().mean((1, 2)).sqrt() / v.square().mean((1, 2)).sqrt()
-    torch.testing.assert_close(scores.change[0, :, 0, 0], wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores.values[0, :, 0, 0], wanted, atol=1e-5, rtol=1e-5)

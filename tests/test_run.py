@@ -102,7 +102,7 @@ def test_floor_is_what_no_ablation_changes(index):
     batch = ProbeBatch(*small_batch(), torch.tensor([0, 1, 0]), (0, 1, 2))
     scores = foga(model, batch, times=(0.3,), draws=2)
     torch.testing.assert_close(scores.floor, torch.full((3,), 1e-3), atol=1e-5, rtol=0)
-    assert not torch.isclose(scores.change[..., 0], scores.change[..., 1]).any()  # draws differ
+    assert not torch.isclose(scores.values[..., 0], scores.values[..., 1]).any()  # draws differ
     scores = replace(scores, floor=torch.tensor([1e-3, 5.0, 2e-3]))
     assert scores.floor_of("speech") == pytest.approx(1.5e-3)
 
@@ -110,7 +110,7 @@ def test_floor_is_what_no_ablation_changes(index):
 def test_a_probe_keeps_the_floor(index, monkeypatch):
     from agrepa_fast.training import measure
 
-    one = SimpleNamespace(change=torch.ones(2, 3, 1, 1), floor=torch.full((3,), 0.25), times=(0.5,))
+    one = SimpleNamespace(values=torch.ones(2, 3, 1, 1), floor=torch.full((3,), 0.25), times=(0.5,))
     monkeypatch.setattr(measure, "foga", lambda *_, **__: one)
     clips = FixedClips(index, "val", 3, 3, "cpu")
     model = SimpleNamespace(blocks=[None, None])
@@ -120,7 +120,7 @@ def test_a_probe_keeps_the_floor(index, monkeypatch):
 def test_a_probe_that_fails_costs_nothing(index, tmp_path):
     config = load_config("demo", ["probe.start_step=1", "probe.every=1", "align.k=1", "probe.chunk=4"])
     model = AudioDiT(ModelConfig(dim=16, depth=2, heads=2, token_dim=8, n_mels=index.n_mels, vocab=index.vocab))
-    model.blocks[1].fc2.bias.data.fill_(float("nan"))
+    model.blocks[1].ffn.fc2.bias.data.fill_(float("nan"))
     torch.nn.init.normal_(model.blocks[1].modulation.weight)
     said, aligner = [], aligner_module.Aligner(config, {}, torch.device("cpu"))
     metrics, clips = SimpleNamespace(say=said.append, pause=nullcontext), FixedClips(index, "val", 5, 4, "cpu")
@@ -139,11 +139,11 @@ def test_a_layer_that_is_not_measured_is_not_chosen():
     model = small_model(2)
     base = foga(model, ProbeBatch(*small_batch(), torch.tensor([0, 0, 0]), (0, 1, 2)), times=(0.5,))
     change = torch.tensor([[0.0, 0.0, 9.0], [0.4, 0.5, 0.6]])[..., None, None]
-    assert select_layers(replace(base, change=change, floor=torch.full((3,), 1e-7)), k=1).layers["speech"] == (2,)
+    assert select_layers(replace(base, values=change, floor=torch.full((3,), 1e-7)), k=1).layers["speech"] == (2,)
     noisy = torch.tensor([[0.0, 0.0, 1.0]] * 2)[..., None, None]  # mean 1/3, standard error 1/3
     noisy[..., 0, 0] += 0.1  # 1.3 standard errors
     with pytest.raises(ValueError, match="0 of 2"):
-        select_layers(replace(base, change=noisy, floor=torch.full((3,), 1e-7)), k=1)
+        select_layers(replace(base, values=noisy, floor=torch.full((3,), 1e-7)), k=1)
 
 
 def test_a_probe_repeated_by_a_resume_is_written_once(tmp_path):

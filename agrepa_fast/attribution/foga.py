@@ -3,9 +3,9 @@
 AG-REPA (arXiv 2603.01006): FoG-A_k = E[ ||v without block k - v|| / (||v|| + eps) ], no gradient, kept per domain.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from typing import NamedTuple
 
 import torch
@@ -15,10 +15,12 @@ from ..config import DOMAINS
 from ..flow import clip_keys, reference_prefix
 from ..kernels import flow_mix, velocity_change
 from ..models.conditioning import Condition
-from .gates import multi_gate, prefix_order, single_ablations
+from .gates import SAME_ROWS, multi_gate, prefix_order, single_ablations
+from .scores import LayerScores
 
 RECIPES = ("corrected", "official")
 OFFICIAL_TIME = 0.8
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 class ProbeBatch(NamedTuple):
@@ -30,145 +32,242 @@ class ProbeBatch(NamedTuple):
     places: tuple[int, ...]  # (C,) number of each clip among the probe's clips
 
 
-@dataclass(frozen=True)
-class FogaScores:
-    """Relative velocity change of every layer, clip, time and draw, and its statistics.
+class Measured(NamedTuple):
+    """What one batch gave, still on its device: nothing has waited for it."""
 
-    `change` is (L, C, times, draws) on the CPU, `floor` (C,) the change that no ablation at all makes (arithmetic
-    noise), `domain` (C,) indexes DOMAINS. Scores of several ranks or chunks are joined clip by clip, never as means of
-    means.
+    values: torch.Tensor  # (V - 1, C, times, draws)
+    floor: torch.Tensor  # (C,)
+    silent: torch.Tensor  # (C,) bool: the velocity is zero
+
+    def check(self, places: Sequence[int]) -> None:
+        """Raises ValueError naming the clip whose velocity is zero, or the clip and layer whose score is not finite.
+        Waits for the device."""
+        values, silent = self.values.cpu(), self.silent.cpu()
+        for clip, place in enumerate(places):
+            if silent[clip]:
+                raise ValueError(
+                    f"probe clip {place}: the model's velocity is zero, so no relative change can be measured"
+                )
+            if not values[:, clip].isfinite().all():
+                layer = int((~values[:, clip].isfinite()).flatten(1).any(1).nonzero()[0]) + 1
+                raise ValueError(f"probe clip {place}, layer {layer}: the score is not finite")
+
+
+class FogaProbe:
+    """FoG-A of one model, again and again with its live weights, in L(L+1)/2 block forwards for each time and draw.
+
+    Each batch shape has buffers that stay where they are; with `graph`, its work is captured once as CUDA graphs in a
+    memory pool of their own and replayed. It is captured again when a parameter has moved (a checkpoint was loaded into
+    new tensors, weights were offloaded). Nothing under ZeRO-3 can be captured: weights are there only inside a forward.
+    Parameters: as foga.
     """
 
-    change: torch.Tensor
-    floor: torch.Tensor
-    domain: torch.Tensor
-    times: tuple[float, ...]
-    recipe: str = "corrected"
-    step: int | None = None
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        times: Sequence[float] = TIMES,
+        draws: int = 1,
+        gates: torch.Tensor | None = None,
+        sigma: float = 0.5,
+        seed: int = 0,
+        kind: str = "block",
+        blocks: Sequence[nn.Module] | None = None,
+        max_rows: int | None = None,
+        graph: bool = False,
+    ):
+        self.model, self.kind, self.max_rows, self.graph = model, kind, max_rows, graph
+        self.times, self.draws, self.sigma, self.seed = tuple(times), draws, sigma, seed
+        self.blocks = model_blocks(model, kind) if blocks is None else list(blocks)
+        gates = single_ablations(len(self.blocks)) if gates is None else gates
+        if not (gates[0] == 1).all():
+            raise ValueError("the first row of gates is the whole model: all ones")
+        self.order = prefix_order(gates)
+        self.gates = gates[self.order]
+        self._programs: dict[tuple, _Program] = {}
+        self._captured_at: tuple[int, ...] = ()
 
-    @property
-    def depth(self) -> int:
-        return self.change.shape[0]
+    def launch(self, batch: ProbeBatch) -> Measured:
+        """Queue the measurement of a batch: evaluation mode, the same noise for every variant (common random numbers).
 
-    def domains(self) -> tuple[str, ...]:
-        return tuple(name for number, name in enumerate(DOMAINS) if (self.domain == number).any())
+        The modes of all modules and the random state are as before afterwards, also when it raises.
+        """
+        with undisturbed(self.model), torch.no_grad():
+            program = self._program(batch)
+            program.load(batch.condition)
+            values = []
+            for t in self.times:
+                for draw in range(self.draws):
+                    x_t = noised(batch, t, self.sigma, self.seed, draw)
+                    values.append(program.change(x_t, t))
+                    if len(values) == 1:
+                        silent, floor = program.silent.clone(), program.no_ablation(x_t, t)
+        return Measured(torch.stack(values, -1).unflatten(-1, (len(self.times), self.draws)), floor, silent)
 
-    def clips(self, domain: str) -> int:
-        return int((self.domain == DOMAINS.index(domain)).sum())
-
-    def per_clip(self, domain: str) -> torch.Tensor:
-        """(L, clips of the domain): mean over times and draws."""
-        return self.change[:, self.domain == DOMAINS.index(domain)].mean((2, 3))
-
-    def mean(self, domain: str) -> torch.Tensor:
-        """(L,) score of each layer."""
-        return self.per_clip(domain).mean(1)
-
-    def mean_at(self, domain: str) -> torch.Tensor:
-        """(L, times) score of each layer at each time."""
-        return self.change[:, self.domain == DOMAINS.index(domain)].mean((1, 3))
-
-    def stderr(self, domain: str) -> torch.Tensor:
-        """(L,) standard error over clips; infinite for a single clip."""
-        scores = self.per_clip(domain)
-        if scores.shape[1] < 2:
-            return torch.full_like(scores[:, 0], torch.inf)
-        return scores.std(1) / scores.shape[1] ** 0.5
-
-    def top_k_probability(self, domain: str, k: int, resamples: int = 2000) -> float:
-        """Share of bootstrap resamples of the domain's clips in which the k highest layers are the k highest of all
-        clips: how sure the choice is, given these clips. The same numbers every time."""
-        scores = self.per_clip(domain).double()
-        clips = scores.shape[1]
-        draw = torch.Generator().manual_seed(0)
-        picked = torch.randint(clips, (resamples, clips), generator=draw)
-        resampled = scores[:, picked].mean(-1).T  # (resamples, L)
-        chosen = resampled.topk(k, dim=1).indices.sort(dim=1).values
-        return float((chosen == scores.mean(1).topk(k).indices.sort().values).all(1).double().mean())
-
-    def rank_correlation(self, other: "FogaScores", domain: str) -> float:
-        """Spearman's correlation of the layers' mean scores with those of another probe: 1 is the same order."""
-        from scipy.stats import spearmanr
-
-        return float(spearmanr(self.mean(domain), other.mean(domain)).statistic)
-
-    def pooled_with(self, earlier: Sequence["FogaScores"]) -> "FogaScores":
-        """These scores and those of earlier probes of the same clips, as further draws of each clip. Raises ValueError
-        for other clips or times."""
-        for scores in earlier:
-            if not torch.equal(scores.domain, self.domain) or scores.times != self.times:
-                raise ValueError("only probes of the same clips and times can be pooled")
-        change = torch.cat([*(scores.change for scores in earlier), self.change], dim=3)
-        floor = torch.stack([*(scores.floor for scores in earlier), self.floor]).mean(0)
-        return replace(self, change=change, floor=floor)
-
-    def floor_of(self, domain: str) -> float:
-        """Mean change over the domain's clips without an ablation."""
-        return float(self.floor[self.domain == DOMAINS.index(domain)].mean())
-
-    def evidence(self) -> dict[str, dict]:
-        """Per domain what a choice of layers rests on, as plain numbers: mean and stderr per layer, floor, clips,
-        times, recipe, step."""
-        return {
-            domain: {
-                "mean": self.mean(domain).tolist(),
-                "stderr": [error if error < float("inf") else None for error in self.stderr(domain).tolist()],
-                "floor": self.floor_of(domain),
-                "clips": self.clips(domain),
-                "times": list(self.times),
-                "recipe": self.recipe,
-                "step": self.step,
-            }
-            for domain in self.domains()
-        }
+    def _program(self, batch: ProbeBatch) -> "_Program":
+        if self.graph:
+            here = tuple(parameter.data_ptr() for parameter in self.model.parameters())
+            if here != self._captured_at:
+                self._programs, self._captured_at = {}, here
+        shape = (*batch.mel.shape, batch.condition.tokens.shape[1], batch.condition.padded)
+        if shape not in self._programs:
+            self._programs[shape] = _Program(self, batch)
+        return self._programs[shape]
 
 
-@torch.no_grad()
+class _Program:
+    """The forwards of one batch shape on buffers that stay where they are: as they come, or replayed as CUDA graphs."""
+
+    def __init__(self, probe: FogaProbe, batch: ProbeBatch):
+        self.probe, (clips, *_) = probe, batch.mel.shape
+        self.x_t, self.t = torch.zeros_like(batch.mel), batch.mel.new_zeros(clips)
+        self.condition = batch.condition.to(batch.mel.device).map(torch.clone)
+        self.back = probe.order.argsort().to(batch.mel.device)
+        self.changes = batch.mel.new_zeros((len(probe.gates) - 1, clips), dtype=torch.float32)
+        self.floor = batch.mel.new_zeros((1, clips), dtype=torch.float32)
+        self.base = batch.mel.new_zeros(batch.mel.shape, dtype=torch.float32)
+        self.silent = torch.zeros(clips, dtype=torch.bool, device=batch.mel.device)
+        self._run_variants, self._run_plain = self._variants, self._plain
+        if probe.graph:
+            pool = torch.cuda.graph_pool_handle()
+            self._run_variants = captured(self._variants, pool)
+            self._run_plain = captured(self._plain, pool)
+
+    def load(self, condition: Condition) -> None:
+        for field in fields(condition):
+            if isinstance(value := getattr(condition, field.name), torch.Tensor):
+                getattr(self.condition, field.name).copy_(value)
+
+    def change(self, x_t: torch.Tensor, t: float) -> torch.Tensor:
+        """(V - 1, C) of every variant but the whole model; `base` and `silent` are filled."""
+        self.x_t.copy_(x_t)
+        self.t.fill_(t)
+        self._run_variants()
+        return self.changes.clone()
+
+    def no_ablation(self, x_t: torch.Tensor, t: float) -> torch.Tensor:
+        """(C,) the change of `base`, computed among the variants, against the model as it is."""
+        self.x_t.copy_(x_t)
+        self.t.fill_(t)
+        self._run_plain()
+        return self.floor[0].clone()
+
+    def _variants(self) -> None:
+        probe, variants = self.probe, len(self.back)
+        options = {"kind": probe.kind, "row_arguments": (), "max_rows": probe.max_rows, "check_rows": False}
+        with multi_gate(probe.blocks, probe.gates, **options):
+            v = probe.model(self.x_t.repeat(variants, 1, 1), self.t, self.condition).v
+        v = v.unflatten(0, (variants, -1))[self.back]
+        self.changes.copy_(velocity_change(v[1:], v[0], self.condition.lengths))
+        self.base.copy_(v[0])
+        self.silent.copy_(~v[0].flatten(1).any(1))
+
+    def _plain(self) -> None:
+        v = self.probe.model(self.x_t, self.t, self.condition).v.float()
+        self.floor.copy_(velocity_change(v[None], self.base, self.condition.lengths))
+
+
+def captured(call: Callable[[], None], pool, warmup: int = 2) -> Callable[[], None]:
+    """A function that replays `call` as one CUDA graph, captured after `warmup` runs on a stream of their own."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warmup):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL's watchdog may call CUDA
+        call()
+    return graph.replay
+
+
+def model_blocks(model: nn.Module, kind: str = "block") -> list[nn.Module]:
+    """The modules that FoG-A gates in a model like AudioDiT: its blocks, or every block's attention and FFN."""
+    return (
+        list(model.blocks) if kind == "block" else [part for block in model.blocks for part in (block.attn, block.ffn)]
+    )
+
+
+def layer_names(depth: int, kind: str = "block") -> tuple[str, ...]:
+    """The names of what model_blocks lists, for LayerScores.names."""
+    layers = range(1, depth + 1)
+    return () if kind == "block" else tuple(f"{layer}.{part}" for layer in layers for part in ("attn", "ffn"))
+
+
 def foga(
     model: nn.Module,
     batch: ProbeBatch,
     *,
-    times: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+    times: Sequence[float] = TIMES,
     draws: int = 1,
     gates: torch.Tensor | None = None,
     sigma: float = 0.5,
     seed: int = 0,
     recipe: str = "corrected",
+    kind: str = "block",
     blocks: Sequence[nn.Module] | None = None,
     max_rows: int | None = None,
-) -> FogaScores:
-    """Scores of all layers of `model`, in L(L+1)/2 block forwards for each time and draw.
+) -> LayerScores:
+    """Scores of all layers of `model`, in L(L+1)/2 block forwards for each time and draw, and L for the floor.
 
-    Evaluation mode; the same noise for every variant (common random numbers). recipe "official" is the release's: the
-    clean mel as x_t, at t = 0.8. gates (V, L), first row all ones, replaces the single ablations; `change` then has V -
-    1 rows. blocks: default model.blocks. max_rows bounds the rows that a block runs at once.
+    Evaluation mode; the same noise for every variant (common random numbers). gates (V, L), first row all ones,
+    replaces the single ablations; `values` then has V - 1 rows. kind "branch": the attention and the FFN of every block
+    apart. blocks: default model_blocks(model, kind). max_rows bounds the rows that a block runs at once.
+
+    recipe "official" is the release's, faults included: the clean mel as x_t at t = 0.8, odd layers only (the others
+    are nan), one forward a layer, in training mode, so that dropout differs between them.
 
     The modes of all modules and the random state are as before afterwards, also when it raises. Raises ValueError when
-    the first row of gates ablates something, or a velocity is zero or not finite.
+    the first row of gates ablates something, a velocity is zero or not finite, or a block's rows depend on each other.
     """
     if recipe not in RECIPES:
         raise ValueError(f"recipe={recipe!r}: {' or '.join(RECIPES)}")
-    times = (OFFICIAL_TIME,) if recipe == "official" else tuple(times)
-    draws = 1 if recipe == "official" else draws
-    blocks = model.blocks if blocks is None else blocks
-    gates = single_ablations(len(blocks)) if gates is None else gates
-    if not (gates[0] == 1).all():
-        raise ValueError("the first row of gates is the whole model: all ones")
-    floor, changes = None, []
-    with _undisturbed(model):
-        for t in times:
-            for draw in range(draws):
-                x_t = _noised(batch, t, sigma, seed, draw, recipe)
-                v = _velocities(model, blocks, gates, batch.condition, x_t, t, max_rows)
-                base = v[0]
-                changes.append(velocity_change(v[1:], base, batch.condition.lengths))
-                if floor is None:
-                    plain = model(x_t, x_t.new_full(x_t.shape[:1], t), batch.condition).v
-                    floor = velocity_change(plain[None], base, batch.condition.lengths)[0]
-                    silent = ~base.flatten(1).any(1)
-    change = torch.stack(changes, dim=-1).unflatten(-1, (len(times), draws)).cpu()
-    _check_scores(change, silent.cpu(), batch.places)
-    return FogaScores(change, floor.cpu(), batch.domain.cpu(), times, recipe)
+    if recipe == "official":
+        return official_foga(model, batch)
+    options = {"gates": gates, "sigma": sigma, "seed": seed, "kind": kind, "blocks": blocks, "max_rows": max_rows}
+    probe = FogaProbe(model, times=times, draws=draws, **options)
+    measured = probe.launch(batch)
+    measured.check(batch.places)
+    if measured.floor.max() > SAME_ROWS.get(next(model.parameters()).dtype, 0.1):
+        _refuse_dependent_rows(probe, batch)
+    names = layer_names(len(model.blocks), kind) if blocks is None and gates is None else ()
+    floor, domain = measured.floor.cpu(), batch.domain.cpu()
+    return LayerScores(measured.values.cpu(), floor, domain, tuple(times), names=names)
+
+
+def _refuse_dependent_rows(probe: FogaProbe, batch: ProbeBatch) -> None:
+    """The whole model computes another velocity among its variants than alone: raises ValueError naming the block."""
+    clips, variants = batch.mel.shape[0], len(probe.gates)
+    gated = multi_gate(probe.blocks, probe.gates, kind=probe.kind, row_arguments=())
+    with undisturbed(probe.model), torch.no_grad(), gated:
+        probe.model(batch.mel.repeat(variants, 1, 1), batch.mel.new_full((clips,), 0.5), batch.condition)
+    raise ValueError("the model's rows depend on each other outside of its blocks: it cannot be gated exactly")
+
+
+@torch.no_grad()
+def official_foga(model: nn.Module, batch: ProbeBatch) -> LayerScores:
+    """FoG-A as the released code computes it (models.py, fog_attribution, at 8c1371a): sqrt(mean(dv^2) + 1e-8) over
+    sqrt(mean(v^2) + 1e-8) + 1e-8. Means are over valid frames (the release has no padding)."""
+    eps, depth, lengths = 1e-8, len(model.blocks), batch.condition.lengths
+    values = torch.full((depth, len(batch.places), 1, 1), torch.nan)
+    count = lengths * batch.mel.shape[-1]
+
+    def rms(x: torch.Tensor) -> torch.Tensor:  # the model's padding is zero
+        return (x.float().square().sum((1, 2)) / count + eps).sqrt()
+
+    with undisturbed(model):
+        model.train()
+        t = batch.mel.new_full((len(batch.places),), OFFICIAL_TIME)
+        base = model(batch.mel, t, batch.condition).v
+        energy = rms(base) + eps
+        for left_out in range(0, depth, 2):
+            with multi_gate(model.blocks, 1 - torch.eye(depth)[left_out : left_out + 1], row_arguments=()):
+                v = model(batch.mel, t, batch.condition).v
+            values[left_out, :, 0, 0] = (rms(v - base) / energy).cpu()
+        again = model(batch.mel, t, batch.condition).v
+    floor = (rms(again - base) / energy).cpu()
+    Measured(values[::2], floor, ~base.flatten(1).any(1)).check(batch.places)
+    return LayerScores(values, floor, batch.domain.cpu(), (OFFICIAL_TIME,), "official")
 
 
 @torch.no_grad()
@@ -182,8 +281,8 @@ def ablate(
     row_arguments: Sequence[str | int] | None = None,
     max_rows: int | None = None,
     domain: str = "audio",
-) -> FogaScores:
-    """FogaScores of any model at given inputs: how much model(**inputs) changes when each block is left out.
+) -> LayerScores:
+    """LayerScores of any model at given inputs: how much model(**inputs) changes when each block is left out.
 
     inputs: keyword arguments; the first tensor has C rows, and every tensor with C rows is repeated for the variants,
     so name in `row_arguments` what a block must slice if that is not plain from its size. The output, or the first of a
@@ -196,22 +295,19 @@ def ablate(
         raise ValueError("the inputs hold no tensor with a row for every clip")
     order = prefix_order(gates)
     rows = {name: _repeat(value, clips, len(gates)) for name, value in inputs.items()}
-    with _undisturbed(model):
+    with undisturbed(model):
         with multi_gate(blocks, gates[order], kind=kind, row_arguments=row_arguments, max_rows=max_rows):
             v = _first(model(**rows))
         v = v.reshape(len(gates), clips, 1, -1)[order.argsort().to(v.device)]
         base = v[0]
         plain = _first(model(**inputs)).reshape(1, clips, 1, -1)
     change, floor = velocity_change(v[1:], base), velocity_change(plain, base)[0]
-    scores = FogaScores(
-        change[..., None, None].cpu(),
-        floor.cpu(),
-        torch.full((clips,), DOMAINS.index(domain)),
-        (float("nan"),),
-        "given",
-    )
-    _check_scores(scores.change, ~base.flatten(1).any(1).cpu(), tuple(range(clips)))
-    return scores
+    measured = Measured(change[..., None, None].cpu(), floor.cpu(), ~base.flatten(1).any(1))
+    measured.check(range(clips))
+    if floor.max() > SAME_ROWS.get(base.dtype, 0.1):
+        raise ValueError("the model's rows depend on each other outside of its blocks: it cannot be gated exactly")
+    domains = torch.full((clips,), DOMAINS.index(domain))
+    return LayerScores(measured.values, measured.floor, domains, (float("nan"),), "given")
 
 
 def _repeat(value, clips: int, variants: int):
@@ -224,7 +320,7 @@ def _first(output) -> torch.Tensor:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; every module's mode and the random state are what they were afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -236,31 +332,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _check_scores(change: torch.Tensor, silent: torch.Tensor, places: tuple[int, ...]) -> None:
-    for clip, place in enumerate(places):
-        if silent[clip]:
-            raise ValueError(f"probe clip {place}: the model's velocity is zero, so no relative change can be measured")
-        if not change[:, clip].isfinite().all():
-            layer = int((~change[:, clip].isfinite()).flatten(1).any(1).nonzero()[0]) + 1
-            raise ValueError(f"probe clip {place}, layer {layer}: the score is not finite")
-
-
-def _noised(batch: ProbeBatch, t: float, sigma: float, seed: int, draw: int, recipe: str) -> torch.Tensor:
-    if recipe == "official":
-        return batch.mel
+def noised(batch: ProbeBatch, t: float, sigma: float, seed: int, draw: int) -> torch.Tensor:
+    """x_t of a probe: the noise of a clip depends on seed, draw, t and the clip's place alone."""
     keys = clip_keys(seed, draw, batch.places, f"foga {t:g}").to(batch.mel.device)
     return flow_mix(batch.mel, torch.full_like(batch.mel[:, 0, 0], t), keys, sigma)[0]
-
-
-def _velocities(
-    model, blocks, gates, condition: Condition, x_t: torch.Tensor, t: float, max_rows: int | None
-) -> torch.Tensor:
-    """(V, C, T, n_mels): the velocity of every variant at x_t (C, T, n_mels)."""
-    variants, clips = len(gates), x_t.shape[0]
-    order = prefix_order(gates)
-    with multi_gate(blocks, gates[order], row_arguments=(), max_rows=max_rows):
-        v = model(x_t.repeat(variants, 1, 1), x_t.new_full((clips,), t), condition).v
-    return v.unflatten(0, (variants, clips))[order.argsort().to(v.device)]
 
 
 def probe_condition(mel: torch.Tensor, condition: Condition, max_reference: float) -> Condition:

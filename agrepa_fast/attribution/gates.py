@@ -9,12 +9,13 @@ forward a layer, and gives the same numbers.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn as nn
 
 KINDS = ("block", "branch")
+SAME_ROWS = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative RMS difference that rounding explains; others: 0.1
 
 
 def single_ablations(depth: int) -> torch.Tensor:
@@ -28,7 +29,8 @@ class _BlockPlan:
 
     first: torch.Tensor  # (P,) the first variant of each distinct prefix
     prefix: torch.Tensor  # (V,) which of the P results each variant uses
-    gate: torch.Tensor  # (V,) this block's gates
+    gate: tuple[float, ...]  # V, this block's gates
+    contiguous: bool  # whether `first` is 0 ... P - 1: a slice
     copies: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,23 +39,30 @@ class _BlockPlan:
             self.copies[device] = self.first.to(device), self.prefix.to(device)
         return self.copies[device]
 
-    @property
-    def contiguous(self) -> bool:
-        return torch.equal(self.first, torch.arange(len(self.first)))
+    def partial_gates(self) -> list[tuple[int, float]]:
+        """(variant, gate) of every gate below 1."""
+        return [(variant, gate) for variant, gate in enumerate(self.gate) if gate < 1]
 
 
-def _plan(gates: torch.Tensor) -> list[_BlockPlan]:
-    if gates.ndim != 2 or not ((gates >= 0) & (gates <= 1)).all():
+def _plan(gates: torch.Tensor) -> tuple[_BlockPlan, ...]:
+    columns = tuple(map(tuple, gates.T.tolist())) if gates.ndim == 2 else None
+    if columns is None or not all(0 <= gate <= 1 for column in columns for gate in column):
         raise ValueError(f"gates must be a (variants, blocks) matrix in [0, 1], not {tuple(gates.shape)}")
+    return _plan_columns(columns, len(gates))
+
+
+@lru_cache(maxsize=32)  # a probe is planned once, and its index tensors are copied to the device once
+def _plan_columns(columns: tuple[tuple[float, ...], ...], variants: int) -> tuple[_BlockPlan, ...]:
     plans = []
-    prefix = [0] * len(gates)  # the number of each variant's prefix, extended block by block
-    for column in gates.T.tolist():
+    prefix = [0] * variants  # the number of each variant's prefix, extended block by block
+    for column in columns:
         first = list({number: variant for variant, number in reversed(list(enumerate(prefix)))}.items())
-        first = torch.tensor([variant for _, variant in sorted(first)])
-        plans.append(_BlockPlan(first, torch.tensor(prefix), torch.tensor(column, dtype=torch.float64)))
+        first = [variant for _, variant in sorted(first)]
+        slices = first == list(range(len(first)))
+        plans.append(_BlockPlan(torch.tensor(first), torch.tensor(prefix), column, slices))
         number: dict[tuple[int, float], int] = {}
         prefix = [number.setdefault(key, len(number)) for key in zip(prefix, column, strict=True)]
-    return plans
+    return tuple(plans)
 
 
 def count_block_forwards(gates: torch.Tensor) -> int:
@@ -80,6 +89,7 @@ class _Gating:
     kind: str
     row_arguments: Sequence[str | int] | None
     max_rows: int | None
+    check_rows: bool
     ran: list[int] = field(default_factory=list)
 
     def begin(self, number: int, prefixes: int) -> None:
@@ -105,6 +115,7 @@ def multi_gate(
     kind: str = "block",
     row_arguments: Sequence[str | int] | None = None,
     max_rows: int | None = None,
+    check_rows: bool = True,
 ) -> Iterator[list[int]]:
     """Inside it, a model with these residual blocks computes all variants of gates (V, L) at once.
 
@@ -121,22 +132,26 @@ def multi_gate(
     are sliced like it; when the state has another dimension of that size, a table could be mistaken for rows, and
     `row_arguments` (keyword names, positions from 1 on) must say which arguments are rows. A tuple output has the
     state first; its other tensors are handed on per variant. max_rows bounds the rows that a block runs at once.
+    check_rows: every block that runs several prefixes also runs the first alone (C rows), to see that rows do not
+    depend on each other; False saves that.
 
-    Raises ValueError for gates that do not fit the blocks, rows that V does not divide, ambiguous arguments, and blocks
-    that never run, run twice, or run in another order.
+    Raises ValueError for gates that do not fit the blocks, rows that V does not divide, ambiguous arguments, blocks
+    that never run, run twice, or run in another order, and blocks whose rows depend on each other (batch statistics,
+    attention across clips, dropout left on), naming the module.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}: {' or '.join(KINDS)}")
     if gates.ndim != 2 or gates.shape[1] != len(blocks):
         raise ValueError(f"gates {tuple(gates.shape)} must be (variants, {len(blocks)}): one column a block")
-    gating = _Gating(len(gates), len(blocks), kind, row_arguments, max_rows)
+    gating = _Gating(len(gates), len(blocks), kind, row_arguments, max_rows, check_rows)
     patched = []
     try:
         for number, (block, plan) in enumerate(zip(blocks, _plan(gates.cpu()), strict=True)):
             if batch_norm := _batch_norm(block):
                 raise ValueError(f"block {number + 1}: {batch_norm}: its rows are not independent of each other")
             patched.append((block, block.__dict__.get("forward")))
-            block.forward = partial(_gated_forward, block.forward, plan, number, gating)
+            what = f"block {number + 1} ({type(block).__name__})"
+            block.forward = partial(_gated_forward, block.forward, what, plan, number, gating)
         yield gating.ran
         gating.end()
     finally:
@@ -177,11 +192,11 @@ def _batch_norm(block: nn.Module) -> str | None:
     return None
 
 
-def _gated_forward(forward: Callable, plan: _BlockPlan, number: int, gating: _Gating, *args, **kwargs):
+def _gated_forward(forward: Callable, what: str, plan: _BlockPlan, number: int, gating: _Gating, *args, **kwargs):
     arguments = {**dict(enumerate(args)), **kwargs}
     state = next((name for name, value in arguments.items() if isinstance(value, torch.Tensor) and value.ndim), None)
     if state is None:
-        raise ValueError(f"block {number + 1} was called without a tensor")
+        raise ValueError(f"{what} was called without a tensor")
     x, variants = arguments[state], gating.variants
     rows = x.shape[0]
     if rows % variants:
@@ -191,12 +206,31 @@ def _gated_forward(forward: Callable, plan: _BlockPlan, number: int, gating: _Ga
     is_row = _row_test(x, state, gating.row_arguments, arguments)
     taken = {name: _take_variants(value, plan, variants) for name, value in arguments.items() if is_row(name, value)}
     out = _in_chunks(forward, args, kwargs, taken, len(plan.first) * clips, _chunk_rows(gating.max_rows, clips))
+    if gating.check_rows and len(plan.first) > 1:
+        alone = {name: value[:clips] for name, value in taken.items()}
+        with torch.no_grad():
+            alone = _state(_in_chunks(forward, args, kwargs, alone, clips, None))
+        _check_rows(_state(out)[:clips], alone, what)
     spread = partial(_spread_variants, plan=plan, clips=clips)
-    gate = _blend if gating.kind == "block" else _scale
+    gated = (_blend if gating.kind == "block" else _scale)(x, spread(_state(out)), plan, variants)
     if isinstance(out, torch.Tensor):
-        return gate(x, spread(out), plan, variants)
+        return gated
     others = [spread(value) if _has_rows(value, len(plan.first) * clips) else value for value in out[1:]]
-    return (gate(x, spread(out[0]), plan, variants), *others)
+    return (gated, *others)
+
+
+def _state(out: torch.Tensor | tuple) -> torch.Tensor:
+    return out if isinstance(out, torch.Tensor) else out[0]
+
+
+def _check_rows(together: torch.Tensor, alone: torch.Tensor, what: str) -> None:
+    """Raises ValueError unless rows computed among others equal the same rows computed alone, but for rounding."""
+    together, alone, limit = together.detach().double(), alone.double(), SAME_ROWS.get(alone.dtype, 0.1)
+    if not (together - alone).norm() <= limit * alone.norm() and alone.isfinite().all():
+        raise ValueError(
+            f"{what} cannot be gated exactly: its rows depend on each other (attention across clips, statistics of the "
+            "batch) or on chance (dropout left on)"
+        )
 
 
 def _chunk_rows(max_rows: int | None, clips: int) -> int | None:
@@ -257,11 +291,8 @@ def _spread_variants(out: torch.Tensor, *, plan: _BlockPlan, clips: int) -> torc
 
 def _blend(x: torch.Tensor, out: torch.Tensor, plan: _BlockPlan, variants: int) -> torch.Tensor:
     """Write the input over the rows of `out` (a fresh tensor) with gate 0, the blend over those between 0 and 1."""
-    if (plan.gate == 1).all():
-        return out
     before, after = x.unflatten(0, (variants, -1)), out.unflatten(0, (variants, -1))
-    for variant in (plan.gate < 1).nonzero().flatten().tolist():
-        gate = float(plan.gate[variant])
+    for variant, gate in plan.partial_gates():
         row = before[variant]
         after[variant] = row if gate == 0 else row + gate * (after[variant] - row)
     return after.flatten(0, 1)
@@ -270,7 +301,6 @@ def _blend(x: torch.Tensor, out: torch.Tensor, plan: _BlockPlan, variants: int) 
 def _scale(x: torch.Tensor, out: torch.Tensor, plan: _BlockPlan, variants: int) -> torch.Tensor:
     """The branch's output (a fresh tensor) times the gate, exact zeros at gate 0."""
     after = out.unflatten(0, (variants, -1))
-    for variant in (plan.gate < 1).nonzero().flatten().tolist():
-        gate = float(plan.gate[variant])
+    for variant, gate in plan.partial_gates():
         after[variant] = gate * after[variant] if gate else 0
     return after.flatten(0, 1)

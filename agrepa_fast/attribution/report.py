@@ -4,14 +4,14 @@ why."""
 import csv
 from pathlib import Path
 
-from .foga import FogaScores
+from .scores import LayerScores
 from .selection import LayerSelection
 
 COLUMNS = ("step", "measure", "recipe", "domain", "layer", "t", "score", "stderr", "floor", "clips")
 COLOURS = {"speech": "#1f77b4", "audio": "#ff7f0e"}
 
 
-def csv_rows(scores: FogaScores, step: int) -> list[dict]:
+def csv_rows(scores: LayerScores, step: int) -> list[dict]:
     """One row per domain and layer with t = mean (standard error over clips), and one per time."""
     rows = []
     for domain in scores.domains():
@@ -34,7 +34,7 @@ def csv_rows(scores: FogaScores, step: int) -> list[dict]:
     return rows
 
 
-def append_csv(path: Path, scores: FogaScores, step: int) -> None:
+def append_csv(path: Path, scores: LayerScores, step: int) -> None:
     """Append one probe to attribution.csv; a step that is there already (a resumed run probes it again) is replaced."""
     rows = []
     if path.is_file():
@@ -81,7 +81,7 @@ def plot_attribution(evidence: dict[str, dict], selection: LayerSelection | None
     """Contribution per layer with error bars, a panel a domain; aligned layers are filled and labelled with their
     weights.
 
-    evidence: FogaScores.evidence().
+    evidence: LayerScores.evidence().
     """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..config import WEIGHTINGS, AlignConfig, UserError, nearest
-from .foga import FogaScores
+from .scores import LayerScores
 
 ABOVE_FLOOR = 3.0  # a layer counts as measured when its score clears this multiple of the floor by two standard errors
 
@@ -26,7 +26,7 @@ class LayerSelection:
     layers: dict[str, tuple[int, ...]]
     weights: dict[str, tuple[float, ...]]
     step: int = 0  # optimizer step of the choice
-    evidence: dict = field(default_factory=dict)  # FogaScores.evidence(), top_k_probability; empty for fixed choices
+    evidence: dict = field(default_factory=dict)  # LayerScores.evidence(), top_k_probability; empty for fixed choices
 
     @property
     def all_layers(self) -> tuple[int, ...]:
@@ -53,7 +53,7 @@ class LayerSelection:
         )
 
 
-def select_layers(scores: FogaScores, k: int = 3, weighting: str = "normalized") -> LayerSelection:
+def select_layers(scores: LayerScores, k: int = 3, weighting: str = "normalized") -> LayerSelection:
     """The k layers of each domain with the highest FoG-A, and their weights.
 
     weighting: "normalized" lambda = score / sum of the selected scores; "equal" 1 / k; "raw2x" 2 x score, what the

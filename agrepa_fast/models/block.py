@@ -10,12 +10,49 @@ from .attention import attend
 INITS = ("adaln_zero", "release")
 
 
+class Attention(nn.Module):
+    """The attention branch of a block: y (N, T, D) -> (N, T, D), before gate and residual sum."""
+
+    def __init__(self, dim: int, heads: int, *, dropout: float = 0.0, qk_norm: bool = False):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.q_norm = nn.Parameter(torch.ones(dim // heads)) if qk_norm else None
+        self.k_norm = nn.Parameter(torch.ones(dim // heads)) if qk_norm else None
+
+    def forward(
+        self,
+        y: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+        lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        q, k, v = qk_norm_rope(self.qkv(y), self.heads, rope, q_weight=self.q_norm, k_weight=self.k_norm)
+        return self.out(attend(q, k, v, lengths, self.dropout if self.training else 0.0))
+
+
+class FeedForward(nn.Module):
+    """The FFN branch of a block: y (N, T, D) -> (N, T, D), before gate and residual sum."""
+
+    def __init__(self, dim: int, inner: int, *, dropout: float = 0.0, gelu: str = "erf"):
+        super().__init__()
+        self.dropout, self.gelu = dropout, gelu
+        self.fc1 = nn.Linear(dim, inner)
+        self.fc2 = nn.Linear(inner, dim)
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        inner = F.dropout(linear_gelu(y, self.fc1.weight, self.fc1.bias, self.gelu), self.dropout, self.training)
+        return F.dropout(self.fc2(inner), self.dropout, self.training)
+
+
 class GatedDiTBlock(nn.Module):
     """Attention and FFN, each in an adaLN-modulated, gated residual branch (Peebles & Xie 2023; AG-REPA's backbone).
 
     h = x + m_1 * gate_1 * attention(ada_norm(x)), out = h + m_2 * gate_2 * ffn(ada_norm(h)). The six modulations come
     in the order of the released AG-REPA code: scale, shift (attention), scale, shift (FFN), gate (attention), gate
     (FFN).
+
+    The branches are modules, attn and ffn, so that multi_gate(kind="branch") gates them apart.
 
     dim: width D; heads divide it. ffn_mult: FFN width / D. dropout: of attention weights and in the FFN. qk_norm:
     per-head RMS norm of queries and keys. gelu: "erf" (exact) or "tanh".
@@ -34,14 +71,9 @@ class GatedDiTBlock(nn.Module):
         super().__init__()
         if dim % heads:
             raise ValueError(f"{heads} heads do not divide the width {dim}")
-        self.heads, self.dropout, self.gelu = heads, dropout, gelu
         self.modulation = nn.Linear(dim, 6 * dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
-        self.fc1 = nn.Linear(dim, int(dim * ffn_mult))
-        self.fc2 = nn.Linear(int(dim * ffn_mult), dim)
-        self.q_norm = nn.Parameter(torch.ones(dim // heads)) if qk_norm else None
-        self.k_norm = nn.Parameter(torch.ones(dim // heads)) if qk_norm else None
+        self.attn = Attention(dim, heads, dropout=dropout, qk_norm=qk_norm)
+        self.ffn = FeedForward(dim, int(dim * ffn_mult), dropout=dropout, gelu=gelu)
         self.initialize("adaln_zero")
 
     def initialize(self, init: str) -> None:
@@ -54,7 +86,7 @@ class GatedDiTBlock(nn.Module):
             nn.init.zeros_(self.modulation.weight)
         else:
             nn.init.normal_(self.modulation.weight, std=0.02)
-            for layer in (self.out, self.fc2):
+            for layer in (self.attn.out, self.ffn.fc2):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
@@ -81,16 +113,10 @@ class GatedDiTBlock(nn.Module):
         scale1, shift1, scale2, shift2, gate1, gate2 = modulation.unbind(-2)
         m1, m2 = self._row_gates(gate, x.shape[0])
 
-        attention = self._attention(ada_norm(x, scale1, shift1), rope, lengths)
+        attention = self.attn(ada_norm(x, scale1, shift1), rope, lengths)
         h = gated_residual(x, attention, gate1, m1, scale=scale2, shift=shift2)
-        inner = F.dropout(linear_gelu(h.y, self.fc1.weight, self.fc1.bias, self.gelu), self.dropout, self.training)
-        ffn = F.dropout(self.fc2(inner), self.dropout, self.training)
-        out = gated_residual(h.h, ffn, gate2, m2, lengths=lengths, time_sum=time_sum)
+        out = gated_residual(h.h, self.ffn(h.y), gate2, m2, lengths=lengths, time_sum=time_sum)
         return (out.h, out.time_sum) if time_sum else out.h
-
-    def _attention(self, y, rope, lengths) -> torch.Tensor:
-        q, k, v = qk_norm_rope(self.qkv(y), self.heads, rope, q_weight=self.q_norm, k_weight=self.k_norm)
-        return self.out(attend(q, k, v, lengths, self.dropout if self.training else 0.0))
 
     @staticmethod
     def _row_gates(gate: torch.Tensor | None, rows: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -33,13 +33,13 @@ class Condition:
         return self.lengths if self.padded else None
 
     def to(self, device: torch.device | str) -> "Condition":
-        return self._map(lambda tensor: tensor.to(device))
+        return self.map(lambda tensor: tensor.to(device))
 
     def __getitem__(self, clips) -> "Condition":
         """The conditions of some clips, by slice or index tensor."""
-        return self._map(lambda tensor: tensor[clips])
+        return self.map(lambda tensor: tensor[clips])
 
-    def _map(self, function) -> "Condition":
+    def map(self, function) -> "Condition":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: function(x) for name, x in values.items() if isinstance(x, torch.Tensor)})
 

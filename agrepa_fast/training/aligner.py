@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from ..alignment.heads import AlignmentHeads
 from ..alignment.objectives import alignment_loss
-from ..attribution.foga import FogaScores
+from ..attribution.scores import LayerScores
 from ..attribution.selection import LayerSelection
 from ..config import Config
 from ..data.stream import Batch
@@ -26,9 +26,9 @@ class Aligner:
         self.selection: LayerSelection | None = None
         self.heads: AlignmentHeads | None = None
         self.optimizer: torch.optim.AdamW | None = None
-        self.probes: list[FogaScores] = []  # the recent ones, which the next ranking pools
+        self.probes: list[LayerScores] = []  # the recent ones, which the next ranking pools
 
-    def add_probe(self, scores: FogaScores) -> FogaScores:
+    def add_probe(self, scores: LayerScores) -> LayerScores:
         """Remember a probe; returns it pooled with the recent ones (probe.pool together)."""
         recent = self.probes[-(self.config.probe.pool - 1) :] if self.config.probe.pool > 1 else []
         self.probes = [*recent, scores]
@@ -86,7 +86,7 @@ class Aligner:
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        self.probes = [FogaScores(**scores) for scores in state["probes"]]
+        self.probes = [LayerScores(**scores) for scores in state["probes"]]
         if "selection" not in state:
             return
         self.select(LayerSelection.from_dict(state["selection"]))

@@ -11,7 +11,8 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from ..attribution.foga import FogaScores, ProbeBatch, foga, probe_condition
+from ..attribution.foga import ProbeBatch, foga, probe_condition
+from ..attribution.scores import LayerScores
 from ..config import DOMAINS, Config
 from ..data.shards import Index, Sample
 from ..data.stream import Batch, collate, fixed_clips
@@ -82,8 +83,8 @@ def probe(
     *,
     recipe: str = "corrected",
     progress: bool = False,
-) -> FogaScores:
-    """FogaScores of all clips, the same on every rank. Every rank must call it; when the measurement fails on one, all
+) -> LayerScores:
+    """LayerScores of all clips, the same on every rank. Every rank must call it; when the measurement fails on one, all
     raise ValueError after the same number of forwards."""
     shape = (len(config.probe.times), config.probe.draws) if recipe == "corrected" else (1, 1)
     change = torch.zeros(len(model.blocks), len(clips), *shape)
@@ -103,10 +104,10 @@ def probe(
             continue
         times = part.times
         for row in owned:
-            change[:, batch.places[row]] = part.change[:, row]
+            change[:, batch.places[row]] = part.values[:, row]
             floor[batch.places[row]] = part.floor[row]
     failure = first_failure(failure)
     if failure is not None:
         raise ValueError(failure)
     change, floor = (all_sum(values.to(clips.device)).cpu() for values in (change, floor))
-    return FogaScores(change, floor, clips.domain, times, recipe, step)
+    return LayerScores(change, floor, clips.domain, times, recipe, step)

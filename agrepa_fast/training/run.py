@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ..attribution.foga import FogaScores
 from ..attribution.report import append_csv, plot_attribution
+from ..attribution.scores import LayerScores
 from ..attribution.selection import NotRankableError, select_layers
 from ..config import Config, UserError
 from ..data.shards import Index
@@ -90,7 +90,7 @@ class Run:
         self.metrics.say(f"step {step}: validation flow loss {values['val/flow_loss']:.4f}")
         return values
 
-    def measure_layers(self, clips: FixedClips, step: int) -> FogaScores:
+    def measure_layers(self, clips: FixedClips, step: int) -> LayerScores:
         with self.timed("probe"):
             scores = probe(self.engine.module, clips, self.config, step, progress=self.rank == 0)
             if self.rank == 0:
