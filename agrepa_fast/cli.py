@@ -6,6 +6,8 @@ from pathlib import Path
 
 from .config import DOMAINS, Config, UserError, load_config
 
+PROBE_MEASURES = ("foga", "foga-vjp", "ridge", "cka", "lasp")
+
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command. Bad input prints one line and exits with code 2."""
@@ -59,12 +61,24 @@ def _parser() -> argparse.ArgumentParser:
         kind.add_argument("overrides", nargs="*", metavar="data.field=value")
         kind.set_defaults(command=_prepare)
 
-    probe = commands.add_parser("probe", help="measure what each layer contributes to the velocity (FoG-A)")
-    probe.add_argument("--recipe", default="corrected", choices=("corrected", "official"))
+    probe = commands.add_parser("probe", help="measure what each layer contributes to the velocity, and what it stores")
+    probe.add_argument(
+        "--measures",
+        nargs="+",
+        choices=PROBE_MEASURES,
+        help="foga, foga-vjp: what a layer contributes; ridge, cka, lasp: what it stores of the teacher. The first one "
+        "chooses the layers. Default: foga, and what the checkpoint allows of ridge, cka and lasp",
+    )
+    probe.add_argument(
+        "--recipe", default="corrected", choices=("corrected", "official"), help="official: the release's foga and lasp"
+    )
     probe.add_argument("--model", metavar="MODULE:FACTORY", help="probe any model: FACTORY() returns (model, inputs)")
     probe.add_argument("--blocks", metavar="PATH", help="its blocks: transformer.blocks, or layers.*.attn,layers.*.ff")
     probe.add_argument(
-        "--kind", default="block", choices=("block", "branch"), help="branch: the residual sum is outside"
+        "--kind",
+        default="block",
+        choices=("block", "branch"),
+        help="branch: the attention and FFN of every block apart; with --model, branches that are summed outside",
     )
     probe.add_argument("--row-arguments", nargs="*", metavar="NAME", help="arguments of a block that have a row a clip")
     probe.set_defaults(command=_probe)
@@ -117,34 +131,57 @@ def _load(args: argparse.Namespace) -> tuple:
 
 
 def _probe(args: argparse.Namespace) -> None:
-    from .attribution.report import append_csv, plot_attribution, print_table
-    from .attribution.selection import NotRankableError, select_layers
-    from .training.checkpoint import step_of
-    from .training.measure import FixedClips, probe
-
     if args.model:
         _probe_any(args)
         return
     if args.checkpoint is None:
         raise UserError("name a checkpoint, or --model MODULE:FACTORY with --blocks PATH")
+
+    from .attribution.selection import NotRankableError, select_layers
+    from .training.checkpoint import load_projections, step_of
+    from .training.measure import measure_model
+
     model, config, index, path, device = _load(args)
-    clips = FixedClips(index, "train", config.probe.clips, config.probe.chunk, device)
+    measures = args.measures
+    if args.kind == "branch" and (measures or ["foga"]) != ["foga"]:
+        raise UserError("--kind branch: only foga measures parts of blocks")
     try:
-        scores = probe(model, clips, config, step_of(path), recipe=args.recipe, progress=True)
+        measured = measure_model(
+            model,
+            index,
+            config,
+            device,
+            step_of(path),
+            measures=measures or (["foga"] if args.kind == "branch" else None),
+            recipe=args.recipe,
+            kind=args.kind,
+            projections=load_projections(path),
+        )
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     out = args.out or _beside(path, "probe")
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        selection = select_layers(scores, config.align.k, config.align.weighting)
-        selection.save(out / "selection.json")
-    except NotRankableError as refusal:
-        selection = None
-        print(f"no ranking: {refusal}")
-    append_csv(out / "attribution.csv", scores, scores.step)
-    plot_attribution(scores.evidence(), selection, out / "attribution.png")
-    print_table(scores.evidence(), selection)
-    print(f"wrote {out}/attribution.csv and attribution.png")
+    selection = None
+    if args.kind == "block":
+        try:
+            selection = select_layers(measured[0], config.align.k, config.align.weighting)
+            selection.save(out / "selection.json")
+        except NotRankableError as refusal:
+            print(f"no ranking: {refusal}")
+    _report_probe(measured, selection, out, config.align.k)
+
+
+def _report_probe(measured: list, selection, out: Path, k: int) -> None:
+    """The table, attribution.csv and plots of a probe."""
+    from .attribution.report import append_csv, print_tables
+    from .training.summary import plot_all
+
+    out.mkdir(parents=True, exist_ok=True)
+    for scores in measured:
+        append_csv(out / "attribution.csv", scores)
+    plot_all(out / "attribution.csv", measured[0].evidence(), selection, out, k)
+    print_tables(measured, selection)
+    print(f"wrote {out}: attribution.csv and plots")
 
 
 def _probe_any(args: argparse.Namespace) -> None:
@@ -153,11 +190,12 @@ def _probe_any(args: argparse.Namespace) -> None:
 
     from .attribution.foga import ablate
     from .attribution.gates import find_blocks
-    from .attribution.report import append_csv, plot_attribution, print_table
 
     module, _, factory = args.model.partition(":")
     if not factory or args.blocks is None:
         raise UserError(f"--model {args.model}: write MODULE:FACTORY, and --blocks PATH beside it")
+    if (args.measures or ["foga"]) != ["foga"] or args.recipe != "corrected":
+        raise UserError("--model: only foga in the corrected recipe measures models that are not AudioDiT")
     sys.path.insert(0, "")
     try:
         model, inputs = getattr(importlib.import_module(module), factory)()
@@ -165,12 +203,8 @@ def _probe_any(args: argparse.Namespace) -> None:
         scores = ablate(model, inputs, list(blocks.values()), kind=args.kind, row_arguments=args.row_arguments)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"--model {args.model}: {error}") from error
-    out = args.out or Path("probe")
-    out.mkdir(parents=True, exist_ok=True)
-    append_csv(out / "attribution.csv", scores, 0)
-    plot_attribution(scores.evidence(), None, out / "attribution.png")
-    print_table(scores.evidence(), None)
-    print(f"L1 ... L{len(blocks)} are {', '.join(blocks)}\nwrote {out}/attribution.csv and attribution.png")
+    _report_probe([scores], None, args.out or Path("probe"), 3)
+    print(f"L1 ... L{len(blocks)} are {', '.join(blocks)}")
 
 
 def _sample(args: argparse.Namespace) -> None:

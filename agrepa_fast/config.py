@@ -14,7 +14,8 @@ from pathlib import Path
 
 PRESETS = Path(__file__).with_name("presets")
 DOMAINS = ("speech", "audio")
-STRATEGIES = ("foga", "fixed", "shallow", "random", "none")
+MEASURED = ("foga", "foga-vjp", "gradnorm", "lasp")  # strategies that rank layers by what a probe finds
+STRATEGIES = (*MEASURED, "fixed", "shallow", "deep", "random", "none")
 WEIGHTINGS = ("normalized", "equal", "raw2x")
 
 
@@ -150,11 +151,18 @@ class FlowConfig:
 class AlignConfig:
     """Which layers are aligned to the teacher, and how strongly."""
 
-    strategy: str = "foga"  # foga | fixed:4,8,12 | shallow | random | none
+    strategy: str = "foga"  # foga | foga-vjp | gradnorm | lasp | fixed:4,8,12 | shallow | deep | random | none
     k: int = 3  # layers per domain
+    share: float | None = None  # instead of k: the fewest layers that carry this share of all scores
+    share_confidence: float = 0.9  # how probable that must be (bootstrap over clips)
     weighting: str = "normalized"  # lambda: normalized (score share) | equal | raw2x (2 x score, the release's)
+    per_time: bool = False  # layers and weights for every probe time, interpolated to each clip's t
     weight: float = 1.0  # multiplies the whole alignment term
-    lr: float = 1e-3  # of the heads, on the schedule of train.lr
+    refresh: int = 0  # measure and choose again every so many steps; 0: the first choice stays
+    stop: int | None = None  # no alignment from this step on (HASTE); BiT-C goes on
+    bitc_speech: float = 0.5  # BiT-C: weight of the token condition's own alignment to the speech teacher
+    bitc_audio: float = 1.0
+    lr: float = 1e-3  # of heads and BiT-C's projections, on the schedule of train.lr
     center: bool = True  # subtract each domain's mean teacher vector
 
     def __post_init__(self) -> None:
@@ -168,8 +176,24 @@ class AlignConfig:
             self.weighting in WEIGHTINGS, f"align.weighting={self.weighting!r}: {nearest(self.weighting, WEIGHTINGS)}"
         )
         _check(self.k >= 1, f"align.k={self.k}: at least one layer; align.strategy=none aligns nothing")
-        _check(self.weight >= 0, f"align.weight={self.weight}: must not be negative")
+        for field_name in ("weight", "bitc_speech", "bitc_audio", "refresh"):
+            _check(getattr(self, field_name) >= 0, f"align.{field_name}={getattr(self, field_name)}: not below 0")
+        _check(self.share is None or 0 < self.share <= 1, f"align.share={self.share}: must be in (0, 1]")
+        _check(0 < self.share_confidence <= 1, f"align.share_confidence={self.share_confidence}: must be in (0, 1]")
+        _check(self.stop is None or self.stop >= 0, f"align.stop={self.stop}: a step, or null")
+        measured = name in MEASURED
+        _check(not self.refresh or measured, f"align.refresh: {self.strategy} measures nothing that could change")
+        _check(
+            not self.per_time or name in ("foga", "foga-vjp", "lasp"),
+            f"align.per_time: {self.strategy} has no score for each time; foga, foga-vjp and lasp have",
+        )
+        _check(self.share is None or measured, f"align.share: {self.strategy} has no scores: give align.k")
         _check(self.lr > 0, f"align.lr={self.lr}: must be positive")
+
+    @property
+    def measured(self) -> bool:
+        """Whether the strategy ranks layers by what a probe finds."""
+        return self.strategy in MEASURED
 
     @property
     def fixed_layers(self) -> tuple[int, ...]:
@@ -179,7 +203,7 @@ class AlignConfig:
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """FoG-A during warm-up."""
+    """How layers are measured, during warm-up and by `agrepa probe`."""
 
     start_step: int = 200  # no ranking before: near the zero initialisation every layer looks the same
     every: int = 200
@@ -188,6 +212,9 @@ class ProbeConfig:
     times: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
     draws: int = 1  # noise draws per clip and time
     chunk: int = 8  # clips per forward; bounds the memory, not the result
+    max_rows: int | None = None  # rows (variants x clips) that a block runs at once; likewise
+    graph: bool = True  # CUDA graphs on GPUs, but under ZeRO-3
+    store_clips: int = 64  # per domain, for what layers store (LASP, ridge, CKA); fewer when there are fewer
     pool: int = 1  # the layers are ranked on this many recent probes together
     confidence: float = 1.0  # choose before warmup_steps once the Top-K is this probable in every domain; 1: never
 
@@ -199,6 +226,8 @@ class ProbeConfig:
             "probe.every, probe.clips and probe.draws: at least 1",
         )
         _check(self.chunk >= 1, f"probe.chunk={self.chunk}: at least 1")
+        _check(self.max_rows is None or self.max_rows >= 1, f"probe.max_rows={self.max_rows}: at least 1, or null")
+        _check(self.store_clips >= 8, f"probe.store_clips={self.store_clips}: at least 8, to hold some out")
         _check(
             1 <= self.start_step <= self.warmup_steps,
             f"probe.start_step={self.start_step}: must be from 1 to probe.warmup_steps={self.warmup_steps}",
@@ -279,7 +308,16 @@ class Config:
             not ranks_layers or self.align.k <= self.model.depth,
             f"align.k={self.align.k} is more than the model's {self.model.depth} layers",
         )
-        if self.align.strategy == "foga":
+        _check(
+            self.align.strategy != "lasp" or self.model.dim == self.model.token_dim,
+            f"align.strategy=lasp: BiT-C's projection fits layers only where model.dim={self.model.dim} is "
+            f"model.token_dim={self.model.token_dim}",
+        )
+        _check(
+            self.align.strategy != "lasp" or min(self.align.bitc_speech, self.align.bitc_audio) > 0,
+            "align.strategy=lasp needs align.bitc_speech and align.bitc_audio above 0: it asks BiT-C's projections",
+        )
+        if self.align.measured:
             _check(
                 self.probe.warmup_steps < self.train.steps,
                 f"probe.warmup_steps={self.probe.warmup_steps} leaves no step to align before "

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from agrepa_fast.attribution.selection import unmeasured_selection
 from agrepa_fast.config import Config, UserError, load_config, save_config
 from agrepa_fast.data.shards import Index, matching_index
 from agrepa_fast.data.stream import BatchLayout, train_batches
@@ -28,9 +27,18 @@ from agrepa_fast.data.vocoder import load_vocoder
 from agrepa_fast.models.dit import AudioDiT
 from agrepa_fast.training.aligner import Aligner
 from agrepa_fast.training.checkpoint import Checkpoints, find_checkpoint
+from agrepa_fast.training.choose import LayerChoice
 from agrepa_fast.training.ema import Ema
-from agrepa_fast.training.engine import LocalError, agree, build_engine, find_ds_config, resolve_ds_config, start_ranks
-from agrepa_fast.training.measure import FixedClips
+from agrepa_fast.training.engine import (
+    LocalError,
+    agree,
+    build_engine,
+    find_ds_config,
+    resolve_ds_config,
+    start_ranks,
+    zero_stage,
+)
+from agrepa_fast.training.measure import FixedClips, store_clips
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
 from agrepa_fast.training.summary import finish
@@ -129,8 +137,13 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     ds_config = resolve_ds_config(ds_values, config.train, layout, device)
     index = prepared_index(config)
     config = fit_to_shards(config, index)
-    probe_clips = FixedClips(index, "train", config.probe.clips, config.probe.chunk, device, rank, world)
-    val_clips = FixedClips(index, "val", config.eval.clips, config.probe.chunk, device, rank, world)
+    ranks = {"rank": rank, "world": world, "center": config.align.center}
+    # One shape of chunks where probes are CUDA graphs; under ZeRO-3 weights are there only inside a forward.
+    graphs = config.probe.graph and device.type == "cuda" and zero_stage(ds_config) < 3
+    chunk = config.probe.chunk
+    probe_clips = FixedClips(index, "train", config.probe.clips, chunk, device, static=graphs, **ranks)
+    stored_clips = store_clips(index, config, device, rank, world)
+    val_clips = FixedClips(index, "val", config.eval.clips, chunk, device, **ranks)
     vocoder = None
 
     def get_vocoder() -> None:  # before the first step: it may have to be fetched, and may not be had
@@ -145,18 +158,21 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     ema = Ema(engine, config.train.ema_decay)
     teacher_dims = {domain: index.teacher(domain).dim for domain in index.domains}
     aligner = Aligner(config, teacher_dims, device)
+    metrics = Metrics(folder, rank, world, config.train.batch_clips)
+    own_folder = folder if rank == 0 else None
+    choice = LayerChoice(config, engine.module, aligner, probe_clips, stored_clips, metrics.say, own_folder)
     checkpoints = Checkpoints(folder / "checkpoints", rank, world, config.train.keep)
     checkpoints.clean()
     first = 0
     if resume is not None:
-        first = checkpoints.load(find_checkpoint(folder, resume), engine, ema, aligner, config)
-    elif config.align.strategy != "foga":
-        aligner.select(unmeasured_selection(config.align, config.model.depth, index.domains, config.run.seed))
+        first = checkpoints.load(find_checkpoint(folder, resume), engine, ema, choice, config)
+    else:
+        choice.start(index.domains)
     if rank == 0:  # not before a resume was accepted: the run's own configuration must survive a refusal
         save_config(replace(config, run=replace(config.run, dir=str(folder))), folder / "config.yaml")
     steps = config.train.steps
-    metrics = Metrics(folder, rank, world, steps, first, config.train.batch_clips)
-    run = Run(config, index, device, engine, ema, aligner, metrics, rank, world, folder)
+    metrics.open(steps, first)
+    run = Run(config, index, device, engine, ema, choice, metrics, rank, world, folder)
     run.seconds["prepare"], run.seconds["build"] = prepared - started, time.perf_counter() - prepared
     batches = train_batches(index, config.data, layout, seed=config.run.seed, center=config.align.center, step=first)
 
@@ -174,12 +190,12 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
             metrics.flush(done, lr=engine.get_lr()[0])
         if done % config.train.val_every == 0 or done == steps:
             run.validate(val_clips, done)
-        run.choose_layers(probe_clips, done)
+        choice.after_step(done, lambda: run.timed("probe"))
         if saves:
             with run.timed("checkpoint"):
-                checkpoints.save(engine, ema, aligner, done, config)
+                checkpoints.save(engine, ema, choice, done, config)
     run.seconds["train"] = time.perf_counter() - loop_start - (sum(run.seconds.values()) - aside)
-    finish(run, probe_clips, val_clips, vocoder, started)
+    finish(run, val_clips, vocoder, started)
     metrics.close()
     dist.barrier()
     dist.destroy_process_group()  # its threads, left to the interpreter's exit, now and then abort the process

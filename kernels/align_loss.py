@@ -5,8 +5,8 @@ AG-REPA (arXiv 2603.01006), sec. "AG-REPA"; frame-wise it is REPA's loss (Yu et 
 
 Dims:     K aligned layers, N rows, T frames, D width, H hidden width of the heads, E teacher width.
 Shapes:   hidden (K, N, D) pooled or (K, N, T, D) frame-wise; w1 (K, H, D), b1 (K, H), w2 (K, E, H), b2 (K, E);
-          teacher (N, E) or (N, T, E), any row strides; weights (K,); mask (N,) bool; lengths (N,), frame-wise only;
-          loss (N,) fp32.
+          teacher (N, E) or (N, T, E), any row strides; weights (K,) or (K, N); mask (N,) bool; lengths (N,), frame-wise
+          only; loss (N,) fp32.
 Numerics: GEMMs in the heads' dtype, whatever autocast says; GELU, cosine and its gradient in fp32; gradients of the
           heads summed over chunks in fp32; no atomics, deterministic. A row whose mask is False and a frame past its
           clip's length give exactly 0 and no gradient, whatever hidden states and teacher hold.
@@ -63,7 +63,7 @@ def align_loss_ref(
     hidden, teacher = torch.where(valid, hidden, 0), torch.where(valid, teacher, 0)
     distance = 1 - F.cosine_similarity(_heads(hidden, w1, b1, w2, b2), teacher.unsqueeze(0), dim=-1)
     distance = torch.where(valid.squeeze(-1), distance, 0).view(*hidden.shape[:2], frames)
-    return (weights.unsqueeze(1) * (distance.sum(-1) / limits.clamp(min=1))).sum(0)
+    return (weights.view(len(weights), -1) * (distance.sum(-1) / limits.clamp(min=1))).sum(0)
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def _compute(
     distance = flat.new_empty(flat.shape[:2], dtype=torch.float32)
     gradients, coefficient = [], None
     if row_weights is not None:
-        coefficient = weights.float().unsqueeze(1) * (row_weights.float() / counts)
+        coefficient = weights.float().view(heads, -1) * (row_weights.float() / counts)
         sums = [p.new_zeros(p.shape, dtype=torch.float32) for p in (w1, b1, w2, b2)]
         gradients = [flat.new_empty(flat.shape), *sums]
     with torch.autocast(hidden.device.type, enabled=False):
@@ -190,7 +190,7 @@ def _compute(
             _add_product(dw1, dpre, h)
             dhidden[k, rows] = torch.bmm(dpre, w1[k])
     per_clip = distance.view(heads, clips, frames).sum(-1) / counts
-    losses = (weights.float().unsqueeze(1) * per_clip).sum(0)
+    losses = (weights.float().view(heads, -1) * per_clip).sum(0)
     if coefficient is None:
         return (losses,)
     dhidden, *sums = gradients
@@ -287,7 +287,7 @@ def _check(
     check_tensor("b1", b1, (heads, w1.shape[1]), hidden)
     check_tensor("w2", w2, (heads, teacher.shape[-1], w1.shape[1]), hidden)
     check_tensor("b2", b2, (heads, teacher.shape[-1]), hidden)
-    check_tensor("weights", weights, (heads,), hidden)
+    check_tensor("weights", weights, (heads,) if weights.ndim == 1 else (heads, clips), hidden)
     check_tensor("mask", mask, (clips,), hidden)
     if mask.dtype != torch.bool:
         raise ValueError(f"mask is {mask.dtype}, wanted torch.bool")

@@ -125,8 +125,19 @@ def test_token_embeddings_train(model):
 def test_says_what_is_wrong(model):
     mel, condition = small_batch()
     with pytest.raises(ValueError, match="1 to 4"):
-        model(mel, torch.zeros(3), condition, capture=(0,))
+        model(mel, torch.zeros(3), condition, capture=(-1,))
     with pytest.raises(ValueError, match="C divides rows"):
         model(mel[:2], torch.zeros(3), condition)
     with pytest.raises(ValueError, match="set both"):
         AudioDiT(ModelConfig(dim=16, depth=1, heads=2))
+
+
+def test_layer_0_is_the_token_condition(model):
+    mel, condition = small_batch()
+    condition = replace(condition, keep_tokens=torch.tensor([True, True, False]))
+    out = model(mel, torch.full((3,), 0.5), condition, capture=(0, 1)).hidden
+    assert torch.equal(out[0], model.tokens(condition, 37))
+    pooled = model(mel, torch.full((3,), 0.5), condition, capture=(0,), pooled=True).hidden[0]
+    for clip, length in enumerate(condition.lengths.tolist()):
+        torch.testing.assert_close(pooled[clip], out[0][clip, :length].mean(0))
+    assert not pooled[2].any()

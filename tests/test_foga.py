@@ -10,8 +10,9 @@ from agrepa_fast.attribution import foga as foga_module
 from agrepa_fast.attribution.foga import ProbeBatch
 from agrepa_fast.attribution.scores import LayerScores
 from agrepa_fast.attribution.selection import NotRankableError
+from agrepa_fast.attribution.vjp import FogaVjp
 from agrepa_fast.flow import clip_keys
-from agrepa_fast.kernels import flow_mix
+from agrepa_fast.kernels import flow_mix, philox_normal
 
 from .conftest import small_batch, small_model
 
@@ -225,6 +226,43 @@ class TestSelection:
             select_layers(self.scores([0.1, 0.1], [0.1, 0.1], spread=3.0), k=1)
         assert select_layers(self.scores([0.1, 0.2], [0.1, 0.2], spread=0.1), k=1).layers["audio"] == (2,)
 
+    def test_the_fewest_layers_that_carry_a_share(self):
+        scores = self.scores([0.4, 0.1, 0.3, 0.2], [0.7, 0.1, 0.1, 0.1])
+        chosen = select_layers(scores, share=0.65, confidence=0.9)
+        assert chosen.layers == {"speech": (1, 3), "audio": (1,)}  # 0.4 + 0.3 of 1, 0.7 of 1
+        assert chosen.evidence["speech"]["k"] == 2
+        assert select_layers(scores, share=0.75).layers == {"speech": (1, 3, 4), "audio": (1, 2)}
+        with pytest.raises(NotRankableError, match="audio: 1 of 4"):
+            select_layers(self.scores([0.4, 0.3, 0.2, 0.1], [0.5, 1e-7, 1e-7, 1e-7]), share=1.0, confidence=1.0)
+
+    def test_a_share_that_hangs_on_one_clip_takes_more_layers(self):
+        """L1 carries 0.6 of the sum on average, but 0.3 and 0.9 of it in the two clips: in 3 of 4 resamples at least
+        0.6, once 0.3."""
+        change = torch.tensor([[0.3, 0.9], [0.7, 0.1]])[..., None, None]
+        scores = LayerScores(change, torch.zeros(2), torch.zeros(2, dtype=torch.long), (0.5,))
+        assert scores.share_probability("speech", [0], 0.55) == pytest.approx(0.75, abs=0.03)
+        assert scores.share_probability("speech", [0, 1], 0.55) == 1
+
+    def test_layers_and_weights_for_every_time(self):
+        scores = self.scores([0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.6])
+        late = (
+            scores.values * torch.tensor([0.1, 1.0, 1.0, 1.0])[:, None, None, None]
+        )  # L1 is silent at the second time
+        scores = replace(scores, values=torch.cat((scores.values, late), dim=2), times=(0.2, 0.7))
+        chosen = select_layers(scores, k=2, per_time=True)
+        assert chosen.times == (0.2, 0.7)
+        assert chosen.layers["speech"] == (1, 3, 4)
+        first, second = chosen.weights_at["speech"]
+        assert first == pytest.approx((4 / 7, 3 / 7, 0))
+        assert second == pytest.approx((0, 0.6, 0.4))
+        assert chosen.weights["speech"] == pytest.approx((2 / 7, (3 / 7 + 0.6) / 2, 0.2))
+
+    def test_storage_scores_rank_without_a_floor_and_never_weigh_below_zero(self):
+        scores = replace(self.scores([-0.4, -0.1, 0.3, -0.2], [-0.1, -0.2, -0.3, -0.6]), measure="lasp")
+        chosen = select_layers(scores, k=2)
+        assert chosen.layers == {"speech": (2, 3), "audio": (1, 2)}
+        assert chosen.weights == {"speech": pytest.approx((0, 1)), "audio": (0.5, 0.5)}
+
     def test_bad_arguments(self):
         scores = self.scores([0.4, 0.1], [0.1, 0.2])
         with pytest.raises(ValueError, match="2 layers that were measured"):
@@ -344,3 +382,51 @@ class TestOfficialRecipe:
         steady, dropped = (foga(small_model(dropout=p), probe_batch, recipe="official") for p in (0.0, 0.5))
         assert steady.floor_of("speech") < 2e-4  # sqrt(1e-8) over the energy
         assert dropped.floor_of("speech") > 0.05
+
+
+class TestVjp:
+    @pytest.mark.parametrize("t", [0.2, 0.7])
+    def test_one_backward_gives_every_layers_derivative_along_one_direction(self, t, probe_batch):
+        """|<u, dv/dm_l>| sqrt(pi/2) / ||v||, the derivative to each block's gate by central differences in fp64."""
+        model = small_model().double()
+        batch = probe_batch._replace(
+            mel=probe_batch.mel.double(),
+            condition=probe_batch.condition.map(lambda x: x.double() if x.is_floating_point() else x),
+        )
+        measured = FogaVjp(model, times=(t,)).launch(batch)
+        x_t, times = foga_module.noised(batch, t, 0.5, 0, 0), torch.full((3,), t, dtype=torch.float64)
+        u = philox_normal(clip_keys(0, 0, batch.places, f"foga-vjp {t:g}"), 37 * 12).view(3, 37, 12)
+        with torch.no_grad():
+            v = model(x_t, times, batch.condition).v
+            for layer, block in enumerate(model.blocks):
+                either = []
+                for gate in (1 + 1e-4, 1 - 1e-4):
+                    handle = block.register_forward_hook(lambda _, args, out, g=gate: args[0] + g * (out - args[0]))
+                    either.append(model(x_t, times, batch.condition).v)
+                    handle.remove()
+                along = (u * (either[0] - either[1]) / 2e-4).sum((1, 2)).abs()
+                wanted = along * (torch.pi / 2) ** 0.5 / v.flatten(1).norm(dim=1)
+                torch.testing.assert_close(measured.values[layer, :, 0, 0].double(), wanted, rtol=1e-4, atol=1e-5)
+
+    def test_the_mean_over_draws_is_foga_where_blocks_are_weak(self, probe_batch):
+        """To first order, and blocks that do little: within the noise of 200 draws."""
+        model = small_model(awake=False)
+        for block in model.blocks:
+            torch.nn.init.normal_(block.modulation.weight, std=0.01)
+        exact = foga(model, probe_batch, times=(0.5,)).values[:, :, 0, 0]
+        estimate = FogaVjp(model, times=(0.5,), draws=1)
+        draws = [replace_seed(estimate, seed).launch(probe_batch).values[:, :, 0, 0] for seed in range(200)]
+        # every draw has another x_t as well; the exact score differs little between them
+        torch.testing.assert_close(torch.stack(draws).mean(0), exact, rtol=0.25, atol=0)
+
+    def test_no_gradient_no_hook_and_no_mode_is_left(self, probe_batch):
+        model = small_model(dropout=0.5).train()
+        a, b = (FogaVjp(model, times=(0.5,)).launch(probe_batch) for _ in range(2))
+        assert torch.equal(a.values, b.values)
+        assert model.training
+        assert all(p.grad is None for p in model.parameters())
+        assert all(not block._forward_hooks for block in model.blocks)
+
+
+def replace_seed(estimate: FogaVjp, seed: int) -> FogaVjp:
+    return FogaVjp(estimate.model, times=estimate.times, seed=seed)

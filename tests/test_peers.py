@@ -232,6 +232,7 @@ def test_agrepa_probe_of_any_model(tmp_path, monkeypatch, capsys):
         (["--model", "no_such_module:f", "--blocks", "x"], "No module named 'no_such_module'"),
         (["--model", "tests.test_peers:f5_inputs", "--blocks", "x"], "too many values to unpack"),
         ([], "name a checkpoint, or --model"),
+        (["--model", "mine:f", "--blocks", "x", "--measures", "cka"], "only foga"),
     ],
 )
 def test_probe_refusals(arguments, message, capsys):

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from agrepa_fast.attribution.foga import ProbeBatch, foga
 from agrepa_fast.attribution.report import append_csv
 from agrepa_fast.attribution.selection import LayerSelection, select_layers
-from agrepa_fast.config import FlowConfig, ModelConfig, UserError, load_config
+from agrepa_fast.config import FlowConfig, UserError, load_config
 from agrepa_fast.data.shards import load_index
 from agrepa_fast.data.stream import BatchLayout, DataConfig, collate, train_batches
 from agrepa_fast.flow import clip_keys, euler, flow_loss, reference_prefix, sample, sway_times, training_draws
 from agrepa_fast.kernels import flow_mix
-from agrepa_fast.models.dit import AudioDiT, Velocity
+from agrepa_fast.models.dit import Velocity
 from agrepa_fast.training import aligner as aligner_module
 from agrepa_fast.training import checkpoint
 from agrepa_fast.training.engine import lr_factor
@@ -54,13 +54,19 @@ class Still(torch.nn.Module):
     def step(self):
         pass
 
+    def is_gradient_accumulation_boundary(self):
+        return True
+
 
 def test_a_step_by_hand(index):
     config = load_config("demo", ["flow.sigma=0.7", "flow.drop_tokens=0.6", "flow.drop_reference=0.3"])
-    engine, three = Still(), SimpleNamespace(layers=(), loss=lambda *_: torch.tensor(3.0))
+    engine, watched, given = Still(), [], []
+    losses = {"align_loss": torch.tensor(2.0), "bitc_loss": torch.tensor(1.0)}
+    aligner = SimpleNamespace(layers=lambda step: (), losses=lambda *args: given.append(args) or dict(losses))
+    choice = SimpleNamespace(aligner=aligner, watch=lambda engine, step: watched.append(step))
     batch = next(train_batches(index, config.data, BatchLayout(16, 2, 0, 1), seed=0, center=True))
     batch = replace(batch, places=tuple(range(8, 16)))
-    Run(config, index, torch.device("cpu"), engine, None, three, None, 0, 1, None).micro_step(batch, step=3)
+    Run(config, index, torch.device("cpu"), engine, None, choice, None, 0, 1, None).micro_step(batch, step=3)
     x_t, t, condition = engine.seen
     draws = training_draws(config.flow, condition.lengths, clip_keys(0, 3, range(8, 16), "draws"))
     wanted, target = flow_mix(batch.mel, draws.t, clip_keys(0, 3, range(8, 16), "noise"), 0.7)
@@ -70,6 +76,11 @@ def test_a_step_by_hand(index):
     assert torch.equal(condition.keep_tokens, draws.keep_tokens)
     assert torch.equal(condition.keep_reference, draws.keep_reference)
     torch.testing.assert_close(engine.loss, flow_loss(0 * target, target, condition.lengths).mean() + 3)
+    ((_, _, t_of_losses, kept, step_of_losses),) = given
+    assert t_of_losses is t
+    assert torch.equal(kept, draws.keep_tokens)
+    assert step_of_losses == 3
+    assert watched == [3]
 
 
 @pytest.mark.parametrize(("world", "chunk"), [(1, 10), (3, 3), (4, 2)])
@@ -95,44 +106,44 @@ def test_validation_by_hand_on_ranks_that_do_not_divide_the_clips(world, chunk, 
 def test_floor_is_what_no_ablation_changes(index):
     model = small_model()
 
-    def wobble(module, args, out):  # the plain forward differs by 0.1 %
-        return out._replace(v=out.v * (1 + 1e-3 * (args[0].shape[0] == len(args[1]))))
+    def wobble(module, args, out):  # the plain forward differs by 0.05 %
+        return out._replace(v=out.v * (1 + 5e-4 * (args[0].shape[0] == len(args[1]))))
 
     model.register_forward_hook(wobble)
     batch = ProbeBatch(*small_batch(), torch.tensor([0, 1, 0]), (0, 1, 2))
     scores = foga(model, batch, times=(0.3,), draws=2)
-    torch.testing.assert_close(scores.floor, torch.full((3,), 1e-3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores.floor, torch.full((3,), 5e-4), atol=1e-5, rtol=0)
     assert not torch.isclose(scores.values[..., 0], scores.values[..., 1]).any()  # draws differ
     scores = replace(scores, floor=torch.tensor([1e-3, 5.0, 2e-3]))
     assert scores.floor_of("speech") == pytest.approx(1.5e-3)
 
 
 def test_a_probe_keeps_the_floor(index, monkeypatch):
+    from agrepa_fast.attribution.foga import Measured
     from agrepa_fast.training import measure
 
-    one = SimpleNamespace(values=torch.ones(2, 3, 1, 1), floor=torch.full((3,), 0.25), times=(0.5,))
-    monkeypatch.setattr(measure, "foga", lambda *_, **__: one)
+    part = Measured(torch.ones(2, 3, 5, 1), torch.full((3,), 0.25), torch.zeros(3, dtype=torch.bool))
+    monkeypatch.setattr(measure, "FogaProbe", lambda *_, **__: SimpleNamespace(launch=lambda batch: part))
     clips = FixedClips(index, "val", 3, 3, "cpu")
     model = SimpleNamespace(blocks=[None, None])
     assert probe(model, clips, load_config("demo")).floor.tolist() == [0.25] * 6
 
 
-def test_a_probe_that_fails_costs_nothing(index, tmp_path):
-    config = load_config("demo", ["probe.start_step=1", "probe.every=1", "align.k=1", "probe.chunk=4"])
-    model = AudioDiT(ModelConfig(dim=16, depth=2, heads=2, token_dim=8, n_mels=index.n_mels, vocab=index.vocab))
-    model.blocks[1].ffn.fc2.bias.data.fill_(float("nan"))
-    torch.nn.init.normal_(model.blocks[1].modulation.weight)
-    said, aligner = [], aligner_module.Aligner(config, {}, torch.device("cpu"))
-    metrics, clips = SimpleNamespace(say=said.append, pause=nullcontext), FixedClips(index, "val", 5, 4, "cpu")
-    run = Run(config, index, torch.device("cpu"), SimpleNamespace(module=model), None, aligner, metrics, 0, 1, tmp_path)
-    before = torch.get_rng_state()
-    run.choose_layers(clips, 1)
-    assert said == ["step 1: the probe failed and training goes on: probe clip 0, layer 1: the score is not finite"]
-    assert aligner.selection is None
-    assert aligner.probes == []
-    assert not list(tmp_path.iterdir())
-    assert model.training
-    assert torch.equal(torch.get_rng_state(), before)
+def test_more_ranks_than_clips_are_refused(index):
+    with pytest.raises(UserError, match="2 val clips are fewer than the 3 ranks"):
+        FixedClips(index, "val", 1, 4, "cpu", 0, 3)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_clips_of_one_shape_are_each_owned_once(world, index):
+    """What CUDA graphs need: full chunks, padded alike; every clip answered for by one rank, and by that one once."""
+    owned, shapes = [], set()
+    for rank in range(world):
+        for batch, rows in FixedClips(index, "train", 5, 4, "cpu", rank, world, static=True).batches(0.3):
+            owned += [batch.places[row] for row in rows]
+            shapes.add((batch.mel.shape, batch.condition.tokens.shape))
+    assert sorted(owned) == list(range(10))
+    assert len(shapes) == 1
 
 
 def test_a_layer_that_is_not_measured_is_not_chosen():
@@ -150,7 +161,7 @@ def test_a_probe_repeated_by_a_resume_is_written_once(tmp_path):
     scores = foga(small_model(2), ProbeBatch(*small_batch(), torch.tensor([0, 0, 0]), (0, 1, 2)), times=(0.5,))
     sizes = []
     for step in (1, 2, 2):
-        append_csv(tmp_path / "a.csv", scores, step)
+        append_csv(tmp_path / "a.csv", replace(scores, step=step))
         sizes.append(len((tmp_path / "a.csv").read_text().splitlines()))
     assert sizes == [5, 9, 9]
 
@@ -210,14 +221,15 @@ def test_heads_step_on_the_mean_gradient_clipped_and_scheduled(monkeypatch):
     made = aligner_module.Aligner(config, {"speech": 3}, torch.device("cpu"))
     made.select(LayerSelection("fixed:1", {"speech": (1,)}, {"speech": (1.0,)}))
     batch = SimpleNamespace(keys="ab", teacher={"speech": torch.randn(2, 3)}, domain=torch.zeros(2, dtype=torch.int64))
-    loss = made.loss({1: torch.randn(2, 8)}, batch)
+    hidden = {0: torch.randn(2, 192), 1: torch.randn(2, 8)}
+    loss = sum(made.losses(hidden, batch, torch.rand(2), None, 0).values())
     made.config = replace(config, align=replace(config.align, weight=1.0))
     monkeypatch.setattr(
         aligner_module, "all_sum", lambda values: 6 * values
     )  # as if 4 ranks held 1, 1, 2, 2 times this
     monkeypatch.setattr(aligner_module.dist, "get_world_size", lambda: 4)
     loss.backward()
-    before = [p.grad.clone() for p in made.heads.parameters()]
+    before = [p.grad.clone() for p in made.parameters()]
     after, clip = [], torch.nn.utils.clip_grad_norm_
 
     def spy(parameters, norm):
@@ -233,22 +245,25 @@ def test_heads_step_on_the_mean_gradient_clipped_and_scheduled(monkeypatch):
 def test_align_weight():
     config = load_config("demo", ["model.dim=8", "model.heads=1", "align.weight=0.5"])
     batch = SimpleNamespace(keys="ab", teacher={"speech": torch.randn(2, 3)}, domain=torch.zeros(2, dtype=torch.int64))
-    hidden, losses = {1: torch.randn(2, 8)}, []
+    hidden, losses = {0: torch.randn(2, 192), 1: torch.randn(2, 8)}, []
     for weight in (0.5, 1.0):
         made = aligner_module.Aligner(replace(config, align=replace(config.align, weight=weight)), {"speech": 3}, "cpu")
         made.select(LayerSelection("fixed:1", {"speech": (1,)}, {"speech": (1.0,)}))
-        losses.append(made.loss(hidden, batch))
+        losses.append(made.losses(hidden, batch, torch.rand(2), None, 0)["align_loss"])
     torch.testing.assert_close(2 * losses[0], losses[1])
 
 
 def test_metrics_are_means_since_the_last_flush(tmp_path):
-    made = Metrics(tmp_path, 0, 1, 9, 0, 8)
+    made = Metrics(tmp_path, 0, 1, 8)
+    made.open(9, 0)
     for step, values in ((2, (1.0, 3.0)), (4, (5.0, 9.0))):
         for value in values:
             made.add(loss=torch.tensor(value))
         assert made.flush(step)["train/loss"] == sum(values) / 2
     made.close()
-    Metrics(tmp_path, 0, 1, 9, 2, 8).close()  # resumed at step 2
+    resumed = Metrics(tmp_path, 0, 1, 8)
+    resumed.open(9, 2)
+    resumed.close()
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [2]
 
 
@@ -267,8 +282,9 @@ def test_a_checkpoint_is_complete_last_of_all_and_the_newest_stay(tmp_path, monk
         save_checkpoint=lambda where, tag, **_: (Path(where) / tag).mkdir(parents=True),
     )
     ema = SimpleNamespace(state_dict=dict, applied=nullcontext)
+    choice = SimpleNamespace(state_dict=dict, aligner=SimpleNamespace(selection=None, export=dict))
     for step in (1, 2, 3):
-        made.save(engine, ema, SimpleNamespace(state_dict=dict, selection=None), step, None)
+        made.save(engine, ema, choice, step, None)
     assert order[-2:] == ["checkpoint.json", "latest"]
     assert order.count("checkpoint.json") == 3
     assert {path.name for path in folder.glob("step*")} == {"step00000002", "step00000003"}

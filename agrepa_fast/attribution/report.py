@@ -2,6 +2,7 @@
 why."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 from .scores import LayerScores
@@ -9,38 +10,56 @@ from .selection import LayerSelection
 
 COLUMNS = ("step", "measure", "recipe", "domain", "layer", "t", "score", "stderr", "floor", "clips")
 COLOURS = {"speech": "#1f77b4", "audio": "#ff7f0e"}
+NAMES = {"foga": "FoG-A", "foga-vjp": "FoG-A by vjp", "gradnorm": "gradient norm"}
+NAMES |= {"lasp": "LASP", "ridge": "ridge", "cka": "CKA"}
+UNITS = {"foga": "relative velocity change", "foga-vjp": "relative velocity change", "gradnorm": "gradient norm"}
+UNITS |= {"lasp": "cosine", "ridge": "cosine", "cka": "CKA"}
 
 
-def csv_rows(scores: LayerScores, step: int) -> list[dict]:
-    """One row per domain and layer with t = mean (standard error over clips), and one per time."""
+def csv_rows(scores: LayerScores) -> list[dict]:
+    """One row per domain and layer that was measured with t = mean (standard error over clips), and one per time."""
     rows = []
     for domain in scores.domains():
         common = {
-            "step": step,
-            "measure": "foga",
+            "step": scores.step or 0,
+            "measure": scores.measure,
             "recipe": scores.recipe,
             "domain": domain,
             "floor": f"{scores.floor_of(domain):.3e}",
             "clips": scores.clips(domain),
         }
         mean, stderr, at = scores.mean(domain), scores.stderr(domain), scores.mean_at(domain)
-        for layer in range(scores.depth):
-            row = {"layer": layer + 1, "t": "mean", "score": f"{mean[layer]:.6g}", "stderr": f"{stderr[layer]:.3g}"}
-            rows.append(common | row)
+        for layer, name in enumerate(scores.layer_names()):
+            if mean[layer].isnan():
+                continue
+            of_layer = common | {"layer": name.removeprefix("L")}
+            rows.append(of_layer | {"t": "mean", "score": f"{mean[layer]:.6g}", "stderr": f"{stderr[layer]:.3g}"})
             rows += [
-                common | {"layer": layer + 1, "t": f"{t:g}", "score": f"{at[layer, i]:.6g}", "stderr": ""}
+                of_layer | {"t": f"{t:g}", "score": f"{at[layer, i]:.6g}", "stderr": ""}
                 for i, t in enumerate(scores.times)
+                if t == t
             ]
     return rows
 
 
-def append_csv(path: Path, scores: LayerScores, step: int) -> None:
-    """Append one probe to attribution.csv; a step that is there already (a resumed run probes it again) is replaced."""
-    rows = []
-    if path.is_file():
-        with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
-    rows += csv_rows(scores, step)
+def read_csv(path: Path) -> list[dict]:
+    """The rows of an attribution.csv, [] when there is none."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append_csv(path: Path, scores: LayerScores) -> None:
+    """Append one probe to attribution.csv. What is there of its measure and recipe at this step or later is replaced: a
+    resumed run measures it again."""
+    probe = (scores.measure, scores.recipe)
+    rows = [
+        row
+        for row in read_csv(path)
+        if (row["measure"], row["recipe"]) != probe or int(row["step"]) < (scores.step or 0)
+    ]
+    rows += csv_rows(scores)
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -49,32 +68,35 @@ def append_csv(path: Path, scores: LayerScores, step: int) -> None:
     temporary.replace(path)
 
 
-def print_table(evidence: dict[str, dict], selection: LayerSelection | None) -> None:
-    """A row a layer: FoG-A with its standard error, and lambda of the selected layers, for every domain."""
+def print_tables(measured: Sequence[LayerScores], selection: LayerSelection | None) -> None:
+    """For every domain a row a layer: each measure with its standard error, and lambda of the selected layers; below,
+    the rank correlation of the other measures with the first."""
     from rich.console import Console
     from rich.table import Table
 
-    domains = list(evidence)
-    title = ", ".join(
-        f"{name}: {measured['clips']} clips, floor {measured['floor']:.1e}" for name, measured in evidence.items()
-    )
-    recipe = next(iter(evidence.values()))["recipe"]
-    table = Table(title=f"FoG-A, {recipe} recipe ({title})")
-    table.add_column("layer")
-    for domain in domains:
-        table.add_column(domain, justify="right")
+    console, first = Console(), measured[0]
+    for domain in first.domains():
+        facts = f"{first.clips(domain)} clips, floor {first.floor_of(domain):.1e}, {first.recipe} recipe"
+        table = Table(title=f"{domain}: {facts}")
+        table.add_column("layer")
+        for scores in measured:
+            table.add_column(scores.measure, justify="right")
         table.add_column("λ", justify="right")
-    for layer in range(1, len(evidence[domains[0]]["mean"]) + 1):
-        cells = []
-        for domain in domains:
-            error = evidence[domain]["stderr"][layer - 1]
-            cells.append(
-                f"{evidence[domain]['mean'][layer - 1]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
-            )
-            chosen = selection.layers[domain] if selection else ()
-            cells.append(f"{selection.weights[domain][chosen.index(layer)]:.2f}" if layer in chosen else "")
-        table.add_row(f"L{layer}", *cells)
-    Console().print(table)
+        weights = dict(zip(selection.layers[domain], selection.weights[domain], strict=True)) if selection else {}
+        columns = [(scores.mean(domain), scores.stderr(domain)) for scores in measured]
+        for layer, name in enumerate(first.layer_names()):
+            cells = [_cell(float(mean[layer]), float(stderr[layer])) for mean, stderr in columns]
+            table.add_row(name, *cells, f"{weights[layer + 1]:.2f}" if layer + 1 in weights else "")
+        console.print(table)
+        if len(measured) > 1:
+            others = ", ".join(f"{m.measure} {m.rank_correlation(first, domain):.2f}" for m in measured[1:])
+            console.print(f"{domain}: rank correlation with {first.measure}: {others}")
+
+
+def _cell(mean: float, stderr: float) -> str:
+    if mean != mean:
+        return "-"
+    return f"{mean:.4f}" + (f" ± {stderr:.4f}" if stderr < float("inf") else "")
 
 
 def plot_attribution(evidence: dict[str, dict], selection: LayerSelection | None, path: Path) -> None:
@@ -93,7 +115,7 @@ def plot_attribution(evidence: dict[str, dict], selection: LayerSelection | None
     layers = np.arange(1, depth + 1)
     panels = np.atleast_1d(figure.subplots(len(evidence), sharex=True))
     for axes, (domain, measured) in zip(panels, evidence.items(), strict=True):
-        mean = np.array(measured["mean"])
+        mean = np.array([np.nan if score is None else score for score in measured["mean"]])
         stderr = np.array([error or 0.0 for error in measured["stderr"]])
         chosen = selection.layers.get(domain, ()) if selection else ()
         weights = dict(zip(chosen, selection.weights[domain], strict=True)) if chosen else {}
@@ -103,12 +125,14 @@ def plot_attribution(evidence: dict[str, dict], selection: LayerSelection | None
             top = mean[layer - 1] + stderr[layer - 1]
             axes.annotate(f"λ={weight:.2f}", (layer, top), xytext=(0, 3), textcoords="offset points", ha="center")
         axes.axhline(measured["floor"], color="grey", linestyle=":", linewidth=1)
-        axes.set_ylabel("relative velocity change")
-        axes.set_ylim(0, 1.18 * float((mean + stderr).max()) + 1e-12)
+        axes.set_ylabel(UNITS[measured["measure"]])
+        axes.set_ylim(min(0, 1.1 * float(np.nanmin(mean))), 1.18 * float(np.nanmax(mean + stderr)) + 1e-12)
         step = "" if measured["step"] is None else f" at step {measured['step']}"
         recipe = "" if measured["recipe"] == "corrected" else f" ({measured['recipe']} recipe)"
         axes.set_title(
-            f"{domain}: FoG-A{recipe}{step}, {measured['clips']} clips ± standard error; filled = aligned", fontsize=10
+            f"{domain}: {NAMES[measured['measure']]}{recipe}{step}, {measured['clips']} clips ± standard error; "
+            "filled = aligned",
+            fontsize=10,
         )
     panels[-1].set_xticks(layers, [f"L{layer}" for layer in layers])
     panels[-1].set_xlabel("layer")

@@ -126,7 +126,7 @@ class LayerScores:
                 "stderr": _plain(self.stderr(domain)),
                 "floor": self.floor_of(domain),
                 "clips": self.clips(domain),
-                "times": list(self.times),
+                "times": _plain(torch.tensor(self.times, dtype=torch.float64)),
                 "recipe": self.recipe,
                 "step": self.step,
             }

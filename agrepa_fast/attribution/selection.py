@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..config import WEIGHTINGS, AlignConfig, UserError, nearest
-from .scores import LayerScores
+from .scores import STORAGE, LayerScores
 
 ABOVE_FLOOR = 3.0  # a layer counts as measured when its score clears this multiple of the floor by two standard errors
 
@@ -20,13 +20,19 @@ class NotRankableError(ValueError):
 
 @dataclass(frozen=True)
 class LayerSelection:
-    """Aligned layers per domain (1-based), their weights lambda, and the evidence they were chosen on."""
+    """Aligned layers per domain (1-based), their weights lambda, and the evidence they were chosen on.
+
+    With `times`, weights differ by time: weights_at[domain][i] are those of the domain's layers at times[i], and
+    `weights` their means over times.
+    """
 
     strategy: str
     layers: dict[str, tuple[int, ...]]
     weights: dict[str, tuple[float, ...]]
     step: int = 0  # optimizer step of the choice
     evidence: dict = field(default_factory=dict)  # LayerScores.evidence(), top_k_probability; empty for fixed choices
+    times: tuple[float, ...] = ()
+    weights_at: dict[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
 
     @property
     def all_layers(self) -> tuple[int, ...]:
@@ -43,6 +49,8 @@ class LayerSelection:
             weights={domain: tuple(weights) for domain, weights in values["weights"].items()},
             step=values["step"],
             evidence=values["evidence"],
+            times=tuple(values["times"]),
+            weights_at={domain: tuple(map(tuple, rows)) for domain, rows in values["weights_at"].items()},
         )
 
     def describe(self) -> str:
@@ -53,45 +61,90 @@ class LayerSelection:
         )
 
 
-def select_layers(scores: LayerScores, k: int = 3, weighting: str = "normalized") -> LayerSelection:
-    """The k layers of each domain with the highest FoG-A, and their weights.
+def select_layers(
+    scores: LayerScores,
+    k: int = 3,
+    weighting: str = "normalized",
+    *,
+    share: float | None = None,
+    confidence: float = 0.9,
+    per_time: bool = False,
+) -> LayerSelection:
+    """The layers of each domain with the highest scores, and their weights.
 
-    weighting: "normalized" lambda = score / sum of the selected scores; "equal" 1 / k; "raw2x" 2 x score, what the
-    release hard-codes.
-    Raises NotRankableError while fewer than k layers of a domain stand out of the no-ablation floor.
+    k: how many. share: instead, the fewest highest layers that carry this share of the sum of all scores with at least
+    this `confidence` (bootstrap over clips). weighting: "normalized" lambda = score / sum of the selected scores;
+    "equal" 1 / number; "raw2x" 2 x score, what the release hard-codes. per_time: the same at each of the scores' times
+    (AG-REPA's timestep-adaptive set): `layers` are the union, and a layer has weight 0 at times that did not choose it.
+
+    Layers that do not stand out of the no-ablation floor by two standard errors are never chosen. Raises
+    NotRankableError while there are fewer than are wanted.
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting={weighting!r}: {nearest(weighting, WEIGHTINGS)}")
     if not 1 <= k <= scores.depth:
         raise ValueError(f"k={k}: must be from 1 to the {scores.depth} layers that were measured")
-    layers, weights, evidence = {}, {}, scores.evidence()
+    evidence, chosen = scores.evidence(), {}
     for domain in scores.domains():
-        mean, stderr, floor = scores.mean(domain), scores.stderr(domain), scores.floor_of(domain)
-        measured = mean - 2 * stderr.nan_to_num(posinf=0) > ABOVE_FLOOR * floor  # one clip has no standard error
-        if int(measured.sum()) < k:
+        measured = _measured(scores, domain)
+        wanted = k if share is None else _fewest(scores, domain, measured, share, confidence)
+        if int(measured.sum()) < wanted:
             raise NotRankableError(
-                f"{domain}: {int(measured.sum())} of {scores.depth} layers stand out of the floor {floor:.1e}, "
-                f"{k} are wanted: train longer before ranking"
+                f"{domain}: {int(measured.sum())} of {scores.depth} layers stand out of the floor "
+                f"{scores.floor_of(domain):.1e}, {wanted} are wanted: train longer before ranking"
             )
-        ranked = torch.where(measured, mean, -1).argsort(descending=True, stable=True)[:k]
-        chosen = sorted(int(layer) for layer in ranked)
-        layers[domain] = tuple(layer + 1 for layer in chosen)
-        weights[domain] = _weights(mean[chosen], weighting)
-        evidence[domain]["top_k_probability"] = scores.top_k_probability(domain, k)
-    return LayerSelection("foga", layers, weights, scores.step or 0, evidence)
+        evidence[domain] |= {"k": wanted, "top_k_probability": scores.top_k_probability(domain, wanted)}
+        rows = scores.mean_at(domain).T if per_time else scores.mean(domain).unsqueeze(0)
+        chosen[domain] = [_weights(row, _highest(row, measured, wanted), weighting) for row in rows]
+    layers = {domain: tuple(sorted(set().union(*rows))) for domain, rows in chosen.items()}
+    tables = {
+        domain: tuple(tuple(row.get(layer, 0.0) for layer in layers[domain]) for row in rows)
+        for domain, rows in chosen.items()
+    }
+    mean = {
+        domain: tuple(torch.tensor(table, dtype=torch.float64).mean(0).tolist()) for domain, table in tables.items()
+    }
+    by_time = {"times": scores.times, "weights_at": tables} if per_time else {}
+    return LayerSelection(scores.measure, layers, mean, scores.step or 0, evidence, **by_time)
 
 
-def _weights(scores: torch.Tensor, weighting: str) -> tuple[float, ...]:
-    if weighting == "equal":
-        return (1 / len(scores),) * len(scores)
-    return tuple((2 * scores if weighting == "raw2x" else scores / scores.sum()).tolist())
+def _measured(scores: LayerScores, domain: str) -> torch.Tensor:
+    """(L,) bool: layers that stand out of the floor; storage scores have none, and there every layer counts."""
+    mean = scores.mean(domain)
+    if scores.measure in STORAGE:
+        return mean.isfinite()
+    stderr = scores.stderr(domain).nan_to_num(posinf=0)  # one clip has no standard error
+    return mean - 2 * stderr > ABOVE_FLOOR * scores.floor_of(domain)
+
+
+def _fewest(scores: LayerScores, domain: str, measured: torch.Tensor, share: float, confidence: float) -> int:
+    for k in range(1, int(measured.sum()) + 1):
+        layers = _highest(scores.mean(domain), measured, k)
+        if scores.share_probability(domain, layers, share) >= confidence:
+            return k
+    return int(measured.sum()) + 1  # those that were measured do not carry it
+
+
+def _highest(scores: torch.Tensor, measured: torch.Tensor, k: int) -> list[int]:
+    """The k highest measured layers, 0-based."""
+    return torch.where(measured, scores, -torch.inf).argsort(descending=True, stable=True)[:k].tolist()
+
+
+def _weights(scores: torch.Tensor, chosen: list[int], weighting: str) -> dict[int, float]:
+    """1-based layer -> lambda."""
+    picked = scores[chosen].double().clamp(min=0)  # a cosine may be negative
+    if weighting == "equal" or not picked.any():
+        picked = torch.full_like(picked, 1 / len(picked))
+    else:
+        picked = 2 * picked if weighting == "raw2x" else picked / picked.sum()
+    return {layer + 1: weight for layer, weight in sorted(zip(chosen, picked.tolist(), strict=True))}
 
 
 def unmeasured_selection(align: AlignConfig, depth: int, domains: tuple[str, ...], seed: int) -> LayerSelection:
-    """The selection of a strategy that looks at no score: fixed:…, shallow (L1 … Lk), random, none. Equal weights that
-    sum to 1.
+    """The selection of a strategy that looks at no score: fixed:…, shallow (L1 … Lk), deep (the last k), random, none.
+    Equal weights that sum to 1.
 
-    Raises UserError for `foga`, which needs scores.
+    Raises UserError for the strategies that need scores.
     """
     name = align.strategy.partition(":")[0]
     if name == "none":
@@ -99,7 +152,9 @@ def unmeasured_selection(align: AlignConfig, depth: int, domains: tuple[str, ...
     if name == "fixed":
         chosen = dict.fromkeys(domains, align.fixed_layers)
     elif name == "shallow":
-        chosen = {domain: tuple(range(1, align.k + 1)) for domain in domains}
+        chosen = dict.fromkeys(domains, tuple(range(1, align.k + 1)))
+    elif name == "deep":
+        chosen = dict.fromkeys(domains, tuple(range(depth - align.k + 1, depth + 1)))
     elif name == "random":
         draw = random.Random(f"{seed}/random layers")
         chosen = {domain: tuple(sorted(draw.sample(range(1, depth + 1), align.k))) for domain in domains}

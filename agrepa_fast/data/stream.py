@@ -41,9 +41,19 @@ class Batch:
         )
 
 
-def collate(samples: list[Sample], places: tuple[int, ...], index: Index, *, center: bool = True) -> Batch:
-    """Pad samples to the longest, normalise mels by the index's mean and std, centre teacher vectors by their mean."""
-    frames, tokens = max(s.mel.shape[0] for s in samples), max(len(s.tokens) for s in samples)
+def collate(
+    samples: list[Sample],
+    places: tuple[int, ...],
+    index: Index,
+    *,
+    center: bool = True,
+    frames: int = 0,
+    tokens: int = 0,
+) -> Batch:
+    """Pad samples to the longest (and at least `frames` and `tokens`), normalise mels by the index's mean and std,
+    centre teacher vectors by their mean."""
+    frames = max(frames, *(s.mel.shape[0] for s in samples))
+    tokens = max(tokens, *(len(s.tokens) for s in samples))
     mel = torch.zeros(len(samples), frames, index.n_mels)
     ids = torch.zeros(len(samples), tokens, dtype=torch.int64)
     teacher = {name: torch.zeros(len(samples), index.teacher(name).dim) for name in index.domains}

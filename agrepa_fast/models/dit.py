@@ -13,7 +13,7 @@ from .conditioning import Condition, TimeEmbedding, TokenCondition, keep_clips, 
 
 class Velocity(NamedTuple):
     v: torch.Tensor  # (N, T, n_mels), zero in the padding
-    hidden: dict[int, torch.Tensor]  # 1-based layer -> block output (N, T, D), or its masked time-mean (N, D)
+    hidden: dict[int, torch.Tensor]  # layer -> block output (N, T, D), or its masked time-mean (N, D); 0: the tokens
 
 
 class AudioDiT(nn.Module):
@@ -58,7 +58,8 @@ class AudioDiT(nn.Module):
     ) -> Velocity:
         """Velocity at x_t (N, T, n_mels), for times t (C,) or (C, T) and C conditions; row n has condition n mod C.
 
-        capture: 1-based layers whose outputs come back in `hidden`, time-averaged over valid frames when pooled.
+        capture: 1-based layers whose outputs come back in `hidden`, time-averaged over valid frames when pooled; 0 is
+        the token condition, (C, T, token_dim) or (C, token_dim), zero where a clip's tokens are dropped.
         Raises ValueError when the conditions do not divide the rows or a captured layer does not exist.
         """
         conditions, frames = condition.lengths.shape[0], x_t.shape[1]
@@ -66,10 +67,11 @@ class AudioDiT(nn.Module):
             raise ValueError(
                 f"{x_t.shape[0]} rows and {t.shape[0]} times over {conditions} conditions: C times, C divides rows"
             )
-        if outside := [layer for layer in capture if not 1 <= layer <= len(self.blocks)]:
-            raise ValueError(f"capture={outside}: layers are numbered 1 to {len(self.blocks)}")
+        if outside := [layer for layer in capture if not 0 <= layer <= len(self.blocks)]:
+            raise ValueError(f"capture={outside}: layers are numbered 1 to {len(self.blocks)}, 0 is the condition")
         lengths = condition.mask_lengths
-        x = self._embed(x_t, condition, frames)
+        tokens = self.tokens(condition, frames)
+        x = self._embed(x_t, tokens, condition, frames)
         cond = self.time(t)
         modulations = self.joint_modulations(cond) if self._joins_modulations(cond) else [None] * len(self.blocks)
         rope = None
@@ -77,6 +79,8 @@ class AudioDiT(nn.Module):
             rope = rotary_tables(frames, self.config.dim // self.config.heads, x.device)
 
         hidden = {}
+        if 0 in capture:
+            hidden[0] = self._time_mean(tokens, condition) if pooled else tokens
         for layer, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=True), start=1):
             options = {"modulation": modulation, "rope": rope, "lengths": lengths}
             if layer in capture and pooled:
@@ -99,10 +103,15 @@ class AudioDiT(nn.Module):
         weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
         return F.linear(F.silu(cond), weight, bias).unflatten(-1, (len(linears), 6, -1)).unbind(1)
 
-    def _embed(self, x_t: torch.Tensor, condition: Condition, frames: int) -> torch.Tensor:
+    @staticmethod
+    def _time_mean(x: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """x (C, T, D) -> (C, D) fp32, over valid frames."""
+        return zero_padding(x.float(), condition.mask_lengths).sum(1) / condition.lengths.unsqueeze(1)
+
+    def _embed(self, x_t: torch.Tensor, tokens: torch.Tensor, condition: Condition, frames: int) -> torch.Tensor:
         dtype = self.in_x.weight.dtype
         reference = keep_clips(condition.reference, condition.keep_reference).to(dtype)
-        given = self.in_condition(torch.cat((self.tokens(condition, frames), reference), dim=-1))
+        given = self.in_condition(torch.cat((tokens, reference), dim=-1))
         x = (self.in_x(x_t.to(dtype)).unflatten(0, (-1, given.shape[0])) + given).flatten(0, 1)
         if self.in_conv is None:
             return x + sinusoids(torch.arange(frames, device=x.device).float(), x.shape[-1]).to(dtype)

@@ -1,13 +1,12 @@
-"""Alignment beside the sharded engine: the current selection, its heads, and their own AdamW."""
+"""Alignment beside the sharded engine: BiT-C's projections, the heads of the current selection, and their own AdamW."""
 
 from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
 
-from ..alignment.heads import AlignmentHeads
-from ..alignment.objectives import alignment_loss
-from ..attribution.scores import LayerScores
+from ..alignment.heads import AlignmentHeads, BitcProjections
+from ..alignment.objectives import alignment_loss, bitc_loss
 from ..attribution.selection import LayerSelection
 from ..config import Config
 from ..data.stream import Batch
@@ -15,10 +14,10 @@ from .engine import all_sum, lr_factor
 
 
 class Aligner:
-    """No selection, no heads, no loss, until `select` is called with one that has layers.
+    """No selection, no heads, no alignment loss, until `select` is called with one that has layers.
 
-    Heads are fp32 and replicated. They stay out of the DeepSpeed engine: a module made after its initialisation would
-    never train under ZeRO-2, and unused parameters that differ by rank hang stages 1 to 3.
+    Heads and projections are fp32 and replicated. They stay out of the DeepSpeed engine: a module made after its
+    initialisation would never train under ZeRO-2, and unused parameters that differ by rank hang stages 1 to 3.
     """
 
     def __init__(self, config: Config, teacher_dims: dict[str, int], device: torch.device):
@@ -26,46 +25,65 @@ class Aligner:
         self.selection: LayerSelection | None = None
         self.heads: AlignmentHeads | None = None
         self.optimizer: torch.optim.AdamW | None = None
-        self.probes: list[LayerScores] = []  # the recent ones, which the next ranking pools
-
-    def add_probe(self, scores: LayerScores) -> LayerScores:
-        """Remember a probe; returns it pooled with the recent ones (probe.pool together)."""
-        recent = self.probes[-(self.config.probe.pool - 1) :] if self.config.probe.pool > 1 else []
-        self.probes = [*recent, scores]
-        return scores.pooled_with(recent)
+        align = config.align
+        weights = {"speech": align.bitc_speech, "audio": align.bitc_audio}
+        self.bitc_weights = {domain: weights[domain] for domain in teacher_dims if weights[domain] > 0}
+        dims = {domain: teacher_dims[domain] for domain in self.bitc_weights}
+        self.bitc = BitcProjections(config.model.token_dim, dims, config.run.seed).to(device)
+        self._make_optimizer()
 
     def select(self, selection: LayerSelection) -> None:
-        """Create the heads of a selection; every rank must get the same one."""
-        self.selection, self.heads, self.optimizer = selection, None, None
-        if not selection.all_layers:
-            return
-        self.heads = AlignmentHeads(selection, self.config.model.dim, self.teacher_dims, self.config.run.seed)
-        self.heads.to(self.device)
-        train = self.config.train
-        self.optimizer = torch.optim.AdamW(
-            self.heads.parameters(),
-            lr=self.config.align.lr,
-            betas=tuple(train.betas),
-            weight_decay=train.weight_decay,
-        )
+        """Make the heads of a selection; those of layers that stay keep their weights and optimizer state. Every rank
+        must get the same selection."""
+        earlier, self.selection, self.heads = self.heads, selection, None
+        if selection.all_layers:
+            config = self.config
+            self.heads = AlignmentHeads(selection, config.model.dim, self.teacher_dims, config.run.seed, earlier)
+            self.heads.to(self.device)
+        self._make_optimizer()
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """1-based layers whose hidden states the loss needs."""
-        return self.selection.all_layers if self.heads is not None else ()
+    def _make_optimizer(self) -> None:
+        train, before = self.config.train, self.optimizer
+        self.optimizer = None
+        if parameters := self.parameters():
+            self.optimizer = torch.optim.AdamW(
+                parameters, lr=self.config.align.lr, betas=tuple(train.betas), weight_decay=train.weight_decay
+            )
+        if before is not None and self.optimizer is not None:
+            self.optimizer.state.update({p: before.state[p] for p in parameters if p in before.state})
 
-    def loss(self, hidden: dict[int, torch.Tensor], batch: Batch) -> torch.Tensor:
-        """align.weight x alignment loss, the mean over the batch's clips, fp32; zero while nothing is selected."""
-        if self.heads is None:
-            return torch.zeros((), device=self.device)
-        return self.config.align.weight * alignment_loss(self.heads, hidden, batch.teacher, batch.domain)[0]
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [*self.bitc.parameters(), *(self.heads.parameters() if self.heads is not None else ())]
+
+    def layers(self, step: int) -> tuple[int, ...]:
+        """Layers whose hidden states the losses of a step need; 0 is the token condition."""
+        condition = (0,) if len(self.bitc) else ()
+        return condition + (self.selection.all_layers if self._aligns(step) else ())
+
+    def _aligns(self, step: int) -> bool:
+        stop = self.config.align.stop
+        return self.heads is not None and (stop is None or step < stop)
+
+    def losses(
+        self, hidden: dict[int, torch.Tensor], batch: Batch, t: torch.Tensor, kept: torch.Tensor | None, step: int
+    ) -> dict[str, torch.Tensor]:
+        """align_loss (align.weight x alignment) and bitc_loss, means over the batch's clips, fp32; zero where nothing
+        is selected, or align.stop has come. t and kept (N,): each clip's time, and whether its tokens are kept."""
+        zero = torch.zeros((), device=self.device)
+        losses = {"align_loss": zero, "bitc_loss": zero}
+        if self._aligns(step):
+            mean, _ = alignment_loss(self.heads, hidden, batch.teacher, batch.domain, t)
+            losses["align_loss"] = self.config.align.weight * mean
+        if len(self.bitc):
+            weights = self.bitc_weights
+            losses["bitc_loss"] = bitc_loss(self.bitc, weights, hidden[0], batch.teacher, batch.domain, kept)
+        return losses
 
     def step(self, step: int) -> None:
-        """Average the heads' gradients over ranks in one all-reduce, clip, and update. At the same point on every
-        rank."""
-        if self.heads is None:
+        """Average the gradients over ranks in one all-reduce, clip, and update. At the same point on every rank."""
+        parameters = [p for p in self.parameters() if p.grad is not None]  # none of the heads after align.stop
+        if not parameters:
             return
-        parameters = list(self.heads.parameters())
         flat = all_sum(torch.cat([p.grad.flatten() for p in parameters])) / dist.get_world_size()
         for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad.copy_(gradient.view_as(parameter))
@@ -75,21 +93,25 @@ class Aligner:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def export(self) -> dict[str, torch.Tensor]:
+        """Name -> weight of projections ("bitc.speech.weight") and heads ("heads.speech_L1.0.weight", ...)."""
+        parts = {"bitc": self.bitc.state_dict(), "heads": self.heads.heads.state_dict() if self.heads else {}}
+        return {f"{part}.{name}": p.detach().cpu() for part, state in parts.items() for name, p in state.items()}
+
     def state_dict(self) -> dict:
-        """Recent probes, selection, heads and optimizer; the same on every rank, so it loads on any number of them."""
-        state = {"probes": [asdict(scores) for scores in self.probes]}
-        if self.selection is None:
-            return state
-        state |= {"selection": asdict(self.selection)}
-        if self.heads is not None:
-            state |= {"heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return state
+        """Selection, heads, projections and optimizer; the same on every rank, so it loads on any number of them."""
+        return {
+            "selection": None if self.selection is None else asdict(self.selection),
+            "weights": self.export(),
+            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
-        self.probes = [LayerScores(**scores) for scores in state["probes"]]
-        if "selection" not in state:
-            return
-        self.select(LayerSelection.from_dict(state["selection"]))
-        if self.heads is not None:
-            self.heads.load_state_dict(state["heads"])
+        if state["selection"] is not None:
+            self.select(LayerSelection.from_dict(state["selection"]))
+        modules = {"bitc": self.bitc, **({"heads": self.heads.heads} if self.heads is not None else {})}
+        for part, module in modules.items():
+            weights = {name: value for name, value in state["weights"].items() if name.startswith(f"{part}.")}
+            module.load_state_dict({name.removeprefix(f"{part}."): value for name, value in weights.items()})
+        if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])

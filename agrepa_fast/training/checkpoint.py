@@ -1,8 +1,9 @@
 """Checkpoints of a run: everything a resume needs, and the weights as safetensors for everybody else.
 
-checkpoints/<tag>/ holds DeepSpeed's files (model, optimizer, schedule, heads, selection, position), rank<r>.safetensors
-(EMA shard and random state), model.safetensors and ema.safetensors (whole, fp32), config.yaml, selection.json, and last
-of all checkpoint.json, which makes it complete. `latest` names the newest complete one. A tag is never written twice.
+checkpoints/<tag>/ holds DeepSpeed's files (model, optimizer, schedule, heads, selection, probes, position),
+rank<r>.safetensors (EMA shard and random state), model.safetensors and ema.safetensors (whole, fp32), heads.safetensors
+(alignment heads and BiT-C's projections), config.yaml, selection.json, and last of all checkpoint.json, which makes it
+complete. `latest` names the newest complete one. A tag is never written twice.
 """
 
 import json
@@ -17,13 +18,22 @@ from safetensors.torch import load_file, save_file
 from ..config import Config, UserError, load_config, save_config
 from ..data.shards import INDEX, file_sha256
 from ..models.dit import AudioDiT
-from .aligner import Aligner
+from .choose import LayerChoice
 from .ema import Ema
 from .engine import full_weights
 
 MARKER = "checkpoint.json"
 _MAY_CHANGE = {  # on a resume; so may eval.*
-    *("run.dir", "data.path", "data.workers", "probe.chunk", "train.steps", "train.accumulation"),
+    *(
+        "run.dir",
+        "data.path",
+        "data.workers",
+        "probe.chunk",
+        "probe.graph",
+        "probe.max_rows",
+        "train.steps",
+        "train.accumulation",
+    ),
     *("train.save_every", "train.val_every", "train.log_every", "train.keep"),
 }
 
@@ -49,11 +59,11 @@ class Checkpoints:
                     shutil.rmtree(path)
         dist.barrier()
 
-    def save(self, engine, ema: Ema, aligner: Aligner, step: int, config: Config) -> Path:
+    def save(self, engine, ema: Ema, choice: LayerChoice, step: int, config: Config) -> Path:
         """Write a complete checkpoint, then point `latest` at it and drop the oldest. Every rank must call it."""
         tag = self._new_tag(step)
         path = self.folder / tag
-        client = {"step": step, "aligner": aligner.state_dict()}
+        client = {"step": step, "choice": choice.state_dict()}
         engine.save_checkpoint(str(self.folder), tag=tag, client_state=client, save_latest=False)
         save_file({**ema.state_dict(), **_random_state()}, path / f"rank{self.rank}.safetensors")
         weights = full_weights(engine)
@@ -63,8 +73,9 @@ class Checkpoints:
             save_file(weights, path / "model.safetensors")
             save_file(averaged, path / "ema.safetensors")
             save_config(config, path / "config.yaml")
-            if aligner.selection is not None:
-                aligner.selection.save(path / "selection.json")
+            save_file(choice.aligner.export(), path / "heads.safetensors")
+            if choice.aligner.selection is not None:
+                choice.aligner.selection.save(path / "selection.json")
         dist.barrier()
         if self.rank == 0:
             facts = {"step": step, **self._facts(engine, config)}
@@ -74,7 +85,7 @@ class Checkpoints:
         dist.barrier()
         return path
 
-    def load(self, path: Path, engine, ema: Ema, aligner: Aligner, config: Config) -> int:
+    def load(self, path: Path, engine, ema: Ema, choice: LayerChoice, config: Config) -> int:
         """Continue from a checkpoint of this run; returns its step. Raises UserError when it does not fit this run."""
         saved = load_config(path / "config.yaml")
         for section, name in _fields(config):
@@ -94,7 +105,7 @@ class Checkpoints:
         _, client = engine.load_checkpoint(str(self.folder), tag=path.name)
         state = load_file(path / f"rank{self.rank}.safetensors")
         ema.load_state_dict(state)
-        aligner.load_state_dict(client["aligner"])
+        choice.load_state_dict(client["choice"])
         torch.set_rng_state(state["cpu_rng"])  # last: making the heads draws from it
         if torch.cuda.is_available() and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"])
@@ -170,6 +181,14 @@ def load_model(path: Path, *, live: bool = False) -> tuple[AudioDiT, Config]:
             )
     model.load_state_dict(state)
     return model.eval(), config
+
+
+def load_projections(path: Path) -> dict[str, torch.Tensor]:
+    """Domain -> weight (E, token_dim) of BiT-C's projections in a checkpoint; {} when it was trained without."""
+    file = path / "heads.safetensors"
+    if not file.is_file():
+        raise UserError(f"{path}: {file.name} is missing")
+    return {name.split(".")[1]: weight for name, weight in load_file(file).items() if name.startswith("bitc.")}
 
 
 def _random_state() -> dict[str, torch.Tensor]:

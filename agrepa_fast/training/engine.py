@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def resolve_ds_config(values: dict, train: TrainConfig, layout: BatchLayout, dev
             raise UserError(
                 f'ds_config "{section}": an object is wanted, such as {{"enabled": true}} or {{"stage": 2}}'
             )
-    stage = values.get("zero_optimization", {}).get("stage", 0)
+    stage = zero_stage(values)
     if stage not in (0, 1, 2, 3):
         raise UserError(f'ds_config "zero_optimization": stage {stage} is unknown: 0, 1, 2 or 3')
     bf16 = precision(train, device) == "bf16"
@@ -138,6 +138,10 @@ def resolve_ds_config(values: dict, train: TrainConfig, layout: BatchLayout, dev
     resolved["bf16"] = {**values.get("bf16", {}), "enabled": bf16}
     resolved.setdefault("steps_per_print", _NEVER)
     return resolved
+
+
+def zero_stage(ds_config: dict) -> int:
+    return ds_config.get("zero_optimization", {}).get("stage", 0)
 
 
 def lr_factor(train: TrainConfig, step: int) -> float:
@@ -194,6 +198,21 @@ def publish_masters(engine) -> None:
         optimizer.update_lp_params()
     elif engine.bfloat16_enabled():
         torch._foreach_copy_([parameter.data for parameter in engine.module.parameters()], masters(engine))
+
+
+def gradient_norms(engine, blocks: Sequence[nn.Module]) -> torch.Tensor:
+    """(L,) norm of the step's gradient to each block's parameters, averaged over ranks and micro-batches as the
+    optimizer will see it, before clipping. Between the last backward of a step and engine.step(); every rank must call
+    it, since partitions are gathered one after the other. The same on any number of ranks, at any ZeRO stage."""
+    from deepspeed.utils import safe_get_full_grad
+
+    def gradient(parameter: nn.Parameter) -> torch.Tensor:
+        if engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():
+            return parameter.grad
+        return safe_get_full_grad(parameter)
+
+    squares = [sum(gradient(p).float().square().sum() for p in block.parameters()) for block in blocks]
+    return torch.stack(squares).sqrt()
 
 
 def full_weights(engine) -> dict[str, torch.Tensor]:

@@ -16,19 +16,22 @@ from .engine import all_sum
 class Metrics:
     """Collects per-step tensors without a host sync; `flush` reduces them over ranks and writes them on rank 0."""
 
-    def __init__(self, folder: Path, rank: int, world: int, steps: int, first_step: int, batch_clips: int):
-        self.rank, self.world, self.batch_clips = rank, world, batch_clips
+    def __init__(self, folder: Path, rank: int, world: int, batch_clips: int):
+        self.folder, self.rank, self.world, self.batch_clips = folder, rank, world, batch_clips
         self._sums: dict[str, torch.Tensor] = {}
         self._steps = 0
         self._clock = time.perf_counter()
         self._file = self._board = self.bar = None
-        if rank == 0:
+
+    def open(self, steps: int, first_step: int) -> None:
+        """The files and the progress bar of rank 0, from first_step of `steps` on."""
+        if self.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
-            path = folder / "metrics.jsonl"
+            path = self.folder / "metrics.jsonl"
             _drop_later_steps(path, first_step)
             self._file = path.open("a")
-            self._board = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1 if first_step else None)
+            self._board = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1 if first_step else None)
             self.bar = tqdm(
                 total=steps, initial=first_step, desc="train", unit="step", smoothing=0.1, dynamic_ncols=True
             )

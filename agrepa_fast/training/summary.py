@@ -4,10 +4,14 @@ import json
 import os
 import platform
 import time
+from pathlib import Path
 
 import torch
 
-from ..attribution.report import plot_attribution
+from ..attribution.plots import plot_layer_time, plot_stability, plot_store_contribute
+from ..attribution.report import plot_attribution, read_csv
+from ..attribution.scores import CONTRIBUTION, STORAGE
+from ..attribution.selection import LayerSelection
 from ..data.vocoder import Vocoder
 from ..kernels import active_backend
 from .engine import precision
@@ -17,15 +21,12 @@ from .run import Run
 from .samples import sample_clips, write_samples
 
 
-def finish(run: Run, probe_clips: FixedClips, val_clips: FixedClips, vocoder: Vocoder | None, started: float) -> None:
+def finish(run: Run, val_clips: FixedClips, vocoder: Vocoder | None, started: float) -> None:
     """Plots, wavs and the summary. Every rank runs the model; rank 0, which has the vocoder, writes."""
-    config, folder, selection = run.config, run.folder, run.aligner.selection
-    evidence = selection.evidence if selection else {}
-    if not evidence:  # nothing was measured to choose: measure what the layers contribute now
-        try:
-            evidence = run.measure_layers(probe_clips, config.train.steps).evidence()
-        except ValueError as failure:
-            run.metrics.say(f"no attribution plot: the last probe failed: {failure}")
+    config, folder = run.config, run.folder
+    with run.timed("probe"):
+        evidence = run.choice.finish(config.train.steps)
+    selection = run.choice.aligner.selection
     with run.ema.applied():
         with run.timed("validation"):
             averaged = validation_loss(run.engine.module, val_clips, config, progress=run.rank == 0)
@@ -37,8 +38,7 @@ def finish(run: Run, probe_clips: FixedClips, val_clips: FixedClips, vocoder: Vo
         return
     with run.timed("samples"):
         wavs = write_samples(batch, sampled, run.index, vocoder, folder / "samples", folder / "plots" / "mel.png")
-    if evidence:
-        plot_attribution(evidence, selection, folder / "plots" / "attribution.png")
+    dissociation = plot_all(folder / "attribution.csv", evidence, selection, folder / "plots", config.align.k)
     plot_loss(folder / "metrics.jsonl", folder / "plots" / "loss.png", selection.step if selection else None)
     if selection:
         selection.save(folder / "selection.json")
@@ -53,6 +53,7 @@ def finish(run: Run, probe_clips: FixedClips, val_clips: FixedClips, vocoder: Vo
         "val/flow_loss_by_domain": {d: averaged[f"val/flow_loss_{d}"] for d in run.index.domains},
         "strategy": config.align.strategy,
         "selection": selection.describe() if selection else None,
+        "store_contribute_rank_correlation": dissociation,
         "clips_per_s": sorted(clips_per_s)[len(clips_per_s) // 2],
         "seconds": {name: round(value, 1) for name, value in run.seconds.items()},
         "seconds_total": round(time.perf_counter() - started, 1),
@@ -70,3 +71,21 @@ def finish(run: Run, probe_clips: FixedClips, val_clips: FixedClips, vocoder: Vo
         f"validation flow loss {first_loss:.3f} -> {last_loss:.3f} (EMA {averaged['val/flow_loss']:.3f}); "
         f"look at {folder}/plots and listen to {folder}/samples ({vocoder.name})"
     )
+
+
+def plot_all(table: Path, evidence: dict, selection: LayerSelection | None, folder: Path, k: int) -> dict:
+    """The pictures of an attribution.csv and of the choice that rests on `evidence`. Returns the rank correlation of
+    what layers store with what they contribute: domain -> storage measure -> Spearman's rho."""
+    if evidence:
+        plot_attribution(evidence, selection, folder / "attribution.png")
+    recipe = next(iter(evidence.values()))["recipe"] if evidence else "corrected"
+    rows = [row for row in read_csv(table) if row["recipe"] in (recipe, "corrected")]
+    rows = [row for row in rows if row["recipe"] == recipe or row["measure"] in ("ridge", "cka")]
+    if not any(row["measure"] in CONTRIBUTION for row in rows):
+        return {}
+    plot_stability(rows, folder / "stability.png", k)
+    if any(row["measure"] in ("foga", "foga-vjp") and row["t"] not in ("mean", "nan") for row in rows):
+        plot_layer_time(rows, folder / "layer_time.png")
+    if not any(row["measure"] in STORAGE for row in rows):
+        return {}
+    return plot_store_contribute(rows, folder / "store_contribute.png")
