@@ -173,8 +173,8 @@ def _probe(args: argparse.Namespace) -> None:
 
 def _report_probe(measured: list, selection, out: Path, k: int) -> None:
     """The table, attribution.csv and plots of a probe."""
+    from .attribution.plots import plot_all
     from .attribution.report import append_csv, print_tables
-    from .training.summary import plot_all
 
     out.mkdir(parents=True, exist_ok=True)
     for scores in measured:

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -110,6 +111,33 @@ def time_phases(methods: dict[str, Phases], repeats: int, warmup: int = 2, *, ap
         if cuda:
             results[name]["peak_memory_mib"] = peak[name] / 2**20
     return results
+
+
+def peak_memory_mib(call: Callable[[], object]) -> float:
+    """Memory that one call holds at its highest beyond what there was before: on a GPU what was allocated there, on a
+    CPU the process's resident pages, looked at every millisecond."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    page, statm = os.sysconf("SC_PAGE_SIZE"), Path("/proc/self/statm")
+    resident, done = [int(statm.read_text().split()[1])], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(1e-3):
+            resident.append(int(statm.read_text().split()[1]))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        call()
+    finally:
+        done.set()
+        watcher.join()
+    return (max(resident) - resident[0]) * page / 2**20
 
 
 def time_interleaved(

@@ -28,6 +28,7 @@ from _training import OurStep, ReleasedStep, Sizes, awake_model, graphed, random
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from agrepa_fast import count_block_forwards, multi_gate
+from agrepa_fast.attribution.foga import FogaProbe, ProbeBatch
 from agrepa_fast.attribution.gates import single_ablations
 from agrepa_fast.kernels import force_backend, velocity_change
 
@@ -198,7 +199,7 @@ def foga(plan: Plan) -> Measured:
             return score(rows())
 
     def prefix_shared():
-        with multi_gate(model.blocks, gates, row_arguments=()):
+        with multi_gate(model.blocks, gates, row_arguments=(), check_rows=False):
             return score(rows())
 
     calls = {
@@ -216,12 +217,13 @@ def foga(plan: Plan) -> Measured:
             yield name, result
         if not plan.cuda:
             return
-        yield "host_sync", _host_sync(prefix_shared)
-        with multi_gate(model.blocks, gates, row_arguments=()):
-            replay, graph_scores = graphed(lambda: score(rows()))
-        replay()
-        yield "graphed max score difference", float((graph_scores - scores["prefix-shared"]).abs().max())
-        yield "graphed", time_interleaved({"graphed": replay}, s.repeats)["graphed"]
+        probe = FogaProbe(model, times=(0.5,), graph=True)
+        given = ProbeBatch(batch.mel, batch.condition, torch.zeros(clips, dtype=torch.long), tuple(range(clips)))
+        measured = probe.launch(given)  # captures
+        eager = FogaProbe(model, times=(0.5,)).launch(given)
+        yield "graphed max score difference", float((measured.values - eager.values).abs().max())
+        yield "host_sync", _host_sync(prefix_shared) or _host_sync(lambda: probe.launch(given))
+        yield "graphed", time_interleaved({"graphed": lambda: probe.launch(given)}, s.repeats)["graphed"]
 
 
 def _host_sync(call: Callable[[], object]) -> str:
@@ -321,7 +323,8 @@ def zero2(plan: Plan) -> Measured:
     aligner.select(s.selection)
     metrics = SimpleNamespace(add=lambda **_values: None)  # a step only hands it numbers
     ema = Ema(engine, config.train.ema_decay)
-    run = Run(config, None, device, engine, ema, aligner, metrics, 0, 1, Path())
+    choice = SimpleNamespace(aligner=aligner, watch=lambda *_: None)  # nothing is measured here
+    run = Run(config, None, device, engine, ema, choice, metrics, 0, 1, Path())
     engine.module.train()
     clips = random_clips(replace(s, device="cpu"), s.batch)
     places = tuple(range(s.batch))

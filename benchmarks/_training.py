@@ -116,7 +116,7 @@ class OurStep:
         x_t, target = flow_mix(clips.mel, draws.t, self.keys[1], FLOW.sigma)
         out = self.model(x_t, draws.t, condition, capture=self.heads.selection.all_layers, pooled=True)
         flow = flow_loss(out.v, target, clips.condition.lengths).mean()
-        return flow + alignment_loss(self.heads, out.hidden, clips.teacher, clips.domain)[0]
+        return flow + alignment_loss(self.heads, out.hidden, clips.teacher, clips.domain, draws.t)[0]
 
     def __call__(self) -> torch.Tensor:
         loss = self.loss()

@@ -1,10 +1,14 @@
-"""FoG-A of all layers: one forward a layer, stacked gates, and prefix-shared, on the same model and clips.
+"""FoG-A of all layers, five ways, on the same model and clips: block forwards, seconds, memory, score differences, and
+the share of training that one probe every 200 steps takes.
 
-python benchmarks/probe_throughput.py [--depths 12 24] [--dim 256] [--frames 200] [--clips 2] [--repeats 4] [--out FILE]
+python benchmarks/probe_throughput.py [--depths 12 24] [--dim 256] [--frames 200] [--clips 2] [--batch 16] [--repeats 4]
+[--out FILE]
 
 sequential      one forward of the whole model and one for each layer without it: L + L(L-1) block forwards
 stacked         all L + 1 variants as one batch with a gate matrix: L(L+1)
 prefix-shared   multi_gate: variants share what lies below their ablated block: L(L+1)/2
+chunked         the same, at most a quarter of the rows at a time
+graphed         the same as CUDA graphs, replayed (GPUs only); on a CPU "buffers", its code without the graph
 """
 
 import argparse
@@ -12,16 +16,18 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from _bench import time_interleaved, write_json
+from _bench import peak_memory_mib, time_interleaved, write_json
 from rich.console import Console
 from rich.table import Table
 
 from agrepa_fast import AudioDiT, Condition, count_block_forwards, multi_gate
+from agrepa_fast.attribution.foga import FogaProbe, ProbeBatch, noised
 from agrepa_fast.attribution.gates import single_ablations
 from agrepa_fast.config import ModelConfig
 from agrepa_fast.kernels import velocity_change
 
 N_MELS, VOCAB = 80, 512
+T, EVERY = 0.5, 200  # time of the probe; steps between two
 
 
 class Case:
@@ -37,11 +43,10 @@ class Case:
         for block in self.model.blocks:  # zero-initialised blocks would all score 0
             torch.nn.init.normal_(block.modulation.weight, std=0.1)
         self.clips, self.gates = clips, single_ablations(depth)
-        self.x = torch.randn(clips, frames, N_MELS, device=self.device)
-        self.t = torch.full((clips,), 0.5, device=self.device)
-        self.lengths = torch.full((clips,), frames, device=self.device)
-        tokens = torch.randint(0, VOCAB, (clips, frames // 2), device=self.device)
-        self.condition = Condition(tokens, self.lengths // 2, torch.zeros_like(self.x), self.lengths)
+        self.batch = random_batch(clips, frames, self.device)
+        self.x, self.condition = noised(self.batch, T, 0.5, 0, 0), self.batch.condition
+        self.t, self.lengths = torch.full((clips,), T, device=self.device), self.condition.lengths
+        self.probe = FogaProbe(self.model, times=(T,), graph=self.device.type == "cuda")
 
     def velocity(self, rows: int = 1) -> torch.Tensor:
         return self.model(self.x.repeat(rows, 1, 1), self.t, self.condition).v
@@ -63,10 +68,18 @@ class Case:
         return velocity_change(v[1:], v[0], self.lengths)
 
     @torch.no_grad()
-    def prefix_shared(self) -> torch.Tensor:
-        with multi_gate(self.model.blocks, self.gates, row_arguments=()):
+    def prefix_shared(self, max_rows: int | None = None) -> torch.Tensor:
+        options = {"row_arguments": (), "check_rows": False, "max_rows": max_rows}
+        with multi_gate(self.model.blocks, self.gates, **options):
             v = self.velocity(len(self.gates)).unflatten(0, (-1, self.clips))
         return velocity_change(v[1:], v[0], self.lengths)
+
+    def chunked(self) -> torch.Tensor:
+        return self.prefix_shared(len(self.gates) * self.clips // 4)
+
+    def replayed(self) -> torch.Tensor:
+        """With what a run's probe does besides: the noise, the floor (L block forwards more), the copies."""
+        return self.probe.launch(self.batch).values[..., 0, 0]
 
     @contextmanager
     def _row_gates(self):
@@ -80,25 +93,54 @@ class Case:
                 del block.forward
 
 
+def random_batch(clips: int, frames: int, device) -> ProbeBatch:
+    mel = torch.randn(clips, frames, N_MELS, device=device)
+    lengths = torch.full((clips,), frames, device=device)
+    tokens = torch.randint(0, VOCAB, (clips, frames // 2), device=device)
+    condition = Condition(tokens, lengths // 2, torch.zeros_like(mel), lengths, padded=False)
+    return ProbeBatch(mel, condition, torch.zeros(clips, dtype=torch.long), tuple(range(clips)))
+
+
+def training_step(case: Case, batch: int, frames: int):
+    """A function that runs one training step of the model: forward, backward, AdamW."""
+    clips = random_batch(batch, frames, case.device)
+    optimizer = torch.optim.AdamW(case.model.parameters(), lr=0.0)  # the weights stay, so that scores stay
+
+    def step() -> None:
+        t = torch.rand(batch, device=case.device)
+        case.model(clips.mel, t, clips.condition).v.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def measure(depth: int, args: argparse.Namespace) -> dict:
     case = Case(depth, args.dim, args.frames, args.clips)
-    methods = {"sequential": case.sequential, "stacked": case.stacked, "prefix-shared": case.prefix_shared}
-    scores = {name: method() for name, method in methods.items()}
-    forwards = {
-        "sequential": depth * depth,
-        "stacked": depth * (depth + 1),
-        "prefix-shared": count_block_forwards(case.gates),
+    last = "graphed" if case.device.type == "cuda" else "buffers"
+    methods = {
+        "sequential": case.sequential,
+        "stacked": case.stacked,
+        "prefix-shared": case.prefix_shared,
+        "chunked": case.chunked,
+        last: case.replayed,
     }
+    shared = count_block_forwards(case.gates)
+    forwards = dict(zip(methods, (depth * depth, depth * (depth + 1), shared, shared, shared + depth), strict=True))
+    scores = {name: method() for name, method in methods.items()}
     timed = time_interleaved(methods, args.repeats)
+    step = time_interleaved({"step": training_step(case, args.batch, args.frames)}, max(2, args.repeats // 2))["step"]
     for name, result in timed.items():
         result["block_forwards"] = forwards[name]
+        result["peak_memory_mib"] = peak_memory_mib(methods[name])
         result["max_score_difference"] = float((scores[name] - scores["sequential"]).abs().max())
         result["speed_up"] = timed["sequential"]["median_s"] / result["median_s"]
+        result["share_of_training"] = result["median_s"] / (EVERY * step["median_s"] + result["median_s"])
         if result["max_score_difference"] > 1e-5:
             raise SystemExit(
                 f"L={depth}, {name}: scores differ by {result['max_score_difference']:.1e} from sequential"
             )
-    return timed
+    return timed | {"training step": step}
 
 
 def main() -> None:
@@ -107,21 +149,27 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--frames", type=int, default=200)
     parser.add_argument("--clips", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=16, help="clips of the training step that the share refers to")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--out", help="JSON file (default: benchmarks/results/probe_throughput_<device>.json)")
     args = parser.parse_args()
 
     table = Table(title=f"FoG-A of all layers, {args.clips} clips of {args.frames} frames, width {args.dim}, fp32")
-    for column in ("L", "method", "block forwards", "s (median)", "p20 to p80", "speed-up", "max |Δ score|"):
+    columns = ("L", "method", "block forwards", "s (median)", "p20 to p80", "speed-up", "MiB", "of training", "max |Δ|")
+    for column in columns:
         table.add_column(column, justify="right")
     results = {}
     for depth in args.depths:
         results[f"L{depth}"] = timed = measure(depth, args)
         for name, r in timed.items():
-            spread = f"{r['p20_s']:.3f} to {r['p80_s']:.3f}"
-            cells = (r["block_forwards"], f"{r['median_s']:.3f}", spread, f"{r['speed_up']:.2f}x")
-            table.add_row(str(depth), name, *map(str, cells), f"{r['max_score_difference']:.1e}")
-    Console(width=110).print(table)
+            cells = [str(depth), name, "", f"{r['median_s']:.3f}", f"{r['p20_s']:.3f} to {r['p80_s']:.3f}"]
+            if name != "training step":
+                cells[2] = str(r["block_forwards"])
+                cells += [f"{r['speed_up']:.2f}x", f"{r['peak_memory_mib']:.0f}", f"{r['share_of_training']:.2%}"]
+                cells += [f"{r['max_score_difference']:.1e}"]
+            table.add_row(*cells)
+    Console(width=120).print(table)
+    print(f"of training: one probe at one time every {EVERY} steps of {args.batch} clips")
     print("wrote", write_json("probe_throughput", {"settings": vars(args), "results": results}, args.out))
 
 

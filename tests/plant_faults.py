@@ -1,4 +1,4 @@
-"""Plant the faults of tests/faults.py, one at a time, in a copy of the tree, and see the operation's tests fail.
+"""Plant the faults of faults.py and attribution_faults.py, one at a time, in a copy of the tree, and see tests fail.
 
 Writes tests/plant_faults.json. Exits with 1 when a fault survives or cannot be planted, or when an operation has fewer
 than six. Not a test itself: it takes minutes.
@@ -18,11 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from faults import FAULTS
+from attribution_faults import FAULTS as ATTRIBUTION_FAULTS
+from faults import FAULTS as KERNEL_FAULTS
 
 ROOT = Path(__file__).parents[1]
 RECORD = Path(__file__).with_name("plant_faults.json")
 LEAST, SECONDS = 6, 300
+FAULTS = KERNEL_FAULTS | ATTRIBUTION_FAULTS
 
 # setup.py as it is, but objects that are newer than all they are made of stay.
 BUILD = """

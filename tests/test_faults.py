@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from .faults import FAULTS
+from .attribution_faults import FAULTS as ATTRIBUTION_FAULTS
+from .faults import FAULTS as KERNEL_FAULTS
 
+FAULTS = KERNEL_FAULTS | ATTRIBUTION_FAULTS
 ROOT = Path(__file__).parents[1]
 RECORD = json.loads((ROOT / "tests" / "plant_faults.json").read_text())
 

@@ -8,6 +8,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from scipy.stats import spearmanr
 
+from agrepa_fast.attribution import plots
 from agrepa_fast.attribution.plots import (
     _layer_time,
     _stability,
@@ -180,7 +181,7 @@ def test_heat_map_shows_each_domains_last_scores():
 
 def test_heat_map_of_one_domain_without_gaps():
     rows = [row for t in ("0.2", "0.8") for row in cell("foga-vjp", 5, "audio", t, [0.25, 0.5], recipe="official")]
-    figure = _layer_time(rows + cell("foga-vjp", 5, "audio", "mean", [0.25, 0.5]))
+    figure = _layer_time(rows + cell("foga-vjp", 5, "audio", "mean", [0.25, 0.5], recipe="official"))
     assert [axes.get_title() for axes in figure.axes] == [
         "audio: FoG-A by vjp (official recipe)\nat step 5, 16 clips",
         "",
@@ -465,3 +466,38 @@ def test_nothing_is_cropped_and_no_labels_overlap(layers):
                     assert inside.y0 <= box.y0 <= box.y1 <= inside.y1, name
                     clash = [other for other in boxes if other != name and box.padded(-0.5).overlaps(boxes[other])]
                     assert not clash, (name, clash)
+
+
+def test_what_a_run_measured_decides_what_is_drawn(tmp_path):
+    """Everything; only what layers store; storage at a step that FoG-A never saw; nothing."""
+    foga, late = (
+        [row_of(measure="foga", step=step, layer=str(k), t=t) for k in (1, 2) for t in ("mean", "0.5")]
+        for step in (1, 9)
+    )
+    cka = [row_of(measure="cka", step=9, layer=str(k), t="mean") for k in (1, 2)]
+    evidence = {"speech": {"measure": "foga", "mean": [0.1, None], "stderr": [None, None], "floor": 0.0, "clips": 3}}
+    evidence["speech"] |= {"recipe": "corrected", "step": 1}
+    drawn = {
+        "all": ({"attribution", "stability", "layer_time", "store_contribute"}, late + cka),
+        "apart": ({"attribution", "stability", "layer_time", "store_contribute"}, foga + late + cka),
+        "stored": ({"attribution"}, cka),
+        "contributed": ({"attribution", "stability", "layer_time"}, foga),
+        "never both": ({"attribution", "stability", "layer_time"}, foga + cka),
+    }
+    for name, (wanted, rows) in drawn.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        with (folder / "attribution.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        found = plots.plot_all(folder / "attribution.csv", evidence, None, folder, 1)
+        assert {path.stem for path in folder.glob("*.png")} == wanted, name
+        assert found == ({"speech": {"cka": None}} if "store_contribute" in wanted else {})  # equal scores: no order
+    assert plots.plot_all(folder / "attribution.csv", {}, None, tmp_path, 1) == {}
+    assert not list(tmp_path.glob("*.png"))
+
+
+def row_of(**given) -> dict:
+    values = {"recipe": "corrected", "domain": "speech", "score": "0.5", "stderr": "", "floor": "0", "clips": "3"}
+    return values | {name: str(value) for name, value in given.items()}

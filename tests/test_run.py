@@ -23,7 +23,7 @@ from agrepa_fast.models.dit import Velocity
 from agrepa_fast.training import aligner as aligner_module
 from agrepa_fast.training import checkpoint
 from agrepa_fast.training.engine import lr_factor
-from agrepa_fast.training.measure import FixedClips, probe, validation_loss
+from agrepa_fast.training.measure import FixedClips, validation_loss
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
 
@@ -116,34 +116,6 @@ def test_floor_is_what_no_ablation_changes(index):
     assert not torch.isclose(scores.values[..., 0], scores.values[..., 1]).any()  # draws differ
     scores = replace(scores, floor=torch.tensor([1e-3, 5.0, 2e-3]))
     assert scores.floor_of("speech") == pytest.approx(1.5e-3)
-
-
-def test_a_probe_keeps_the_floor(index, monkeypatch):
-    from agrepa_fast.attribution.foga import Measured
-    from agrepa_fast.training import measure
-
-    part = Measured(torch.ones(2, 3, 5, 1), torch.full((3,), 0.25), torch.zeros(3, dtype=torch.bool))
-    monkeypatch.setattr(measure, "FogaProbe", lambda *_, **__: SimpleNamespace(launch=lambda batch: part))
-    clips = FixedClips(index, "val", 3, 3, "cpu")
-    model = SimpleNamespace(blocks=[None, None])
-    assert probe(model, clips, load_config("demo")).floor.tolist() == [0.25] * 6
-
-
-def test_more_ranks_than_clips_are_refused(index):
-    with pytest.raises(UserError, match="2 val clips are fewer than the 3 ranks"):
-        FixedClips(index, "val", 1, 4, "cpu", 0, 3)
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_clips_of_one_shape_are_each_owned_once(world, index):
-    """What CUDA graphs need: full chunks, padded alike; every clip answered for by one rank, and by that one once."""
-    owned, shapes = [], set()
-    for rank in range(world):
-        for batch, rows in FixedClips(index, "train", 5, 4, "cpu", rank, world, static=True).batches(0.3):
-            owned += [batch.places[row] for row in rows]
-            shapes.add((batch.mel.shape, batch.condition.tokens.shape))
-    assert sorted(owned) == list(range(10))
-    assert len(shapes) == 1
 
 
 def test_a_layer_that_is_not_measured_is_not_chosen():

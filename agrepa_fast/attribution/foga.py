@@ -6,6 +6,7 @@ AG-REPA (arXiv 2603.01006): FoG-A_k = E[ ||v without block k - v|| / (||v|| + ep
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -332,9 +333,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@lru_cache(maxsize=4096)
+def probe_keys(seed: int, draw: int, places: tuple[int, ...], stream: str, device: torch.device) -> torch.Tensor:
+    """clip_keys on the device, copied once: a copy from the host waits for everything that is queued there."""
+    return clip_keys(seed, draw, places, stream).to(device)
+
+
 def noised(batch: ProbeBatch, t: float, sigma: float, seed: int, draw: int) -> torch.Tensor:
     """x_t of a probe: the noise of a clip depends on seed, draw, t and the clip's place alone."""
-    keys = clip_keys(seed, draw, batch.places, f"foga {t:g}").to(batch.mel.device)
+    keys = probe_keys(seed, draw, batch.places, f"foga {t:g}", batch.mel.device)
     return flow_mix(batch.mel, torch.full_like(batch.mel[:, 0, 0], t), keys, sigma)[0]
 
 

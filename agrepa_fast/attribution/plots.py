@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from ..config import DOMAINS
-from .report import COLOURS, NAMES, UNITS
+from .report import COLOURS, NAMES, UNITS, read_csv
 from .scores import CONTRIBUTION, STORAGE, rank_correlation
+from .selection import LayerSelection
 
 STORED = {  # Okabe-Ito, none of them a domain's
     "lasp": {"color": "#000000", "marker": "o", "mfc": "none"},
@@ -38,8 +39,7 @@ def tabulate(rows: list[dict]) -> Table:
 
 
 def layer_names(rows: list[dict], measures: Collection[str]) -> list[str]:
-    """ "1", "2", ... or "1.attn", "1.ffn", "2.attn", ... as these measures name them, up to the deepest block of any
-    row and with those in between that no row scores."""
+    """ "1", "2", ... or "1.attn", "1.ffn", "2.attn", ..., scored or not, up to the deepest block of any row."""
     depth = max(int(row["layer"].partition(".")[0]) for row in rows)
     parts = sorted({row["layer"].partition(".")[2] for row in rows if row["measure"] in measures})
     return [f"{block}.{part}" if part else f"{block}" for block in range(1, depth + 1) for part in parts]
@@ -73,6 +73,68 @@ def changes(series: np.ndarray, k: int) -> tuple[list[float], list[int]]:
     pairs = list(pairwise(series))
     kept = [len(set(top_k(before, k)) & set(top_k(after, k))) for before, after in pairs]
     return [rank_correlation(before.tolist(), after.tolist()) for before, after in pairs], kept
+
+
+def plot_all(table: Path, evidence: dict, selection: LayerSelection | None, folder: Path, k: int) -> dict:
+    """The pictures of an attribution.csv, and of the choice that rests on `evidence` (LayerScores.evidence(), {} for
+    none), whose recipe they show. Returns the rank correlation of what layers store with what they contribute: domain
+    -> storage measure -> Spearman's rho, None where there is none."""
+    if not evidence:
+        return {}
+    plot_attribution(evidence, selection, folder / "attribution.png")
+    recipe = next(iter(evidence.values()))["recipe"]
+    rows = [row for row in read_csv(table) if row["recipe"] == recipe or row["measure"] in ("ridge", "cka")]
+    contributed, stored = (
+        {(row["step"], row["domain"]) for row in rows if row["measure"] in measures}
+        for measures in (CONTRIBUTION, STORAGE)
+    )
+    if contributed:
+        plot_stability(rows, folder / "stability.png", k)
+    if any(row["measure"] in ("foga", "foga-vjp") and row["t"] not in ("mean", "nan") for row in rows):
+        plot_layer_time(rows, folder / "layer_time.png")
+    if not contributed & stored:
+        return {}
+    found = plot_store_contribute(rows, folder / "store_contribute.png")
+    return {domain: {m: None if rho != rho else rho for m, rho in rhos.items()} for domain, rhos in found.items()}
+
+
+def plot_attribution(evidence: dict[str, dict], selection: LayerSelection | None, path: Path) -> None:
+    """Contribution per layer with error bars, a panel a domain; aligned layers are filled and labelled with their
+    weights.
+
+    evidence: LayerScores.evidence().
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    depth = len(next(iter(evidence.values()))["mean"])
+    figure = Figure(figsize=(max(7.0, 0.45 * depth + 2), 2.9 * len(evidence)), layout="constrained")
+    FigureCanvasAgg(figure)
+    layers = np.arange(1, depth + 1)
+    panels = np.atleast_1d(figure.subplots(len(evidence), sharex=True))
+    for axes, (domain, measured) in zip(panels, evidence.items(), strict=True):
+        mean = np.array([np.nan if score is None else score for score in measured["mean"]])
+        stderr = np.array([error or 0.0 for error in measured["stderr"]])
+        chosen = selection.layers.get(domain, ()) if selection else ()
+        weights = dict(zip(chosen, selection.weights[domain], strict=True)) if chosen else {}
+        bars = axes.bar(layers, mean, yerr=stderr, capsize=3, color="white", edgecolor=COLOURS[domain], linewidth=1.4)
+        for layer, weight in weights.items():
+            bars[layer - 1].set_facecolor(COLOURS[domain])
+            top = mean[layer - 1] + stderr[layer - 1]
+            axes.annotate(f"λ={weight:.2f}", (layer, top), xytext=(0, 3), textcoords="offset points", ha="center")
+        axes.axhline(measured["floor"], color="grey", linestyle=":", linewidth=1)
+        axes.set_ylabel(UNITS[measured["measure"]])
+        axes.set_ylim(min(0, 1.1 * float(np.nanmin(mean))), 1.18 * float(np.nanmax(mean + stderr)) + 1e-12)
+        step = "" if measured["step"] is None else f" at step {measured['step']}"
+        recipe = "" if measured["recipe"] == "corrected" else f" ({measured['recipe']} recipe)"
+        axes.set_title(
+            f"{domain}: {NAMES[measured['measure']]}{recipe}{step}, {measured['clips']} clips ± standard error; "
+            "filled = aligned",
+            fontsize=10,
+        )
+    panels[-1].set_xticks(layers, [f"L{layer}" for layer in layers])
+    panels[-1].set_xlabel("layer")
+    figure.savefig(path, dpi=130)
 
 
 def plot_layer_time(rows: list[dict], path: Path) -> None:
@@ -154,7 +216,6 @@ def _stability(rows: list[dict], k: int):
         series = np.stack([in_order(table[measure, step, domain, "mean"], layers) for step in steps])
         best, few = top_k(series[-1], k), len(steps) < 40
         low, high = min(0.0, np.nanmin(series)), 1.05 * np.nanmax(series) + 1e-12
-        lines.set_ylim(low, high)
         lines.plot(steps, series, color="0.75", linewidth=0.8, marker=".", markersize=5 if few else 1)
         bold, place = {"color": COLOURS[domain], "marker": "." if few else ""}, np.inf
         for layer, style in zip(best, cycle(("-", "--", "-.", ":")), strict=False):
@@ -165,6 +226,7 @@ def _stability(rows: list[dict], k: int):
             lines.annotate(f"L{layers[layer]}", (steps[-1], series[-1, layer]), (1.03, place), **text)
         last = table[measure, steps[-1], domain, "mean"]
         lines.set_title(_title(last, f" over training\nbold = Top-{k} of the last probe, "), fontsize=10)
+        lines.set_ylim(low, high)
         for axes, values, top in zip(below, changes(series, k), (1, k), strict=True):
             axes.plot(steps[1:], values, linewidth=1.2, **bold)
             axes.set_ylim(min([0.0, *values]) - 0.08 * top, 1.08 * top)

@@ -1,5 +1,4 @@
-"""What is written about attribution: attribution.csv (one schema) and the picture of which layers were aligned and
-why."""
+"""What is written about attribution: attribution.csv (one schema) and the tables that a probe prints."""
 
 import csv
 from collections.abc import Sequence
@@ -97,43 +96,3 @@ def _cell(mean: float, stderr: float) -> str:
     if mean != mean:
         return "-"
     return f"{mean:.4f}" + (f" ± {stderr:.4f}" if stderr < float("inf") else "")
-
-
-def plot_attribution(evidence: dict[str, dict], selection: LayerSelection | None, path: Path) -> None:
-    """Contribution per layer with error bars, a panel a domain; aligned layers are filled and labelled with their
-    weights.
-
-    evidence: LayerScores.evidence().
-    """
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    depth = len(next(iter(evidence.values()))["mean"])
-    figure = Figure(figsize=(max(7.0, 0.45 * depth + 2), 2.9 * len(evidence)), layout="constrained")
-    FigureCanvasAgg(figure)
-    layers = np.arange(1, depth + 1)
-    panels = np.atleast_1d(figure.subplots(len(evidence), sharex=True))
-    for axes, (domain, measured) in zip(panels, evidence.items(), strict=True):
-        mean = np.array([np.nan if score is None else score for score in measured["mean"]])
-        stderr = np.array([error or 0.0 for error in measured["stderr"]])
-        chosen = selection.layers.get(domain, ()) if selection else ()
-        weights = dict(zip(chosen, selection.weights[domain], strict=True)) if chosen else {}
-        bars = axes.bar(layers, mean, yerr=stderr, capsize=3, color="white", edgecolor=COLOURS[domain], linewidth=1.4)
-        for layer, weight in weights.items():
-            bars[layer - 1].set_facecolor(COLOURS[domain])
-            top = mean[layer - 1] + stderr[layer - 1]
-            axes.annotate(f"λ={weight:.2f}", (layer, top), xytext=(0, 3), textcoords="offset points", ha="center")
-        axes.axhline(measured["floor"], color="grey", linestyle=":", linewidth=1)
-        axes.set_ylabel(UNITS[measured["measure"]])
-        axes.set_ylim(min(0, 1.1 * float(np.nanmin(mean))), 1.18 * float(np.nanmax(mean + stderr)) + 1e-12)
-        step = "" if measured["step"] is None else f" at step {measured['step']}"
-        recipe = "" if measured["recipe"] == "corrected" else f" ({measured['recipe']} recipe)"
-        axes.set_title(
-            f"{domain}: {NAMES[measured['measure']]}{recipe}{step}, {measured['clips']} clips ± standard error; "
-            "filled = aligned",
-            fontsize=10,
-        )
-    panels[-1].set_xticks(layers, [f"L{layer}" for layer in layers])
-    panels[-1].set_xlabel("layer")
-    figure.savefig(path, dpi=130)

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 
-from ..flow import clip_keys
 from ..kernels import philox_normal
-from .foga import TIMES, Measured, ProbeBatch, noised, undisturbed
+from .foga import TIMES, Measured, ProbeBatch, noised, probe_keys, undisturbed
 
 
 class FogaVjp:
@@ -53,7 +52,7 @@ class FogaVjp:
             with torch.enable_grad():
                 x_t = noised(batch, t, self.sigma, self.seed, draw).requires_grad_()
                 v = self.model(x_t, torch.full_like(x_t[:, 0, 0], t).detach(), batch.condition).v.float()
-                keys = clip_keys(self.seed, draw, batch.places, f"foga-vjp {t:g}").to(v.device)
+                keys = probe_keys(self.seed, draw, batch.places, f"foga-vjp {t:g}", v.device)
                 u = philox_normal(keys, v[0].numel()).view_as(v)
                 gradients = torch.autograd.grad((u * v).sum(), outputs)
         finally:

@@ -189,6 +189,7 @@ def publish_masters(engine) -> None:
     """Bring the weights that the forward uses up to date with the masters, on every rank."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 3:
+        optimizer.empty_partition_cache()  # weights still gathered from the last forward would be those of before
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if optimizer.persistent_parameters:

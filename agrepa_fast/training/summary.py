@@ -4,14 +4,10 @@ import json
 import os
 import platform
 import time
-from pathlib import Path
 
 import torch
 
-from ..attribution.plots import plot_layer_time, plot_stability, plot_store_contribute
-from ..attribution.report import plot_attribution, read_csv
-from ..attribution.scores import CONTRIBUTION, STORAGE
-from ..attribution.selection import LayerSelection
+from ..attribution.plots import plot_all
 from ..data.vocoder import Vocoder
 from ..kernels import active_backend
 from .engine import precision
@@ -71,21 +67,3 @@ def finish(run: Run, val_clips: FixedClips, vocoder: Vocoder | None, started: fl
         f"validation flow loss {first_loss:.3f} -> {last_loss:.3f} (EMA {averaged['val/flow_loss']:.3f}); "
         f"look at {folder}/plots and listen to {folder}/samples ({vocoder.name})"
     )
-
-
-def plot_all(table: Path, evidence: dict, selection: LayerSelection | None, folder: Path, k: int) -> dict:
-    """The pictures of an attribution.csv and of the choice that rests on `evidence`. Returns the rank correlation of
-    what layers store with what they contribute: domain -> storage measure -> Spearman's rho."""
-    if evidence:
-        plot_attribution(evidence, selection, folder / "attribution.png")
-    recipe = next(iter(evidence.values()))["recipe"] if evidence else "corrected"
-    rows = [row for row in read_csv(table) if row["recipe"] in (recipe, "corrected")]
-    rows = [row for row in rows if row["recipe"] == recipe or row["measure"] in ("ridge", "cka")]
-    if not any(row["measure"] in CONTRIBUTION for row in rows):
-        return {}
-    plot_stability(rows, folder / "stability.png", k)
-    if any(row["measure"] in ("foga", "foga-vjp") and row["t"] not in ("mean", "nan") for row in rows):
-        plot_layer_time(rows, folder / "layer_time.png")
-    if not any(row["measure"] in STORAGE for row in rows):
-        return {}
-    return plot_store_contribute(rows, folder / "store_contribute.png")
