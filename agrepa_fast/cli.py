@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .config import DOMAINS, Config, UserError, load_config
+from .config import DOMAINS, Config, UserError, load_config, nearest
 
 PROBE_MEASURES = ("foga", "foga-vjp", "ridge", "cka", "lasp")
 
@@ -64,10 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     probe = commands.add_parser("probe", help="measure what each layer contributes to the velocity, and what it stores")
     probe.add_argument(
         "--measures",
-        nargs="+",
-        choices=PROBE_MEASURES,
-        help="foga, foga-vjp: what a layer contributes; ridge, cka, lasp: what it stores of the teacher. The first one "
-        "chooses the layers. Default: foga, and what the checkpoint allows of ridge, cka and lasp",
+        type=_measures,
+        metavar="M,M,…",
+        help="foga, foga-vjp: what a layer contributes; ridge, cka, lasp: what it stores of the teacher. The first of "
+        "them in this order chooses the layers. Default: foga, and what the checkpoint allows of ridge, cka and lasp",
     )
     probe.add_argument(
         "--recipe", default="corrected", choices=("corrected", "official"), help="official: the release's foga and lasp"
@@ -101,6 +101,13 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
     return int(text)
+
+
+def _measures(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in PROBE_MEASURES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: {nearest(unknown[0], PROBE_MEASURES)}")
+    return names
 
 
 def _prepare(args: argparse.Namespace) -> None:

@@ -28,9 +28,9 @@ FAULTS = {
         ),
         (
             GATES,
-            "first = list({number: variant for variant, number in reversed(list(enumerate(prefix)))}.items())",
-            "first = list({number: variant for variant, number in list(enumerate(prefix))}.items())",
-            "each prefix is run from its last variant, whose rows are in another place of the slice",
+            "        if number != due:\n",
+            "        if False:\n",
+            "blocks in another order go unnoticed",
         ),
         (
             GATES,

@@ -70,7 +70,7 @@ def test_official_recipe_is_named_and_scores_odd_layers_of_one_clip_a_domain(run
 
 
 def test_estimate_beside_the_exact_scores(run, tmp_path, capsys):
-    main(["probe", str(run), "--measures", "foga", "foga-vjp", "--out", str(tmp_path), "probe.draws=4"])
+    main(["probe", str(run), "--out", str(tmp_path), "--measures", "foga,foga-vjp", "probe.draws=4"])
     assert "rank correlation with foga: foga-vjp" in capsys.readouterr().out
     with (tmp_path / "attribution.csv").open() as file:
         assert {row["measure"] for row in csv.DictReader(file)} == {"foga", "foga-vjp"}

@@ -107,6 +107,11 @@ def test_a_branchs_output_is_scaled_and_exactly_zero_at_gate_zero():
         full, quarter, none = branch(x.repeat(3, 1)).unflatten(0, (3, 2))
     torch.testing.assert_close(quarter, 0.25 * full)
     assert torch.equal(none, torch.zeros_like(full))
+    branch.weight.data.fill_(float("nan"))
+    with torch.no_grad(), multi_gate([branch], torch.tensor([[1.0], [0.0]]), kind="branch"):
+        full, none = branch(x.repeat(2, 1)).unflatten(0, (2, 2))
+    assert full.isnan().all()
+    assert torch.equal(none, torch.zeros_like(full))
 
 
 def test_attention_and_ffn_of_24_blocks_apart_cost_588_block_forwards_worth_of_branches():

@@ -119,7 +119,7 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def plot_loss(metrics: Path, path: Path, selection_step: int | None = None) -> None:
-    """Training and validation flow loss, and the alignment loss, over steps; the step of the layer choice is marked."""
+    """Training and validation flow loss, alignment and BiT-C losses over steps; the step of the choice is marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -136,9 +136,9 @@ def plot_loss(metrics: Path, path: Path, selection_step: int | None = None) -> N
             axes.plot(
                 *zip(*points, strict=True), color="#08519c", linestyle=style, linewidth=1, label=f"validation, {domain}"
             )
-    aligned = [(step, value) for step, value in series["train/align_loss"] if value > 0]
-    if aligned:
-        axes.plot(*zip(*aligned, strict=True), color="#e6550d", linewidth=1, label="alignment loss")
+    for name, colour, label in (("align", "#e6550d", "alignment loss"), ("bitc", "#fdae6b", "BiT-C loss")):
+        if points := [(step, value) for step, value in series[f"train/{name}_loss"] if value > 0]:
+            axes.plot(*zip(*points, strict=True), color=colour, linewidth=1, label=label)
     if selection_step:
         axes.axvline(selection_step, color="grey", linewidth=1, linestyle=":")
         axes.annotate(
