@@ -1,8 +1,7 @@
 """The demo run with each layer-selection strategy, at equal steps and the same seed: losses, clips/s, wall time per
 stage.
 
-python benchmarks/strategies.py [--strategies none fixed:4 shallow foga] [--seeds 0] [--out FILE] [section.field=value
-...]
+python benchmarks/strategies.py [--strategies none foga ...] [--seeds 0] [--out FILE] [section.field=value ...]
 
 Runs go to runs/strategies/<strategy>-seed<seed>-<overrides>; a finished one is not run again, so remove the folder
 after a change of the code.
@@ -18,6 +17,8 @@ from pathlib import Path
 from _bench import write_json
 from rich.console import Console
 from rich.table import Table
+
+STRATEGIES = ["none", "foga", "foga-vjp", "gradnorm", "lasp", "shallow", "deep", "random", "fixed:4"]
 
 
 def run(strategy: str, seed: int, overrides: list[str]) -> dict:
@@ -35,7 +36,7 @@ def run(strategy: str, seed: int, overrides: list[str]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--strategies", nargs="+", default=["none", "fixed:4", "shallow", "foga"])
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", help="JSON file (default: benchmarks/results/strategies_<device>.json)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
