@@ -80,7 +80,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=("block", "branch"),
         help="branch: the attention and FFN of every block apart; with --model, branches that are summed outside",
     )
-    probe.add_argument("--row-arguments", nargs="*", metavar="NAME", help="arguments of a block that have a row a clip")
+    probe.add_argument(
+        "--row-arguments",
+        nargs="*",
+        metavar="NAME",
+        help="arguments of a block that have a row a clip: names, or places from 1 on",
+    )
     probe.set_defaults(command=_probe)
     sample = commands.add_parser("sample", help="sample validation clips and write wavs")
     sample.add_argument("--clips", type=_positive, default=2, help="clips per domain (default: 2)")
@@ -144,14 +149,14 @@ def _probe(args: argparse.Namespace) -> None:
     if args.checkpoint is None:
         raise UserError("name a checkpoint, or --model MODULE:FACTORY with --blocks PATH")
 
-    from .attribution.selection import NotRankableError, select_layers
+    from .attribution.selection import select_as
     from .training.checkpoint import load_projections, step_of
     from .training.measure import measure_model
 
     model, config, index, path, device = _load(args)
     measures = args.measures
-    if args.kind == "branch" and (measures or ["foga"]) != ["foga"]:
-        raise UserError("--kind branch: only foga measures parts of blocks")
+    if args.kind == "branch" and ((measures or ["foga"]) != ["foga"] or args.recipe != "corrected"):
+        raise UserError("--kind branch: only foga in the corrected recipe measures parts of blocks")
     try:
         measured = measure_model(
             model,
@@ -166,14 +171,14 @@ def _probe(args: argparse.Namespace) -> None:
         )
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    out = args.out or _beside(path, "probe")
+    out = args.out or _beside(path, "probe" if args.kind == "block" else "probe-branch")
     out.mkdir(parents=True, exist_ok=True)
     selection = None
     if args.kind == "block":
         try:
-            selection = select_layers(measured[0], config.align.k, config.align.weighting)
+            selection = select_as(config.align, measured[0])
             selection.save(out / "selection.json")
-        except NotRankableError as refusal:
+        except ValueError as refusal:
             print(f"no ranking: {refusal}")
     _report_probe(measured, selection, out, config.align.k)
 
@@ -207,7 +212,8 @@ def _probe_any(args: argparse.Namespace) -> None:
     try:
         model, inputs = getattr(importlib.import_module(module), factory)()
         blocks = find_blocks(model, args.blocks)
-        scores = ablate(model, inputs, list(blocks.values()), kind=args.kind, row_arguments=args.row_arguments)
+        places = args.row_arguments and [int(name) if name.isdigit() else name for name in args.row_arguments]
+        scores = ablate(model, inputs, list(blocks.values()), kind=args.kind, row_arguments=places)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"--model {args.model}: {error}") from error
     _report_probe([scores], None, args.out or Path("probe"), 3)

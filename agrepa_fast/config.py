@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 PRESETS = Path(__file__).with_name("presets")
@@ -236,6 +237,10 @@ class ProbeConfig:
             len(self.times) > 0 and all(0 < t < 1 for t in self.times),
             f"probe.times={self.times}: must lie between 0 and 1",
         )
+        _check(
+            all(float(f"{a:g}") < float(f"{b:g}") for a, b in pairwise(self.times)),
+            f"probe.times={self.times}: must rise, and differ in their first six digits",
+        )
 
 
 @dataclass(frozen=True)
@@ -322,6 +327,11 @@ class Config:
                 self.probe.warmup_steps < self.train.steps,
                 f"probe.warmup_steps={self.probe.warmup_steps} leaves no step to align before "
                 f"train.steps={self.train.steps}: lower it, or choose another align.strategy",
+            )
+            _check(
+                self.align.stop is None or self.align.stop > self.probe.warmup_steps or self.probe.confidence < 1,
+                f"align.stop={self.align.stop} comes before the layers are chosen: raise it above "
+                f"probe.warmup_steps={self.probe.warmup_steps}",
             )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from agrepa_fast.attribution.report import drop_later_probes
 from agrepa_fast.config import Config, UserError, load_config, save_config
 from agrepa_fast.data.shards import Index, matching_index
 from agrepa_fast.data.stream import BatchLayout, train_batches
@@ -166,6 +167,8 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     first = 0
     if resume is not None:
         first = checkpoints.load(find_checkpoint(folder, resume), engine, ema, choice, config)
+        if rank == 0:
+            drop_later_probes(folder / "attribution.csv", first)
     else:
         choice.start(index.domains)
     if rank == 0:  # not before a resume was accepted: the run's own configuration must survive a refusal

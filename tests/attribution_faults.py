@@ -184,6 +184,12 @@ FAULTS = {
         (MEASURE, "if len(self) < world:", "if False:", "more ranks than clips"),
         (
             MEASURE,
+            "floor.new_full((1,), float(failure is not None))",
+            "floor.new_full((1,), 0.0)",
+            "one rank's failure is its own",
+        ),
+        (
+            MEASURE,
             'x_t = batch.mel if recipe == "official" else noised(given, t, config.flow.sigma, 0, 0)',
             "x_t = batch.mel",
             "what layers store is measured at the clean mel",
@@ -210,8 +216,8 @@ FAULTS = {
         ),
         (
             CHOOSE,
-            "        self.probes = [*self.probes, scores][-max(pool, 2) :]\n",
-            "        self.probes = [scores]\n",
+            "        recent = self.probes\n",
+            "        recent = []\n",
             "earlier probes are forgotten",
         ),
         (
@@ -252,8 +258,8 @@ FAULTS = {
         ),
         (
             CHOOSE,
-            "        except REFUSALS as failure:\n",
-            "        except KeyError as failure:\n",
+            "            return measure()\n        except ValueError as failure:\n",
+            "            return measure()\n        except KeyError as failure:\n",
             "a failed probe takes the run down",
         ),
     ],

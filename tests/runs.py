@@ -97,6 +97,10 @@ def free_port() -> str:
 
 def start_training(ranks: int, *arguments: str, cwd: Path) -> list[subprocess.Popen]:
     """The ranks of one run, started directly: the launcher takes seconds more."""
+    return start_ranks(ranks, ROOT / "agrepa_fast" / "train.py", *arguments, cwd=cwd)
+
+
+def start_ranks(ranks: int, script: Path, *arguments: str, cwd: Path) -> list[subprocess.Popen]:
     shared = {
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
@@ -106,7 +110,7 @@ def start_training(ranks: int, *arguments: str, cwd: Path) -> list[subprocess.Po
     }
     return [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "agrepa_fast" / "train.py"), *arguments],
+            [sys.executable, str(script), *arguments],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=cwd,
             stdout=subprocess.PIPE,
@@ -115,6 +119,15 @@ def start_training(ranks: int, *arguments: str, cwd: Path) -> list[subprocess.Po
         )
         for rank in range(ranks)
     ]
+
+
+def run_ranks(ranks: int, script: Path, *arguments: str) -> list[str]:
+    """Run a script on every rank, check the exit codes, return what each printed."""
+    processes = start_ranks(ranks, script, *arguments, cwd=script.parent)
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+    return outputs
 
 
 def run_training(ranks: int, *arguments: str, cwd: Path, wanted: int = 0) -> str:

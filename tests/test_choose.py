@@ -86,11 +86,40 @@ def test_an_early_decision_says_what_it_saved(index, tmp_path):
     assert "decided early, 2 probes saved" in made.said[0]
 
 
+def test_recent_probes_are_pooled_until_a_choice(index, tmp_path):
+    made = Choice(index, tmp_path, "probe.pool=2", "align.refresh=4", "train.steps=50")
+    made.run(range(1, 7))
+    assert [scores.step for scores in made.choice.probes] == [4]
+    made.run([7])
+    assert made.choice.probes == []
+    assert made.choice.last.step == 6
+    made.run(range(8, 12))
+    assert "rank correlation with the probe before" in made.said[-1]
+    assert made.aligner.selection.evidence["speech"]["step"] == 10
+
+
+def test_one_clip_is_never_sure_enough_to_decide_early(index, tmp_path):
+    made = Choice(index, tmp_path, "probe.confidence=0.01", "probe.clips=1")
+    assert made.run(range(1, 9)) == [7]
+    assert "with probability unknown" in made.said[0]
+
+
+def test_the_end_of_a_run_chooses_nothing(index, tmp_path):
+    made = Choice(index, tmp_path, "probe.clips=8")
+    made.run(range(1, 7))
+    assert made.choice.pending is not None
+    evidence = made.choice.finish(6)
+    assert made.aligner.selection is None
+    assert evidence["speech"]["step"] == 6
+    assert not (tmp_path / "selection.json").exists()
+
+
 def test_refresh_measures_again_and_stop_ends_it(index, tmp_path):
     made = Choice(index, tmp_path, "align.refresh=3", "align.stop=14", "train.steps=50")
     assert made.run(range(1, 21)) == [7, 10, 13]
     assert made.measured(tmp_path) == [2, 4, 6, 9, 12]
     assert "the same layers with new weights" in made.said[-1]
+    assert json.loads((tmp_path / "selection.json").read_text())["step"] == 12
     assert made.aligner.layers(13) == (0, *made.aligner.selection.all_layers)
     assert made.aligner.layers(14) == (0,)
 
@@ -103,8 +132,6 @@ def test_a_checkpoint_between_launch_and_reading_changes_nothing(strategy, index
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     norms = torch.tensor([0.3, 0.1, 0.4, 0.2])
-    for made in (whole, stopped):
-        made.choice.watch = lambda: None
     for step in range(1, 9):
         for made in (whole, stopped):
             made.choice._norms = norms + 0.01 * step
@@ -225,7 +252,7 @@ class TestHeads:
             assert torch.equal(a, b)
 
     def test_after_the_stop_heads_rest_and_bitc_goes_on(self, monkeypatch):
-        made = self.aligner(monkeypatch, "align.stop=2")
+        made = self.aligner(monkeypatch, "align.strategy=shallow", "align.stop=2")
         made.select(self.selection((1,), (2,)))
         self.train(made, range(2))
         head, projection = next(made.heads.parameters()), made.bitc["speech"].weight
@@ -250,6 +277,9 @@ class TestHeads:
         (["align.strategy=deep", "align.share=0.5"], "align.share: deep has no scores"),
         (["align.share=1.5"], "align.share=1.5: must be in"),
         (["align.stop=-1"], "align.stop=-1"),
+        (["align.stop=6"], "align.stop=6 comes before the layers are chosen"),
+        (["probe.times=[0.5,0.3]"], "must rise"),
+        (["probe.times=[0.5,0.5]"], "must rise"),
         (["align.bitc_speech=-1"], "align.bitc_speech=-1.0: not below 0"),
         (["probe.store_clips=2"], "probe.store_clips=2: at least 8"),
         (["align.strategy=foga-vpj"], "did you mean 'foga-vjp'"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from agrepa_fast import foga, select_layers
+from agrepa_fast import ablate, foga, select_layers
 from agrepa_fast.attribution import foga as foga_module
 from agrepa_fast.attribution.foga import ProbeBatch
 from agrepa_fast.attribution.scores import LayerScores
@@ -92,6 +92,7 @@ def test_statistics_by_hand(probe_batch):
     assert scores.stderr("audio").isinf().all()  # one clip
     torch.testing.assert_close(scores.mean_at("audio")[:, 1], scores.values[:, 1, 1].mean(-1))
     assert scores.domains() == ("speech", "audio")
+    assert not torch.isclose(scores.values[..., 0], scores.values[..., 1]).any()  # other noise
 
 
 class TestStatistics:
@@ -108,6 +109,16 @@ class TestStatistics:
         torn = self.scores([[0.9, 0.1], [0.2, 0.6]])
         assert torn.top_k_probability("speech", 1) == pytest.approx(0.75, abs=0.03)
         assert torn.top_k_probability("speech", 1) == torn.top_k_probability("speech", 1)
+
+    def test_one_clip_says_nothing_about_others(self):
+        assert self.scores([[0.9], [0.1]]).top_k_probability("speech", 1) is None
+        assert select_layers(self.scores([[0.9], [0.1]]), k=1).evidence["speech"]["top_k_probability"] is None
+
+    def test_the_probability_is_that_of_the_layers_that_may_be_chosen(self):
+        """L1 has the highest mean, all from one clip of three: it is not measured, and L2 is chosen for sure."""
+        chosen = select_layers(self.scores([[0.0, 0.0, 9.0], [0.4, 0.5, 0.6], [0.1, 0.1, 0.1]]), k=1)
+        assert chosen.layers == {"speech": (2,)}
+        assert chosen.evidence["speech"]["top_k_probability"] == 1
 
     def test_rank_correlation(self):
         up, down = self.scores([[0.1], [0.2], [0.3]]), self.scores([[3.0], [2.0], [0.1]])
@@ -169,7 +180,7 @@ def test_official_recipe_feeds_the_clean_mel_at_0_8(probe_batch):
 def test_other_gates(probe_batch):
     """A pair of layers and half a layer, against the same done naively."""
     model = small_model(depth=4)
-    gates = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [1, 0.5, 1, 1]])
+    gates = torch.tensor([[1, 1, 1, 1], [1, 0.5, 1, 1], [0, 0, 1, 1]])  # not in the order in which they run
     scores = foga(model, probe_batch, times=(0.5,), gates=gates)
     assert scores.values.shape[0] == 2
     keys = clip_keys(0, 0, probe_batch.places, "foga 0.5")
@@ -183,7 +194,7 @@ def test_other_gates(probe_batch):
         model.blocks = blocks
         blocks[1].register_forward_hook(lambda module, args, out: args[0] + 0.5 * (out - args[0]))
         half = model(x_t, times, probe_batch.condition).v
-    for row, v in enumerate((pair, half)):
+    for row, v in enumerate((half, pair)):
         wanted = (v - base).flatten(1).norm(dim=1) / base.flatten(1).norm(dim=1)
         torch.testing.assert_close(scores.values[row, :, 0, 0], wanted, atol=1e-5, rtol=1e-5)
 
@@ -242,6 +253,10 @@ class TestSelection:
         scores = LayerScores(change, torch.zeros(2), torch.zeros(2, dtype=torch.long), (0.5,))
         assert scores.share_probability("speech", [0], 0.55) == pytest.approx(0.75, abs=0.03)
         assert scores.share_probability("speech", [0, 1], 0.55) == 1
+        change = torch.tensor([[0.4, 0.8, 0.4, 0.8], [0.6, 0.2, 0.6, 0.2]])[..., None, None]  # L1 has it 11 times of 16
+        scores = LayerScores(change, torch.zeros(4), torch.zeros(4, dtype=torch.long), (0.5,))
+        assert select_layers(scores, share=0.55, confidence=0.6).layers["speech"] == (1,)
+        assert select_layers(scores, share=0.55, confidence=0.9).layers["speech"] == (1, 2)
 
     def test_layers_and_weights_for_every_time(self):
         scores = self.scores([0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.6])
@@ -343,6 +358,28 @@ class TestGraphs:
         self.assert_equals_foga(probe, model)
         assert len(captures) == 4
 
+    def test_conditions_that_are_there_or_not_are_programs_of_their_own(self, captures):
+        model, given = small_model(), next(iter(self.batches()))
+        probe = foga_module.FogaProbe(model, times=(0.2, 0.6), draws=2, graph=True)
+        dropped = replace(given.condition, keep_tokens=torch.tensor([True, False, True]))
+        for condition in (dropped, given.condition, dropped):
+            batch = given._replace(condition=condition)
+            wanted = foga(model, batch, times=(0.2, 0.6), draws=2)
+            torch.testing.assert_close(probe.launch(batch).values, wanted.values, atol=1e-6, rtol=1e-5)
+        assert len(captures) == 4
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures on a GPU")
+    def test_real_graphs(self):
+        model = small_model().cuda()
+        probes = [foga_module.FogaProbe(model, times=(0.2, 0.6), draws=2, graph=graph) for graph in (True, False)]
+        for _ in range(2):
+            for given in self.batches():
+                batch = given._replace(mel=given.mel.cuda(), condition=given.condition.to("cuda"))
+                replayed, eager = (probe.launch(batch) for probe in probes)
+                torch.testing.assert_close(replayed.values, eager.values, atol=1e-6, rtol=1e-4)
+            for parameter in model.parameters():
+                parameter.data.mul_(1.1)
+
     def test_the_training_mode_comes_back_when_a_capture_fails(self, captures, monkeypatch):
         model = small_model().train()
 
@@ -355,6 +392,27 @@ class TestGraphs:
             probe.launch(next(iter(self.batches())))
         assert model.training
         assert all("forward" not in block.__dict__ for block in model.blocks)
+
+
+def test_gates_without_the_whole_model_are_refused(probe_batch):
+    model, gates = small_model(), torch.tensor([[0.0, 1, 1, 1], [1, 0, 1, 1]])
+    inputs = {"x_t": probe_batch.mel, "t": torch.full((3,), 0.5), "condition": probe_batch.condition}
+    for call in (
+        lambda: foga(model, probe_batch, gates=gates),
+        lambda: ablate(model, inputs, model.blocks, gates=gates),
+    ):
+        with pytest.raises(ValueError, match="first row of gates is the whole model"):
+            call()
+
+
+def test_a_velocity_that_is_zero_at_a_later_time_is_refused(probe_batch):
+    model = small_model()
+    model.register_forward_hook(
+        lambda module, args, out: out._replace(v=out.v * (args[1] < 0.6).view(-1, 1, 1).repeat(len(args[0]) // 3, 1, 1))
+    )
+    foga(model, probe_batch, times=(0.2, 0.5))
+    with pytest.raises(ValueError, match="velocity is zero"):
+        foga(model, probe_batch, times=(0.2, 0.7))
 
 
 def test_a_model_that_mixes_clips_is_refused_by_the_blocks_name(probe_batch):

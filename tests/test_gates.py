@@ -171,6 +171,42 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"block 2 \(Mixing\) cannot be gated exactly"), multi_gate(blocks, gates):
             blocks[1](blocks[0](torch.randn(6, 4)))  # rows are clips: each attends to all
 
+    @pytest.mark.parametrize(
+        ("forward", "message"),
+        [
+            (lambda x, y: (x + 1, y + x), "returns an updated argument 'y' beside its state"),
+            (lambda x, y: x[:, :2], r"makes \(2, 2\) of \(2, 3\)"),
+            (lambda x, y: x.add_(1), "changes its input in place"),
+        ],
+    )
+    def test_blocks_that_have_no_gate(self, forward, message):
+        class Odd(nn.Module):
+            def forward(self, x, *, y):
+                return forward(x, y)
+
+        block = Odd()
+        with pytest.raises(ValueError, match=rf"block 1 \(Odd\) {message}"), multi_gate([block], single_ablations(1)):
+            block(torch.randn(4, 3), y=torch.randn(4, 3))
+
+    def test_a_second_stream_that_is_handed_on_is_fine(self):
+        class PassesOn(nn.Module):
+            def forward(self, x, y):
+                return x + y, y
+
+        block, x, y = PassesOn(), torch.randn(2, 3), torch.randn(2, 3)
+        with multi_gate([block], single_ablations(1), row_arguments=[1]):
+            state, other = block(x.repeat(2, 1), y.repeat(2, 1))
+        assert torch.equal(state, torch.cat((x + y, x)))
+        assert torch.equal(other, y.repeat(2, 1))
+
+    def test_a_row_argument_that_is_not_there(self):
+        model = Stack(1)
+        with (
+            pytest.raises(ValueError, match="no argument 'msak', but"),
+            multi_gate(model.blocks, torch.ones(2, 1), row_arguments=["msak"]),
+        ):
+            model(torch.randn(2, 5, 6), torch.ones(2))
+
     def test_dropout_left_on(self):
         blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)) for _ in range(2)])
         with pytest.raises(ValueError, match="dropout left on"), multi_gate(blocks, single_ablations(2)):

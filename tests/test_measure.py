@@ -17,7 +17,7 @@ from agrepa_fast.models.dit import AudioDiT
 from agrepa_fast.training import measure
 from agrepa_fast.training.measure import ClipProbe, FixedClips, official_probe, pooled_states, probe, storage_scores
 
-from .runs import write_small_shards
+from .runs import run_ranks, write_small_shards
 
 CONFIG = load_config(
     "demo", ["probe.times=[0.3,0.7]", "probe.draws=2", "model.dim=16", "model.heads=2", "model.token_dim=16"]
@@ -33,6 +33,10 @@ def index(tmp_path_factory):
 
 @pytest.fixture
 def model(index):
+    return small_dit(index)
+
+
+def small_dit(index) -> AudioDiT:
     torch.manual_seed(0)
     sizes = {"dim": 16, "depth": 3, "heads": 2, "token_dim": 16, "n_mels": index.n_mels, "vocab": index.vocab}
     made = AudioDiT(ModelConfig(**sizes, position="rotary_conv", time_scale=1000.0))
@@ -56,7 +60,7 @@ def test_every_clip_is_answered_for_once(world, static, index):
         chunks.add(len(made))
         for batch, rows in made:
             owned += [batch.places[row] for row in rows]
-            shapes.add((batch.mel.shape, batch.condition.tokens.shape))
+            shapes.add((batch.mel.shape, batch.condition.tokens.shape, batch.condition.padded))
     assert sorted(owned) == list(range(10))
     assert len(chunks) == 1
     assert len(shapes) == 1 or not static
@@ -159,3 +163,44 @@ def test_lasp_is_left_out_where_the_projections_do_not_fit(index, model):
         assert [scores.measure for scores in storage_scores(given, projections)] == wanted
     with pytest.raises(ValueError, match="D = 16, D_tok = 17"):
         storage_scores(narrow, fitting, ["lasp"])
+
+
+FAILING_RANK = """
+import sys
+from pathlib import Path
+import torch
+from tests.test_measure import CONFIG, small_dit
+from agrepa_fast.data.shards import load_index
+from agrepa_fast.training.engine import start_ranks
+from agrepa_fast.training.measure import ClipProbe, FixedClips, pooled_states
+
+start_ranks()
+rank, index = torch.distributed.get_rank(), load_index(Path(sys.argv[1]))
+model, calls = small_dit(index), []
+
+def out_of_memory(*_):
+    calls.append(0)
+    if rank == 1 and len(calls) == 2:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+model.blocks[1].register_forward_pre_hook(out_of_memory)
+clips = FixedClips(index, "train", 5, 2, "cpu", rank, 2)
+probe = ClipProbe(model, clips, CONFIG)
+for measure in (lambda: probe.launch().read(), lambda: pooled_states(model, clips, CONFIG)):
+    calls.clear()
+    try:
+        measure()
+    except ValueError as error:
+        print("refused:", error, flush=True)
+total = torch.ones(1)
+torch.distributed.all_reduce(total)  # the ranks are still in step
+print("in step:", int(total), bool(probe.launch().read().values.all()), flush=True)
+"""
+
+
+def test_a_rank_that_runs_out_of_memory_fails_the_probe_on_all(index, tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING_RANK)
+    outputs = run_ranks(2, tmp_path / "failing.py", str(index.folder))
+    for output in outputs:
+        assert output.count("refused: CUDA out of memory") == 2, output
+        assert "in step: 2 True" in output

@@ -107,10 +107,10 @@ def test_every_stage_and_rank_count_gives_the_same_curve(stage, ranks, extra, pr
 def test_strategies_measure_the_same_at_every_stage(strategy, preset, ds_configs, tmp_path):
     """Gradients of whole batches, gathered from partitions; a backward beside the engine's; pooled states."""
     args = ("--preset", str(preset), f"align.strategy={strategy}", "model.token_dim=32")
-    for stage, ranks, extra in [(0, 1, ()), (2, 2, ("train.accumulation=2",)), (3, 2, ())]:
+    for stage, ranks, extra in [(0, 1, ()), (1, 2, ()), (2, 2, ("train.accumulation=2",)), (3, 2, ())]:
         run = f"run.dir={tmp_path}/stage{stage}"
         run_training(ranks, "--ds_config", ds_configs[stage], *args, run, *extra, cwd=tmp_path)
-    for stage in (2, 3):
+    for stage in (1, 2, 3):
         assert_same_curve(tmp_path / "stage0", tmp_path / f"stage{stage}")
     selection = json.loads((tmp_path / "stage0" / "selection.json").read_text())
     assert selection["strategy"] == strategy
@@ -124,7 +124,7 @@ def test_strategies_measure_the_same_at_every_stage(strategy, preset, ds_configs
         (2, 2, 2, ()),  # the probe that decides is under way
         (2, 2, 3, ()),  # after the choice
         (3, 2, 3, ()),
-        (2, 2, 4, ("align.refresh=2",)),
+        (2, 2, 4, ("align.refresh=2", "train.steps=7")),  # a second choice is under way
         (2, 1, 3, ("model.dropout=0.2",)),  # the state of the random generator comes back, too
     ],
 )
@@ -145,6 +145,15 @@ def test_resume_equals_the_uninterrupted_run(stage, ranks, stop, extra, preset, 
     assert resumed_summary["val/flow_loss"]["ema"] == pytest.approx(ema_loss, abs=1e-6)
     if not extra:
         assert_same_curve(baseline, tmp_path / "run")
+    ended = sorted((tmp_path / "run" / "checkpoints").glob(f"step{max(resumed):08d}*"))
+    heads = [load_file(folder / "heads.safetensors") for folder in ended]
+    assert len(ended) == 2
+    assert heads[0].keys() == heads[1].keys()
+    for name in heads[0]:
+        torch.testing.assert_close(heads[1][name], heads[0][name], atol=1e-6, rtol=1e-5)
+    chosen = [json.loads((folder / "selection.json").read_text()) for folder in ended]
+    assert chosen[0]["layers"] == chosen[1]["layers"]
+    assert chosen[0]["step"] == chosen[1]["step"] == (6 if "align.refresh=2" in extra else 2)
 
 
 def test_a_fault_that_rank_0_finds_stops_every_rank_with_one_line(preset, tmp_path):
@@ -217,6 +226,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(preset, tmp_
     assert "Traceback" not in output
     for path in (tmp_path / "run" / "checkpoints").glob("step*"):
         assert int(path.name[4:]) < 3
+
+
+def test_gradient_norms_in_bf16_are_near_those_in_fp32(preset, ds_configs, tmp_path):
+    args, found = ("--preset", str(preset), "align.strategy=gradnorm", "train.steps=3"), {}
+    for stage, precision in ((0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")):
+        run = tmp_path / f"{precision}{stage}"
+        given = (f"run.dir={run}", f"train.precision={precision}", *args)
+        run_training(1, "--ds_config", ds_configs[stage], *given, cwd=tmp_path)
+        found[run.name] = [row[-1] for row in attribution(run) if row[:2] == ("1", "gradnorm")]
+    for name, norms in found.items():
+        assert norms == pytest.approx(found["fp320"], rel=0.05), name
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

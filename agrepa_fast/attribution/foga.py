@@ -38,7 +38,7 @@ class Measured(NamedTuple):
 
     values: torch.Tensor  # (V - 1, C, times, draws)
     floor: torch.Tensor  # (C,)
-    silent: torch.Tensor  # (C,) bool: the velocity is zero
+    silent: torch.Tensor  # (C,) bool: the velocity is zero at some time
 
     def check(self, places: Sequence[int]) -> None:
         """Raises ValueError naming the clip whose velocity is zero, or the clip and layer whose score is not finite.
@@ -80,11 +80,10 @@ class FogaProbe:
         self.model, self.kind, self.max_rows, self.graph = model, kind, max_rows, graph
         self.times, self.draws, self.sigma, self.seed = tuple(times), draws, sigma, seed
         self.blocks = model_blocks(model, kind) if blocks is None else list(blocks)
-        gates = single_ablations(len(self.blocks)) if gates is None else gates
-        if not (gates[0] == 1).all():
-            raise ValueError("the first row of gates is the whole model: all ones")
+        gates = _with_whole_model(gates, len(self.blocks))
         self.order = prefix_order(gates)
         self.gates = gates[self.order]
+        self.pool = torch.cuda.graph_pool_handle() if graph else None
         self._programs: dict[tuple, _Program] = {}
         self._captured_at: tuple[int, ...] = ()
 
@@ -96,13 +95,15 @@ class FogaProbe:
         with undisturbed(self.model), torch.no_grad():
             program = self._program(batch)
             program.load(batch.condition)
-            values = []
+            values, silents = [], []
             for t in self.times:
                 for draw in range(self.draws):
                     x_t = noised(batch, t, self.sigma, self.seed, draw)
                     values.append(program.change(x_t, t))
+                    silents.append(program.silent.clone())
                     if len(values) == 1:
-                        silent, floor = program.silent.clone(), program.no_ablation(x_t, t)
+                        floor = program.no_ablation(x_t, t)
+        silent = torch.stack(silents).any(0)
         return Measured(torch.stack(values, -1).unflatten(-1, (len(self.times), self.draws)), floor, silent)
 
     def _program(self, batch: ProbeBatch) -> "_Program":
@@ -110,7 +111,9 @@ class FogaProbe:
             here = tuple(parameter.data_ptr() for parameter in self.model.parameters())
             if here != self._captured_at:
                 self._programs, self._captured_at = {}, here
-        shape = (*batch.mel.shape, batch.condition.tokens.shape[1], batch.condition.padded)
+        condition = batch.condition
+        absent = tuple(getattr(condition, field.name) is None for field in fields(condition))
+        shape = (*batch.mel.shape, condition.tokens.shape[1], condition.padded, absent)
         if shape not in self._programs:
             self._programs[shape] = _Program(self, batch)
         return self._programs[shape]
@@ -130,9 +133,8 @@ class _Program:
         self.silent = torch.zeros(clips, dtype=torch.bool, device=batch.mel.device)
         self._run_variants, self._run_plain = self._variants, self._plain
         if probe.graph:
-            pool = torch.cuda.graph_pool_handle()
-            self._run_variants = captured(self._variants, pool)
-            self._run_plain = captured(self._plain, pool)
+            self._run_variants = captured(self._variants, probe.pool)
+            self._run_plain = captured(self._plain, probe.pool)
 
     def load(self, condition: Condition) -> None:
         for field in fields(condition):
@@ -169,16 +171,24 @@ class _Program:
 
 
 def captured(call: Callable[[], None], pool, warmup: int = 2) -> Callable[[], None]:
-    """A function that replays `call` as one CUDA graph, captured after `warmup` runs on a stream of their own."""
+    """A function that replays `call` as one CUDA graph, captured after `warmup` runs on a stream of their own. Raises
+    ValueError when it cannot be captured, out of memory included."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(warmup):
             call()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL's watchdog may call CUDA
-        call()
+    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL's watchdog may call CUDA
+            call()
+    except RuntimeError as error:
+        torch.cuda.set_stream(here)  # a capture that fails to end leaves its own
+        why = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"the probe cannot be captured ({why}): probe.graph=false runs it without CUDA graphs"
+        ) from error
     return graph.replay
 
 
@@ -290,7 +300,7 @@ def ablate(
     tuple, is the velocity, C rows of any shape. blocks, gates, kind, row_arguments, max_rows: as in multi_gate.
     Raises ValueError as foga and multi_gate do, and when the inputs have no rows.
     """
-    gates = single_ablations(len(blocks)) if gates is None else gates
+    gates = _with_whole_model(gates, len(blocks))
     clips = next((value.shape[0] for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim), None)
     if not clips:
         raise ValueError("the inputs hold no tensor with a row for every clip")
@@ -309,6 +319,13 @@ def ablate(
         raise ValueError("the model's rows depend on each other outside of its blocks: it cannot be gated exactly")
     domains = torch.full((clips,), DOMAINS.index(domain))
     return LayerScores(measured.values, measured.floor, domains, (float("nan"),), "given")
+
+
+def _with_whole_model(gates: torch.Tensor | None, depth: int) -> torch.Tensor:
+    gates = single_ablations(depth) if gates is None else gates
+    if not (gates[0] == 1).all():
+        raise ValueError("the first row of gates is the whole model: all ones")
+    return gates
 
 
 def _repeat(value, clips: int, variants: int):

@@ -136,8 +136,9 @@ def multi_gate(
     depend on each other; False saves that.
 
     Raises ValueError for gates that do not fit the blocks, rows that V does not divide, ambiguous arguments, blocks
-    that never run, run twice, or run in another order, and blocks whose rows depend on each other (batch statistics,
-    attention across clips, dropout left on), naming the module.
+    that never run, run twice, or run in another order, and blocks that cannot be gated exactly: rows that depend on
+    each other (batch statistics, attention across clips, dropout left on), a second stream beside the state, a state
+    that changes its shape or is changed in place. The message names the module.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}: {' or '.join(KINDS)}")
@@ -205,11 +206,16 @@ def _gated_forward(forward: Callable, what: str, plan: _BlockPlan, number: int, 
     clips = rows // variants
     is_row = _row_test(x, state, gating.row_arguments, arguments)
     taken = {name: _take_variants(value, plan, variants) for name, value in arguments.items() if is_row(name, value)}
-    out = _in_chunks(forward, args, kwargs, taken, len(plan.first) * clips, _chunk_rows(gating.max_rows, clips))
+    version = None if x.is_inference() else taken[state]._version
+    checks = partial(_check_streams, what, state) if gating.kind == "block" else None
+    chunk = _chunk_rows(gating.max_rows, clips)
+    out = _in_chunks(forward, args, kwargs, taken, len(plan.first) * clips, chunk, checks)
+    if version is not None and taken[state]._version != version:
+        raise ValueError(f"{what} changes its input in place: the variants without it would get the changed one")
     if gating.check_rows and len(plan.first) > 1:
         alone = {name: value[:clips] for name, value in taken.items()}
         with torch.no_grad():
-            alone = _state(_in_chunks(forward, args, kwargs, alone, clips, None))
+            alone = _state(_in_chunks(forward, args, kwargs, alone, clips, None, None))
         _check_rows(_state(out)[:clips], alone, what)
     spread = partial(_spread_variants, plan=plan, clips=clips)
     gated = (_blend if gating.kind == "block" else _scale)(x, spread(_state(out)), plan, variants)
@@ -217,6 +223,24 @@ def _gated_forward(forward: Callable, what: str, plan: _BlockPlan, number: int, 
         return gated
     others = [spread(value) if _has_rows(value, len(plan.first) * clips) else value for value in out[1:]]
     return (gated, *others)
+
+
+def _check_streams(what: str, state: str | int, taken: dict, out: torch.Tensor | tuple) -> None:
+    """Raises ValueError when a block's output is no update of its state, or another of its row arguments is updated
+    beside it: only the state is handed on ungated."""
+    before, after = taken[state].shape, _state(out).shape
+    if after != before:
+        raise ValueError(f"{what} makes {tuple(after)} of {tuple(before)}: a block that changes the shape has no gate")
+    others = {} if isinstance(out, torch.Tensor) else {value.shape: value for value in out[1:] if _is_tensor(value)}
+    for name, value in taken.items():
+        if name != state and value.shape in others and others[value.shape] is not value:
+            raise ValueError(
+                f"{what} returns an updated argument {name!r} beside its state: blocks with two streams cannot be gated"
+            )
+
+
+def _is_tensor(value) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _state(out: torch.Tensor | tuple) -> torch.Tensor:
@@ -238,8 +262,11 @@ def _chunk_rows(max_rows: int | None, clips: int) -> int | None:
     return None if max_rows is None else max(1, max_rows // clips) * clips
 
 
-def _in_chunks(forward: Callable, args: tuple, kwargs: dict, taken: dict, rows: int, chunk: int | None):
-    """forward with `taken` in place of the arguments of these names, `chunk` rows at a time."""
+def _in_chunks(
+    forward: Callable, args: tuple, kwargs: dict, taken: dict, rows: int, chunk: int | None, check: Callable | None
+):
+    """forward with `taken` in place of the arguments of these names, `chunk` rows at a time; check(part of taken,
+    output) sees every one."""
     outputs = []
     for start in range(0, rows, chunk or rows):
         part = {name: value[start : start + (chunk or rows)] for name, value in taken.items()}
@@ -249,6 +276,8 @@ def _in_chunks(forward: Callable, args: tuple, kwargs: dict, taken: dict, rows: 
                 **{name: part.get(name, value) for name, value in kwargs.items()},
             )
         )
+        if check is not None:
+            check(part, outputs[-1])
     if len(outputs) == 1:
         return outputs[0]
     if isinstance(outputs[0], torch.Tensor):
@@ -265,6 +294,8 @@ def _has_rows(value, rows: int) -> bool:
 def _row_test(x: torch.Tensor, state: str | int, row_arguments, arguments: dict) -> Callable:
     """A function (name, value) -> whether that argument has a row for every row of x."""
     if row_arguments is not None:
+        if unknown := [name for name in row_arguments if name not in arguments]:
+            raise ValueError(f"row_arguments: the blocks have no argument {unknown[0]!r}, but {list(arguments)}")
         return lambda name, value: name == state or name in row_arguments
     rows = x.shape[0]
     suspects = [name for name, value in arguments.items() if name != state and _has_rows(value, rows)]

@@ -50,15 +50,19 @@ def read_csv(path: Path) -> list[dict]:
 
 
 def append_csv(path: Path, scores: LayerScores) -> None:
-    """Append one probe to attribution.csv. What is there of its measure and recipe at this step or later is replaced: a
-    resumed run measures it again."""
-    probe = (scores.measure, scores.recipe)
-    rows = [
-        row
-        for row in read_csv(path)
-        if (row["measure"], row["recipe"]) != probe or int(row["step"]) < (scores.step or 0)
-    ]
-    rows += csv_rows(scores)
+    """Append one probe to attribution.csv; what is there of its measure and recipe at its step is replaced."""
+    probe = (str(scores.step or 0), scores.measure, scores.recipe)
+    rows = [row for row in read_csv(path) if (row["step"], row["measure"], row["recipe"]) != probe]
+    _write(path, rows + csv_rows(scores))
+
+
+def drop_later_probes(path: Path, step: int) -> None:
+    """A resumed run measures what came after its checkpoint again."""
+    if rows := read_csv(path):
+        _write(path, [row for row in rows if int(row["step"]) <= step])
+
+
+def _write(path: Path, rows: list[dict]) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)

@@ -67,23 +67,33 @@ class LayerScores:
             return torch.full_like(scores[:, 0], torch.inf)
         return scores.std(1) / scores.shape[1] ** 0.5
 
-    def resampled(self, domain: str) -> torch.Tensor:
-        """(RESAMPLES, L) fp64: mean scores of bootstrap resamples of the domain's clips. The same numbers every time;
-        layers that were not measured are -inf, below all others."""
-        scores = self.per_clip(domain).double().nan_to_num(nan=-torch.inf)
+    def resampled(self, domain: str, time: int | None = None) -> torch.Tensor:
+        """(RESAMPLES, L) fp64: mean scores of bootstrap resamples of the domain's clips, at one of the times or over
+        all. The same numbers every time; layers that were not measured are -inf, below all others."""
+        scores = self.per_clip(domain) if time is None else self.of_domain(domain)[:, :, time].mean(2)
+        scores = scores.double().nan_to_num(nan=-torch.inf)
         clips = scores.shape[1]
         picked = torch.randint(clips, (RESAMPLES, clips), generator=torch.Generator().manual_seed(0))
         return scores[:, picked].mean(-1).T
 
-    def top_k_probability(self, domain: str, k: int) -> float:
+    def top_k_probability(
+        self, domain: str, k: int, among: torch.Tensor | None = None, time: int | None = None
+    ) -> float | None:
         """Share of bootstrap resamples of the clips in which the k highest layers are the k highest of all clips: how
-        sure the choice is, given these clips."""
-        chosen = self.resampled(domain).topk(k, dim=1).indices.sort(dim=1).values
-        best = self.mean(domain).double().nan_to_num(nan=-torch.inf).topk(k).indices.sort().values
-        return float((chosen == best).all(1).double().mean())
+        sure the choice is, given these clips. among: (L,) bool, the layers that may be chosen; time: index of one of
+        the times, instead of the mean over all. None for a single clip, which says nothing about others."""
+        if self.clips(domain) < 2:
+            return None
+        mean = self.mean(domain) if time is None else self.mean_at(domain)[:, time]
+        barred = torch.zeros_like(mean, dtype=torch.bool) if among is None else ~among
+        scores = self.resampled(domain, time).masked_fill(barred, -torch.inf)
+        best = mean.double().nan_to_num(nan=-torch.inf).masked_fill(barred, -torch.inf).topk(k).indices
+        chosen = scores.topk(k, dim=1).indices.sort(dim=1).values
+        return float((chosen == best.sort().values).all(1).double().mean())
 
     def share_probability(self, domain: str, layers: Sequence[int], share: float) -> float:
-        """Share of bootstrap resamples in which these layers (0-based) carry at least `share` of the sum over all."""
+        """Share of bootstrap resamples in which these layers (0-based) carry at least `share` of the sum over all. A
+        single clip is its only resample."""
         resampled = self.resampled(domain).nan_to_num(neginf=0)
         return float((resampled[:, list(layers)].sum(1) >= share * resampled.sum(1)).double().mean())
 

@@ -82,7 +82,7 @@ def select_layers(
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting={weighting!r}: {nearest(weighting, WEIGHTINGS)}")
-    if not 1 <= k <= scores.depth:
+    if share is None and not 1 <= k <= scores.depth:
         raise ValueError(f"k={k}: must be from 1 to the {scores.depth} layers that were measured")
     evidence, chosen = scores.evidence(), {}
     for domain in scores.domains():
@@ -93,7 +93,9 @@ def select_layers(
                 f"{domain}: {int(measured.sum())} of {scores.depth} layers stand out of the floor "
                 f"{scores.floor_of(domain):.1e}, {wanted} are wanted: train longer before ranking"
             )
-        evidence[domain] |= {"k": wanted, "top_k_probability": scores.top_k_probability(domain, wanted)}
+        times = range(len(scores.times)) if per_time else (None,)
+        sure = [scores.top_k_probability(domain, wanted, measured, time) for time in times]
+        evidence[domain] |= {"k": wanted, "top_k_probability": None if None in sure else min(sure)}
         rows = scores.mean_at(domain).T if per_time else scores.mean(domain).unsqueeze(0)
         chosen[domain] = [_weights(row, _highest(row, measured, wanted), weighting) for row in rows]
     layers = {domain: tuple(sorted(set().union(*rows))) for domain, rows in chosen.items()}
@@ -106,6 +108,12 @@ def select_layers(
     }
     by_time = {"times": scores.times, "weights_at": tables} if per_time else {}
     return LayerSelection(scores.measure, layers, mean, scores.step or 0, evidence, **by_time)
+
+
+def select_as(align: AlignConfig, scores: LayerScores) -> LayerSelection:
+    """select_layers with a run's settings."""
+    options = {"share": align.share, "confidence": align.share_confidence, "per_time": align.per_time}
+    return select_layers(scores, align.k, align.weighting, **options)
 
 
 def _measured(scores: LayerScores, domain: str) -> torch.Tensor:

@@ -107,6 +107,9 @@ def _measure(
     states: PooledStates, measure: str, smallest: int, prepare: Callable[..., Score], recipe: str = "corrected"
 ) -> LayerScores:
     """prepare(domain, clips (n,), teacher (n, E)) is called once for a domain, what it returns once for a layer."""
+    if not (finite := states.hidden.flatten(2).isfinite().all(2)).all():
+        layer, clip = (~finite).nonzero()[0].tolist()
+        raise ValueError(f"probe clip {clip}, layer {layer + 1}: the hidden state is not finite")
     values, members = torch.zeros(states.hidden.shape[:3]), states.domain.cpu()
     for number, domain in enumerate(DOMAINS):
         clips = (members == number).nonzero().squeeze(1)

@@ -34,7 +34,7 @@ class FogaVjp:
                 for draw in range(self.draws):
                     value, norm = self._one(batch, t, draw)
                     values.append(value)
-                    silent = norm == 0 if silent is None else silent
+                    silent = norm == 0 if silent is None else silent | (norm == 0)
         values = torch.stack(values, -1).unflatten(-1, (len(self.times), self.draws))
         return Measured(values, torch.zeros_like(values[0, :, 0, 0]), silent)
 

@@ -7,18 +7,17 @@ import torch
 
 from ..attribution.report import append_csv
 from ..attribution.scores import LayerScores
-from ..attribution.selection import LayerSelection, NotRankableError, select_layers, unmeasured_selection
+from ..attribution.selection import LayerSelection, NotRankableError, select_as, unmeasured_selection
 from ..attribution.storage import lasp
 from ..config import DOMAINS, Config
 from .aligner import Aligner
 from .engine import gradient_norms
 from .measure import ClipProbe, FixedClips, PendingScores, pooled_states, storage_scores
 
-REFUSALS = (ValueError, torch.OutOfMemoryError)
-
 
 class LayerChoice:
-    """The strategy of a run. A probe is launched after a step and read after the next one, so that nobody waits for it.
+    """The strategy of a run. A probe is launched after a step and read after the next one: foga and foga-vjp are only
+    queued until then, and nobody waits for them.
 
     model: the module inside the engine. store_clips: those that say what layers store. say: prints a line on rank 0.
     folder: the run's folder on rank 0, None elsewhere.
@@ -29,7 +28,8 @@ class LayerChoice:
     ):
         self.config, self.model, self.aligner, self.say, self.folder = config, model, aligner, say, folder
         self.clips, self.store_clips = clips, store_clips
-        self.probes: list[LayerScores] = []  # the recent ones: to pool with the next, and to compare it
+        self.probes: list[LayerScores] = []  # the recent ones since the last choice, to pool with the next
+        self.last: LayerScores | None = None  # to compare the next with
         self.pending: PendingScores | LayerScores | None = None
         self._foga: ClipProbe | None = None
         self._norms: torch.Tensor | None = None  # (L,) of a watched step
@@ -86,7 +86,7 @@ class LayerChoice:
         return self._try(pending.scores.step, pending.read)
 
     def _launch(self, step: int) -> PendingScores | LayerScores | None:
-        strategy = self.config.align.strategy
+        strategy = self.config.align.strategy  # foga and foga-vjp are only queued
         if strategy == "gradnorm":
             return self._gradient_scores(step)
         if strategy == "lasp":
@@ -114,7 +114,7 @@ class LayerChoice:
         """measure(), or None with a line said: a probe that fails costs its time and nothing else."""
         try:
             return measure()
-        except REFUSALS as failure:
+        except ValueError as failure:
             self.say(f"step {step}: the probe failed and training goes on: {failure}")
             return None
 
@@ -122,17 +122,22 @@ class LayerChoice:
         """Align the layers that stand out: at the end of the warm-up, or before it once their choice is
         probe.confidence sure; on a refresh, at once."""
         schedule, align, step = self.config.probe, self.config.align, scores.step
-        options = {"share": align.share, "confidence": align.share_confidence, "per_time": align.per_time}
-        selection = select_layers(self._pooled(scores), align.k, align.weighting, **options)
-        selection = replace(selection, step=step)
-        sure = min(measured["top_k_probability"] for measured in selection.evidence.values())
-        found = f"{selection.describe()} (with probability {sure:.2f}{self._drift(scores)})"
+        selection = replace(select_as(align, self._pooled(scores)), step=step)
+        probabilities = [measured["top_k_probability"] for measured in selection.evidence.values()]
+        sure = 0.0 if None in probabilities else min(probabilities)  # None: one clip says nothing about others
+        known = f"{sure:.2f}" if None not in probabilities else "unknown"
+        found = f"{selection.describe()} (with probability {known}{self._drift(scores)})"
         before = self.aligner.selection
         early = before is None and step < schedule.warmup_steps
         if early and sure <= schedule.confidence:
             self.say(f"step {step}: {scores.measure} leads with {found}")
             return
         self.aligner.select(selection)
+        self.probes = []
+        if not align.refresh:
+            self._foga = None  # frozen: the memory of its graphs goes back
+        if self.folder is not None:
+            selection.save(self.folder / "selection.json")
         if before is not None:
             self.say(f"step {step}: {_change(before, selection)}: {found}")
             return
@@ -140,21 +145,18 @@ class LayerChoice:
         self.say(
             f"step {step}: aligned from here on: {found}" + (f"; decided early, {saved} probes saved" if early else "")
         )
-        if self.folder is not None:
-            selection.save(self.folder / "selection.json")
 
     def _pooled(self, scores: LayerScores) -> LayerScores:
         """The scores with those of recent probes, probe.pool together: of the same clips, or of further ones."""
-        pool = self.config.probe.pool
-        recent = self.probes[-(pool - 1) :] if pool > 1 else []
-        self.probes = [*self.probes, scores][-max(pool, 2) :]
+        recent = self.probes
+        self.probes = [*recent, scores][1 - self.config.probe.pool :] if self.config.probe.pool > 1 else []
         return scores.joined_with(recent) if scores.measure == "gradnorm" else scores.pooled_with(recent)
 
     def _drift(self, scores: LayerScores) -> str:
         """ "; rank correlation with the probe before: speech 0.93" """
-        if len(self.probes) < 2:
+        before, self.last = self.last, scores
+        if before is None:
             return ""
-        before = self.probes[-2]
         return "; rank correlation with the probe before: " + ", ".join(
             f"{domain} {scores.rank_correlation(before, domain):.2f}" for domain in scores.domains()
         )
@@ -165,15 +167,18 @@ class LayerChoice:
 
     def measure_storage(self, step: int) -> None:
         """Write down what layers store of the teacher. Every rank must call it."""
-        states = self._states(step)
-        for scores in self._try(step, lambda: storage_scores(states, self._projections())) or []:
+        for scores in self._try(step, lambda: storage_scores(self._states(step), self._projections())) or []:
             self._write(scores)
 
     def finish(self, step: int) -> dict[str, dict]:
         """Read what is under way, and measure what layers contribute and store at the end of a run. Returns the
         evidence of the choice; where it rests on no scores, that of the last FoG-A, {} when that failed."""
-        self.settle()
-        scores = self._try(step, self.launch_foga(step).read)
+        under_way = self._read() if self.pending is not None else None  # too late to align anything
+        if under_way is not None:
+            self._write(under_way)
+        scores = under_way
+        if scores is None or (scores.measure, scores.step) != ("foga", step):
+            scores = self._try(step, self.launch_foga(step).read)
         if scores is not None:
             self._write(scores)
         self.measure_storage(step)
@@ -189,13 +194,16 @@ class LayerChoice:
         return {
             "aligner": self.aligner.state_dict(),
             "probes": [asdict(scores) for scores in self.probes],
+            "last": None if self.last is None else asdict(self.last),
             "pending": None if self.pending is None else asdict(self.pending),
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.aligner.load_state_dict(state["aligner"])
         self.probes = [LayerScores(**scores) for scores in state["probes"]]
-        self.pending = None if state["pending"] is None else LayerScores(**state["pending"])
+        self.last, self.pending = (
+            None if state[name] is None else LayerScores(**state[name]) for name in ("last", "pending")
+        )
 
 
 def _change(before: LayerSelection, after: LayerSelection) -> str:

@@ -76,20 +76,26 @@ class FixedClips:
         return self._made[max_reference]
 
     def _make(self, max_reference: float) -> Iterator[tuple[Batch, list[int]]]:
-        share = -(-len(self) // self.world)
-        rows = -(-share // self.chunk) * self.chunk if self.static else share
+        share, chunk = -(-len(self) // self.world), self.chunk
+        rows = share
+        if self.static:
+            chunks = -(-share // chunk)
+            chunk = -(-share // chunks)  # as even as they can be: what fills up a chunk is computed for nothing
+            rows = chunks * chunk
         mine = [self.rank * share + i for i in range(rows)]
         last = min((self.rank + 1) * share, len(self)) - 1
         least = {}
         if self.static:
             least = {"frames": max(s.frames for s in self.samples), "tokens": max(len(s.tokens) for s in self.samples)}
-        for start in range(0, rows, self.chunk):
-            places = mine[start : start + self.chunk]
+        padded = len({sample.frames for sample in self.samples}) > 1
+        for start in range(0, rows, chunk):
+            places = mine[start : start + chunk]
             owned = [row for row, place in enumerate(places) if place <= last]
             places = [min(place, len(self) - 1) for place in places]
             samples = [self.samples[place] for place in places]
             batch = collate(samples, tuple(places), self.index, center=self.center, **least).to(self.device)
-            yield replace(batch, condition=probe_condition(batch.mel, batch.condition, max_reference)), owned
+            condition = probe_condition(batch.mel, batch.condition, max_reference)
+            yield replace(batch, condition=replace(condition, padded=padded) if self.static else condition), owned
 
 
 def _with_bar(clips: FixedClips, config: Config, what: str, progress: bool) -> Iterator[tuple[Batch, list[int]]]:
@@ -126,6 +132,7 @@ class PendingScores:
     """Scores of all ranks' clips whose computation is queued on the device."""
 
     measured: Measured  # on the host; filled when `ready` has come
+    failures: torch.Tensor  # likewise: on how many ranks it failed
     ready: torch.cuda.Event | None
     scores: LayerScores  # all but the values and the floor
     failure: str | None  # of this rank
@@ -135,9 +142,8 @@ class PendingScores:
         or has clips without finite scores, all raise ValueError."""
         if self.ready is not None:
             self.ready.synchronize()
-        failure = first_failure(self.failure)
-        if failure is not None:
-            raise ValueError(failure)
+        if self.failures.any():  # on every rank alike
+            raise ValueError(first_failure(self.failure))
         self.measured.check(range(len(self.measured.floor)))
         return replace(self.scores, values=self.measured.values, floor=self.measured.floor)
 
@@ -169,15 +175,15 @@ class ClipProbe:
         for batch, owned in _with_bar(clips, self.config, "probe", progress):
             try:
                 part = self.one_batch.launch(ProbeBatch(batch.mel, batch.condition, batch.domain, batch.places))
-            except (ValueError, torch.OutOfMemoryError) as error:
+            except survivable(self.one_batch.model) as error:
                 failure = failure or str(error)
                 continue
             for row in owned:
                 place = batch.places[row]
                 values[:, place], floor[place], silent[place] = part.values[:, row], part.floor[row], part.silent[row]
-        parts = [values.flatten(), floor, silent]
+        parts = [values.flatten(), floor, silent, floor.new_full((1,), float(failure is not None))]
         parts = all_sum(torch.cat(parts)).split([part.numel() for part in parts])
-        values, floor, silent = (to_host(part) for part in parts)
+        values, floor, silent, failures = (to_host(part) for part in parts)
         ready = None
         if clips.device.type == "cuda":
             ready = torch.cuda.Event()
@@ -185,7 +191,14 @@ class ClipProbe:
         scores = LayerScores(
             values, floor, clips.domain, tuple(probe.times), step=step, measure=self.measure, names=self.names
         )
-        return PendingScores(Measured(values.view(shape), floor, silent), ready, scores, failure)
+        return PendingScores(Measured(values.view(shape), floor, silent), failures, ready, scores, failure)
+
+
+def survivable(model: nn.Module) -> tuple[type[Exception], ...]:
+    """What a probe may fail of on one rank while the others go on. Not of memory under ZeRO-3: there, a rank that stops
+    inside a forward leaves the others waiting for its partitions."""
+    partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return (ValueError,) if partitioned else (ValueError, torch.OutOfMemoryError)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -236,28 +249,34 @@ def pooled_states(
     progress: bool = False,
 ) -> PooledStates:
     """The time-means of every layer and of the token condition, beside the teacher, for all clips: what LASP, ridge and
-    CKA need. The same on every rank, and every rank must call it. x_t as FoG-A's; recipe "official": the clean mel, at
-    t = 0.8."""
+    CKA need. The same on every rank, and every rank must call it; when it fails on one, all raise ValueError. x_t as
+    FoG-A's; recipe "official": the clean mel, at t = 0.8."""
     times = (OFFICIAL_TIME,) if recipe == "official" else tuple(config.probe.times)
     layers, count, sizes = range(len(model.blocks) + 1), len(clips), config.model
     hidden = torch.zeros(len(layers) - 1, count, len(times), sizes.dim, device=clips.device)
     condition = torch.zeros(count, sizes.token_dim, device=clips.device)
     dims = {domain: clips.index.teacher(domain).dim for domain in clips.index.domains}
     teacher = {domain: torch.zeros(count, dim, device=clips.device) for domain, dim in dims.items()}
+    failure = None
     with undisturbed(model):
         for batch, owned in _with_bar(clips, config, "what layers store", progress):
-            for number, t in enumerate(times):
-                given = ProbeBatch(batch.mel, batch.condition, batch.domain, batch.places)
-                x_t = batch.mel if recipe == "official" else noised(given, t, config.flow.sigma, 0, 0)
-                t_clips = batch.mel.new_full((len(batch.keys),), t)
-                pooled = model(x_t, t_clips, batch.condition, capture=tuple(layers), pooled=True).hidden
-                for row in owned:
-                    place = batch.places[row]
-                    hidden[:, place, number] = torch.stack([pooled[layer][row].float() for layer in layers[1:]])
-                    condition[place] = pooled[0][row]
+            try:
+                for number, t in enumerate(times):
+                    given = ProbeBatch(batch.mel, batch.condition, batch.domain, batch.places)
+                    x_t = batch.mel if recipe == "official" else noised(given, t, config.flow.sigma, 0, 0)
+                    t_clips = batch.mel.new_full((len(batch.keys),), t)
+                    pooled = model(x_t, t_clips, batch.condition, capture=tuple(layers), pooled=True).hidden
+                    for row in owned:
+                        place = batch.places[row]
+                        hidden[:, place, number] = torch.stack([pooled[layer][row].float() for layer in layers[1:]])
+                        condition[place] = pooled[0][row]
+            except survivable(model) as error:
+                failure = failure or str(error)
             for row in owned:
                 for domain, vectors in batch.teacher.items():
                     teacher[domain][batch.places[row]] = vectors[row]
+    if (failure := first_failure(failure)) is not None:
+        raise ValueError(failure)
     hidden, condition = (all_sum(values).cpu() for values in (hidden, condition))
     teacher = {domain: all_sum(vectors).cpu() for domain, vectors in teacher.items()}
     return PooledStates(hidden, condition, teacher, clips.domain, times, step)
@@ -276,7 +295,8 @@ def storage_scores(
     if measures is None:
         fits = states.hidden.shape[-1] == states.condition.shape[-1] and set(projections) >= domains
         enough = min(int((states.domain == DOMAINS.index(domain)).sum()) for domain in domains) >= 8
-        measures = [*(("ridge", "cka") if enough else ()), *(("lasp",) if fits else ())]
+        ours = enough and recipe == "corrected"  # the release has neither
+        measures = [*(("ridge", "cka") if ours else ()), *(("lasp",) if fits else ())]
     made = {
         "ridge": lambda: ridge(states),
         "cka": lambda: cka(states),
@@ -314,8 +334,6 @@ def measure_model(
     if stored or stored is None:
         clips = store_clips(index, config, device)
         states = pooled_states(model, clips, config, step, recipe=recipe, progress=True)
-        if stored is None and recipe == "official":
-            stored = ["lasp"] if projections else []
         found += storage_scores(states, projections, stored, recipe=recipe)
     return found
 
