@@ -42,6 +42,7 @@ from agrepa_fast.training.engine import (
 from agrepa_fast.training.measure import FixedClips, store_clips
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
+from agrepa_fast.training.signals import StopRequest
 from agrepa_fast.training.summary import finish
 
 
@@ -182,23 +183,31 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     if first == 0:
         run.validate(val_clips, 0)
     engine.module.train()
-    loop_start, aside = time.perf_counter(), sum(run.seconds.values())
-    for step in range(first, steps):
-        run.step(batches, step)
-        done = step + 1
-        if metrics.bar is not None:
-            metrics.bar.update()
-        saves = done % config.train.save_every == 0 or done == steps
-        if done % config.train.log_every == 0 or saves:
-            metrics.flush(done, lr=engine.get_lr()[0])
-        if done % config.train.val_every == 0 or done == steps:
-            run.validate(val_clips, done)
-        choice.after_step(done, lambda: run.timed("probe"))
-        if saves:
-            with run.timed("checkpoint"):
-                checkpoints.save(engine, ema, choice, done, config)
+    loop_start, aside, stops = time.perf_counter(), sum(run.seconds.values()), False
+    with StopRequest(device) as request:
+        for step in range(first, steps):
+            run.step(batches, step)
+            done = step + 1
+            if metrics.bar is not None:
+                metrics.bar.update()
+            stops = request.agreed() and done < steps
+            saves = done % config.train.save_every == 0 or done == steps or stops
+            if done % config.train.log_every == 0 or saves:
+                metrics.flush(done, lr=engine.get_lr()[0])
+            if done % config.train.val_every == 0 or done == steps:
+                run.validate(val_clips, done)
+            choice.after_step(done, lambda: run.timed("probe"))
+            if saves:
+                with run.timed("checkpoint"):
+                    checkpoints.save(engine, ema, choice, done, config)
+            if stops:
+                break
+    del batches  # ends the loader processes, which ignore the signal that multiprocessing would send them at exit
     run.seconds["train"] = time.perf_counter() - loop_start - (sum(run.seconds.values()) - aside)
-    finish(run, val_clips, vocoder, started)
+    if stops:
+        metrics.say(f"step {done}: stopped by a signal, saved; --resume latest run.dir={folder} goes on from here")
+    else:
+        finish(run, val_clips, vocoder, started)
     metrics.close()
     dist.barrier()
     dist.destroy_process_group()  # its threads, left to the interpreter's exit, now and then abort the process

@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -169,6 +171,37 @@ def test_a_fault_that_rank_0_finds_stops_every_rank_with_one_line(preset, tmp_pa
     assert "train-audio-0001.tar has SHA-256" in outputs[0]
     assert "Traceback" not in "".join(outputs)
     assert "agrepa train:" not in outputs[1]
+
+
+@pytest.mark.parametrize(
+    ("number", "stage", "extra"),
+    [
+        (signal.SIGTERM, 2, ("data.workers=1",)),
+        (signal.SIGUSR1, 3, ()),
+    ],
+)
+def test_a_signal_to_one_rank_stops_all_after_a_save(number, stage, extra, preset, ds_configs, tmp_path):
+    """A scheduler's warning: both ranks exit 0, and what was lost is nothing."""
+    args = ("--ds_config", ds_configs[stage], "--preset", str(preset), "train.steps=60", "train.val_every=60")
+    settings = ("probe.warmup_steps=4", "align.refresh=10", *extra)
+    run_training(2, *args, "run.dir=whole", *settings, cwd=tmp_path)
+    ranks = start_training(2, *args, "run.dir=stopped", *settings, cwd=tmp_path)
+    written = tmp_path / "stopped" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not (written.is_file() and written.read_text().count("\n") >= 5):
+        assert time.monotonic() < until
+        assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0]
+        time.sleep(0.02)
+    ranks[1].send_signal(number)
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert "stopped by a signal, saved" in outputs[0]
+    last = max(metrics(tmp_path / "stopped"))
+    assert last < 60
+    assert (tmp_path / "stopped" / "checkpoints" / "latest").read_text() == f"step{last:08d}"
+    assert not (tmp_path / "stopped" / "summary.json").exists()
+    run_training(2, "--ds_config", ds_configs[stage], "--resume", "latest", "run.dir=stopped", cwd=tmp_path)
+    assert_same_curve(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_an_interrupted_save_loses_nothing(preset, tmp_path):

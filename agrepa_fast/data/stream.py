@@ -5,6 +5,7 @@ p of that sequence is found from the shards' counts without reading anything bef
 and every number of ranks sees the same global batches.
 """
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -176,4 +177,17 @@ def train_batches(
     """This rank's micro-batches in order, from optimizer step `step` on, without end."""
     batches = _RankBatches(index, data, seed, center, layout, step)
     # A generator of its own: DataLoader would draw from the one whose state a resumed run has restored for dropout.
-    return iter(DataLoader(batches, batch_size=None, num_workers=data.workers, generator=torch.Generator()))
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=data.workers,
+        generator=torch.Generator(),
+        worker_init_fn=_ignore_signals,
+    )
+    return iter(loader)
+
+
+def _ignore_signals(_worker: int) -> None:
+    """A scheduler's signal goes to every process of a job; the ranks decide when their loader processes end."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
