@@ -248,6 +248,7 @@ class TrainConfig:
     """Optimisation. Steps are optimizer steps, whatever the number of ranks and of accumulated micro-batches."""
 
     steps: int = 500_000
+    start_from: str | None = None  # weights to start with: a run, or one of its checkpoints; None: random ones
     batch_clips: int = 16  # clips of one optimizer step, over all ranks and micro-batches
     accumulation: int = 1  # micro-batches per optimizer step
     lr: float = 1e-4

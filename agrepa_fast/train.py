@@ -27,7 +27,7 @@ from agrepa_fast.data.stream import BatchLayout, train_batches
 from agrepa_fast.data.vocoder import load_vocoder
 from agrepa_fast.models.dit import AudioDiT
 from agrepa_fast.training.aligner import Aligner
-from agrepa_fast.training.checkpoint import Checkpoints, find_checkpoint
+from agrepa_fast.training.checkpoint import Checkpoints, find_checkpoint, load_weights, resolve_checkpoint
 from agrepa_fast.training.choose import LayerChoice
 from agrepa_fast.training.ema import Ema
 from agrepa_fast.training.engine import (
@@ -123,8 +123,12 @@ def run_folder(config: Config, resume: bool, rank: int) -> Path:
 
 
 def build_model(config: Config, index: Index) -> AudioDiT:
+    """A new model, or one with the averaged weights of train.start_from."""
     torch.manual_seed(config.run.seed)
     model = AudioDiT(config.model)
+    if config.train.start_from is not None:
+        load_weights(model, resolve_checkpoint(Path(config.train.start_from)) / "ema.safetensors", "this run's")
+        return model
     code_mels = (torch.from_numpy(index.code_mels()) - index.mel_mean) / index.mel_std
     if config.model.token_dim >= index.n_mels:
         model.tokens.start_from(code_mels)
@@ -153,10 +157,11 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
         vocoder = load_vocoder(config.eval.vocoder, config.data, "cpu")
 
     agree(get_vocoder)
+    model = build_model(config, index)
     folder = run_folder(config, resume is not None, rank)
     prepared = time.perf_counter()
 
-    engine = build_engine(build_model(config, index), config, ds_config)
+    engine = build_engine(model, config, ds_config)
     ema = Ema(engine, config.train.ema_decay)
     teacher_dims = {domain: index.teacher(domain).dim for domain in index.domains}
     aligner = Aligner(config, teacher_dims, device)

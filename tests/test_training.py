@@ -204,6 +204,17 @@ def test_a_signal_to_one_rank_stops_all_after_a_save(number, stage, extra, prese
     assert_same_curve(tmp_path / "whole", tmp_path / "stopped")
 
 
+def test_a_run_starts_from_the_averaged_weights_of_another(preset, baseline, tmp_path):
+    args = ("--preset", str(preset), "run.dir=run", "train.steps=3", f"train.start_from={baseline}")
+    run_training(1, *args, cwd=tmp_path)
+    averaged = json.loads((baseline / "summary.json").read_text())["val/flow_loss"]["ema"]
+    assert metrics(tmp_path / "run")[0]["val/flow_loss"] == pytest.approx(averaged, abs=1e-6)
+    args = ("--preset", str(preset), f"run.dir={tmp_path}/other", f"train.start_from={baseline}", "model.dim=16")
+    output = run_training(1, *args, cwd=tmp_path, wanted=2)
+    assert "another architecture than this run's" in output
+    assert not (tmp_path / "other").exists()
+
+
 def test_an_interrupted_save_loses_nothing(preset, tmp_path):
     """A folder without its marker is removed, tags are never written twice, and old checkpoints are rotated away."""
     args = ("--preset", str(preset), "run.dir=run", "align.strategy=random", "train.save_every=2")

@@ -171,16 +171,19 @@ def load_model(path: Path, *, live: bool = False) -> tuple[AudioDiT, Config]:
         raise UserError(f"{path}: {weights.name} is missing")
     config = load_config(path / "config.yaml")
     model = AudioDiT(config.model)
+    load_weights(model, weights, "its config.yaml")
+    return model.eval(), config
+
+
+def load_weights(model: AudioDiT, weights: Path, wanted: str) -> None:
+    """Fill the model from a safetensors file. Raises UserError naming the first weight that is not as in `wanted`."""
     state = load_file(weights)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     for name in sorted(shapes.keys() | state.keys()):
         there = tuple(state[name].shape) if name in state else "missing"
         if there != shapes.get(name):
-            raise UserError(
-                f"{weights}: another architecture than its config.yaml, {name} is {there}, not {shapes.get(name)}"
-            )
+            raise UserError(f"{weights}: another architecture than {wanted}, {name} is {there}, not {shapes.get(name)}")
     model.load_state_dict(state)
-    return model.eval(), config
 
 
 def load_projections(path: Path) -> dict[str, torch.Tensor]:
