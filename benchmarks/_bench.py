@@ -2,6 +2,7 @@
 a plain table, and one JSON a run with machine and commit. Needs torch alone, and no installed package."""
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -123,6 +124,7 @@ def peak_memory_mib(call: Callable[[], object]) -> float:
         call()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left in the heap would be taken from there unseen
     page, statm = os.sysconf("SC_PAGE_SIZE"), Path("/proc/self/statm")
     resident, done = [int(statm.read_text().split()[1])], threading.Event()
 
