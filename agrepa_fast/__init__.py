@@ -7,10 +7,10 @@ if (
 ):  # imported from a checkout, where kernels/ stands beside this package
     __path__.append(str(Path(__file__).parents[1]))
 
-from .attribution.foga import ablate, foga
+from .attribution.foga import ProbeBatch, ablate, foga
 from .attribution.gates import count_block_forwards, multi_gate
 from .attribution.scores import LayerScores
-from .attribution.selection import LayerSelection, select_layers
+from .attribution.selection import LayerSelection, NotRankableError, select_layers
 from .config import Config, UserError, load_config
 from .models.block import GatedDiTBlock
 from .models.conditioning import Condition
@@ -25,6 +25,8 @@ __all__ = [
     "GatedDiTBlock",
     "LayerScores",
     "LayerSelection",
+    "NotRankableError",
+    "ProbeBatch",
     "UserError",
     "Velocity",
     "ablate",

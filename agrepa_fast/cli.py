@@ -112,7 +112,7 @@ def _measures(text: str) -> list[str]:
     names = text.split(",")
     if unknown := [name for name in names if name not in PROBE_MEASURES]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r}: {nearest(unknown[0], PROBE_MEASURES)}")
-    return names
+    return sorted(names, key=PROBE_MEASURES.index)
 
 
 def _prepare(args: argparse.Namespace) -> None:
@@ -157,6 +157,8 @@ def _probe(args: argparse.Namespace) -> None:
     measures = args.measures
     if args.kind == "branch" and ((measures or ["foga"]) != ["foga"] or args.recipe != "corrected"):
         raise UserError("--kind branch: only foga in the corrected recipe measures parts of blocks")
+    if args.recipe == "official" and (others := set(measures or ()) - {"foga", "lasp"}):
+        raise UserError(f"--recipe official: the release measures foga and lasp, not {', '.join(sorted(others))}")
     try:
         measured = measure_model(
             model,

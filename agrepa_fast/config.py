@@ -215,7 +215,7 @@ class ProbeConfig:
     chunk: int = 8  # clips per forward; bounds the memory, not the result
     max_rows: int | None = None  # rows (variants x clips) that a block runs at once; likewise
     graph: bool = True  # CUDA graphs on GPUs, but under ZeRO-3
-    store_clips: int = 64  # per domain, for what layers store (LASP, ridge, CKA); fewer when there are fewer
+    storage_clips: int = 64  # per domain, for what layers store (LASP, ridge, CKA); fewer when there are fewer
     pool: int = 1  # the layers are ranked on this many recent probes together
     confidence: float = 1.0  # choose before warmup_steps once the Top-K is this probable in every domain; 1: never
 
@@ -228,7 +228,7 @@ class ProbeConfig:
         )
         _check(self.chunk >= 1, f"probe.chunk={self.chunk}: at least 1")
         _check(self.max_rows is None or self.max_rows >= 1, f"probe.max_rows={self.max_rows}: at least 1, or null")
-        _check(self.store_clips >= 8, f"probe.store_clips={self.store_clips}: at least 8, to hold some out")
+        _check(self.storage_clips >= 8, f"probe.storage_clips={self.storage_clips}: at least 8, to hold some out")
         _check(
             1 <= self.start_step <= self.warmup_steps,
             f"probe.start_step={self.start_step}: must be from 1 to probe.warmup_steps={self.warmup_steps}",

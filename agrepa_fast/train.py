@@ -39,7 +39,7 @@ from agrepa_fast.training.engine import (
     start_ranks,
     zero_stage,
 )
-from agrepa_fast.training.measure import FixedClips, store_clips
+from agrepa_fast.training.measure import FixedClips, storage_clips
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
 from agrepa_fast.training.signals import StopRequest
@@ -148,7 +148,7 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     graphs = config.probe.graph and device.type == "cuda" and zero_stage(ds_config) < 3
     chunk = config.probe.chunk
     probe_clips = FixedClips(index, "train", config.probe.clips, chunk, device, static=graphs, **ranks)
-    stored_clips = store_clips(index, config, device, rank, world)
+    stored_clips = storage_clips(index, config, device, rank, world)
     val_clips = FixedClips(index, "val", config.eval.clips, chunk, device, **ranks)
     vocoder = None
 

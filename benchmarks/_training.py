@@ -10,6 +10,7 @@ from _bench import Results
 from agrepa_fast import AudioDiT, Condition, LayerSelection
 from agrepa_fast.alignment.heads import AlignmentHeads
 from agrepa_fast.alignment.objectives import alignment_loss
+from agrepa_fast.attribution.foga import captured
 from agrepa_fast.config import FlowConfig, ModelConfig
 from agrepa_fast.flow import clip_keys, flow_loss, reference_prefix, training_draws
 from agrepa_fast.kernels import flow_mix
@@ -165,13 +166,10 @@ class ReleasedStep:
 
 def graphed(call, warmup: int = 3):
     """A function that replays `call` as one CUDA graph, and the tensor it fills. `call` has run `warmup` times."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(warmup):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    return graph.replay, result
+    result = []
+
+    def run() -> None:
+        result[:] = [call()]
+
+    replay = captured(run, torch.cuda.graph_pool_handle(), warmup)
+    return replay, result[0]

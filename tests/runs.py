@@ -23,7 +23,7 @@ model: {dim: 32, depth: 4, heads: 2, position: rotary_conv, time_scale: 1000.0, 
 data: {path: %s, sample_rate: 16000, n_mels: 8, f_max: 8000.0, codebook: 6}
 align: {k: 2}
 flow: {steps: 4}
-probe: {start_step: 1, every: 1, warmup_steps: 2, clips: 3, times: [0.3, 0.7], chunk: 2}
+probe: {start_step: 1, every: 1, warmup_steps: 2, clips: 3, storage_clips: 8, times: [0.3, 0.7], chunk: 2}
 train: {steps: 5, batch_clips: 8, lr: 2.0e-3, warmup_steps: 2, log_every: 1, val_every: 5, save_every: 100}
 eval: {clips: 3, times: [0.5], vocoder: griffin-lim}
 """

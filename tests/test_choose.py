@@ -33,7 +33,7 @@ def index(tmp_path_factory):
 
 def small_config(*overrides: str):
     base = ["model.dim=16", "model.depth=4", "model.heads=2", "model.token_dim=16", "align.k=1", "probe.times=[0.5]"]
-    base += ["probe.start_step=2", "probe.every=2", "probe.warmup_steps=6", "probe.store_clips=8", "probe.clips=3"]
+    base += ["probe.start_step=2", "probe.every=2", "probe.warmup_steps=6", "probe.storage_clips=8", "probe.clips=3"]
     return load_config("demo", [*base, *overrides])
 
 
@@ -281,7 +281,7 @@ class TestHeads:
         (["probe.times=[0.5,0.3]"], "must rise"),
         (["probe.times=[0.5,0.5]"], "must rise"),
         (["align.bitc_speech=-1"], "align.bitc_speech=-1.0: not below 0"),
-        (["probe.store_clips=2"], "probe.store_clips=2: at least 8"),
+        (["probe.storage_clips=2"], "probe.storage_clips=2: at least 8"),
         (["align.strategy=foga-vpj"], "did you mean 'foga-vjp'"),
     ],
 )

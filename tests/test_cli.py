@@ -123,6 +123,10 @@ class TestRefusals:
 
     def test_measures_that_do_not_fit(self, run, tmp_path, capsys):
         assert "only foga" in refused(capsys, "probe", run, "--kind", "branch", "--measures", "cka")
+        assert "only foga" in refused(capsys, "probe", run, "--kind", "branch", "--recipe", "official")
+        assert "not cka, foga-vjp" in refused(
+            capsys, "probe", run, "--recipe", "official", "--measures", "cka,foga-vjp,lasp"
+        )
         copy = tmp_path / "copy"
         shutil.copytree(next((run / "checkpoints").glob("step*")), copy)
         save_file({"heads.x": torch.zeros(1)}, copy / "heads.safetensors")

@@ -195,6 +195,8 @@ for measure in (lambda: probe.launch().read(), lambda: pooled_states(model, clip
 total = torch.ones(1)
 torch.distributed.all_reduce(total)  # the ranks are still in step
 print("in step:", int(total), bool(probe.launch().read().values.all()), flush=True)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # left to the interpreter's exit, its threads now and then abort
 """
 
 

@@ -292,8 +292,9 @@ def test_stability_takes_what_contribution_there_is():
     axes = _stability(rows + cell("lasp", 3, "audio", "mean", [1, 2]), k=1).axes
     assert axes[0].get_ylabel() == "gradient norm"
     assert axes[0].get_title().startswith("audio: gradient norm")
+    assert _stability(cell("lasp", 3, "audio", "mean", [1, 2]), k=1).axes[0].get_title().startswith("audio: LASP")
     with pytest.raises(ValueError, match=r"no contribution scores \(foga, foga-vjp, gradnorm\) among the 2 rows"):
-        _stability(cell("lasp", 3, "audio", "mean", [1, 2]), k=1)
+        _stability(cell("cka", 3, "audio", "mean", [1, 2]), k=1)
 
 
 # What is stored against what contributes
@@ -476,6 +477,7 @@ def test_what_a_run_measured_decides_what_is_drawn(tmp_path):
     )
     cka = [row_of(measure="cka", step=9, layer=str(k), t="mean") for k in (1, 2)]
     evidence = {"speech": {"measure": "foga", "mean": [0.1, None], "stderr": [None, None], "floor": 0.0, "clips": 3}}
+    evidence["speech"]["layers"] = ["L1", "L2"]
     evidence["speech"] |= {"recipe": "corrected", "step": 1}
     drawn = {
         "all": ({"attribution", "stability", "layer_time", "store_contribute"}, late + cka),
@@ -501,3 +503,21 @@ def test_what_a_run_measured_decides_what_is_drawn(tmp_path):
 def row_of(**given) -> dict:
     values = {"recipe": "corrected", "domain": "speech", "score": "0.5", "stderr": "", "floor": "0", "clips": "3"}
     return values | {name: str(value) for name, value in given.items()}
+
+
+def test_stability_is_that_of_what_chose_the_layers():
+    """gradnorm at three steps, and FoG-A at the end of the run."""
+    rows = [row_of(measure="gradnorm", step=step, layer=str(k), t="mean") for step in (1, 2, 3) for k in (1, 2)]
+    rows += [row_of(measure="foga", step=9, layer=str(k), t="mean") for k in (1, 2)]
+    assert _stability(rows, 1).axes[0].get_title().startswith("speech: gradient norm")
+    assert _stability(rows[4:], 1).axes[0].get_title().startswith("speech: FoG-A")
+
+
+def test_parts_of_blocks_keep_their_names(tmp_path, monkeypatch):
+    names = ["L1.attn", "L1.ffn", "L2.attn"]
+    evidence = {"measure": "foga", "layers": names, "mean": [0.1, 0.2, 0.3], "stderr": [None] * 3, "floor": 0.0}
+    figures, new_figure = [], plots._new_figure
+    monkeypatch.setattr(plots, "_new_figure", lambda *size: figures.append(new_figure(*size)) or figures[-1])
+    evidence |= {"clips": 1, "recipe": "corrected", "step": None}
+    plots.plot_attribution({"audio": evidence}, None, tmp_path / "a.png")
+    assert [label.get_text() for label in figures[0].axes[0].get_xticklabels()] == names

@@ -109,10 +109,10 @@ def test_every_stage_and_rank_count_gives_the_same_curve(stage, ranks, extra, pr
 def test_strategies_measure_the_same_at_every_stage(strategy, preset, ds_configs, tmp_path):
     """Gradients of whole batches, gathered from partitions; a backward beside the engine's; pooled states."""
     args = ("--preset", str(preset), f"align.strategy={strategy}", "model.token_dim=32")
-    for stage, ranks, extra in [(0, 1, ()), (1, 2, ()), (2, 2, ("train.accumulation=2",)), (3, 2, ())]:
+    runs = [(0, 1, ()), (1, 2, ()), (2, 2, ("train.accumulation=2",)), (3, 2, ())]
+    for stage, ranks, extra in runs if strategy == "gradnorm" else [runs[0], runs[-1]]:
         run = f"run.dir={tmp_path}/stage{stage}"
         run_training(ranks, "--ds_config", ds_configs[stage], *args, run, *extra, cwd=tmp_path)
-    for stage in (1, 2, 3):
         assert_same_curve(tmp_path / "stage0", tmp_path / f"stage{stage}")
     selection = json.loads((tmp_path / "stage0" / "selection.json").read_text())
     assert selection["strategy"] == strategy
@@ -274,7 +274,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(preset, tmp_
 
 def test_gradient_norms_in_bf16_are_near_those_in_fp32(preset, ds_configs, tmp_path):
     args, found = ("--preset", str(preset), "align.strategy=gradnorm", "train.steps=3"), {}
-    for stage, precision in ((0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")):
+    for stage, precision in ((0, "fp32"), (0, "bf16"), (2, "bf16"), (3, "bf16")):
         run = tmp_path / f"{precision}{stage}"
         given = (f"run.dir={run}", f"train.precision={precision}", *args)
         run_training(1, "--ds_config", ds_configs[stage], *given, cwd=tmp_path)

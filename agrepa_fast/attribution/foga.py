@@ -199,8 +199,8 @@ def model_blocks(model: nn.Module, kind: str = "block") -> list[nn.Module]:
     )
 
 
-def layer_names(depth: int, kind: str = "block") -> tuple[str, ...]:
-    """The names of what model_blocks lists, for LayerScores.names."""
+def part_names(depth: int, kind: str = "block") -> tuple[str, ...]:
+    """LayerScores.names of what model_blocks lists: () for blocks, "1.attn", "1.ffn", ... for their parts."""
     layers = range(1, depth + 1)
     return () if kind == "block" else tuple(f"{layer}.{part}" for layer in layers for part in ("attn", "ffn"))
 
@@ -241,7 +241,7 @@ def foga(
     measured.check(batch.places)
     if measured.floor.max() > SAME_ROWS.get(next(model.parameters()).dtype, 0.1):
         _refuse_dependent_rows(probe, batch)
-    names = layer_names(len(model.blocks), kind) if blocks is None and gates is None else ()
+    names = part_names(len(model.blocks), kind) if blocks is None and gates is None else ()
     floor, domain = measured.floor.cpu(), batch.domain.cpu()
     return LayerScores(measured.values.cpu(), floor, domain, tuple(times), names=names)
 

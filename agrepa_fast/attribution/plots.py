@@ -104,12 +104,9 @@ def plot_attribution(evidence: dict[str, dict], selection: LayerSelection | None
 
     evidence: LayerScores.evidence().
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    depth = len(next(iter(evidence.values()))["mean"])
-    figure = Figure(figsize=(max(7.0, 0.45 * depth + 2), 2.9 * len(evidence)), layout="constrained")
-    FigureCanvasAgg(figure)
+    names = next(iter(evidence.values()))["layers"]
+    depth = len(names)
+    figure = _new_figure(max(7.0, 0.45 * depth + 2), 2.9 * len(evidence))
     layers = np.arange(1, depth + 1)
     panels = np.atleast_1d(figure.subplots(len(evidence), sharex=True))
     for axes, (domain, measured) in zip(panels, evidence.items(), strict=True):
@@ -132,7 +129,7 @@ def plot_attribution(evidence: dict[str, dict], selection: LayerSelection | None
             "filled = aligned",
             fontsize=10,
         )
-    panels[-1].set_xticks(layers, [f"L{layer}" for layer in layers])
+    panels[-1].set_xticks(layers, names, rotation=90 if max(map(len, names)) > 3 else 0)
     panels[-1].set_xlabel("layer")
     figure.savefig(path, dpi=130)
 
@@ -204,8 +201,9 @@ def _layer_time(rows: list[dict]):
 
 def _stability(rows: list[dict], k: int):
     table = tabulate(rows)
-    measure = next((m for m in CONTRIBUTION if steps_of(table, m)), None)
-    if measure is None:
+    # What chose the layers was measured most often; FoG-A is measured at the end of every run.
+    measure = max((*CONTRIBUTION, "lasp"), key=lambda m: len(steps_of(table, m)))
+    if not steps_of(table, measure):
         raise ValueError(f"no contribution scores ({', '.join(CONTRIBUTION)}) among the {len(rows)} rows")
     layers = layer_names(rows, (measure,))
     domains = sorted({d for m, _, d, t in table if (m, t) == (measure, "mean")}, key=DOMAINS.index)

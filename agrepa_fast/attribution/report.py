@@ -83,7 +83,9 @@ def print_tables(measured: Sequence[LayerScores], selection: LayerSelection | No
         table = Table(title=f"{domain}: {facts}")
         table.add_column("layer")
         for scores in measured:
-            table.add_column(scores.measure, justify="right")
+            differs = scores.clips(domain) != first.clips(domain)
+            header = f"{scores.measure}, {scores.clips(domain)} clips" if differs else scores.measure
+            table.add_column(header, justify="right")
         table.add_column("λ", justify="right")
         weights = dict(zip(selection.layers[domain], selection.weights[domain], strict=True)) if selection else {}
         columns = [(scores.mean(domain), scores.stderr(domain)) for scores in measured]

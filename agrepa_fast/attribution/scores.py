@@ -127,11 +127,12 @@ class LayerScores:
         return float(self.floor[self.domain == DOMAINS.index(domain)].mean())
 
     def evidence(self) -> dict[str, dict]:
-        """Per domain what a choice of layers rests on, as plain numbers: measure, mean and stderr per layer, floor,
-        clips, times, recipe, step. None stands for what was not measured."""
+        """Per domain what a choice of layers rests on, as plain numbers: measure, the layers' names, mean and stderr of
+        each, floor, clips, times, recipe, step. None stands for what was not measured."""
         return {
             domain: {
                 "measure": self.measure,
+                "layers": list(self.layer_names()),
                 "mean": _plain(self.mean(domain)),
                 "stderr": _plain(self.stderr(domain)),
                 "floor": self.floor_of(domain),

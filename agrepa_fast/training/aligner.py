@@ -99,7 +99,7 @@ class Aligner:
         return {f"{part}.{name}": p.detach().cpu() for part, state in parts.items() for name, p in state.items()}
 
     def state_dict(self) -> dict:
-        """Selection, heads, projections and optimizer; the same on every rank, so it loads on any number of them."""
+        """Selection, heads, projections and optimizer; the same on every rank."""
         return {
             "selection": None if self.selection is None else asdict(self.selection),
             "weights": self.export(),

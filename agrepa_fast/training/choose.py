@@ -19,15 +19,15 @@ class LayerChoice:
     """The strategy of a run. A probe is launched after a step and read after the next one: foga and foga-vjp are only
     queued until then, and nobody waits for them.
 
-    model: the module inside the engine. store_clips: those that say what layers store. say: prints a line on rank 0.
+    model: the module inside the engine. storage_clips: those that say what layers store. say: prints a line on rank 0.
     folder: the run's folder on rank 0, None elsewhere.
     """
 
     def __init__(
-        self, config: Config, model, aligner: Aligner, clips: FixedClips, store_clips: FixedClips, say, folder=None
+        self, config: Config, model, aligner: Aligner, clips: FixedClips, storage_clips: FixedClips, say, folder=None
     ):
         self.config, self.model, self.aligner, self.say, self.folder = config, model, aligner, say, folder
-        self.clips, self.store_clips = clips, store_clips
+        self.clips, self.storage_clips = clips, storage_clips
         self.probes: list[LayerScores] = []  # the recent ones since the last choice, to pool with the next
         self.last: LayerScores | None = None  # to compare the next with
         self.pending: PendingScores | LayerScores | None = None
@@ -105,7 +105,7 @@ class LayerChoice:
         return LayerScores(values, torch.zeros(len(domains)), domains, (float("nan"),), step=step, measure="gradnorm")
 
     def _states(self, step: int):
-        return pooled_states(self.model, self.store_clips, self.config, step, progress=self.folder is not None)
+        return pooled_states(self.model, self.storage_clips, self.config, step, progress=self.folder is not None)
 
     def _projections(self) -> dict[str, torch.Tensor]:
         return {domain: projection.weight.detach().cpu() for domain, projection in self.aligner.bitc.items()}

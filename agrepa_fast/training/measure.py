@@ -16,9 +16,9 @@ from ..attribution.foga import (
     FogaProbe,
     Measured,
     ProbeBatch,
-    layer_names,
     noised,
     official_foga,
+    part_names,
     probe_condition,
     undisturbed,
 )
@@ -155,7 +155,7 @@ class ClipProbe:
         self, model: nn.Module, clips: FixedClips, config: Config, *, measure: str = "foga", kind: str = "block"
     ):
         self.clips, self.config, self.measure = clips, config, measure
-        self.names = layer_names(len(model.blocks), kind)
+        self.names = part_names(len(model.blocks), kind)
         self.layers = len(self.names) or len(model.blocks)
         probe = config.probe
         options = {"times": probe.times, "draws": probe.draws, "sigma": config.flow.sigma}
@@ -332,7 +332,7 @@ def measure_model(
                 found.append(probe(model, clips, config, step, measure=measure, kind=kind, progress=True))
     stored = None if measures is None else [measure for measure in measures if measure in STORAGE]
     if stored or stored is None:
-        clips = store_clips(index, config, device)
+        clips = storage_clips(index, config, device)
         states = pooled_states(model, clips, config, step, recipe=recipe, progress=True)
         found += storage_scores(states, projections, stored, recipe=recipe)
     return found
@@ -349,7 +349,7 @@ def _check_lasp(config: Config, index: Index, projections: dict[str, torch.Tenso
         )
 
 
-def store_clips(index: Index, config: Config, device, rank: int = 0, world: int = 1) -> FixedClips:
-    """The clips that say what layers store: probe.store_clips per domain, or as many as there are."""
-    count = min(config.probe.store_clips, *(index.clips("train", domain) for domain in index.domains))
+def storage_clips(index: Index, config: Config, device, rank: int = 0, world: int = 1) -> FixedClips:
+    """The clips that say what layers store: probe.storage_clips per domain, or as many as there are."""
+    count = min(config.probe.storage_clips, *(index.clips("train", domain) for domain in index.domains))
     return FixedClips(index, "train", count, config.probe.chunk, device, rank, world, center=config.align.center)

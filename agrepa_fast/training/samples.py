@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from ..config import Config
+from ..config import DOMAINS, Config
 from ..data.shards import Index
 from ..data.stream import Batch, collate, fixed_clips
 from ..data.vocoder import Vocoder
@@ -36,7 +36,7 @@ def write_samples(
     folder.mkdir(parents=True, exist_ok=True)
     names, panels, count = [], [], {}
     for row, length in enumerate(batch.condition.lengths.tolist()):
-        domain = index.domains[0] if len(index.domains) == 1 else ("speech", "audio")[batch.domain[row]]
+        domain = DOMAINS[batch.domain[row]]
         count[domain] = count.get(domain, 0) + 1
         for kind, mels in (("truth", batch.mel), ("sample", sampled)):
             log_mel = mels[row, :length].float().cpu() * index.mel_std + index.mel_mean
