@@ -58,6 +58,13 @@ FAULTS = {
         ),
         (
             GATES,
+            "(x, spread(_state(out)), plan, variants)",
+            "(x, x.unflatten(0, (variants, -1)).index_copy(0, plan.on(x.device)[0], _state(out).unflatten(0, (-1, clips)))"
+            ".flatten(0, 1), plan, variants)",
+            "variants that did not run themselves keep stale rows",
+        ),
+        (
+            GATES,
             "others = [spread(value) if _has_rows(value, len(plan.first) * clips) else value for value in out[1:]]",
             "others = list(out[1:])",
             "a tuple's other tensors keep the rows of the prefixes",
