@@ -311,7 +311,7 @@ class Config:
         _check(not outside, f"align.strategy={self.align.strategy!r}: layers are numbered 1 to {self.model.depth}")
         ranks_layers = self.align.strategy not in ("none",) and not self.align.fixed_layers
         _check(
-            not ranks_layers or self.align.k <= self.model.depth,
+            not ranks_layers or self.align.share is not None or self.align.k <= self.model.depth,
             f"align.k={self.align.k} is more than the model's {self.model.depth} layers",
         )
         _check(
@@ -330,7 +330,7 @@ class Config:
                 f"train.steps={self.train.steps}: lower it, or choose another align.strategy",
             )
             _check(
-                self.align.stop is None or self.align.stop > self.probe.warmup_steps or self.probe.confidence < 1,
+                self.align.stop is None or self.align.stop > self.probe.warmup_steps + 1 or self.probe.confidence < 1,
                 f"align.stop={self.align.stop} comes before the layers are chosen: raise it above "
                 f"probe.warmup_steps={self.probe.warmup_steps}",
             )

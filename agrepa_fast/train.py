@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,13 @@ from agrepa_fast.data.stream import BatchLayout, train_batches
 from agrepa_fast.data.vocoder import load_vocoder
 from agrepa_fast.models.dit import AudioDiT
 from agrepa_fast.training.aligner import Aligner
-from agrepa_fast.training.checkpoint import Checkpoints, find_checkpoint, load_weights, resolve_checkpoint
+from agrepa_fast.training.checkpoint import (
+    Checkpoints,
+    find_checkpoint,
+    load_projections,
+    load_weights,
+    resolve_checkpoint,
+)
 from agrepa_fast.training.choose import LayerChoice
 from agrepa_fast.training.ema import Ema
 from agrepa_fast.training.engine import (
@@ -122,11 +129,11 @@ def run_folder(config: Config, resume: bool, rank: int) -> Path:
     return folder
 
 
-def build_model(config: Config, index: Index) -> AudioDiT:
-    """A new model, or one with the averaged weights of train.start_from."""
+def build_model(config: Config, index: Index, resume: bool) -> AudioDiT:
+    """A new model, or one with the averaged weights of train.start_from; a resume brings its own."""
     torch.manual_seed(config.run.seed)
     model = AudioDiT(config.model)
-    if config.train.start_from is not None:
+    if config.train.start_from is not None and not resume:
         load_weights(model, resolve_checkpoint(Path(config.train.start_from)) / "ema.safetensors", "this run's")
         return model
     code_mels = (torch.from_numpy(index.code_mels()) - index.mel_mean) / index.mel_std
@@ -157,7 +164,7 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
         vocoder = load_vocoder(config.eval.vocoder, config.data, "cpu")
 
     agree(get_vocoder)
-    model = build_model(config, index)
+    model = build_model(config, index, resume is not None)
     folder = run_folder(config, resume is not None, rank)
     prepared = time.perf_counter()
 
@@ -176,6 +183,8 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
         if rank == 0:
             drop_later_probes(folder / "attribution.csv", first)
     else:
+        if config.train.start_from is not None:
+            aligner.start_from(load_projections(resolve_checkpoint(Path(config.train.start_from))))
         choice.start(index.domains)
     if rank == 0:  # not before a resume was accepted: the run's own configuration must survive a refusal
         save_config(replace(config, run=replace(config.run, dir=str(folder))), folder / "config.yaml")
@@ -239,6 +248,9 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("agrepa train: interrupted; --resume latest goes on from the last checkpoint", file=sys.stderr)
         _leave(130)
+    except Exception:  # left to the interpreter's exit, it would wait for loader processes, which ignore SIGTERM
+        traceback.print_exc()
+        _leave(1)
 
 
 if __name__ == "__main__":

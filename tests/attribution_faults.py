@@ -52,15 +52,15 @@ FAULTS = {
         ),
         (
             GATES,
-            "    gated = (_blend if gating.kind == \"block\" else _scale)(x, spread(_state(out)), plan, variants)\n",
+            "    gated = (_blend if is_block else _scale)(x, spread(_state(out)), plan, variants)\n",
             "    gated = _blend(x, spread(_state(out)), plan, variants)\n",
             "branches are gated as blocks",
         ),
         (
             GATES,
             "(x, spread(_state(out)), plan, variants)",
-            "(x, x.unflatten(0, (variants, -1)).index_copy(0, plan.on(x.device)[0], _state(out).unflatten(0, (-1, clips)))"
-            ".flatten(0, 1), plan, variants)",
+            "(x, x.unflatten(0, (variants, -1)).index_copy(0, plan.on(x.device)[0], "
+            "_state(out).unflatten(0, (-1, clips))).flatten(0, 1), plan, variants)",
             "variants that did not run themselves keep stale rows",
         ),
         (

@@ -277,7 +277,7 @@ class TestHeads:
         (["align.strategy=deep", "align.share=0.5"], "align.share: deep has no scores"),
         (["align.share=1.5"], "align.share=1.5: must be in"),
         (["align.stop=-1"], "align.stop=-1"),
-        (["align.stop=6"], "align.stop=6 comes before the layers are chosen"),
+        (["align.stop=7"], "align.stop=7 comes before the layers are chosen"),
         (["probe.times=[0.5,0.3]"], "must rise"),
         (["probe.times=[0.5,0.5]"], "must rise"),
         (["align.bitc_speech=-1"], "align.bitc_speech=-1.0: not below 0"),

@@ -175,7 +175,7 @@ class TestRefusals:
         ("forward", "message"),
         [
             (lambda x, y: (x + 1, y + x), "returns an updated argument 'y' beside its state"),
-            (lambda x, y: x[:, :2], r"makes \(2, 2\) of \(2, 3\)"),
+            (lambda x, y: x[:, :2], r"makes \(2, 2, 3\) of \(2, 3, 3\)"),
             (lambda x, y: x.add_(1), "changes its input in place"),
         ],
     )
@@ -186,26 +186,47 @@ class TestRefusals:
 
         block = Odd()
         with pytest.raises(ValueError, match=rf"block 1 \(Odd\) {message}"), multi_gate([block], single_ablations(1)):
-            block(torch.randn(4, 3), y=torch.randn(4, 3))
+            block(torch.randn(4, 3, 3), y=torch.randn(4, 3, 3))
+
+    def test_sequences_that_are_no_second_stream(self):
+        """A mask or pooled vector of an argument's shape, and arguments handed on in whatever place."""
+
+        class Fine(nn.Module):
+            def forward(self, x, mask, pad, cond):
+                return x + cond.unsqueeze(1), mask, x.sum(1)
+
+        block, x, mask = Fine(), torch.randn(4, 5, 3), torch.ones(4, 5, 5)
+        with multi_gate([block], single_ablations(1)):
+            block(x, mask, torch.zeros(4, 5, 5), torch.randn(4, 3))
 
     def test_a_second_stream_that_is_handed_on_is_fine(self):
         class PassesOn(nn.Module):
             def forward(self, x, y):
                 return x + y, y
 
-        block, x, y = PassesOn(), torch.randn(2, 3), torch.randn(2, 3)
+        block, x, y = PassesOn(), torch.randn(2, 3, 5), torch.randn(2, 3, 5)
         with multi_gate([block], single_ablations(1), row_arguments=[1]):
-            state, other = block(x.repeat(2, 1), y.repeat(2, 1))
+            state, other = block(x.repeat(2, 1, 1), y.repeat(2, 1, 1))
         assert torch.equal(state, torch.cat((x + y, x)))
-        assert torch.equal(other, y.repeat(2, 1))
+        assert torch.equal(other, y.repeat(2, 1, 1))
+
+    def test_a_row_argument_that_only_some_branches_have(self):
+        class Attention(nn.Linear):
+            def forward(self, x, mask):
+                return mask * super().forward(x)
+
+        branches, x, mask = nn.ModuleList([Attention(3, 3), nn.Linear(3, 3)]), torch.randn(2, 3), torch.rand(2, 1)
+        with torch.no_grad(), multi_gate(branches, single_ablations(2), kind="branch", row_arguments=["mask"]):
+            out = branches[0](x.repeat(3, 1), mask=mask.repeat(3, 1))
+            out = branches[1](x.repeat(3, 1) + out)
+        wanted = torch.stack((branches[1](x + branches[0](x, mask)), branches[1](x), torch.zeros(2, 3)))
+        torch.testing.assert_close(out, wanted.flatten(0, 1))
 
     def test_a_row_argument_that_is_not_there(self):
-        model = Stack(1)
-        with (
-            pytest.raises(ValueError, match="no argument 'msak', but"),
-            multi_gate(model.blocks, torch.ones(2, 1), row_arguments=["msak"]),
-        ):
-            model(torch.randn(2, 5, 6), torch.ones(2))
+        block, options = nn.Linear(3, 3), {"row_arguments": ["msak"]}
+        gated = multi_gate([block], torch.ones(2, 1), **options)
+        with pytest.raises(ValueError, match="no block has an argument 'msak', but 0"), gated:
+            block(torch.randn(2, 3))
 
     def test_dropout_left_on(self):
         blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)) for _ in range(2)])

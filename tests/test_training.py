@@ -204,11 +204,29 @@ def test_a_signal_to_one_rank_stops_all_after_a_save(number, stage, extra, prese
     assert_same_curve(tmp_path / "whole", tmp_path / "stopped")
 
 
+def test_an_error_of_our_own_ends_a_run_with_loader_processes(preset, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("a file where the folder of checkpoints should be")
+    args = ("--preset", str(preset), "run.dir=run", "data.workers=1", "align.strategy=none", "train.steps=3")
+    assert "Traceback" in run_training(1, *args, cwd=tmp_path, wanted=1)
+
+
 def test_a_run_starts_from_the_averaged_weights_of_another(preset, baseline, tmp_path):
     args = ("--preset", str(preset), "run.dir=run", "train.steps=3", f"train.start_from={baseline}")
     run_training(1, *args, cwd=tmp_path)
     averaged = json.loads((baseline / "summary.json").read_text())["val/flow_loss"]["ema"]
     assert metrics(tmp_path / "run")[0]["val/flow_loss"] == pytest.approx(averaged, abs=1e-6)
+    source = tmp_path / "source"
+    shutil.copytree(baseline, source)
+    args = ("--preset", str(preset), "run.dir=gone", "train.steps=4", f"train.start_from={source}")
+    run_training(1, *args, "train.save_every=2", "train.lr=1e-12", "align.lr=1e-12", cwd=tmp_path)
+    theirs, ours = (
+        load_file(next((run / "checkpoints").glob("step*")) / "heads.safetensors")
+        for run in (source, tmp_path / "gone")
+    )
+    torch.testing.assert_close(ours["bitc.speech.weight"], theirs["bitc.speech.weight"], atol=1e-6, rtol=0)
+    shutil.rmtree(source)  # a resume does not need it
+    run_training(1, "--resume", "step00000002", "run.dir=gone", cwd=tmp_path)
     args = ("--preset", str(preset), f"run.dir={tmp_path}/other", f"train.start_from={baseline}", "model.dim=16")
     output = run_training(1, *args, cwd=tmp_path, wanted=2)
     assert "another architecture than this run's" in output

@@ -83,7 +83,7 @@ class FogaProbe:
         gates = _with_whole_model(gates, len(self.blocks))
         self.order = prefix_order(gates)
         self.gates = gates[self.order]
-        self.pool = torch.cuda.graph_pool_handle() if graph else None
+        self.pool = None  # of all graphs that are alive together
         self._programs: dict[tuple, _Program] = {}
         self._captured_at: tuple[int, ...] = ()
 
@@ -111,6 +111,8 @@ class FogaProbe:
             here = tuple(parameter.data_ptr() for parameter in self.model.parameters())
             if here != self._captured_at:
                 self._programs, self._captured_at = {}, here
+            if not self._programs:
+                self.pool = torch.cuda.graph_pool_handle()  # one whose graphs are gone cannot be taken again
         condition = batch.condition
         absent = tuple(getattr(condition, field.name) is None for field in fields(condition))
         shape = (*batch.mel.shape, condition.tokens.shape[1], condition.padded, absent)

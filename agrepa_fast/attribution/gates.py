@@ -91,6 +91,7 @@ class _Gating:
     max_rows: int | None
     check_rows: bool
     ran: list[int] = field(default_factory=list)
+    seen: set[str | int] = field(default_factory=set)  # arguments that some block was called with
 
     def begin(self, number: int, prefixes: int) -> None:
         """Block `number` (0-based) starts. Raises ValueError when it is not the next one: prefixes would be wrong."""
@@ -105,6 +106,9 @@ class _Gating:
     def end(self) -> None:
         if not self.ran or len(self.ran) % self.depth:
             raise ValueError(f"block {len(self.ran) % self.depth + 1} of {self.depth} never ran inside multi_gate")
+        if unknown := [name for name in self.row_arguments or () if name not in self.seen]:
+            known = ", ".join(sorted(map(str, self.seen)))
+            raise ValueError(f"row_arguments: no block has an argument {unknown[0]!r}, but {known}")
 
 
 @contextmanager
@@ -133,7 +137,8 @@ def multi_gate(
     `row_arguments` (keyword names, positions from 1 on) must say which arguments are rows. A tuple output has the
     state first; its other tensors are handed on per variant. max_rows bounds the rows that a block runs at once.
     check_rows: every block that runs several prefixes also runs the first alone (C rows), to see that rows do not
-    depend on each other; False saves that.
+    depend on each other; and no block may return another sequence that updates one of its row arguments. False saves
+    the first and allows the second.
 
     Raises ValueError for gates that do not fit the blocks, rows that V does not divide, ambiguous arguments, blocks
     that never run, run twice, or run in another order, and blocks that cannot be gated exactly: rows that depend on
@@ -203,11 +208,13 @@ def _gated_forward(forward: Callable, what: str, plan: _BlockPlan, number: int, 
     if rows % variants:
         raise ValueError(f"{rows} rows for {variants} variants: call the model with variants x clips rows")
     gating.begin(number, len(plan.first))
+    gating.seen.update(arguments)
     clips = rows // variants
     is_row = _row_test(x, state, gating.row_arguments, arguments)
     taken = {name: _take_variants(value, plan, variants) for name, value in arguments.items() if is_row(name, value)}
-    version = None if x.is_inference() else taken[state]._version
-    checks = partial(_check_streams, what, state) if gating.kind == "block" else None
+    is_block = gating.kind == "block"
+    version = taken[state]._version if is_block and not x.is_inference() else None
+    checks = partial(_check_streams, what, state) if is_block and gating.check_rows else None
     chunk = _chunk_rows(gating.max_rows, clips)
     out = _in_chunks(forward, args, kwargs, taken, len(plan.first) * clips, chunk, checks)
     if version is not None and taken[state]._version != version:
@@ -218,7 +225,7 @@ def _gated_forward(forward: Callable, what: str, plan: _BlockPlan, number: int, 
             alone = _state(_in_chunks(forward, args, kwargs, alone, clips, None, None))
         _check_rows(_state(out)[:clips], alone, what)
     spread = partial(_spread_variants, plan=plan, clips=clips)
-    gated = (_blend if gating.kind == "block" else _scale)(x, spread(_state(out)), plan, variants)
+    gated = (_blend if is_block else _scale)(x, spread(_state(out)), plan, variants)
     if isinstance(out, torch.Tensor):
         return gated
     others = [spread(value) if _has_rows(value, len(plan.first) * clips) else value for value in out[1:]]
@@ -231,16 +238,18 @@ def _check_streams(what: str, state: str | int, taken: dict, out: torch.Tensor |
     before, after = taken[state].shape, _state(out).shape
     if after != before:
         raise ValueError(f"{what} makes {tuple(after)} of {tuple(before)}: a block that changes the shape has no gate")
-    others = {} if isinstance(out, torch.Tensor) else {value.shape: value for value in out[1:] if _is_tensor(value)}
+    rest = () if isinstance(out, torch.Tensor) else out[1:]
+    made = [value for value in rest if _is_sequence(value) and not any(value is given for given in taken.values())]
     for name, value in taken.items():
-        if name != state and value.shape in others and others[value.shape] is not value:
+        if name != state and _is_sequence(value) and any(value.shape == other.shape for other in made):
             raise ValueError(
                 f"{what} returns an updated argument {name!r} beside its state: blocks with two streams cannot be gated"
             )
 
 
-def _is_tensor(value) -> bool:
-    return isinstance(value, torch.Tensor)
+def _is_sequence(value) -> bool:
+    """Whether it could be a stream: floating point (N, T, D) or more, no mask and no vector a clip."""
+    return isinstance(value, torch.Tensor) and value.ndim > 2 and value.is_floating_point()
 
 
 def _state(out: torch.Tensor | tuple) -> torch.Tensor:
@@ -294,8 +303,6 @@ def _has_rows(value, rows: int) -> bool:
 def _row_test(x: torch.Tensor, state: str | int, row_arguments, arguments: dict) -> Callable:
     """A function (name, value) -> whether that argument has a row for every row of x."""
     if row_arguments is not None:
-        if unknown := [name for name in row_arguments if name not in arguments]:
-            raise ValueError(f"row_arguments: the blocks have no argument {unknown[0]!r}, but {list(arguments)}")
         return lambda name, value: name == state or name in row_arguments
     rows = x.shape[0]
     suspects = [name for name, value in arguments.items() if name != state and _has_rows(value, rows)]

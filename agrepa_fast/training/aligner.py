@@ -32,6 +32,13 @@ class Aligner:
         self.bitc = BitcProjections(config.model.token_dim, dims, config.run.seed).to(device)
         self._make_optimizer()
 
+    def start_from(self, projections: dict[str, torch.Tensor]) -> None:
+        """Begin with the BiT-C projections that another run's token condition was trained with, where they fit."""
+        with torch.no_grad():
+            for domain, projection in self.bitc.items():
+                if domain in projections and projections[domain].shape == projection.weight.shape:
+                    projection.weight.copy_(projections[domain])
+
     def select(self, selection: LayerSelection) -> None:
         """Make the heads of a selection; those of layers that stay keep their weights and optimizer state. Every rank
         must get the same selection."""

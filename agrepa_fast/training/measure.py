@@ -184,10 +184,7 @@ class ClipProbe:
         parts = [values.flatten(), floor, silent, floor.new_full((1,), float(failure is not None))]
         parts = all_sum(torch.cat(parts)).split([part.numel() for part in parts])
         values, floor, silent, failures = (to_host(part) for part in parts)
-        ready = None
-        if clips.device.type == "cuda":
-            ready = torch.cuda.Event()
-            ready.record()
+        ready = record(clips.device)
         scores = LayerScores(
             values, floor, clips.domain, tuple(probe.times), step=step, measure=self.measure, names=self.names
         )
@@ -207,6 +204,15 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
+
+
+def record(device: torch.device) -> torch.cuda.Event | None:
+    """An event after what is queued on a GPU by now; None on a CPU, where nothing is."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 def probe(

@@ -5,6 +5,7 @@ import signal
 import torch
 
 from .engine import all_sum
+from .measure import record, to_host
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -18,7 +19,7 @@ class StopRequest:
     def __init__(self, device: torch.device):
         self.device = device
         self.received: str | None = None
-        self._reduced: torch.Tensor | None = None  # how many ranks had a signal after the step before
+        self._reduced: tuple[torch.Tensor, torch.cuda.Event | None] | None = None  # ranks with a signal, a step ago
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -35,5 +36,11 @@ class StopRequest:
         """Whether some rank had a signal by the step before: the same on every rank. Every rank must call it once after
         every step."""
         before = self._reduced
-        self._reduced = all_sum(torch.tensor([float(self.received is not None)], device=self.device))
-        return before is not None and bool(before.item())
+        flag = torch.full((1,), float(self.received is not None), device=self.device)
+        self._reduced = to_host(all_sum(flag)), record(self.device)
+        if before is None:
+            return False
+        count, ready = before
+        if ready is not None:
+            ready.synchronize()
+        return bool(count)
