@@ -16,7 +16,8 @@ from agrepa_fast.config import UserError, load_config
 from agrepa_fast.data import clips, prepare, sources
 from agrepa_fast.data.features import LogMel, decode, frame_count, import_torchaudio, resample
 from agrepa_fast.data.prepare import prepare_demo, prepare_folder
-from agrepa_fast.data.shards import load_index, read_shard
+from agrepa_fast.data.reading import read_shard
+from agrepa_fast.data.shards import load_index
 from agrepa_fast.data.tokens import tokens_of_frames
 
 CODES = 8

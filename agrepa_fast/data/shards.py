@@ -1,4 +1,4 @@
-"""WebDataset shards of features and their index.json: the format, its writer, its reader.
+"""WebDataset shards of features and their index.json: the format and its writer; reading.py reads them.
 
 Per sample: `<key>.json` (domain, text, labels, frames, seconds, cut, source, licence), `<key>.mel.npy` fp16 (T, n_mels)
 natural-log mel, `<key>.tokens.npy` int32 (S,) ids counted over all domains, `<key>.<teacher>.npy` fp16 (dim,), the mean
@@ -8,8 +8,7 @@ of the teacher's frames. Files `<split>-<domain>-<nnnn>.tar`; the same features 
 import hashlib
 import io
 import json
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -150,9 +149,9 @@ def load_index(folder: Path, verify: bool = True) -> Index:
         if missing := {"features", "domains", "shards"} - content.keys():
             raise KeyError(f"no {', '.join(sorted(missing))}")
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): {_remedy(folder)}") from error
+        raise UserError(f"{path} is damaged ({error}): {remedy(folder)}") from error
     if schema != SCHEMA:
-        raise UserError(f"{path} has schema version {schema}, this release reads {SCHEMA}: {_remedy(folder)}")
+        raise UserError(f"{path} has schema version {schema}, this release reads {SCHEMA}: {remedy(folder)}")
     _verify_files(folder, content, verify)
     return Index(folder, content)
 
@@ -173,7 +172,7 @@ def matching_index(data: DataConfig, verify: bool = True) -> Index:
     return index
 
 
-def _remedy(folder: Path) -> str:
+def remedy(folder: Path) -> str:
     return f"remove {folder} and run `agrepa prepare` again"
 
 
@@ -184,84 +183,18 @@ def _verify_files(folder: Path, content: dict, checksums: bool) -> None:
         for entry in files:
             path = folder / entry["file"]
             if not path.is_file():
-                raise UserError(f"{path} is missing: {_remedy(folder)}")
+                raise UserError(f"{path} is missing: {remedy(folder)}")
             size = path.stat().st_size
             if size != entry["bytes"]:
-                raise UserError(f"{path} has {size} bytes, not {entry['bytes']}: {_remedy(folder)}")
+                raise UserError(f"{path} has {size} bytes, not {entry['bytes']}: {remedy(folder)}")
             if checksums and (found := file_sha256(path)) != entry["sha256"]:
-                raise UserError(f"{path} has SHA-256 {found}, not {entry['sha256']}: {_remedy(folder)}")
+                raise UserError(f"{path} has SHA-256 {found}, not {entry['sha256']}: {remedy(folder)}")
             bar.update(size)
 
 
 def file_sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def read_shard(shard: Shard, index: Index) -> list[Sample]:
-    """All clips of a shard, in its order. UserError, naming shard and member, for anything that is not as written."""
-    samples = [_sample(raw, shard, index) for raw in _raw_samples(shard)]
-    if len(samples) != shard.clips:
-        raise UserError(f"{shard.path} holds {len(samples)} clips, not {shard.clips}: {_remedy(index.folder)}")
-    return samples
-
-
-def _raw_samples(shard: Shard) -> Iterator[dict]:
-    """WebDataset's samples of one tar: {"__key__": …, "mel.npy": bytes, …}."""
-    from webdataset.tariterators import group_by_keys, tar_file_iterator
-
-    def refuse(error: Exception) -> bool:
-        what = str(error).partition(" @ ")[0]  # WebDataset appends the stream's repr
-        raise UserError(f"{shard.path}: {what}: {_remedy(shard.path.parent)}") from error
-
-    def files(stream) -> Iterator[dict]:
-        for member in tar_file_iterator(stream, handler=refuse):
-            name = member["fname"]
-            # Members are files of one flat folder: no "/", hence nothing absolute and no parent folder.
-            if "/" in name or "\\" in name or name.startswith("."):
-                raise UserError(f"{shard.path}: member {name!r} has a path: {_remedy(shard.path.parent)}")
-            yield {**member, "__url__": str(shard.path)}
-
-    try:
-        with shard.path.open("rb") as stream:
-            yield from group_by_keys(files(stream), handler=refuse, lcase=False)
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{shard.path} cannot be read ({error}): {_remedy(shard.path.parent)}") from error
-
-
-def _sample(raw: dict, shard: Shard, index: Index) -> Sample:
-    key, teacher = raw["__key__"], index.teacher(shard.domain)
-    member = f"{key}.json"
-
-    def check(right: bool, what: str) -> None:
-        if not right:
-            raise UserError(f"{shard.path}: {member}: {what}: {_remedy(index.folder)}")
-
-    def array(suffix: str) -> np.ndarray:
-        nonlocal member
-        member = f"{key}.{suffix}"
-        return np.load(io.BytesIO(raw[suffix]), allow_pickle=False)
-
-    try:
-        meta = json.loads(raw["json"])
-        frames, first, end = meta["frames"], *index.token_range(shard.domain)
-        mel = array("mel.npy")
-        shape = (frames, index.n_mels)
-        check(mel.dtype == np.float16 and mel.shape == shape, f"{mel.dtype} {mel.shape} is not float16 {shape}")
-        check(bool(np.isfinite(mel).all()), "not finite")
-        tokens = array("tokens.npy")
-        check(tokens.dtype == np.int32 and tokens.ndim == 1 and len(tokens) > 0, "not a row of int32 ids")
-        check(first <= tokens.min() and tokens.max() < end, f"ids outside {first} to {end - 1}")
-        vector = array(f"{teacher.name}.npy")
-        check(vector.dtype == np.float16 and vector.shape == (teacher.dim,), f"not float16 ({teacher.dim},)")
-        check(bool(np.isfinite(vector).all()), "not finite")
-        check(meta["domain"] == shard.domain, f"domain {meta['domain']!r} in a shard of {shard.domain}")
-        described = {name: meta[name] for name in ("domain", "text", "frames", "seconds", "cut", "source", "licence")}
-        return Sample(key=key, labels=tuple(meta["labels"]), mel=mel, tokens=tokens, teacher=vector, **described)
-    except KeyError as error:
-        raise UserError(f"{shard.path}: {key} lacks {error}: {_remedy(index.folder)}") from error
-    except (ValueError, EOFError, TypeError) as error:
-        raise UserError(f"{shard.path}: {member} is damaged ({error}): {_remedy(index.folder)}") from error
 
 
 def write_shard(path: Path, samples: Iterable[Sample], teacher: str) -> dict:

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ..config import DOMAINS, DataConfig, UserError
 from ..flow import derive_seed
 from ..models.conditioning import Condition
-from .shards import Index, Sample, read_shard
+from .reading import read_shard
+from .shards import Index, Sample
 
 
 @dataclass(frozen=True)
