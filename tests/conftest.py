@@ -1,6 +1,8 @@
 """What several tests share: small models and batches, always with padding and an odd number of frames."""
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from agrepa_fast.attribution.foga import ProbeBatch
 from agrepa_fast.config import ModelConfig
 from agrepa_fast.models.conditioning import Condition
 from agrepa_fast.models.dit import AudioDiT
+
+from .runs import ROOT, run_training, write_small_shards
 
 FRAMES, N_MELS, VOCAB = 37, 12, 30
 
@@ -70,3 +74,26 @@ def model() -> AudioDiT:
 def probe_batch() -> ProbeBatch:
     mel, condition = small_batch()
     return ProbeBatch(mel, condition, torch.tensor([0, 1, 0]), (0, 1, 2))
+
+
+@pytest.fixture(scope="session")
+def preset(tmp_path_factory) -> Path:
+    return write_small_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture(scope="session")
+def ds_configs(tmp_path_factory) -> dict[int, str]:
+    """The presets; stage 3 without its threshold, below which small parameters would stay whole on every rank."""
+    path = tmp_path_factory.mktemp("ds") / "zero3.json"
+    values = json.loads((ROOT / "agrepa_fast" / "presets" / "zero3.json").read_text())
+    values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path.write_text(json.dumps(values))
+    return {0: "zero0.json", 1: "zero1.json", 2: "zero2.json", 3: str(path)}
+
+
+@pytest.fixture(scope="session")
+def baseline(preset, tmp_path_factory) -> Path:
+    """One rank, stage 0: what all others must equal."""
+    folder = tmp_path_factory.mktemp("baseline")
+    run_training(1, "--ds_config", "zero0.json", "--preset", str(preset), f"run.dir={folder}/run", cwd=folder)
+    return folder / "run"

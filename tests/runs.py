@@ -1,5 +1,6 @@
 """Small shards in the real format, and training runs over them in processes of their own."""
 
+import csv
 import json
 import os
 import socket
@@ -9,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from agrepa_fast.config import DataConfig
 from agrepa_fast.data.clips import NOT_FEATURES
@@ -148,3 +150,24 @@ def metrics(run: Path) -> dict[int, dict[str, float]]:
         values.pop("train/clips_per_s", None)
         merged.setdefault(step, {}).update(values)
     return merged
+
+
+def assert_same_curve(run: Path, other: Path, first_step: int = 0, tolerance: float = 1e-5) -> None:
+    a, b = metrics(run), metrics(other)
+    assert a.keys() == b.keys()
+    for step in (step for step in a if step >= first_step):
+        for name in a[step].keys() & b[step].keys():
+            if "loss" in name:
+                assert a[step][name] == pytest.approx(b[step][name], abs=tolerance), (step, name)
+        assert a[step].keys() - {"train/grad_norm"} == b[step].keys() - {"train/grad_norm"}
+    averaged = [json.loads((r / "summary.json").read_text())["val/flow_loss"]["ema"] for r in (run, other)]
+    assert averaged[0] == pytest.approx(averaged[1], abs=tolerance)
+    for left, right in zip(*(attribution(r) for r in (run, other)), strict=True):
+        assert left[:5] == right[:5]
+        assert left[5] == pytest.approx(right[5], abs=tolerance), left
+
+
+def attribution(run: Path) -> list[tuple]:
+    with (run / "attribution.csv").open() as file:
+        rows = csv.DictReader(file)
+        return [(r["step"], r["measure"], r["domain"], r["layer"], r["t"], float(r["score"])) for r in rows]
