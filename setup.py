@@ -89,7 +89,7 @@ setup(
     ],
     extras_require={
         "vocos": ["vocos>=0.1"],
-        "test": ["pytest>=8", "ruff>=0.12", "vocos>=0.1"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "vocos>=0.1"],
     },
     entry_points={"console_scripts": ["agrepa = agrepa_fast.cli:main"]},
 )

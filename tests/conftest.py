@@ -5,6 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several workers share the cores
+
 import torch
 
 if not torch.cuda.is_available():
