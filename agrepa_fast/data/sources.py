@@ -2,36 +2,19 @@
 
 import gzip
 import hashlib
+import json
 import math
 import os
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from ..config import UserError
+from ..config import DataConfig, UserError
 from .features import SOUNDFILE_SUFFIXES
+from .recordings import Recording, Source, check_domain, key_of, read_text, safe
 
 CREATIVE_COMMONS_BY_SA = "CC-BY-SA-3.0"
-
-
-@dataclass(frozen=True)
-class Recording:
-    """One recording, or one part of a long one, that becomes one clip."""
-
-    name: str  # unique and stable, letters, digits, - and _ only: the WebDataset key
-    path: Path
-    domain: str  # speech or audio
-    text: str  # transcript of the whole file, "" when there is none
-    labels: tuple[str, ...]
-    source: str  # package and file, or the path inside the folder
-    licence: str
-    format: str  # file suffix without the dot, lower case
-    start: float = 0.0  # seconds into the file
-    group: str = ""  # clips of one group never meet across the train and validation splits; "" stands for the name
-
-    @property
-    def split_group(self) -> str:
-        return self.group or self.name
 
 
 @dataclass(frozen=True)
@@ -95,6 +78,18 @@ _SAMPLE_KINDS = {
 }
 
 
+def demo_sources(data: DataConfig) -> list[Source]:
+    """The demo corpus, known by its packages' checksums: nothing is fetched before its recordings are asked for."""
+    sources = []
+    for domain, packages in DEMO_PACKAGES.items():
+        identity = hashlib.sha256(json.dumps([package.sha256 for package in packages]).encode()).hexdigest()[:16]
+        recordings = partial(demo_recordings, domain, data.max_seconds, data.min_seconds)
+        sources.append(Source(domain, "demo", identity, recordings))
+        for package in packages:
+            print(f"{domain}: {package.name} {package.version}, {package.licence}")
+    return sources
+
+
 def demo_recordings(domain: str, max_seconds: float, min_seconds: float) -> list[Recording]:
     """The demo corpus of one domain; fetches its packages on first use.
 
@@ -118,9 +113,9 @@ def _prompts(root: Path, text_root: Path, min_seconds: float) -> list[Recording]
         is_tone = inside.startswith("silence/") or text.startswith("[")  # "[ascending tones]"
         if is_tone or path.stat().st_size < max(_MIN_PROMPT_SECONDS, min_seconds) * _G722_BYTES_PER_SECOND:
             continue
-        name = "asterisk-" + _safe(inside)
+        name = "asterisk-" + safe(inside)
         source = f"{PROMPTS.name}/{inside}.g722"
-        recordings.append(Recording(name, path, "speech", text, (), source, PROMPTS.licence, "g722"))
+        recordings.append(Recording(name, str(path), "speech", text, (), source, PROMPTS.licence, "g722"))
     return recordings
 
 
@@ -140,8 +135,8 @@ def _samples(root: Path) -> list[Recording]:
         kind, _, rest = path.stem.partition("_")
         labels = (_SAMPLE_KINDS.get(kind, kind), rest.replace("_", " "))
         source = f"{SAMPLES.name}/{path.name}"
-        name = "sonic-pi-" + _safe(path.stem)
-        recordings.append(Recording(name, path, "audio", "", labels, source, SAMPLES.licence, "flac"))
+        name = "sonic-pi-" + safe(path.stem)
+        recordings.append(Recording(name, str(path), "audio", "", labels, source, SAMPLES.licence, "flac"))
     return recordings
 
 
@@ -150,9 +145,9 @@ def _game_sounds(root: Path) -> list[Recording]:
     for path in sorted((root / "usr/share/games/lincity-ng/sounds").glob("*.wav")):  # music/ is left out
         words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+", path.stem)
         source = f"{GAME_SOUNDS.name}/{path.name}"
-        name = "lincity-" + _safe(path.stem)
+        name = "lincity-" + safe(path.stem)
         labels = (" ".join(words).lower(),)
-        recordings.append(Recording(name, path, "audio", "", labels, source, GAME_SOUNDS.licence, "wav"))
+        recordings.append(Recording(name, str(path), "audio", "", labels, source, GAME_SOUNDS.licence, "wav"))
     return recordings
 
 
@@ -160,7 +155,7 @@ def _without_copies(recordings: list[Recording]) -> list[Recording]:
     """The first of each set of identical files: a copy in validation would be a training clip."""
     first: dict[bytes, Recording] = {}
     for recording in recordings:
-        first.setdefault(hashlib.sha256(recording.path.read_bytes()).digest(), recording)
+        first.setdefault(hashlib.sha256(Path(recording.path).read_bytes()).digest(), recording)
     return list(first.values())
 
 
@@ -168,7 +163,7 @@ def _parts(recording: Recording, max_seconds: float, min_seconds: float) -> list
     """Consecutive clips of at most max_seconds, numbered from 1; the recording itself when it makes only one."""
     import soundfile
 
-    seconds = soundfile.info(str(recording.path)).duration
+    seconds = soundfile.info(recording.path).duration
     if seconds < min_seconds:
         return []
     count = 1 + max(0, math.floor((seconds - min_seconds) / max_seconds))
@@ -178,6 +173,12 @@ def _parts(recording: Recording, max_seconds: float, min_seconds: float) -> list
         replace(recording, name=f"{recording.name}-part{n + 1}", start=round(n * max_seconds, 6), group=recording.name)
         for n in range(count)
     ]
+
+
+def folder_source(path: Path, domain: str) -> Source:
+    """The recordings below a folder; see folder_recordings."""
+    check_domain(domain)
+    return Source.of(str(path), domain, folder_recordings(path, domain))
 
 
 def folder_recordings(path: Path, domain: str) -> list[Recording]:
@@ -206,28 +207,15 @@ def _suffixes() -> str:
 
 def _file_recording(root: Path, path: Path, domain: str, lines: dict[str, str]) -> Recording:
     inside = path.relative_to(root)
-    # The hash keeps names apart that differ only in replaced characters or in the suffix.
-    digest = hashlib.sha1(inside.as_posix().encode("utf-8", "surrogateescape")).hexdigest()[:8]
-    name = f"{_safe(inside.with_suffix('').as_posix())[-80:]}-{digest}"
     transcript = path.with_suffix(".txt")
-    text = _read_text(transcript) if transcript.is_file() else lines.get(path.stem, "")
+    text = read_text(transcript) if transcript.is_file() else lines.get(path.stem, "")
     labels = inside.parent.parts if domain == "audio" else ()
     source = inside.as_posix().encode("utf-8", "replace").decode()
-    return Recording(name, path, domain, " ".join(text.split()), labels, source, "unknown", path.suffix[1:].lower())
+    name, text = key_of(inside.as_posix()), " ".join(text.split())
+    return Recording(name, str(path), domain, text, labels, source, "unknown", path.suffix[1:].lower())
 
 
 def _folder_transcripts(folder: Path, files: list[str]) -> dict[str, str]:
     """LibriSpeech's lines `utterance TEXT` of one folder."""
-    lines = [line for f in files if f.endswith(".trans.txt") for line in _read_text(folder / f).splitlines()]
+    lines = [line for f in files if f.endswith(".trans.txt") for line in read_text(folder / f).splitlines()]
     return {name: text for name, _, text in (line.partition(" ") for line in lines)}
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: transcript is not UTF-8 (byte {error.start}): convert it or remove it") from error
-
-
-def _safe(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_]+", "-", name)

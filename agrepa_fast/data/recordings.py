@@ -1,0 +1,106 @@
+"""What `agrepa prepare` works on: recordings, wherever their bytes are, and the source that lists them."""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..config import DOMAINS, UserError, nearest
+from .features import decode
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """One recording, or one part of a long one, that becomes one clip. Here a file; subclasses are found elsewhere.
+
+    Millions of them are held at once, hence slots, and a str for the path.
+    """
+
+    name: str  # unique and stable, letters, digits, - and _ only: the WebDataset key
+    path: str
+    domain: str  # speech or audio
+    text: str  # transcript of the whole file, "" when there is none
+    labels: tuple[str, ...]
+    source: str  # package and file, or the path inside the folder
+    licence: str
+    format: str  # file suffix without the dot, lower case
+    start: float = 0.0  # seconds into the file
+    group: str = ""  # clips of one group never meet across the train and validation splits; "" stands for the name
+    problem: str = ""  # why it cannot be used, where that is known before it is read
+
+    @property
+    def split_group(self) -> str:
+        return self.group or self.name
+
+    def read(self, seconds: float) -> tuple[np.ndarray, int]:
+        """The first `seconds` from `start` on, or what there is of them: wave (samples,) float32 mono, rate in Hz.
+
+        Raises UserError, which begins with `source`, for a recording that has a problem or cannot be decoded.
+        """
+        if self.problem:
+            raise UserError(f"{self.source}: {self.problem}")
+        return decode(self.content(), self.source, self.start, seconds)
+
+    def content(self) -> str | bytes:
+        """The path of a file of its own, or its bytes. Raises UserError, which begins with `source`."""
+        return self.path
+
+    def stamp(self) -> list:
+        """Numbers and texts that change when the content does; nothing is read for it."""
+        return [self.problem] if self.problem else [*file_stamp(self.path), self.start]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The recordings of one domain; `identity` changes when they do and costs no download."""
+
+    domain: str
+    name: str
+    identity: str
+    recordings: Callable[[], list[Recording]]
+
+    @classmethod
+    def of(cls, name: str, domain: str, recordings: list[Recording]) -> "Source":
+        """A source whose recordings have been listed."""
+        hasher = hashlib.sha256()
+        for recording in recordings:
+            line = repr((recording.name, recording.text, recording.labels, recording.group, recording.stamp()))
+            hasher.update(line.encode("utf-8", "surrogateescape"))
+        return cls(domain, name, hasher.hexdigest()[:16], lambda: recordings)
+
+
+def file_stamp(path: str | Path) -> tuple[int, int]:
+    """Size in bytes and time of the last change in ns. UserError when the file is gone."""
+    try:
+        stat = os.stat(path)  # noqa: PTH116 - for millions of files: Path.stat takes three times as long
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): run `agrepa prepare` again") from error
+    return stat.st_size, stat.st_mtime_ns
+
+
+def check_domain(domain: str) -> None:
+    if domain not in DOMAINS:
+        raise UserError(f"domain {domain!r} is unknown: {nearest(domain, DOMAINS)}")
+
+
+def key_of(inside: str) -> str:
+    """A WebDataset key for a path or key inside a source: readable, and unique by a hash of the whole."""
+    # The hash keeps names apart that differ only in replaced characters or in the suffix.
+    digest = hashlib.sha1(inside.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return f"{safe(re.sub(r'[.][^./]*$', '', inside))[-80:]}-{digest}"
+
+
+def safe(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_]+", "-", name)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file. UserError when it is not one."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}): convert it or remove it") from error
