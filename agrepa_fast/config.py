@@ -104,9 +104,13 @@ class DataConfig:
     center: bool = True  # torchaudio's centred frames; False: HiFi-GAN's, padded by (n_fft - hop) / 2
     speech_teacher: str = "openai/whisper-large-v3"  # package:NAME, a local folder or a hub name
     audio_teacher: str = "openai/whisper-large-v3"
+    teacher_rate: float | None = None  # teacher frames per second stored; None: their mean, one vector a clip
     codebook: int = 256  # token ids per domain, a k-means codebook over the teacher's frames
     val_share: float = 0.1  # clips whose hashed name falls below this are validation
     shard_clips: int = 64
+    bucket_seconds: list[float] = field(
+        default_factory=list
+    )  # length buckets of train shards: their ends, but the last
     speech_share: float = 0.5  # share of speech in each batch, when both domains are there
     workers: int = 0  # loader processes; 0 reads in the training process
 
@@ -118,6 +122,15 @@ class DataConfig:
             f"data.win_length={self.win_length}: must be from 1 to data.n_fft={self.n_fft}",
         )
         _check(0 < self.min_seconds < self.max_seconds, "data.min_seconds must be above 0 and below data.max_seconds")
+        _check(
+            all(a < b for a, b in pairwise([0, *self.bucket_seconds, self.max_seconds])),
+            f"data.bucket_seconds={self.bucket_seconds}: must rise from above 0 to below "
+            f"data.max_seconds={self.max_seconds}",
+        )
+        _check(
+            self.teacher_rate is None or self.teacher_rate > 0,
+            f"data.teacher_rate={self.teacher_rate}: frames per second, or null",
+        )
         _check(self.mel_scale in ("htk", "slaney"), f"data.mel_scale={self.mel_scale!r}: htk or slaney")
         _check(self.mel_norm in (None, "slaney"), f"data.mel_norm={self.mel_norm!r}: null or slaney")
         _check(

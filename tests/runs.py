@@ -14,7 +14,7 @@ import pytest
 
 from agrepa_fast.config import DataConfig
 from agrepa_fast.data.clips import NOT_FEATURES
-from agrepa_fast.data.shards import Sample, file_sha256, write_atomically, write_index, write_shard
+from agrepa_fast.data.shards import SCHEMA, Sample, file_sha256, write_atomically, write_index, write_shard
 from agrepa_fast.data.tokens import Codebook, codebook_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ def write_small_shards(folder: Path) -> Path:
     draw = np.random.default_rng(0)
     settings = asdict(DataConfig(sample_rate=16000, n_mels=8, f_max=8000.0, codebook=CODES))
     features = {name: value for name, value in settings.items() if name not in NOT_FEATURES}
-    content = {"schema": 1, "features": features, "domains": {}, "shards": []}
+    content = {"schema": SCHEMA, "features": features, "domains": {}, "shards": []}
     for number, (domain, dim) in enumerate(TEACHER_DIMS.items()):
         train = [_sample(draw, domain, dim, number * CODES, i) for i in range(22)]
         val = [_sample(draw, domain, dim, number * CODES, 100 + i) for i in range(5)]
@@ -46,7 +46,7 @@ def write_small_shards(folder: Path) -> Path:
             for start in range(0, len(samples), 8):
                 path = folder / f"{split}-{domain}-{start // 8:04d}.tar"
                 entry = write_shard(path, samples[start : start + 8], f"teacher_{domain}")
-                content["shards"].append(entry | {"split": split, "domain": domain})
+                content["shards"].append(entry | {"split": split, "domain": domain, "bucket": 25})
         mels = np.concatenate([sample.mel for sample in train]).astype(np.float64)
         book = folder / f"codebook-{domain}.safetensors"
         codebook = Codebook(draw.normal(size=(CODES, dim)).astype(np.float32))
@@ -60,11 +60,15 @@ def write_small_shards(folder: Path) -> Path:
                 "bytes": book.stat().st_size,
                 "sha256": file_sha256(book),
             },
-            "teacher": {
-                "name": f"teacher_{domain}",
-                "spec": DataConfig().speech_teacher,
-                "dim": dim,
-                "mean": np.mean([s.teacher.astype(np.float32) for s in train], axis=0).tolist(),
+            "teachers": {
+                f"teacher_{domain}": {
+                    "spec": DataConfig().speech_teacher,
+                    "dim": dim,
+                    "rate": None,
+                    "identity": {},
+                    "mean": np.mean([s.teacher.astype(np.float32) for s in train], axis=0).tolist(),
+                    "files": None,
+                }
             },
         }
     write_index(folder, content)

@@ -43,7 +43,7 @@ def write_folder(folder, domains=("speech",), samples=None):
         clips = samples or [sample(number, domain) for number in range(5)]
         for split, number, part in (("train", 0, clips[:2]), ("train", 1, clips[2:4]), ("val", 0, clips[4:])):
             written = write_shard(folder / f"{split}-{domain}-{number:04d}.tar", part, "tiny")
-            content["shards"].append({**written, "split": split, "domain": domain})
+            content["shards"].append({**written, "split": split, "domain": domain, "bucket": 11})
         book = Codebook(np.zeros((CODES, DIM), np.float32))
         file = folder / f"codebook-{domain}.safetensors"
         file.write_bytes(codebook_bytes(book, np.full((CODES, N_MELS), len(domain), np.float32)))
@@ -57,7 +57,9 @@ def write_folder(folder, domains=("speech",), samples=None):
                 "bytes": file.stat().st_size,
                 "sha256": file_sha256(file),
             },
-            "teacher": {"name": "tiny", "dim": DIM, "mean": [0.5] * DIM},
+            "teachers": {
+                "tiny": {"spec": "x", "dim": DIM, "rate": None, "identity": {}, "mean": [0.5] * DIM, "files": None}
+            },
         }
     write_index(folder, content)
     return content

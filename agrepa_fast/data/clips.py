@@ -24,8 +24,9 @@ from .shards import write_atomically
 
 MIN_PEAK = 1e-4  # a recording that stays below is silent
 MAX_BAD_SHARE, MAX_BAD = 0.02, 3  # beyond both the folder is not what was meant
-NOT_FEATURES = ("path", "speech_teacher", "audio_teacher", "speech_share", "workers")  # settings that may change
-_NOT_MEL = (*NOT_FEATURES, "codebook", "val_share", "shard_clips")  # settings that no mel depends on
+# Settings that may change without new shards, those of the teachers, which shards may have several of, among them.
+NOT_FEATURES = ("path", "speech_teacher", "audio_teacher", "teacher_rate", "speech_share", "workers")
+_NOT_MEL = (*NOT_FEATURES, "codebook", "val_share", "shard_clips", "bucket_seconds")  # settings that no mel depends on
 
 
 @dataclass(frozen=True)

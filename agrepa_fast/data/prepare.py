@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ..config import DOMAINS, Config, DataConfig, UserError
 from .clips import NOT_FEATURES, Clip, decode_stage, name_hash, validation_groups
 from .encode import TeacherStage
+from .features import frame_count
 from .recordings import Source
 from .shards import INDEX, SCHEMA, SPLITS, Index, Sample, load_index, write_atomically, write_index, write_shard
 from .sources import demo_sources, folder_source
@@ -81,7 +82,7 @@ def _existing(data: DataConfig, out: Path, sources: list[Source]) -> dict:
         if there is None:
             continue
         name = f"{source.domain}_teacher"
-        _same_setting(out, name, there["teacher"]["spec"], getattr(data, name))
+        _same_setting(out, name, next(iter(there["teachers"].values()))["spec"], getattr(data, name))
         if there["recordings"]["identity"] != source.identity:
             changed = "changed since" if there["recordings"]["name"] == source.name else f"are not {source.name}'s"
             raise UserError(
@@ -131,12 +132,10 @@ def _prepare_domain(
         splits = {"train": [], "val": []}
         for clip in sorted(clips, key=lambda clip: name_hash("order", clip.recording.name)):
             splits["val" if clip.recording.split_group in held_out else "train"].append(clip)
-        spec = getattr(data, f"{source.domain}_teacher")
-        teacher = teacher_of(spec)
+        teacher = teacher_of(getattr(data, f"{source.domain}_teacher"))
         stage = TeacherStage(data, work, source.domain, teacher, splits, pool)
         codebook = stage.run()
     entry, shards = _write_stage(data, out, source.domain, splits, stage, codebook)
-    entry["teacher"]["spec"] = spec
     entry["recordings"] = {"name": source.name, "identity": source.identity}
     entry["skipped"] = skipped
     return entry, shards
@@ -148,6 +147,7 @@ def _write_stage(
     offset, teacher = DOMAINS.index(domain) * data.codebook, stage.teacher
     mels, values, pooled_sum = CodeMels(data.codebook, data.n_mels), np.zeros(3), np.zeros(teacher.dim)
     seconds = dict.fromkeys(SPLITS, 0.0)
+    longest = frame_count(round(data.max_seconds * data.sample_rate), data)
     shards = []
 
     def samples(split: str, clips: list[Clip]) -> Iterator[Sample]:
@@ -168,7 +168,7 @@ def _write_stage(
             for number, start in enumerate(range(0, len(clips), data.shard_clips)):
                 path = out / f"{split}-{domain}-{number:04d}.tar"
                 written = write_shard(path, samples(split, clips[start : start + data.shard_clips]), teacher.name)
-                shards.append({**written, "split": split, "domain": domain})
+                shards.append({**written, "split": split, "domain": domain, "bucket": longest})
     _remove_stale(out, domain, {shard["file"] for shard in shards})
     content = codebook_bytes(codebook, mels.means())
     file = out / f"codebook-{domain}.safetensors"
@@ -181,7 +181,16 @@ def _write_stage(
         "seconds": {split: round(total, 3) for split, total in seconds.items()},
         "mel": {"frames": int(values[0]), "sum": values[1], "sum_squares": values[2]},
         "tokens": tokens,
-        "teacher": {"name": teacher.name, "dim": teacher.dim, "identity": teacher.identity, "mean": mean},
+        "teachers": {
+            teacher.name: {
+                "spec": getattr(data, f"{domain}_teacher"),
+                "dim": teacher.dim,
+                "rate": None,
+                "identity": teacher.identity,
+                "mean": mean,
+                "files": None,
+            }
+        },
     }
     return entry, shards
 

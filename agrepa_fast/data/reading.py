@@ -4,6 +4,8 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 
@@ -13,33 +15,48 @@ from .shards import Index, Sample, Shard, remedy
 
 def read_shard(shard: Shard, index: Index) -> list[Sample]:
     """All clips of a shard, in its order. UserError, naming shard and member, for anything that is not as written."""
-    samples = [_sample(raw, shard, index) for raw in _raw_samples(shard)]
+    samples = [_sample(raw, shard, index) for raw in _with_sidecar(shard, index)]
     if len(samples) != shard.clips:
         raise UserError(f"{shard.path} holds {len(samples)} clips, not {shard.clips}: {remedy(index.folder)}")
     return samples
 
 
-def _raw_samples(shard: Shard) -> Iterator[dict]:
+def _with_sidecar(shard: Shard, index: Index) -> Iterator[dict]:
+    """The raw samples of a shard, joined with the targets beside it where its teacher was added later."""
+    sidecar = index.teacher(shard.domain).files.get(shard.path.name)
+    if sidecar is None:
+        yield from raw_samples(shard.path)
+        return
+    path = shard.path.with_name(sidecar)
+    for raw, target in zip_longest(raw_samples(shard.path), raw_samples(path), fillvalue={"__key__": None}):
+        if raw["__key__"] != target["__key__"]:
+            raise UserError(
+                f"{path} has clip {target['__key__']} where {shard.path.name} has {raw['__key__']}: add it again"
+            )
+        yield target | raw
+
+
+def raw_samples(path: Path) -> Iterator[dict]:
     """WebDataset's samples of one tar: {"__key__": …, "mel.npy": bytes, …}."""
     from webdataset.tariterators import group_by_keys, tar_file_iterator
 
     def refuse(error: Exception) -> bool:
         what = str(error).partition(" @ ")[0]  # WebDataset appends the stream's repr
-        raise UserError(f"{shard.path}: {what}: {remedy(shard.path.parent)}") from error
+        raise UserError(f"{path}: {what}: {remedy(path.parent)}") from error
 
     def files(stream) -> Iterator[dict]:
         for member in tar_file_iterator(stream, handler=refuse):
             name = member["fname"]
             # Members are files of one flat folder: no "/", hence nothing absolute and no parent folder.
             if "/" in name or "\\" in name or name.startswith("."):
-                raise UserError(f"{shard.path}: member {name!r} has a path: {remedy(shard.path.parent)}")
-            yield {**member, "__url__": str(shard.path)}
+                raise UserError(f"{path}: member {name!r} has a path: {remedy(path.parent)}")
+            yield {**member, "__url__": str(path)}
 
     try:
-        with shard.path.open("rb") as stream:
+        with path.open("rb") as stream:
             yield from group_by_keys(files(stream), handler=refuse, lcase=False)
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{shard.path} cannot be read ({error}): {remedy(shard.path.parent)}") from error
+        raise UserError(f"{path} cannot be read ({error}): {remedy(path.parent)}") from error
 
 
 def _sample(raw: dict, shard: Shard, index: Index) -> Sample:
@@ -66,7 +83,9 @@ def _sample(raw: dict, shard: Shard, index: Index) -> Sample:
         check(tokens.dtype == np.int32 and tokens.ndim == 1 and len(tokens) > 0, "not a row of int32 ids")
         check(first <= tokens.min() and tokens.max() < end, f"ids outside {first} to {end - 1}")
         vector = array(f"{teacher.name}.npy")
-        check(vector.dtype == np.float16 and vector.shape == (teacher.dim,), f"not float16 ({teacher.dim},)")
+        check(vector.dtype == np.float16 and vector.shape[-1:] == (teacher.dim,), f"not float16 of {teacher.dim}")
+        pooled, many = teacher.rate is None, vector.ndim == 2 and len(vector) > 0
+        check(vector.ndim == 1 if pooled else many, f"{vector.shape} is not {'one vector' if pooled else 'frames'}")
         check(bool(np.isfinite(vector).all()), "not finite")
         check(meta["domain"] == shard.domain, f"domain {meta['domain']!r} in a shard of {shard.domain}")
         described = {name: meta[name] for name in ("domain", "text", "frames", "seconds", "cut", "source", "licence")}

@@ -1,17 +1,21 @@
 """WebDataset shards of features and their index.json: the format and its writer; reading.py reads them.
 
 Per sample: `<key>.json` (domain, text, labels, frames, seconds, cut, source, licence), `<key>.mel.npy` fp16 (T, n_mels)
-natural-log mel, `<key>.tokens.npy` int32 (S,) ids counted over all domains, `<key>.<teacher>.npy` fp16 (dim,), the mean
-of the teacher's frames. Files `<split>-<domain>-<nnnn>.tar`; the same features give the same bytes. No pickle anywhere.
+natural-log mel, `<key>.tokens.npy` int32 (S,) ids counted over all domains, `<key>.<teacher>.npy` fp16, (dim,), the
+mean of the teacher's frames, or (frames, dim). Files `<split>-<domain>-<nnnn>.tar`; a train shard's clips are of one
+length bucket. A teacher that was added later is in `<split>-<domain>-<nnnn>.<teacher>.tar` beside each shard, in its
+order. The same features give the same bytes. No pickle anywhere.
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -19,7 +23,7 @@ from tqdm import tqdm
 from ..config import DOMAINS, DataConfig, UserError
 from .tokens import read_code_mels
 
-SCHEMA = 1
+SCHEMA = 2
 SPLITS = ("train", "val")
 INDEX = "index.json"
 
@@ -31,20 +35,26 @@ class Shard:
     path: Path
     clips: int
     domain: str
+    frames: int  # mel frames of all its clips together
+    bucket: int  # no clip has more mel frames; the same for all shards of a length bucket
 
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """The frozen encoder of a domain; mean (dim,) float32 over the train clips' pooled vectors."""
+    """The targets of a frozen encoder in one domain; mean (dim,) float32 over the train clips' pooled vectors."""
 
-    name: str
+    name: str  # in `<key>.<name>.npy`
+    spec: str  # as in data.<domain>_teacher
     dim: int
+    rate: float | None  # frames per second stored; None: one pooled vector a clip
     mean: np.ndarray
+    files: dict[str, str]  # file of a shard -> the sidecar that holds the targets of its clips; {}: the shard itself
 
 
 @dataclass
 class Sample:
-    """One clip. mel (T, n_mels) fp16 natural log, tokens (S,) int32, teacher (dim,) fp16; frames is T."""
+    """One clip. mel (T, n_mels) fp16 natural log, tokens (S,) int32, teacher (dim,) or (frames, dim) fp16 as stored;
+    `frames` is T."""
 
     key: str
     domain: str
@@ -59,13 +69,19 @@ class Sample:
     tokens: np.ndarray
     teacher: np.ndarray
 
+    @property
+    def pooled(self) -> np.ndarray:
+        """(dim,) float32: the teacher's vector, or the mean of its frames."""
+        return self.teacher.astype(np.float32) if self.teacher.ndim == 1 else self.teacher.mean(0, dtype=np.float32)
+
 
 @dataclass(frozen=True)
 class Index:
-    """A folder of shards, read from its index.json; see load_index."""
+    """A folder of shards, read from its index.json; see load_index and matching_index."""
 
     folder: Path
     content: dict  # index.json
+    chosen: dict[str, str] = field(default_factory=dict)  # domain -> name of the teacher to read; default: its first
 
     @cached_property
     def domains(self) -> tuple[str, ...]:
@@ -108,14 +124,26 @@ class Index:
         if split not in SPLITS or domain not in DOMAINS:
             raise ValueError(f"split {split!r} of {SPLITS}, domain {domain!r} of {DOMAINS}")
         return tuple(
-            Shard(self.folder / entry["file"], entry["clips"], domain)
+            Shard(self.folder / entry["file"], entry["clips"], domain, entry["frames"], entry["bucket"])
             for entry in self.content["shards"]
             if (entry["split"], entry["domain"]) == (split, domain)
         )
 
     def teacher(self, domain: str) -> TeacherInfo:
-        entry = self.content["domains"][domain]["teacher"]
-        return TeacherInfo(entry["name"], entry["dim"], np.asarray(entry["mean"], np.float32))
+        """The chosen teacher of a domain."""
+        return self._teachers[domain]
+
+    @cached_property
+    def _teachers(self) -> dict[str, TeacherInfo]:
+        found = {}
+        for domain in self.domains:
+            entries = self.content["domains"][domain]["teachers"]
+            name = self.chosen.get(domain, next(iter(entries)))
+            entry = entries[name]
+            files = {shard: sidecar["file"] for shard, sidecar in (entry["files"] or {}).items()}
+            mean = np.asarray(entry["mean"], np.float32)
+            found[domain] = TeacherInfo(name, entry["spec"], entry["dim"], entry["rate"], mean, files)
+        return found
 
     def token_range(self, domain: str) -> tuple[int, int]:
         """First id of a domain, and the first id after it."""
@@ -136,6 +164,19 @@ def load_index(folder: Path, verify: bool = True) -> Index:
 
     Raises UserError for a folder without shards, a missing or changed file, and an index of another version.
     """
+    index = read_index(folder)
+    files = index_files(index.content)
+    total = sum(entry["bytes"] for entry in files)
+    with tqdm(total=total, desc="verify shards", unit="B", unit_scale=True, delay=5, disable=not verify) as bar:
+        for entry in files:
+            if fault := file_fault(index.folder, entry, verify):
+                raise UserError(f"{fault}: {remedy(index.folder)}")
+            bar.update(entry["bytes"])
+    return index
+
+
+def read_index(folder: Path) -> Index:
+    """The index.json of a folder, without a look at the files that it names. Raises UserError as load_index does."""
     folder = Path(folder)
     path = folder / INDEX
     if not path.is_file():
@@ -152,44 +193,60 @@ def load_index(folder: Path, verify: bool = True) -> Index:
         raise UserError(f"{path} is damaged ({error}): {remedy(folder)}") from error
     if schema != SCHEMA:
         raise UserError(f"{path} has schema version {schema}, this release reads {SCHEMA}: {remedy(folder)}")
-    _verify_files(folder, content, verify)
     return Index(folder, content)
 
 
 def matching_index(data: DataConfig, verify: bool = True) -> Index:
-    """The index of data.path. Raises UserError, too, when its features were made with other settings than `data`'s."""
+    """The index of data.path, with the teachers that `data` names. Raises UserError, too, when its features were made
+    with other settings than `data`'s, or without such a teacher."""
     index = load_index(Path(data.path), verify)
-    settings = [(name, there, getattr(data, name)) for name, there in index.features.items()]
+    for name, there in index.features.items():
+        if there != getattr(data, name):
+            _refuse(index, name, there, getattr(data, name))
+    chosen = {}
     for domain in index.domains:
         name = f"{domain}_teacher"
-        settings.append((name, index.content["domains"][domain]["teacher"]["spec"], getattr(data, name)))
-    for name, there, here in settings:
-        if there != here:
-            raise UserError(
-                f"{index.folder} was prepared with data.{name}={there}, the run has {here}: set data.{name}={there}, "
-                "or prepare the recordings again"
-            )
-    return index
+        entries = index.content["domains"][domain]["teachers"]
+        of_spec = [key for key, entry in entries.items() if entry["spec"] == getattr(data, name)]
+        if not of_spec:
+            specs = dict.fromkeys(entry["spec"] for entry in entries.values())
+            _refuse(index, name, " or ".join(specs), getattr(data, name))
+        # Two entries of one teacher differ in their rate; training pools them alike.
+        chosen[domain] = next((key for key in of_spec if entries[key]["rate"] == data.teacher_rate), of_spec[0])
+    return replace(index, chosen=chosen)
+
+
+def _refuse(index: Index, name: str, there: object, here: object) -> None:
+    raise UserError(
+        f"{index.folder} was prepared with data.{name}={there}, the run has {here}: set data.{name}={there}, "
+        "or prepare the recordings again"
+    )
 
 
 def remedy(folder: Path) -> str:
     return f"remove {folder} and run `agrepa prepare` again"
 
 
-def _verify_files(folder: Path, content: dict, checksums: bool) -> None:
-    files = content["shards"] + [entry["tokens"] for entry in content["domains"].values()]
-    total = sum(entry["bytes"] for entry in files)
-    with tqdm(total=total, desc="verify shards", unit="B", unit_scale=True, delay=5, disable=not checksums) as bar:
-        for entry in files:
-            path = folder / entry["file"]
-            if not path.is_file():
-                raise UserError(f"{path} is missing: {remedy(folder)}")
-            size = path.stat().st_size
-            if size != entry["bytes"]:
-                raise UserError(f"{path} has {size} bytes, not {entry['bytes']}: {remedy(folder)}")
-            if checksums and (found := file_sha256(path)) != entry["sha256"]:
-                raise UserError(f"{path} has SHA-256 {found}, not {entry['sha256']}: {remedy(folder)}")
-            bar.update(size)
+def index_files(content: dict) -> list[dict]:
+    """What index.json says of every file beside it: dicts with file, bytes, sha256."""
+    files = list(content["shards"])
+    for domain in content["domains"].values():
+        files.append(domain["tokens"])
+        for teacher in domain["teachers"].values():
+            files += (teacher["files"] or {}).values()
+    return files
+
+
+def file_fault(folder: Path, entry: dict, checksum: bool) -> str | None:
+    """What is wrong with a file of the index: missing, of another size or, with `checksum`, of another SHA-256."""
+    path = folder / entry["file"]
+    if not path.is_file():
+        return f"{path} is missing"
+    if (size := path.stat().st_size) != entry["bytes"]:
+        return f"{path} has {size} bytes, not {entry['bytes']}"
+    if checksum and (found := file_sha256(path)) != entry["sha256"]:
+        return f"{path} has SHA-256 {found}, not {entry['sha256']}"
+    return None
 
 
 def file_sha256(path: Path) -> str:
@@ -198,17 +255,46 @@ def file_sha256(path: Path) -> str:
 
 
 def write_shard(path: Path, samples: Iterable[Sample], teacher: str) -> dict:
-    """Write one tar atomically. Returns what index.json says of a file: file, clips, bytes, sha256."""
+    """Write one tar atomically. Returns what index.json says of it: file, clips, frames, bytes, sha256."""
+    clips = frames = 0
+
+    def members() -> Iterator[dict]:
+        nonlocal clips, frames
+        for sample in samples:
+            clips, frames = clips + 1, frames + sample.frames
+            yield _members(sample, teacher)
+
+    written = write_tar(path, members())
+    return {"file": path.name, "clips": clips, "frames": frames, **written}
+
+
+def write_tar(path: Path, samples: Iterable[dict]) -> dict:
+    """Write WebDataset samples {"__key__": …, suffix: bytes} atomically. Returns bytes and sha256, of what was written
+    and not of what the disk then holds."""
     from webdataset.writer import TarWriter
 
     part = path.with_name(f".{path.name}.part")
-    clips = 0
-    with part.open("wb") as stream, TarWriter(stream, user="", group="", mtime=0, encoder=False) as tar:
-        for sample in samples:
-            tar.write(_members(sample, teacher))
-            clips += 1
+    with part.open("wb") as file:
+        stream = _Hashed(file)
+        with TarWriter(stream, user="", group="", mtime=0, encoder=False) as tar:
+            for sample in samples:
+                tar.write(sample)
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)
-    return {"file": path.name, "clips": clips, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return {"bytes": stream.bytes, "sha256": stream.sha256.hexdigest()}
+
+
+class _Hashed:
+    """A file that is written from its start to its end, with the SHA-256 of what went into it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.bytes, self.sha256 = file, 0, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        self.bytes += len(content)
+        return self.file.write(content)
 
 
 def _members(sample: Sample, teacher: str) -> dict:
@@ -217,13 +303,13 @@ def _members(sample: Sample, teacher: str) -> dict:
     return {
         "__key__": sample.key,
         "json": json.dumps(meta, ensure_ascii=False).encode(),
-        "mel.npy": _npy(sample.mel),
-        "tokens.npy": _npy(sample.tokens),
-        f"{teacher}.npy": _npy(sample.teacher),
+        "mel.npy": npy(sample.mel),
+        "tokens.npy": npy(sample.tokens),
+        f"{teacher}.npy": npy(sample.teacher),
     }
 
 
-def _npy(array: np.ndarray) -> bytes:
+def npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()

@@ -62,7 +62,7 @@ def collate(
     for row, s in enumerate(samples):
         mel[row, : s.mel.shape[0]] = (torch.from_numpy(s.mel).float() - index.mel_mean) / index.mel_std
         ids[row, : len(s.tokens)] = torch.from_numpy(s.tokens)
-        vector = s.teacher.astype(np.float32)
+        vector = s.pooled
         teacher[s.domain][row] = torch.from_numpy(vector - index.teacher(s.domain).mean if center else vector)
     condition = Condition(
         tokens=ids,
