@@ -1,10 +1,9 @@
 """Recordings to clips: decoded, cut once, turned into log-mels; bad ones skipped and counted; some held out.
 
-Every recording's result is one .npz in the work folder, written atomically, so that an interrupted run goes on.
+Which ones are held out depends on all of them, whoever decoded them.
 """
 
 import hashlib
-import io
 import json
 import math
 from collections import deque
@@ -15,12 +14,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from ..config import DataConfig, UserError
 from .features import LogMel, resample
 from .recordings import Recording
-from .shards import write_atomically
+from .stages import Job, work_file, write_work
 
 MIN_PEAK = 1e-4  # a recording that stays below is silent
 MAX_BAD_SHARE, MAX_BAD = 0.02, 3  # beyond both the folder is not what was meant
@@ -36,46 +34,56 @@ class Clip:
     recording: Recording
     file: Path
     frames: int
+    seconds: float
 
 
-def decode_stage(
-    data: DataConfig, work: Path, domain: str, recordings: list[Recording], pool: ThreadPoolExecutor
-) -> tuple[list[Clip], list[dict]]:
+def decode_stage(job: Job, recordings: list[Recording]) -> tuple[list[Clip], list[dict]]:
+    """Decode the recordings, each rank its part. Returns all usable clips in the recordings' order, and the others."""
+    data = job.data
     settings = [value for name, value in asdict(data).items() if name not in _NOT_MEL]
-    folder = work / f"{domain}-mel-{digest(settings)}"
-    folder.mkdir(exist_ok=True)
+    folder = job.folder("mel", digest(settings))
     task = partial(_decode_one, data=data, folder=folder, log_mel=LogMel(data))
-    results = tqdm(ahead(pool, task, recordings), f"{domain}: decode", len(recordings), unit="clip")
+    own, found = job.ranks.own(recordings), []
+    with job.stage("decode", len(own)) as stage:
+        for name, frames, seconds, reason, computed in ahead(job.pool, task, own):
+            found.append((name, frames, seconds, reason))
+            stage.done(seconds) if computed else stage.skip()
     clips, skipped = [], []
-    for recording, (file, frames, reason) in zip(recordings, results, strict=True):
+    every = job.ranks.whole(job.ranks.gather(found))
+    for recording, (name, frames, seconds, reason) in zip(recordings, every, strict=True):
         if reason:
             skipped.append({"name": recording.name, "source": recording.source, "reason": reason})
         else:
-            clips.append(Clip(recording, file, frames))
-    _report_skipped(domain, skipped, len(recordings))
+            clips.append(Clip(recording, work_file(folder, name), frames, seconds))
+    _report_skipped(job, skipped, len(recordings))
     return clips, skipped
 
 
-def _report_skipped(domain: str, skipped: list[dict], total: int) -> None:
+def _report_skipped(job: Job, skipped: list[dict], total: int) -> None:
     lines = [f"{entry['source']} ({entry['reason']})" for entry in skipped]
     more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
     if (len(lines) > MAX_BAD and len(lines) > MAX_BAD_SHARE * total) or total - len(lines) < 2:
         first = f": {', '.join(lines[:3])}{more}" if lines else ""
         limit = f"at most {MAX_BAD_SHARE:.0%} may be bad and at least 2 must be good"
         raise UserError(
-            f"{len(lines)} of {total} {domain} recordings cannot be used{first}; {limit}: repair, remove or add some"
+            f"{len(lines)} of {total} {job.domain} recordings cannot be used{first}; {limit}: repair, remove or add "
+            "some"
         )
     for line in lines:
-        print(f"{domain}: skipped {line}")
+        job.say(f"{job.domain}: skipped {line}")
 
 
-def _decode_one(recording: Recording, data: DataConfig, folder: Path, log_mel: LogMel) -> tuple[Path, int, str]:
-    """(file, mel frames, reason for skipping or ""), computed unless the file of this very recording is there."""
-    file = folder / f"{recording.name}-{digest(recording.stamp())}.npz"
-    if not file.is_file():
-        write_atomically(file, npz(**_mel_of(recording, data, log_mel)))
+def _decode_one(
+    recording: Recording, data: DataConfig, folder: Path, log_mel: LogMel
+) -> tuple[str, int, float, str, bool]:
+    """(file name, mel frames, seconds, reason for skipping or "", whether the mel was computed now)."""
+    name = f"{recording.name}-{digest(recording.stamp())}.npz"
+    file = work_file(folder, name)
+    computed = not file.is_file()
+    if computed:
+        write_work(file, **_mel_of(recording, data, log_mel))
     with np.load(file, allow_pickle=False) as stored:
-        return file, int(stored["frames"]), str(stored["reason"])
+        return name, int(stored["frames"]), float(stored["seconds"]), str(stored["reason"]), computed
 
 
 def _mel_of(recording: Recording, data: DataConfig, log_mel: LogMel) -> dict:
@@ -141,12 +149,6 @@ def ahead(pool: ThreadPoolExecutor, task: Callable, items: Iterable, depth: int 
     finally:
         for future in waiting:
             future.cancel()
-
-
-def npz(**arrays) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
 
 
 def name_hash(salt: str, name: str) -> int:

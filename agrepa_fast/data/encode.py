@@ -1,55 +1,59 @@
-"""Clips to tokens and pooled teacher vectors: one pass of the frozen teacher, and a codebook fitted on the way."""
+"""Clips to tokens and teacher targets: one pass of the frozen teacher, and a codebook fitted on the way."""
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from ..config import DataConfig, UserError
-from .clips import Clip, ahead, cut_wave, digest, npz
-from .shards import SPLITS, write_atomically
+from .clips import Clip, ahead, cut_wave, digest
+from .shards import SPLITS
+from .stages import Job, Stage, work_file, work_names, write_work
 from .tokens import Codebook, fit_frames
 
-_BATCH = 16  # clips per call of the teacher
+BATCH = 16  # clips per call of the teacher
 
 
 class TeacherStage:
-    """Teacher frames of the clips -> a codebook, and for each clip its tokens and pooled vector.
+    """Teacher frames of the clips -> a codebook, and for each clip its tokens and what is stored of the teacher.
 
     The codebook is fitted on the first train clips in hash order that have enough frames; only their frames are kept,
     since frames of a large corpus would need more room than the corpus.
     """
 
-    def __init__(self, data: DataConfig, work: Path, domain: str, teacher, splits: dict, pool: ThreadPoolExecutor):
-        self.data, self.domain, self.teacher, self.splits, self.pool = data, domain, teacher, splits, pool
+    def __init__(self, job: Job, teacher, splits: dict[str, list[Clip]]):
+        self.job, self.data, self.domain, self.ranks = job, job.data, job.domain, job.ranks
+        self.teacher, self.splits = teacher, splits
         every = [clip.file.name for split in SPLITS for clip in splits[split]]
-        self.folder = work / f"{domain}-teacher-{digest([teacher.name, teacher.identity, data.codebook, every])}"
-        self.folder.mkdir(exist_ok=True)
+        depends = [teacher.name, teacher.identity, self.data.codebook, self.data.teacher_rate, every]
+        self.folder = job.folder("teacher", digest(depends))
 
     def run(self) -> Codebook:
         fit = self._fit_clips()
-        rest = [clip for split in SPLITS for clip in self.splits[split] if clip not in set(fit)]
-        with tqdm(total=len(fit) + len(rest), desc=f"{self.domain}: teacher", unit="clip") as bar:
-            self._pass(fit, "frames", lambda frames: {"frames": frames}, bar)
-            codebook = self._codebook(fit)
-            for clip in fit:
-                file = self._file(clip, "tokens")
-                if not file.is_file():
+        names = {clip.recording.name for clip in fit}
+        rest = [clip for split in SPLITS for clip in self.splits[split] if clip.recording.name not in names]
+        fit, rest = self._own_batches(fit), self._own_batches(rest)
+        with self.job.stage("teacher", sum(map(len, fit + rest))) as stage:
+            self._pass(fit, "frames", lambda clip, frames: {"frames": frames}, stage)
+            self.ranks.gather(None)  # the frames are there, of all ranks
+            codebook = self.ranks.first(self._codebook)
+            encode = partial(self._encoded, codebook)
+            for clip in chain.from_iterable(fit):
+                if not self._file(clip, "tokens").is_file():
                     with np.load(self._file(clip, "frames"), allow_pickle=False) as stored:
-                        write_atomically(file, npz(**_encoded(codebook, stored["frames"])))
-            self._pass(rest, "tokens", partial(_encoded, codebook), bar)
+                        write_work(self._file(clip, "tokens"), **encode(clip, stored["frames"]))
+            self._pass(rest, "tokens", encode, stage)
         return codebook
 
-    def tokens_and_pooled(self, clip: Clip) -> tuple[np.ndarray, np.ndarray]:
-        """(S,) int32 ids of the codebook, (dim,) fp16."""
+    def tokens_and_target(self, clip: Clip) -> tuple[np.ndarray, np.ndarray]:
+        """(S,) int32 ids of the codebook; (dim,) fp16, or (frames, dim) with data.teacher_rate."""
         with np.load(self._file(clip, "tokens"), allow_pickle=False) as stored:
-            return stored["tokens"], stored["pooled"]
+            return stored["tokens"], stored["target"]
 
     def _file(self, clip: Clip, kind: str) -> Path:
-        return self.folder / f"{clip.file.stem}.{kind}.npz"
+        return work_file(self.folder, f"{clip.file.stem}.{kind}.npz")
 
     def _fit_clips(self) -> list[Clip]:
         enough, frames, fit = fit_frames(self.data.codebook), 0.0, []
@@ -61,41 +65,86 @@ class TeacherStage:
             frames += clip.frames * seconds_per_mel * self.teacher.rate
         return fit
 
-    def _codebook(self, fit: list[Clip]) -> Codebook:
+    def _codebook(self) -> Codebook:
         file = self.folder / "codebook.npz"
         if not file.is_file():
             frames = []
-            for clip in fit:
+            for clip in self._fit_clips():
                 with np.load(self._file(clip, "frames"), allow_pickle=False) as stored:
                     frames.append(stored["frames"])
             codebook = Codebook.fit(np.concatenate(frames), self.data.codebook, self.domain)
-            write_atomically(file, npz(centroids=codebook.centroids))
+            write_work(file, centroids=codebook.centroids)
         with np.load(file, allow_pickle=False) as stored:
             return Codebook(stored["centroids"])
 
-    def _pass(self, clips: list[Clip], kind: str, result: Callable[[np.ndarray], dict], bar: tqdm) -> None:
-        """Run the teacher and keep result(frames fp16) of every clip."""
-        # Batches of like length, fixed by the clips alone: an interrupted run repeats whole batches, so that no
-        # clip's numbers depend on where it was interrupted.
-        clips = sorted(clips, key=lambda clip: (clip.frames, clip.recording.name))
-        batches = [clips[start : start + _BATCH] for start in range(0, len(clips), _BATCH)]
-        missing = [batch for batch in batches if not all(self._file(clip, kind).is_file() for clip in batch)]
-        bar.update(len(clips) - sum(map(len, missing)))
-        for batch, waves in zip(missing, ahead(self.pool, self._waves, missing, depth=2), strict=True):
-            for clip, frames in zip(batch, self.teacher.frames(waves), strict=True):
-                frames = frames.astype(np.float16)
-                if len(frames) == 0 or not np.isfinite(frames).all():
-                    raise UserError(
-                        f"{clip.recording.source}: teacher {self.teacher.name} gives {len(frames)} frames, or values "
-                        f"that fp16 cannot hold: remove the recording, or set another data.{self.domain}_teacher"
-                    )
-                write_atomically(self._file(clip, kind), npz(**result(frames)))
-            bar.update(len(batch))
+    def _own_batches(self, clips: list[Clip]) -> list[list[Clip]]:
+        """This rank's batches, of like length. They are fixed by the clips alone, and repeated whole after an
+        interruption, so that no clip's numbers depend on who computed it, and when."""
+        return self.ranks.own(batches_of(clips, lambda clip: (clip.frames, clip.recording.name)))
+
+    def _pass(self, batches: list[list[Clip]], kind: str, result: Callable[[Clip, np.ndarray], dict], stage: Stage):
+        """Run the teacher and keep result(clip, frames fp16) of every clip."""
+        there = work_names(self.folder)
+        missing = [batch for batch in batches if any(self._file(clip, kind).name not in there for clip in batch)]
+        stage.skip(sum(map(len, batches)) - sum(map(len, missing)))
+        for batch, waves in zip(missing, ahead(self.job.pool, self._waves, missing, depth=2), strict=True):
+            for clip, frames in zip(batch, self._frames(waves, batch), strict=True):
+                write_work(self._file(clip, kind), **result(clip, frames))
+                stage.done(clip.seconds)
 
     def _waves(self, batch: list[Clip]) -> list[np.ndarray]:
         return [cut_wave(clip.recording, self.data, self.teacher.sample_rate) for clip in batch]
 
+    def _frames(self, waves: list[np.ndarray], batch: list[Clip]) -> list[np.ndarray]:
+        return teacher_frames(self.teacher, waves, [clip.recording.source for clip in batch], self.domain)
 
-def _encoded(codebook: Codebook, frames: np.ndarray) -> dict:
-    pooled = frames.mean(axis=0, dtype=np.float32).astype(np.float16)
-    return {"tokens": codebook.encode(frames), "pooled": pooled}
+    def _encoded(self, codebook: Codebook, clip: Clip, frames: np.ndarray) -> dict:
+        return {"tokens": codebook.encode(frames), "target": target(frames, clip.seconds, self.data.teacher_rate)}
+
+
+def batches_of(items: Iterable, order: Callable) -> list[list]:
+    """Batches for the teacher, in this order."""
+    items = sorted(items, key=order)
+    return [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
+
+
+def teacher_frames(teacher, waves: list[np.ndarray], names: list[str], domain: str) -> list[np.ndarray]:
+    """The teacher's frames (frames, dim) fp16 of each wave. UserError, with its name, where there are none."""
+    frames_of = [frames.astype(np.float16) for frames in teacher.frames(waves)]
+    for name, frames in zip(names, frames_of, strict=True):
+        if len(frames) == 0 or not np.isfinite(frames).all():
+            raise UserError(
+                f"{name}: teacher {teacher.name} gives {len(frames)} frames, or values that fp16 cannot hold: "
+                f"remove the recording, or set another data.{domain}_teacher"
+            )
+    return frames_of
+
+
+def target(frames: np.ndarray, seconds: float, rate: float | None) -> np.ndarray:
+    """What is stored of a clip's teacher frames (S, dim): their mean (dim,), or with a rate in Hz as many means as the
+    clip's seconds have, (max(1, round(seconds * rate)), dim); fp16."""
+    if rate is None:
+        return frames.mean(axis=0, dtype=np.float32).astype(np.float16)
+    return resample_frames(frames, max(1, round(seconds * rate))).astype(np.float16)
+
+
+def resample_frames(frames: np.ndarray, count: int) -> np.ndarray:
+    """(S, dim) -> (count, dim) float32: both span the clip, and each result is the mean over its part of it (area
+    interpolation, the frames taken as constant for their time). So the mean over time stays what it is."""
+    sums = np.zeros((len(frames) + 1, frames.shape[1]))
+    np.cumsum(frames, axis=0, dtype=np.float64, out=sums[1:])
+    edges = np.arange(count + 1) * (len(frames) / count)
+    whole = np.minimum(edges.astype(np.int64), len(frames) - 1)
+    integral = sums[whole] + (edges - whole)[:, None] * frames[whole]
+    return (np.diff(integral, axis=0) * (count / len(frames))).astype(np.float32)
+
+
+def teacher_name(teacher, rate: float | None) -> str:
+    """The name of its targets in file names: `whisper_base`, at 12.5 frames per second `whisper_base_12p5hz`."""
+    return teacher.name if rate is None else f"{teacher.name}_{rate:g}hz".replace(".", "p")
+
+
+def teacher_entry(teacher, spec: str, data: DataConfig, mean: np.ndarray, files: dict | None) -> dict:
+    """What index.json says of a teacher."""
+    entry = {"spec": spec, "dim": teacher.dim, "rate": data.teacher_rate, "identity": teacher.identity}
+    return {**entry, "mean": mean.tolist(), "files": files}

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +27,7 @@ from .tokens import read_code_mels
 SCHEMA = 2
 SPLITS = ("train", "val")
 INDEX = "index.json"
+_PROCESS = uuid.uuid4().hex[:8]
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,7 @@ def write_tar(path: Path, samples: Iterable[dict]) -> dict:
     and not of what the disk then holds."""
     from webdataset.writer import TarWriter
 
-    part = path.with_name(f".{path.name}.part")
+    part = _part(path)
     with part.open("wb") as file:
         stream = _Hashed(file)
         with TarWriter(stream, user="", group="", mtime=0, encoder=False) as tar:
@@ -317,9 +319,14 @@ def npy(array: np.ndarray) -> bytes:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """The file is the old one or the new one, never a part."""
-    part = path.with_name(f".{path.name}.part")
+    part = _part(path)
     part.write_bytes(content)
     part.replace(path)
+
+
+def _part(path: Path) -> Path:
+    """Where a file is written before it has its name; no other process's place, should one live on unnoticed."""
+    return path.with_name(f".{path.name}.{_PROCESS}.part")
 
 
 def write_index(folder: Path, content: dict) -> None:

@@ -1,0 +1,165 @@
+"""Processes that prepare together: what each does, what all must know, and one line when one of them fails.
+
+torchrun and deepspeed start them, or anything that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. They share the
+file system that they write to, and exchange little: the process group is gloo's, GPUs or not.
+"""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from ..config import UserError
+
+_PATIENCE = timedelta(hours=12)  # a rank may wait for the others at the end of a stage
+_POLL_SECONDS = 1.0
+_AGAIN = "run the same command again, it goes on where it stopped"
+
+
+class _Agreed(UserError):
+    """What one rank failed with, raised on all."""
+
+
+class _Lost(UserError):
+    """Another rank is gone."""
+
+
+@dataclass
+class Ranks:
+    """This process among those that prepare. Every rank must call `gather` and `first` in the same order."""
+
+    rank: int = 0
+    world: int = 1
+    store: Any = None  # the launcher's key-value store, where a failure is posted
+    _polled: float = field(default=0.0, repr=False)
+
+    def own(self, items: Sequence) -> Sequence:
+        """The part of `items` that is this rank's."""
+        return items[self.rank :: self.world]
+
+    def whole(self, parts: list[list]) -> list:
+        """The list whose parts every rank has worked on, from what each made of its own."""
+        items = [None] * sum(map(len, parts))
+        for rank, part in enumerate(parts):
+            items[rank :: self.world] = part
+        return items
+
+    def gather(self, value: object) -> list:
+        """The value of every rank. Raises UserError on all when one of them has failed instead."""
+        return self._gather(value, None)
+
+    def first(self, action: Callable[[], Any]) -> Any:
+        """What `action` returns on rank 0, which alone runs it."""
+        box = [action() if self.rank == 0 else None]
+        self.gather(None)
+        if self.world > 1:
+            import torch.distributed as dist
+
+            with _connected():
+                dist.broadcast_object_list(box)
+        return box[0]
+
+    def poll(self) -> None:
+        """To be called now and then where a rank works on its own: raises UserError once another one has failed."""
+        if self.world == 1 or time.monotonic() - self._polled < _POLL_SECONDS:
+            return
+        self._polled = time.monotonic()
+        with _connected():
+            failed = self.store.check(["failed"])
+        if failed:
+            self.gather(None)
+
+    def fail(self, error: Exception) -> None:
+        """Tell all ranks, whatever they are at; every rank raises. One that others told of it, or left alone, says
+        nothing more."""
+        if self.world == 1 or isinstance(error, (_Agreed, _Lost)):
+            return
+        if not isinstance(error, (UserError, OSError)):
+            traceback.print_exc()
+            error = UserError(f"rank {self.rank}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        with _connected():
+            self.store.set("failed", "1")
+        self._gather(None, str(_plain(error)))
+
+    def _gather(self, value: object, failure: str | None) -> list:
+        if self.world == 1:
+            return [value]
+        import torch.distributed as dist
+
+        answers: list = [None] * self.world
+        with _connected():
+            dist.all_gather_object(answers, (value, failure))
+        failures = [text for _, text in answers if text is not None]
+        if failures:
+            raise _Agreed(failures[0])
+        return [answer for answer, _ in answers]
+
+
+ONE = Ranks()
+
+
+@contextmanager
+def launched(command: str) -> Iterator[Ranks]:
+    """The ranks that a launcher has started, or this process alone. A failure of one ends all: rank 0 prints it in one
+    line and every process exits with code 2; without a launcher it is raised."""
+    ranks = _join()
+    try:
+        try:
+            yield ranks
+        except Exception as error:
+            ranks.fail(error)
+            if (plain := _plain(error)) is error:
+                raise
+            raise plain from error
+    except UserError as error:
+        if ranks.world == 1:
+            raise
+        if ranks.rank == 0 or isinstance(error, _Lost):
+            print(f"{command}: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, _Agreed):
+            with _connected(ignore=True):  # a launcher ends all when one has ended: not before rank 0 has spoken
+                ranks.gather(None)
+        sys.exit(2)
+    finally:
+        if ranks.world > 1:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+
+
+def _join() -> Ranks:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ONE
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    with _connected():
+        store, rank, world = next(rendezvous("env://", timeout=timedelta(minutes=5)))
+        store = dist.PrefixStore("agrepa-prepare", store)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=_PATIENCE)
+    return Ranks(rank, world, store)
+
+
+def _plain(error: Exception) -> Exception:
+    """A full disk or a lost mount in one line; other errors as they are."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return UserError(f"{error.filename}: {error.strerror}: put that right, then {_AGAIN}")
+    if isinstance(error, OSError) and error.errno is not None:
+        return UserError(f"{error.strerror}: put that right, then {_AGAIN}")
+    return error
+
+
+@contextmanager
+def _connected(ignore: bool = False) -> Iterator[None]:
+    """torch.distributed's way of saying that another process is gone, in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not ignore:
+            reason = " ".join(str(error).split())[:120]
+            raise _Lost(f"another rank has ended without a word ({reason}): {_AGAIN}") from error
