@@ -6,6 +6,14 @@ from pathlib import Path
 
 from .config import DOMAINS, Config, UserError, load_config, nearest
 
+SOURCES = {  # of `agrepa prepare`: what it is, and what its path is called
+    "demo": ("fetch the demo corpus and prepare it", None),
+    "folder": ("prepare a folder of wav, flac, mp3, ogg or opus files", "PATH"),
+    "librispeech": ("prepare LibriSpeech, or one subset of it", "PATH"),
+    "audioset": ("prepare AudioSet from its csv files (or one of them) and the audio below them", "PATH"),
+    "webdataset": ("prepare WebDataset shards of audio: a folder, or a glob or braces in quotes", "PATTERN"),
+    "hf": ("prepare a Hugging Face datasets folder: save_to_disk's, or parquet files", "PATH"),
+}
 PROBE_MEASURES = ("foga", "foga-vjp", "ridge", "cka", "lasp")
 
 
@@ -50,13 +58,18 @@ def _parser() -> argparse.ArgumentParser:
 
     prepare = commands.add_parser("prepare", help="recordings to shards")
     kinds = prepare.add_subparsers(dest="kind", required=True, metavar="source")
-    demo = kinds.add_parser("demo", help="fetch the demo corpus and prepare it")
-    folder = kinds.add_parser("folder", help="prepare a folder of wav, flac, mp3, ogg or opus files")
-    folder.add_argument("path", type=Path)
-    folder.add_argument("--domain", required=True, choices=DOMAINS)
-    for kind in (demo, folder):
+    for name, (what, path) in SOURCES.items():
+        kind = kinds.add_parser(name, help=what, description=what)
+        if path:
+            kind.add_argument("path", type=Path if path == "PATH" else str, metavar=path)
+        if name in ("folder", "webdataset", "hf"):
+            kind.add_argument("--domain", required=True, choices=DOMAINS)
+        if name == "hf":
+            kind.add_argument("--split", help="which one of a DatasetDict")
+            for column in ("audio", "text", "label"):
+                kind.add_argument(f"--{column}", metavar="COLUMN", help="default: found by its type or usual name")
         kind.add_argument("--preset", default="demo", help="whose features to compute (default: demo)")
-        required = kind is folder  # a default would put anybody's recordings where the demo's belong
+        required = name != "demo"  # a default would put anybody's recordings where the demo's belong
         kind.add_argument("--out", type=Path, required=required, help="folder of the shards (demo: data.path)")
         kind.add_argument("overrides", nargs="*", metavar="data.field=value")
         kind.set_defaults(command=_prepare)
@@ -116,14 +129,27 @@ def _measures(text: str) -> list[str]:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    from .data.prepare import prepare_demo, prepare_folder
+    from .data.prepare import prepare, prepare_demo
 
     config = load_config(args.preset, args.overrides)
     out = args.out or Path(config.data.path)
-    demo = args.kind == "demo"
-    index = prepare_demo(config, out) if demo else prepare_folder(config, args.path, args.domain, out)
+    index = prepare_demo(config, out) if args.kind == "demo" else prepare(config, _source(args), out)
     counts = ", ".join(f"{d} {index.clips('train', d)} + {index.clips('val', d)}" for d in index.domains)
     print(f"{out}: {counts} clips (training + validation)")
+
+
+def _source(args: argparse.Namespace):
+    from .data.archives import webdataset_source
+    from .data.corpora import audioset_source, librispeech_source
+    from .data.sources import folder_source
+    from .data.tables import hf_source
+
+    if args.kind == "hf":
+        columns = {"audio": args.audio, "text": args.text, "label": args.label}
+        return hf_source(args.path, args.domain, split=args.split, **columns)
+    if args.kind in ("librispeech", "audioset"):
+        return {"librispeech": librispeech_source, "audioset": audioset_source}[args.kind](args.path)
+    return {"folder": folder_source, "webdataset": webdataset_source}[args.kind](args.path, args.domain)
 
 
 def _load(args: argparse.Namespace) -> tuple:

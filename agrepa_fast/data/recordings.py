@@ -65,9 +65,12 @@ class Source:
 
     @classmethod
     def of(cls, name: str, domain: str, recordings: list[Recording]) -> "Source":
-        """A source whose recordings have been listed."""
-        hasher = hashlib.sha256()
+        """A source whose recordings have been listed. UserError when two have one name, or a file is gone."""
+        hasher, names = hashlib.sha256(), set()
         for recording in recordings:
+            if recording.name in names:
+                raise UserError(f"{name}: {recording.source} and another recording are both called {recording.name}")
+            names.add(recording.name)
             line = repr((recording.name, recording.text, recording.labels, recording.group, recording.stamp()))
             hasher.update(line.encode("utf-8", "surrogateescape"))
         return cls(domain, name, hasher.hexdigest()[:16], lambda: recordings)
@@ -98,9 +101,19 @@ def safe(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_]+", "-", name)
 
 
+def printable(name: str) -> str:
+    """Without the bytes of a file name, or the halves of characters, that UTF-8 cannot write."""
+    return name.encode("utf-8", "replace").decode()
+
+
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file. UserError when it is not one."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}): convert it or remove it") from error
+
+
+def transcript_lines(path: str | Path) -> dict[str, str]:
+    """Utterance -> text, from LibriSpeech's lines `utterance TEXT`."""
+    return {name: text for name, _, text in (line.partition(" ") for line in read_text(path).splitlines())}

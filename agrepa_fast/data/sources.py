@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..config import DataConfig, UserError
 from .features import SOUNDFILE_SUFFIXES
-from .recordings import Recording, Source, check_domain, key_of, read_text, safe
+from .recordings import Recording, Source, check_domain, key_of, printable, read_text, safe, transcript_lines
 
 CREATIVE_COMMONS_BY_SA = "CC-BY-SA-3.0"
 
@@ -210,12 +210,13 @@ def _file_recording(root: Path, path: Path, domain: str, lines: dict[str, str]) 
     transcript = path.with_suffix(".txt")
     text = read_text(transcript) if transcript.is_file() else lines.get(path.stem, "")
     labels = inside.parent.parts if domain == "audio" else ()
-    source = inside.as_posix().encode("utf-8", "replace").decode()
+    source = printable(inside.as_posix())
     name, text = key_of(inside.as_posix()), " ".join(text.split())
     return Recording(name, str(path), domain, text, labels, source, "unknown", path.suffix[1:].lower())
 
 
 def _folder_transcripts(folder: Path, files: list[str]) -> dict[str, str]:
-    """LibriSpeech's lines `utterance TEXT` of one folder."""
-    lines = [line for f in files if f.endswith(".trans.txt") for line in read_text(folder / f).splitlines()]
-    return {name: text for name, _, text in (line.partition(" ") for line in lines)}
+    """LibriSpeech's transcripts of one folder."""
+    return {
+        name: text for f in files if f.endswith(".trans.txt") for name, text in transcript_lines(folder / f).items()
+    }
