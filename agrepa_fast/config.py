@@ -272,14 +272,27 @@ class TrainConfig:
     clip_norm: float = 1.0
     ema_decay: float = 0.999
     precision: str = "auto"  # auto: bf16 on GPUs, fp32 on CPU | bf16 | fp32
+    activation_checkpointing: bool = False  # keep each block's input only and compute it again in the backward
+    compile: bool = False  # torch.compile of the blocks in training; ZeRO stages 0 to 2
+    max_skipped: int = 5  # stop after so many steps in a row whose loss or gradient is not finite
+    peak_tflops: float | None = None  # of a device, for MFU; None: from a table, for known GPUs in bf16
+    profile: list[int] | None = None  # first and last step of a torch profiler trace in <run>/profile
+    wandb: str | None = None  # project to log to with Weights & Biases as well
     save_every: int = 5000
     val_every: int = 1000
     keep: int = 2  # checkpoints kept
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_clips", "accumulation", "save_every", "val_every", "keep", "log_every"):
+        counts = ("steps", "batch_clips", "accumulation", "save_every", "val_every", "keep", "log_every", "max_skipped")
+        for name in counts:
             _check(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: at least 1")
+        _check(self.peak_tflops is None or self.peak_tflops > 0, f"train.peak_tflops={self.peak_tflops}: positive")
+        window = self.profile
+        _check(
+            window is None or (len(window) == 2 and 1 <= window[0] <= window[1]),
+            f"train.profile={window}: the first and the last step, from 1, such as [10,12]",
+        )
         _check(self.lr > 0, f"train.lr={self.lr}: must be positive")
         _check(self.clip_norm > 0, f"train.clip_norm={self.clip_norm}: must be positive")
         _check(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay}: must be in [0, 1)")

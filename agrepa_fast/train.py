@@ -36,6 +36,7 @@ from agrepa_fast.training.checkpoint import (
     resolve_checkpoint,
 )
 from agrepa_fast.training.choose import LayerChoice
+from agrepa_fast.training.compute import peak_flops
 from agrepa_fast.training.ema import Ema
 from agrepa_fast.training.engine import (
     LocalError,
@@ -48,9 +49,11 @@ from agrepa_fast.training.engine import (
 )
 from agrepa_fast.training.measure import FixedClips, storage_clips
 from agrepa_fast.training.metrics import Metrics
+from agrepa_fast.training.partition import gathered, partitioner
 from agrepa_fast.training.run import Run
 from agrepa_fast.training.signals import StopRequest
 from agrepa_fast.training.summary import finish
+from agrepa_fast.training.tracker import find_tracker, open_tracker
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -129,16 +132,20 @@ def run_folder(config: Config, resume: bool, rank: int) -> Path:
     return folder
 
 
-def build_model(config: Config, index: Index, resume: bool) -> AudioDiT:
+def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> AudioDiT:
     """A new model, or one with the averaged weights of train.start_from; a resume brings its own."""
     torch.manual_seed(config.run.seed)
-    model = AudioDiT(config.model)
+    model = AudioDiT(config.model, partitioner(ds_config))
+    model.recompute = config.train.activation_checkpointing
+    if config.train.compile:
+        model.run_block = torch.compile(model.run_block)
     if config.train.start_from is not None and not resume:
         load_weights(model, resolve_checkpoint(Path(config.train.start_from)) / "ema.safetensors", "this run's")
         return model
     code_mels = (torch.from_numpy(index.code_mels()) - index.mel_mean) / index.mel_std
     if config.model.token_dim >= index.n_mels:
-        model.tokens.start_from(code_mels)
+        with gathered([model.tokens.embedding.weight]):
+            model.tokens.start_from(code_mels)
     return model
 
 
@@ -164,7 +171,8 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
         vocoder = load_vocoder(config.eval.vocoder, config.data, "cpu")
 
     agree(get_vocoder)
-    model = build_model(config, index, resume is not None)
+    agree(lambda: find_tracker(config.train))
+    model = build_model(config, index, ds_config, resume is not None)
     folder = run_folder(config, resume is not None, rank)
     prepared = time.perf_counter()
 
@@ -172,7 +180,7 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     ema = Ema(engine, config.train.ema_decay)
     teacher_dims = {domain: index.teacher(domain).dim for domain in index.domains}
     aligner = Aligner(config, teacher_dims, device)
-    metrics = Metrics(folder, rank, world, config.train.batch_clips)
+    metrics = Metrics(folder, rank, world, peak_flops(config.train, device))
     own_folder = folder if rank == 0 else None
     choice = LayerChoice(config, engine.module, aligner, probe_clips, stored_clips, metrics.say, own_folder)
     checkpoints = Checkpoints(folder / "checkpoints", rank, world, config.train.keep)
@@ -189,7 +197,7 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     if rank == 0:  # not before a resume was accepted: the run's own configuration must survive a refusal
         save_config(replace(config, run=replace(config.run, dir=str(folder))), folder / "config.yaml")
     steps = config.train.steps
-    metrics.open(steps, first)
+    metrics.open(steps, first, open_tracker(config, folder, rank))
     run = Run(config, index, device, engine, ema, choice, metrics, rank, world, folder)
     run.seconds["prepare"], run.seconds["build"] = prepared - started, time.perf_counter() - prepared
     batches = train_batches(index, config.data, layout, seed=config.run.seed, center=config.align.center, step=first)
@@ -207,12 +215,13 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
             stops = request.agreed() and done < steps
             saves = done % config.train.save_every == 0 or done == steps or stops
             if done % config.train.log_every == 0 or saves:
-                metrics.flush(done, lr=engine.get_lr()[0])
+                run.log(done)
             if done % config.train.val_every == 0 or done == steps:
                 run.validate(val_clips, done)
             choice.after_step(done, lambda: run.timed("probe"))
             if saves:
                 with run.timed("checkpoint"):
+                    run.guard.check_weights(done)
                     checkpoints.save(engine, ema, choice, done, config)
             if stops:
                 break
@@ -222,7 +231,7 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
         metrics.say(f"step {done}: stopped by a signal, saved; --resume latest run.dir={folder} goes on from here")
     else:
         finish(run, val_clips, vocoder, started)
-    metrics.close()
+    run.close()
     dist.barrier()
     dist.destroy_process_group()  # its threads, left to the interpreter's exit, now and then abort the process
 

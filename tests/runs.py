@@ -18,6 +18,7 @@ from agrepa_fast.data.shards import SCHEMA, Sample, file_sha256, write_atomicall
 from agrepa_fast.data.tokens import Codebook, codebook_bytes
 
 ROOT = Path(__file__).parents[1]
+CLOCK = [f"train/{name}" for name in ("clips_per_s", "frames_per_s", "data_wait", "mfu", "peak_memory_gib")]
 N_MELS, CODES, TEACHER_DIMS = 8, 6, {"speech": 5, "audio": 7}
 
 PRESET = """
@@ -146,12 +147,13 @@ def run_training(ranks: int, *arguments: str, cwd: Path, wanted: int = 0) -> str
 
 
 def metrics(run: Path) -> dict[int, dict[str, float]]:
-    """step -> all values of metrics.jsonl, but for the clock's."""
+    """step -> all values of metrics.jsonl, but for what the clock and the machine decide."""
     merged: dict[int, dict[str, float]] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
         step = values.pop("step")
-        values.pop("train/clips_per_s", None)
+        for name in CLOCK:
+            values.pop(name, None)
         merged.setdefault(step, {}).update(values)
     return merged
 

@@ -1,10 +1,12 @@
 """AudioDiT: the velocity model of AG-REPA, v(x_t, t, condition) over mel frames."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
 from .block import GatedDiTBlock
@@ -20,32 +22,39 @@ class AudioDiT(nn.Module):
     """`depth` gated DiT blocks between a linear input of [x_t | tokens | reference] and a linear output.
 
     Sizes and options: ModelConfig, whose n_mels and vocab must be set (a run takes them from its shards). Raises
-    ValueError if not.
+    ValueError if not. finish: given each part, initialised, before the next one is made; ZeRO-3 partitions it there, so
+    that no rank ever holds the whole model.
+
+    In training, `recompute` keeps only each block's inputs for the backward (activation checkpointing), and `run_block`
+    may be set to a compiled block(x, cond, **options). Evaluation and probes call the blocks themselves.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, finish: Callable[[nn.Module], nn.Module] = lambda part: part):
         super().__init__()
         if config.n_mels is None or config.vocab is None:
             raise ValueError("ModelConfig.n_mels and ModelConfig.vocab are those of the shards: set both")
         self.config = config
+        self.recompute = False
+        self.run_block = _run_block
         dim = config.dim
-        self.time = TimeEmbedding(dim, config.time_scale)
-        self.tokens = TokenCondition(config.vocab, config.token_dim, config.token_scale)
+        self.time = finish(TimeEmbedding(dim, config.time_scale))
+        self.tokens = finish(TokenCondition(config.vocab, config.token_dim, config.token_scale))
         # One Linear of [x_t | tokens | reference], split so that the condition's part is computed once for all rows
         # that share it.
-        self.in_x = nn.Linear(config.n_mels, dim)
-        self.in_condition = nn.Linear(config.token_dim + config.n_mels, dim, bias=False)
-        self.in_conv = nn.Conv1d(dim, dim, 9, padding=4, groups=dim) if config.position == "rotary_conv" else None
-        self.blocks = nn.ModuleList(
-            GatedDiTBlock(
-                dim, config.heads, config.ffn_mult, dropout=config.dropout, qk_norm=config.qk_norm, gelu=config.gelu
-            )
-            for _ in range(config.depth)
-        )
-        for block in self.blocks:
-            block.initialize(config.init)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.out = nn.Linear(dim, config.n_mels)
+        self.in_x = finish(nn.Linear(config.n_mels, dim))
+        self.in_condition = finish(nn.Linear(config.token_dim + config.n_mels, dim, bias=False))
+        convolves = config.position == "rotary_conv"
+        self.in_conv = finish(nn.Conv1d(dim, dim, 9, padding=4, groups=dim)) if convolves else None
+        self.blocks = nn.ModuleList(finish(self._new_block(config)) for _ in range(config.depth))
+        self.norm = finish(nn.LayerNorm(dim, eps=1e-6))
+        self.out = finish(nn.Linear(dim, config.n_mels))
+
+    @staticmethod
+    def _new_block(config: ModelConfig) -> GatedDiTBlock:
+        options = {"dropout": config.dropout, "qk_norm": config.qk_norm, "gelu": config.gelu}
+        block = GatedDiTBlock(config.dim, config.heads, config.ffn_mult, **options)
+        block.initialize(config.init)
+        return block
 
     def forward(
         self,
@@ -84,13 +93,20 @@ class AudioDiT(nn.Module):
         for layer, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=True), start=1):
             options = {"modulation": modulation, "rope": rope, "lengths": lengths}
             if layer in capture and pooled:
-                x, total = block(x, cond, **options, time_sum=True)
+                x, total = self._block(block, x, cond, **options, time_sum=True)
                 hidden[layer] = (total.unflatten(0, (-1, conditions)) / condition.lengths.unsqueeze(1)).flatten(0, 1)
             else:
-                x = block(x, cond, **options)
+                x = self._block(block, x, cond, **options)
                 if layer in capture:
                     hidden[layer] = x
         return Velocity(zero_padding(self.out(self.norm(x)), lengths), hidden)
+
+    def _block(self, block: GatedDiTBlock, x: torch.Tensor, cond: torch.Tensor, **options):
+        if not (self.training and torch.is_grad_enabled()):
+            return block(x, cond, **options)
+        if self.recompute:
+            return checkpoint(self.run_block, block, x, cond, use_reentrant=False, **options)
+        return self.run_block(block, x, cond, **options)
 
     def _joins_modulations(self, cond: torch.Tensor) -> bool:
         """Whether joint_modulations pays: on a GPU it saves some 150 small launches a step; on a CPU it only copies
@@ -117,3 +133,7 @@ class AudioDiT(nn.Module):
             return x + sinusoids(torch.arange(frames, device=x.device).float(), x.shape[-1]).to(dtype)
         x = zero_padding(x, condition.mask_lengths)  # the convolution looks across the end of a clip
         return x + self.in_conv(x.transpose(1, 2)).transpose(1, 2)
+
+
+def _run_block(block: GatedDiTBlock, x: torch.Tensor, cond: torch.Tensor, **options):
+    return block(x, cond, **options)

@@ -86,19 +86,33 @@ class Aligner:
             losses["bitc_loss"] = bitc_loss(self.bitc, weights, hidden[0], batch.teacher, batch.domain, kept)
         return losses
 
-    def step(self, step: int) -> None:
-        """Average the gradients over ranks in one all-reduce, clip, and update. At the same point on every rank."""
-        parameters = [p for p in self.parameters() if p.grad is not None]  # none of the heads after align.stop
+    def reduce(self) -> torch.Tensor:
+        """Average the gradients over ranks in one all-reduce; their norm, 0-dim on the device. After the last backward
+        of a step, at the same point on every rank."""
+        parameters = self._trained()
         if not parameters:
-            return
+            return torch.zeros((), device=self.device)
         flat = all_sum(torch.cat([p.grad.flatten() for p in parameters])) / dist.get_world_size()
         for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad.copy_(gradient.view_as(parameter))
-        torch.nn.utils.clip_grad_norm_(parameters, self.config.train.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.align.lr * lr_factor(self.config.train, step)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        return flat.norm()
+
+    def step(self, step: int) -> None:
+        """Clip the reduced gradients, and update."""
+        if parameters := self._trained():
+            torch.nn.utils.clip_grad_norm_(parameters, self.config.train.clip_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.align.lr * lr_factor(self.config.train, step)
+            self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget the gradients of a step."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.parameters() if p.grad is not None]  # none of the heads after align.stop
 
     def export(self) -> dict[str, torch.Tensor]:
         """Name -> weight of projections ("bitc.speech.weight") and heads ("heads.speech_L1.0.weight", ...)."""

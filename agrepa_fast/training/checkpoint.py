@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..config import Config, UserError, load_config, save_config
@@ -21,6 +22,7 @@ from ..models.dit import AudioDiT
 from .choose import LayerChoice
 from .ema import Ema
 from .engine import full_weights
+from .partition import gathered, whole_shape
 
 MARKER = "checkpoint.json"
 _MAY_CHANGE = {  # on a resume; so may eval.*
@@ -34,7 +36,8 @@ _MAY_CHANGE = {  # on a resume; so may eval.*
         "train.steps",
         "train.accumulation",
     ),
-    *("train.save_every", "train.val_every", "train.log_every", "train.keep"),
+    *("train.save_every", "train.val_every", "train.log_every", "train.keep", "train.max_skipped"),
+    *("train.activation_checkpointing", "train.compile", "train.peak_tflops", "train.profile", "train.wandb"),
 }
 
 
@@ -176,14 +179,20 @@ def load_model(path: Path, *, live: bool = False) -> tuple[AudioDiT, Config]:
 
 
 def load_weights(model: AudioDiT, weights: Path, wanted: str) -> None:
-    """Fill the model from a safetensors file. Raises UserError naming the first weight that is not as in `wanted`."""
-    state = load_file(weights)
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    for name in sorted(shapes.keys() | state.keys()):
-        there = tuple(state[name].shape) if name in state else "missing"
-        if there != shapes.get(name):
-            raise UserError(f"{weights}: another architecture than {wanted}, {name} is {there}, not {shapes.get(name)}")
-    model.load_state_dict(state)
+    """Fill the model from a safetensors file, one weight at a time, partitioned or not; every rank must call it. Raises
+    UserError naming the first weight that is not as in `wanted`."""
+    parameters = dict(model.named_parameters())
+    with safe_open(weights, "pt") as file, torch.no_grad():
+        there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        for name in sorted(parameters.keys() | there.keys()):
+            here = whole_shape(parameters[name]) if name in parameters else None
+            if there.get(name, "missing") != here:
+                raise UserError(
+                    f"{weights}: another architecture than {wanted}, {name} is {there.get(name, 'missing')}, not {here}"
+                )
+        for name, parameter in parameters.items():
+            with gathered([parameter]):
+                parameter.data.copy_(file.get_tensor(name))
 
 
 def load_projections(path: Path) -> dict[str, torch.Tensor]:

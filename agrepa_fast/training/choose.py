@@ -88,7 +88,7 @@ class LayerChoice:
     def _launch(self, step: int) -> PendingScores | LayerScores | None:
         strategy = self.config.align.strategy  # foga and foga-vjp are only queued
         if strategy == "gradnorm":
-            return self._gradient_scores(step)
+            return self._try(step, lambda: self._gradient_scores(step))
         if strategy == "lasp":
             return self._try(step, lambda: lasp(self._states(step), self._projections()))
         return self.launch_foga(step, strategy)
@@ -100,6 +100,8 @@ class LayerChoice:
 
     def _gradient_scores(self, step: int) -> LayerScores:
         """One step's norms: of the whole batch, hence the same for every domain; a step counts as one clip."""
+        if not self._norms.isfinite().all():
+            raise ValueError("the gradient is not finite")
         domains = torch.tensor([DOMAINS.index(domain) for domain in self.clips.index.domains])
         values = self._norms.cpu()[:, None, None, None].expand(-1, len(domains), 1, 1).clone()
         return LayerScores(values, torch.zeros(len(domains)), domains, (float("nan"),), step=step, measure="gradnorm")

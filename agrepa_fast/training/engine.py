@@ -113,7 +113,13 @@ def resolve_ds_config(values: dict, train: TrainConfig, layout: BatchLayout, dev
     stage = zero_stage(values)
     if stage not in (0, 1, 2, 3):
         raise UserError(f'ds_config "zero_optimization": stage {stage} is unknown: 0, 1, 2 or 3')
+    if train.compile and stage == 3:
+        raise UserError(
+            "train.compile: ZeRO-3 gathers weights inside a block, which cannot be compiled: use stage 0, 1 or 2"
+        )
     bf16 = precision(train, device) == "bf16"
+    if values.get("bf16", {}).get("check_grad_overflow") is False:
+        raise UserError('ds_config "bf16": remove check_grad_overflow, steps that are not finite are to be left out')
     if values.get("fp16", {}).get("enabled") is True:
         raise UserError('ds_config "fp16": this engine trains in bf16 or fp32; remove it and set train.precision')
     wanted = {
@@ -137,7 +143,15 @@ def resolve_ds_config(values: dict, train: TrainConfig, layout: BatchLayout, dev
         )
     resolved["bf16"] = {**values.get("bf16", {}), "enabled": bf16}
     resolved.setdefault("steps_per_print", _NEVER)
+    if offloads_optimizer(values):  # to torch's AdamW, whose fused kernel for the CPU needs no compiler
+        resolved["zero_force_ds_cpu_optimizer"] = False
     return resolved
+
+
+def offloads_optimizer(ds_config: dict) -> bool:
+    """Whether optimizer state and master weights stay in the host's memory."""
+    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
 
 
 def zero_stage(ds_config: dict) -> int:
@@ -159,9 +173,12 @@ def build_engine(model: nn.Module, config: Config, ds_config: dict):
 
     train = config.train
     # One parameter group: the optimizer state of any other is hard to reach under stages 1 and 2.
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=train.lr, betas=tuple(train.betas), weight_decay=train.weight_decay
-    )
+    options = {"lr": train.lr, "betas": tuple(train.betas), "weight_decay": train.weight_decay}
+    if zero_stage(ds_config) == 0 and not ds_config["bf16"]["enabled"]:
+        optimizer = ClippedAdamW(model.parameters(), train.clip_norm, **options)
+        ds_config = ds_config | {"gradient_clipping": 0.0}
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), **options, fused=offloads_optimizer(ds_config) or None)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(train, step))
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
@@ -170,6 +187,24 @@ def build_engine(model: nn.Module, config: Config, ds_config: dict):
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"DeepSpeed refuses this ds_config: {first}") from error
     return engine
+
+
+class ClippedAdamW(torch.optim.AdamW):
+    """AdamW that clips by the global norm, and leaves everything as it is where that is not finite: what DeepSpeed's
+    own optimizers do, for stage 0 in fp32, where it has none. The engine reads `overflow` and `_global_grad_norm`."""
+
+    def __init__(self, parameters, clip_norm: float, **options):
+        super().__init__(parameters, **options)
+        self.clip_norm, self.overflow, self._global_grad_norm = clip_norm, False, None
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self._global_grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self.overflow = not bool(self._global_grad_norm.isfinite())
+        if not self.overflow:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, self._global_grad_norm)
+            super().step()
 
 
 def masters(engine) -> list[torch.Tensor]:
@@ -241,10 +276,22 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def all_max(values: torch.Tensor) -> torch.Tensor:
+    """The largest of each value over ranks, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def all_gather(value: object) -> list:
+    """`value` of every rank, on every rank. Every rank must call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def first_failure(message: str | None) -> str | None:
     """The message of the first rank that has one, on every rank. Every rank must call it."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return message
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    return next((text for text in messages if text is not None), None)
+    return next((text for text in all_gather(message) if text is not None), None)

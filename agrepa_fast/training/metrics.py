@@ -1,7 +1,7 @@
 """Numbers of a run: metrics.jsonl and TensorBoard, a progress bar, and the picture of the losses."""
 
 import json
-import math
+import resource
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -9,27 +9,38 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..config import UserError
-from .engine import all_sum
+from .engine import all_max, all_sum
+
+_GB = 2**30
 
 
 class Metrics:
-    """Collects per-step tensors without a host sync; `flush` reduces them over ranks and writes them on rank 0."""
+    """Collects per-step tensors without a host sync; `flush` reduces them over ranks and writes them on rank 0.
 
-    def __init__(self, folder: Path, rank: int, world: int, batch_clips: int):
-        self.folder, self.rank, self.world, self.batch_clips = folder, rank, world, batch_clips
+    peak_flops: FLOP/s that a rank's device could do, for MFU; None writes none.
+    """
+
+    def __init__(self, folder: Path, rank: int, world: int, peak_flops: float | None = None):
+        self.folder, self.rank, self.world, self.peak_flops = folder, rank, world, peak_flops
+        self._file = self._board = self._tracker = self.bar = None
+        self._start_window()
+
+    def _start_window(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
-        self._steps = 0
+        self._counts = {"clips": 0.0, "frames": 0.0, "flops": 0.0, "wait": 0.0}
+        self._steps = self._skipped = 0
         self._clock = time.perf_counter()
-        self._file = self._board = self.bar = None
 
-    def open(self, steps: int, first_step: int) -> None:
-        """The files and the progress bar of rank 0, from first_step of `steps` on."""
+    def open(self, steps: int, first_step: int, tracker=None) -> None:
+        """The files and the progress bar of rank 0, from first_step of `steps` on. tracker: gets every line, too, by
+        its write(step, values)."""
         if self.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
             path = self.folder / "metrics.jsonl"
-            _drop_later_steps(path, first_step)
+            self._tracker = tracker
+            for name in ("metrics.jsonl", "skipped.jsonl"):
+                _drop_later_steps(self.folder / name, first_step)
             self._file = path.open("a")
             self._board = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1 if first_step else None)
             self.bar = tqdm(
@@ -42,27 +53,43 @@ class Metrics:
             self._sums[name] = self._sums.get(name, 0) + value
         self._steps += 1
 
+    def skip(self) -> None:
+        """Count one optimizer step that was left out, instead of `add`."""
+        self._skipped += 1
+
+    def count(self, *, clips: int, frames: int, flops: float, wait: float) -> None:
+        """What this rank has read for a step, what it computes of it, and the seconds it waited for it."""
+        for name, value in (("clips", clips), ("frames", frames), ("flops", flops), ("wait", wait)):
+            self._counts[name] += value
+
     def pause(self) -> "_Pause":
         """Time inside (validation, probe, checkpoint) does not count as training time."""
         return _Pause(self)
 
-    def flush(self, step: int, **extra: float) -> dict[str, float]:
-        """Write the means since the last flush as train/<name>, with clips/s over all ranks. Every rank must call
-        it."""
-        names = sorted(self._sums)
-        means = all_sum(torch.stack([self._sums[name] for name in names]).float()) / (self.world * self._steps)
+    def flush(self, step: int, device: torch.device | str = "cpu", **extra: float) -> dict[str, float]:
+        """Write as train/<name> the means over the steps since the last flush, how many were skipped, and the rates and
+        the memory of all ranks. Every rank must call it."""
+        names, counts = sorted(self._sums), list(self._counts)
         seconds = time.perf_counter() - self._clock
-        values = {f"train/{name}": value for name, value in zip(names, means.tolist(), strict=True)}
-        values["train/clips_per_s"] = self._steps * self.batch_clips / seconds
+        local = torch.stack([*(self._sums[name].double() for name in names)]) if names else torch.zeros(0)
+        rates = torch.tensor([self._counts[name] / seconds for name in counts], dtype=torch.float64)
+        sums = all_sum(torch.cat((local.to(device, torch.float64), rates.to(device)))).tolist()
+        values = {
+            f"train/{name}": total / (self.world * self._steps)
+            for name, total in zip(names, sums[: len(names)], strict=True)
+        }
+        rate = dict(zip(counts, sums[len(names) :], strict=True))
+        values |= {"train/clips_per_s": rate["clips"], "train/frames_per_s": rate["frames"]}
+        values["train/data_wait"] = rate["wait"] / self.world
+        if self.peak_flops is not None:
+            values["train/mfu"] = rate["flops"] / (self.world * self.peak_flops)
+        values["train/peak_memory_gib"] = all_max(torch.tensor([peak_memory(device)], device=device)).item()
+        values["train/skipped"] = self._skipped
         values |= {f"train/{name}": value for name, value in extra.items()}
         self.write(step, values)
-        if not math.isfinite(values["train/loss"]):  # the same number on every rank
-            raise UserError(
-                f"the loss is {values['train/loss']} at step {step}: lower train.lr; checkpoints are as they were"
-            )
-        if self.bar is not None:
+        if self.bar is not None and names:
             self.bar.set_postfix(loss=f"{values['train/loss']:.3f}", clips_s=f"{values['train/clips_per_s']:.0f}")
-        self._sums, self._steps, self._clock = {}, 0, time.perf_counter()
+        self._start_window()
         return values
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -73,6 +100,8 @@ class Metrics:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.write(step, values)
 
     def say(self, line: str) -> None:
         """A line above the progress bar, on rank 0."""
@@ -84,6 +113,8 @@ class Metrics:
             self.bar.close()
             self._file.close()
             self._board.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 class _Pause:
@@ -95,6 +126,13 @@ class _Pause:
 
     def __exit__(self, *_) -> None:
         self.metrics._clock += time.perf_counter() - self.start
+
+
+def peak_memory(device: torch.device | str) -> float:
+    """GiB: the most that PyTorch had allocated on a GPU, or that this process had resident on a CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _GB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GB
 
 
 def _drop_later_steps(path: Path, step: int) -> None:

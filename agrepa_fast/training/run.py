@@ -15,10 +15,14 @@ from ..data.stream import Batch
 from ..flow import clip_keys, flow_loss, reference_prefix, training_draws
 from ..kernels import flow_mix
 from .choose import LayerChoice
+from .compute import step_flops
 from .ema import Ema
-from .engine import LocalError
+from .engine import LocalError, lr_factor
 from .measure import FixedClips, validation_loss
 from .metrics import Metrics
+from .norms import update_ratio
+from .profile import ProfileWindow
+from .skips import SkipGuard, guarded, poison
 
 
 @dataclass
@@ -37,6 +41,11 @@ class Run:
     folder: Path
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
+    def __post_init__(self) -> None:
+        train = self.config.train
+        self.guard = SkipGuard(self.engine, self.metrics, self.folder, train.max_skipped)
+        self.profile = ProfileWindow(train.profile, self.folder, self.rank)
+
     @contextmanager
     def timed(self, stage: str):
         """Wall time of a stage for the summary; it does not count as training time."""
@@ -45,8 +54,9 @@ class Run:
             yield
         self.seconds[stage] += time.perf_counter() - start
 
-    def micro_step(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
-        """Forward and backward of one micro-batch; every draw depends on (seed, step, place in the global batch)."""
+    def micro_step(self, batch: Batch, step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Forward and backward of one micro-batch, and after the last of a step the update of the model; every draw
+        depends on (seed, step, place in the global batch). The losses, and each clip's flow loss (B,)."""
         flow, seed = self.config.flow, self.config.run.seed
         batch = batch.to(self.device)
         keys = clip_keys(seed, step, batch.places, "draws").to(self.device)
@@ -62,27 +72,48 @@ class Run:
         aligner = self.choice.aligner
         out = self.engine(x_t, draws.t, condition, capture=aligner.layers(step), pooled=True)
         losses = aligner.losses(out.hidden, batch, draws.t, draws.keep_tokens, step)
-        losses["flow_loss"] = flow_loss(out.v, target, batch.condition.lengths).mean()
-        self.engine.backward(sum(losses.values()))
+        clips = flow_loss(out.v, target, batch.condition.lengths)
+        losses["flow_loss"] = clips.mean()
+        self.engine.backward(guarded(sum(losses.values())))
         if self.engine.is_gradient_accumulation_boundary():
             self.choice.watch(self.engine, step)
+            poison(self.engine, aligner.reduce())
         self.engine.step()
-        return {name: loss.detach() for name, loss in losses.items()}
+        return {name: loss.detach() for name, loss in losses.items()}, clips.detach()
 
     def step(self, batches, step: int) -> None:
-        """One optimizer step over the global batch."""
+        """One optimizer step over the global batch, left out by all ranks when it is not finite."""
         accumulation = self.config.train.accumulation
         sums: dict[str, torch.Tensor] = {}
+        clips: list[tuple[tuple[str, ...], torch.Tensor]] = []
+        self.profile.begin(step + 1)
         for _ in range(accumulation):
-            for name, value in self.micro_step(_next(batches), step).items():
+            batch = self._next(batches)
+            losses, clip_losses = self.micro_step(batch, step)
+            clips.append((batch.keys, clip_losses))
+            for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value / accumulation
-        self.choice.aligner.step(step)
-        self.ema.update()
-        sums["loss"] = sum(sums.values())
-        norm = self.engine.get_global_grad_norm()
-        if norm is not None:
-            sums["grad_norm"] = torch.as_tensor(norm, device=self.device)
-        self.metrics.add(**sums)
+        if self.guard.skipped(step, clips):
+            self.choice.aligner.discard()
+            self.metrics.skip()
+        else:
+            self.choice.aligner.step(step)
+            self.ema.update()
+            sums["loss"] = sum(sums.values())
+            sums["grad_norm"] = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.device)
+            self.metrics.add(**sums)
+        self.profile.end(step + 1)
+
+    def log(self, done: int) -> None:
+        """Write the numbers of the steps since the last call, the latest being step `done` (counted from 1)."""
+        train, ratio = self.config.train, 0.0  # nothing was updated by a step that was skipped
+        if not self.guard.in_row:
+            ratio = update_ratio(self.engine, train.lr * lr_factor(train, done - 1)).item()
+        self.metrics.flush(done, self.device, lr=self.engine.get_lr()[0], update_ratio=ratio)
+
+    def close(self) -> None:
+        self.profile.close()
+        self.metrics.close()
 
     def validate(self, clips: FixedClips, step: int) -> dict[str, float]:
         with self.timed("validation"):
@@ -91,10 +122,16 @@ class Run:
         self.metrics.say(f"step {step}: validation flow loss {values['val/flow_loss']:.4f}")
         return values
 
-
-def _next(batches: Iterator[Batch]) -> Batch:
-    """The next batch. A fault in the shards is this rank's alone; from a loader process it comes inside a traceback."""
-    try:
-        return next(batches)
-    except UserError as error:
-        raise LocalError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from error
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch, counted. A fault in the shards is this rank's alone; from a loader process it comes inside a
+        traceback."""
+        start = time.perf_counter()
+        try:
+            batch = next(batches)
+        except UserError as error:
+            raise LocalError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from error
+        wait = time.perf_counter() - start
+        lengths = batch.condition.lengths.tolist()  # still on the host
+        flops = step_flops(self.config.model, lengths)
+        self.metrics.count(clips=len(lengths), frames=sum(lengths), flops=flops, wait=wait)
+        return batch

@@ -1,0 +1,56 @@
+"""What a training step computes: FLOPs from the configuration, against what the GPU could do."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..config import ModelConfig, TrainConfig
+from .engine import precision
+
+# Dense bf16 TFLOP/s of tensor cores, from NVIDIA's data sheets; the first name that is part of the device's counts.
+_PEAKS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "GH200": 989.0,
+    "H200": 989.0,
+    "GB200": 2500.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "H800": 989.0,
+    "L40S": 362.0,
+    "A40": 149.7,
+    "A30": 165.0,
+    "A10": 125.0,
+    "L4": 121.0,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+}
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Dense bf16 TFLOP/s of a GPU by its name; None for one that is not in the table."""
+    return next((peak for name, peak in _PEAKS.items() if name in device_name), None)
+
+
+def peak_flops(train: TrainConfig, device: torch.device) -> float | None:
+    """FLOP/s to compare with: train.peak_tflops, or the table's for a GPU in bf16. None where neither is known: no MFU
+    rather than a false one."""
+    tflops = train.peak_tflops
+    if tflops is None and device.type == "cuda" and precision(train, device) == "bf16":
+        tflops = peak_tflops(torch.cuda.get_device_name(device))
+    return None if tflops is None else tflops * 1e12
+
+
+def step_flops(model: ModelConfig, lengths: Sequence[int]) -> float:
+    """FLOPs of forward and backward (three times the forward's) for clips of these many frames: matrix products and
+    attention, of valid frames only. Left out, all below 1 %: the token embedding's projection, heads, elementwise work;
+    and what activation checkpointing computes again, as is usual for MFU."""
+    dim, inner = model.dim, int(model.dim * model.ffn_mult)
+    frame = model.depth * (4 * dim * dim + 2 * dim * inner)  # multiply-adds
+    frame += dim * (2 * model.n_mels + model.token_dim + model.n_mels)
+    frame += 9 * dim if model.position == "rotary_conv" else 0
+    clip = model.depth * 6 * dim * dim + 8 * dim * dim  # modulations, time embedding
+    pair = model.depth * 2 * dim  # queries times keys, weights times values
+    return 6.0 * sum(clip + frame * length + pair * length * length for length in lengths)

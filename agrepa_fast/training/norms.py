@@ -1,0 +1,47 @@
+"""Global norms of the weights and of the last update, at every ZeRO stage."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from .engine import all_sum, masters
+
+_CHUNK = 1 << 24  # elements worked on at once: bounds what the norms need beside the weights
+
+
+def weight_norm(engine) -> torch.Tensor:
+    """Norm of all fp32 master weights, 0-dim fp32. Every rank must call it."""
+    squares = [part.square().sum() for weights in masters(engine) for part in weights.flatten().split(_CHUNK)]
+    return _global(engine, squares).sqrt()
+
+
+def update_ratio(engine, lr: float) -> torch.Tensor:
+    """Norm of AdamW's last update over the norm of the weights before it, 0-dim; lr: the update's. Every rank must call
+    it.
+
+    Worked out from the moments, so that no copy of the weights has to be kept through a step.
+    """
+    updates, weights = [], []
+    for update, before in _updates(engine.basic_optimizer, lr):
+        updates.append(update.square().sum())
+        weights.append(before.square().sum())
+    return (_global(engine, updates) / _global(engine, weights)).sqrt()
+
+
+def _updates(optimizer: torch.optim.AdamW, lr: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(update, weights before it), piece by piece of this rank's share."""
+    options = optimizer.defaults
+    (beta1, beta2), eps, decay = options["betas"], options["eps"], lr * options["weight_decay"]
+    for weights, state in optimizer.state.items():
+        steps = float(state["step"])
+        flat = (tensor.detach().flatten().split(_CHUNK) for tensor in (weights, state["exp_avg"], state["exp_avg_sq"]))
+        for after, mean, square in zip(*flat, strict=True):
+            direction = mean / (1 - beta1**steps) / ((square / (1 - beta2**steps)).sqrt() + eps)
+            before = (after + lr * direction) / (1 - decay)
+            yield after - before, before
+
+
+def _global(engine, squares: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Sum over ranks of the squares of what each owns; at stage 0 every rank owns everything."""
+    total = torch.stack(list(squares)).sum().to(engine.device)
+    return all_sum(total) if engine.zero_optimization_stage() > 0 else total

@@ -1,0 +1,46 @@
+"""Building a model under ZeRO-3 part by part, and writing into its partitioned weights."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn as nn
+
+from .engine import zero_stage
+
+
+def partitioner(ds_config: dict) -> Callable[[nn.Module], nn.Module]:
+    """What AudioDiT is to do with every finished part: under ZeRO-3 spread it over the ranks, so that none ever holds
+    more than one part whole; below, nothing. ds_config: resolved.
+
+    Parts are made on the CPU in fp32 on every rank, from the one random stream of run.seed, and partitioned then:
+    the weights are those of every other stage, bit for bit. (Made inside `deepspeed.zero.Init()`, they would be drawn
+    on the GPU, in bf16.) Every rank must make the same parts in the same order.
+    """
+    if zero_stage(ds_config) < 3:
+        return lambda part: part
+    import deepspeed
+
+    dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
+
+    def partition(part: nn.Module) -> nn.Module:
+        deepspeed.zero.Init(module=part.to(dtype), config_dict_or_path=ds_config, dtype=dtype)
+        return part
+
+    return partition
+
+
+def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
+    """Inside, the parameters are whole on every rank; what rank 0 has written into them at the end is everybody's.
+    Every rank must enter it. Parameters that are not partitioned are left alone."""
+    parameters = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not parameters:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape of a parameter, partitioned or not."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
