@@ -282,6 +282,7 @@ class TrainConfig:
     val_every: int = 1000
     keep: int = 2  # checkpoints kept
     log_every: int = 10
+    patience: float = 30.0  # minutes that ranks wait for one that does not answer, before they give up
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_clips", "accumulation", "save_every", "val_every", "keep", "log_every", "max_skipped")
@@ -299,6 +300,7 @@ class TrainConfig:
         _check(self.precision in ("auto", "bf16", "fp32"), f"train.precision={self.precision!r}: auto, bf16 or fp32")
         _check(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), f"train.betas={self.betas}: two in [0, 1)")
         _check(self.weight_decay >= 0, f"train.weight_decay={self.weight_decay}: must not be negative")
+        _check(self.patience > 0, f"train.patience={self.patience}: minutes, more than 0")
         _check(self.warmup_steps >= 0, f"train.warmup_steps={self.warmup_steps}: must not be negative")
 
 

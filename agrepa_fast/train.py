@@ -38,6 +38,7 @@ from agrepa_fast.training.checkpoint import (
 from agrepa_fast.training.choose import LayerChoice
 from agrepa_fast.training.compute import peak_flops
 from agrepa_fast.training.ema import Ema
+from agrepa_fast.training.endings import claim, explain, limit_waiting
 from agrepa_fast.training.engine import (
     LocalError,
     agree,
@@ -174,9 +175,11 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     agree(lambda: find_tracker(config.train))
     model = build_model(config, index, ds_config, resume is not None)
     folder = run_folder(config, resume is not None, rank)
+    agree(lambda: claim(folder))
     prepared = time.perf_counter()
 
     engine = build_engine(model, config, ds_config)
+    limit_waiting(config.train.patience)
     ema = Ema(engine, config.train.ema_decay)
     teacher_dims = {domain: index.teacher(domain).dim for domain in index.domains}
     aligner = Aligner(config, teacher_dims, device)
@@ -257,8 +260,11 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("agrepa train: interrupted; --resume latest goes on from the last checkpoint", file=sys.stderr)
         _leave(130)
-    except Exception:  # left to the interpreter's exit, it would wait for loader processes, which ignore SIGTERM
+    except (
+        Exception
+    ) as error:  # left to the interpreter's exit, it would wait for loader processes, which ignore SIGTERM
         traceback.print_exc()
+        print(f"agrepa train: rank {os.environ.get('RANK', 0)}: {explain(error)}", file=sys.stderr)
         _leave(1)
 
 

@@ -36,7 +36,7 @@ _MAY_CHANGE = {  # on a resume; so may eval.*
         "train.steps",
         "train.accumulation",
     ),
-    *("train.save_every", "train.val_every", "train.log_every", "train.keep", "train.max_skipped"),
+    *("train.save_every", "train.val_every", "train.log_every", "train.keep", "train.max_skipped", "train.patience"),
     *("train.activation_checkpointing", "train.compile", "train.peak_tflops", "train.profile", "train.wandb"),
 }
 

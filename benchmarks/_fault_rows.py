@@ -1,0 +1,236 @@
+"""The faults of faults.py: each waits for its moment in a run, and strikes."""
+
+import os
+import shutil
+import signal
+import tarfile
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from _processes import BOUND, Job, freeze, in_slices, kill, saved_step, small_disk, start, steps_done
+
+STEPS, SAVE_EVERY = 24, 5
+MOMENT = 12  # the step after which a fault strikes: two checkpoints are there, and the clips' second epoch runs
+MARKER = "checkpoint.json"
+
+
+@dataclass
+class Scene:
+    """A run that something happens to."""
+
+    run: Path
+    preset: Path
+    whole: Path  # the same run without the fault
+    stack: ExitStack  # undone when the row is done
+    resume_arguments: tuple[str, ...]
+    job: Job | None = None
+    repairs: list[Callable[[], object]] = field(default_factory=list)  # before the resume
+    ends_by_itself: bool = True  # False: a process was stopped, and must be killed
+    shards: Path | None = None  # a copy of the shards that a fault may damage
+
+    def copy_shards(self, folder: Path) -> None:
+        self.shards = folder
+        shutil.copytree(self.preset.parent, folder)
+
+    def small_disk(self, checkpoints: float) -> None:
+        """The run's folder on a disk with room for so many checkpoints."""
+        size = sum(file.stat().st_size for file in newest_checkpoint(self.whole).iterdir())
+        self.repairs.append(self.stack.enter_context(small_disk(self.run, int(size * checkpoints))))
+
+    def step(self, step: int) -> None:
+        """Wait for the end of an optimizer step; the next one has begun."""
+        self.job.until(lambda: steps_done(self.run) >= step)
+
+    def complete(self) -> set[Path]:
+        return {marker.parent for marker in (self.run / "checkpoints").glob(f"*/{MARKER}")}
+
+
+def newest_checkpoint(run: Path) -> Path:
+    return max((run / "checkpoints").glob(f"*/{MARKER}"), key=lambda path: path.stat().st_mtime_ns).parent
+
+
+@dataclass
+class Fault:
+    name: str
+    inject: Callable[[Scene], str]  # returns what it did, and when
+    stage: int = 2
+    settings: tuple[str, ...] = ()
+    stops: bool = False  # the run is asked to stop, and loses nothing
+    launched: bool = False  # by the deepspeed launcher
+    documented: bool = False  # what the launcher does is not ours: its exit code and its silence are only shown
+    damages_shards: bool = False
+    disk: float | None = None  # room for so many checkpoints
+    bound: float = BOUND  # seconds within which everything must have ended
+
+
+def send(number: signal.Signals, *ranks: int) -> Callable[[Scene], str]:
+    def inject(scene: Scene) -> str:
+        scene.step(MOMENT)
+        pids = scene.job.ranks()
+        kill([pids[rank] for rank in ranks], number)
+        return f"{number.name} to rank {' and '.join(map(str, ranks))} in step {steps_done(scene.run) + 1}"
+
+    return inject
+
+
+def kill_loader(scene: Scene) -> str:
+    scene.step(MOMENT)
+    loader = scene.job.loaders(1)[0]
+    kill([loader])
+    return f"SIGKILL to a loader process of rank 1 in step {steps_done(scene.run) + 1}"
+
+
+def signal_launcher(number: signal.Signals) -> Callable[[Scene], str]:
+    def inject(scene: Scene) -> str:
+        scene.step(MOMENT)
+        kill([scene.job.started[0].pid], number)
+        return f"{number.name} to `deepspeed` in step {steps_done(scene.run) + 1}"
+
+    return inject
+
+
+def kill_in_save(name: str) -> Callable[[Scene], str]:
+    """Kill the rank that writes this file of a checkpoint while a part of it is there; the other rank goes on and finds
+    out. Some files are written at once: what was not seen half written in two saves is taken as it is in the third."""
+    victim = 1 if "rank1" in name or "rank_1" in name else 0
+
+    def inject(scene: Scene) -> str:
+        pids, checkpoints = scene.job.ranks(), scene.run / "checkpoints"
+        final = max(path.stat().st_size for path in (scene.whole / "checkpoints").rglob(name))
+        scene.step(SAVE_EVERY + 1)
+        for attempt in (1, 2, 3):
+            known, saved, least = scene.complete(), saved_step(scene.run), 0 if attempt == 3 else 1
+            most = final if attempt == 3 else final - 1
+            scene.job.until(lambda known=known: _unfinished(checkpoints, known))
+            seen = in_slices(
+                pids,
+                lambda known=known, least=least, most=most: next(
+                    (size for size in _sizes(checkpoints, name, known) if least <= size <= most), None
+                ),
+                lambda saved=saved: saved_step(scene.run) != saved or not scene.job.alive(),
+            )
+            if seen is None and attempt == 3:  # it was put there by a rename, between two looks
+                seen = final
+            if seen is not None:
+                kill([pids[victim]])
+                kill(pids, signal.SIGCONT)
+                return f"SIGKILL to rank {victim} with {seen} of {final} bytes of {name} written"
+
+    return inject
+
+
+def _unfinished(checkpoints: Path, known: set[Path]) -> bool:
+    return any(path.is_dir() and path not in known for path in checkpoints.iterdir())
+
+
+def _sizes(checkpoints: Path, name: str, known: set[Path]) -> list[int]:
+    """Sizes of the file, or of what will be renamed to it, outside the complete checkpoints."""
+    sizes = []
+    for folder, _, files in os.walk(checkpoints):
+        if Path(folder) not in known:
+            for file in files:
+                with suppress(FileNotFoundError):
+                    sizes += [Path(folder, file).stat().st_size] if name in file and file != "latest" else []
+    return sizes
+
+
+def damage_incomplete_save(scene: Scene) -> str:
+    """Kill all ranks when a save has everything but its marker, and cut every file that is there into half."""
+    pids, checkpoints = scene.job.ranks(), scene.run / "checkpoints"
+    wanted = {path.name for path in newest_checkpoint(scene.whole).iterdir() if path.is_file()} - {MARKER}
+    scene.step(SAVE_EVERY + 1)
+    for _ in range(3):
+        known, saved = scene.complete(), saved_step(scene.run)
+        scene.job.until(lambda known=known: _unfinished(checkpoints, known))
+
+        def all_but_the_marker(known=known) -> Path | None:
+            new = {path for path in checkpoints.iterdir() if path.is_dir()} - known
+            names = {path: {file.name for file in path.iterdir()} for path in new}
+            return next((path for path in new if names[path] >= wanted and MARKER not in names[path]), None)
+
+        folder = in_slices(pids, all_but_the_marker, lambda saved=saved: saved_step(scene.run) != saved)
+        if folder is not None:
+            kill(pids)
+            for file in folder.iterdir():
+                os.truncate(file, file.stat().st_size // 2)
+            return f"SIGKILL to both ranks before {MARKER} is there, then every file of the save cut into half"
+    raise RuntimeError("no save was seen before its end")
+
+
+def second_run(scene: Scene) -> str:
+    """Somebody resumes a run that still goes on, such as one whose launcher was killed."""
+    scene.step(MOMENT)
+    step = steps_done(scene.run) + 1
+    second = start(2, *scene.resume_arguments, cwd=scene.run.parent / "second")
+    scene.stack.callback(second.kill)
+    codes = second.end()
+    line = next((line for line in second.outputs()[0].splitlines() if "agrepa train: " in line), "went on")
+    return f"resumed by other processes in step {step}, which end with {codes}: {line}"
+
+
+def freeze_rank(scene: Scene) -> str:
+    """A machine that answers no more: no connection is closed."""
+    scene.step(MOMENT)
+    frozen = scene.job.ranks()[1]
+    freeze([frozen])
+    scene.ends_by_itself = False
+    return f"rank 1 stands still (SIGSTOP) from step {steps_done(scene.run) + 1} on"
+
+
+def truncate_shard(scene: Scene) -> str:
+    """After the start-up check: a disk that loses data while the run reads."""
+    scene.step(MOMENT - 4)
+    victim = sorted(scene.shards.glob("train-speech-*.tar"))[1]
+    whole = victim.read_bytes()
+    os.truncate(victim, len(whole) // 2)
+    scene.repairs.append(lambda: victim.write_bytes(whole))
+    return f"{victim.name} cut into half in step {steps_done(scene.run) + 1}"
+
+
+def spoil_sample(scene: Scene) -> str:
+    """One value of one mel becomes NaN; the tar stays a good tar."""
+    scene.step(MOMENT - 4)
+    victim = sorted(scene.shards.glob("train-audio-*.tar"))[0]
+    whole = victim.read_bytes()
+    with tarfile.open(victim) as tar:
+        member = next(m for m in tar.getmembers() if m.name.endswith(".mel.npy"))
+    spoiled = bytearray(whole)
+    spoiled[member.offset_data + member.size - 2 : member.offset_data + member.size] = b"\x00\x7e"  # fp16 NaN
+    victim.write_bytes(spoiled)
+    scene.repairs.append(lambda: victim.write_bytes(whole))
+    return f"a NaN in {member.name} of {victim.name} in step {steps_done(scene.run) + 1}"
+
+
+def fill_disk(scene: Scene) -> str:
+    scene.step(SAVE_EVERY)
+    return "a save finds no space"
+
+
+def rows(whole: Path) -> list[Fault]:
+    """All faults; the files of a checkpoint are those of the uninterrupted run."""
+    loader = ("data.workers=1",)
+    files = [file.name for file in sorted(newest_checkpoint(whole).iterdir(), key=lambda file: file.stat().st_mtime_ns)]
+    return [
+        Fault("kill -9 of rank 0 in a step", send(signal.SIGKILL, 0)),
+        Fault("kill -9 of rank 1 in a step", send(signal.SIGKILL, 1)),
+        Fault("kill -9 of rank 1 in a step", send(signal.SIGKILL, 1), stage=3),
+        Fault("kill -9 of both ranks at once", send(signal.SIGKILL, 0, 1), settings=loader),
+        Fault("kill -9 of a loader process", kill_loader, settings=loader),
+        Fault("a rank stands still", freeze_rank, settings=("train.patience=0.3",)),
+        *(Fault(f"kill -9 in a save: {name}", kill_in_save(name)) for name in [*files, "latest"]),
+        Fault("kill -9 in a save: rank1.safetensors", kill_in_save("rank1.safetensors"), stage=3),
+        Fault("damaged incomplete save", damage_incomplete_save),
+        Fault("disk full in the second save", fill_disk, disk=1.5),
+        Fault("disk full in the third save, at its end", fill_disk, disk=2.95),
+        Fault("SIGTERM to rank 1", send(signal.SIGTERM, 1), stops=True, settings=loader),
+        Fault("SIGTERM to both ranks", send(signal.SIGTERM, 0, 1), stops=True, stage=3),
+        Fault("SIGUSR1 to rank 0", send(signal.SIGUSR1, 0), stops=True),
+        Fault("a second run in the same folder", second_run, settings=("train.steps=40",)),
+        Fault("truncated shard", truncate_shard, damages_shards=True),
+        Fault("corrupt sample", spoil_sample, damages_shards=True, settings=loader),
+        Fault("launcher: kill -9 of rank 1", send(signal.SIGKILL, 1), launched=True, documented=True),
+        Fault("launcher: SIGTERM to it", signal_launcher(signal.SIGTERM), launched=True, documented=True),
+        Fault("launcher: kill -9 of it", signal_launcher(signal.SIGKILL), launched=True, documented=True),
+    ]
