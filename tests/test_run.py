@@ -44,6 +44,20 @@ def index(preset):
 class Still(torch.nn.Module):
     """Velocity zero; remembers its arguments. Its own engine."""
 
+    optimizer = None
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.weight.grad = torch.zeros(1)
+
+    @property
+    def module(self):
+        return self
+
+    def zero_optimization_stage(self):
+        return 0
+
     def forward(self, x_t, t, condition, **_):
         self.seen = x_t, t, condition
         return Velocity(torch.zeros_like(x_t), {})
@@ -58,15 +72,19 @@ class Still(torch.nn.Module):
         return True
 
 
-def test_a_step_by_hand(index):
+def test_a_step_by_hand(index, tmp_path):
     config = load_config("demo", ["flow.sigma=0.7", "flow.drop_tokens=0.6", "flow.drop_reference=0.3"])
     engine, watched, given = Still(), [], []
     losses = {"align_loss": torch.tensor(2.0), "bitc_loss": torch.tensor(1.0)}
-    aligner = SimpleNamespace(layers=lambda step: (), losses=lambda *args: given.append(args) or dict(losses))
+    aligner = SimpleNamespace(
+        layers=lambda step: (),
+        losses=lambda *args: given.append(args) or dict(losses),
+        reduce=lambda: torch.tensor(0.0),
+    )
     choice = SimpleNamespace(aligner=aligner, watch=lambda engine, step: watched.append(step))
     batch = next(train_batches(index, config.data, BatchLayout(16, 2, 0, 1), seed=0, center=True))
     batch = replace(batch, places=tuple(range(8, 16)))
-    Run(config, index, torch.device("cpu"), engine, None, choice, None, 0, 1, None).micro_step(batch, step=3)
+    Run(config, index, torch.device("cpu"), engine, None, choice, None, 0, 1, tmp_path).micro_step(batch, step=3)
     x_t, t, condition = engine.seen
     draws = training_draws(config.flow, condition.lengths, clip_keys(0, 3, range(8, 16), "draws"))
     wanted, target = flow_mix(batch.mel, draws.t, clip_keys(0, 3, range(8, 16), "noise"), 0.7)
@@ -209,7 +227,9 @@ def test_heads_step_on_the_mean_gradient_clipped_and_scheduled(monkeypatch):
         return clip(parameters, norm)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    norm = made.reduce()
     made.step(3)
+    torch.testing.assert_close(norm, torch.cat([1.5 * gradient.flatten() for gradient in before]).norm())
     assert all(torch.allclose(1.5 * a, b) for a, b in zip(before, after, strict=True))
     assert made.optimizer.param_groups[0]["lr"] == config.align.lr * lr_factor(config.train, 3)
 
