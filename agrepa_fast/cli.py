@@ -19,7 +19,8 @@ PROBE_MEASURES = ("foga", "foga-vjp", "ridge", "cka", "lasp")
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command. Bad input prints one line and exits with code 2."""
-    argv = sys.argv[1:] if argv is None else argv
+    # deepspeed's launcher passes the rank as an argument, too.
+    argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank=")]
     if argv[:1] == ["train"]:  # train.py has its own arguments: it is also what the deepspeed launcher runs
         from .train import main as train
 
@@ -56,8 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="name", required=True, metavar="command")
     commands.add_parser("train", help="train, probe and align (all options: agrepa train --help)", add_help=False)
 
-    prepare = commands.add_parser("prepare", help="recordings to shards")
-    kinds = prepare.add_subparsers(dest="kind", required=True, metavar="source")
+    prepare = commands.add_parser("prepare", help="recordings to shards, on one rank or under deepspeed or torchrun")
+    prepare.add_argument("--verify", type=Path, metavar="PATH", help="read a folder of shards and check all of it")
+    prepare.set_defaults(command=_prepare)
+    kinds = prepare.add_subparsers(dest="kind", metavar="source")
     for name, (what, path) in SOURCES.items():
         kind = kinds.add_parser(name, help=what, description=what)
         if path:
@@ -71,8 +74,10 @@ def _parser() -> argparse.ArgumentParser:
         kind.add_argument("--preset", default="demo", help="whose features to compute (default: demo)")
         required = name != "demo"  # a default would put anybody's recordings where the demo's belong
         kind.add_argument("--out", type=Path, required=required, help="folder of the shards (demo: data.path)")
+        kind.add_argument(
+            "--add-teacher", metavar="SPEC", help="add this teacher's targets to the shards that --out holds already"
+        )
         kind.add_argument("overrides", nargs="*", metavar="data.field=value")
-        kind.set_defaults(command=_prepare)
 
     probe = commands.add_parser("probe", help="measure what each layer contributes to the velocity, and what it stores")
     probe.add_argument(
@@ -129,13 +134,36 @@ def _measures(text: str) -> list[str]:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    from .data.prepare import prepare, prepare_demo
+    from .data.ranks import launched
+
+    if (args.verify is None) == (args.kind is None):
+        raise UserError("name a source of recordings (agrepa prepare --help lists them), or --verify PATH")
+    with launched("agrepa prepare") as ranks:
+        if args.verify is None:
+            index = _prepared(args, ranks)
+        else:
+            from .data.verify import verify_folder
+
+            index = verify_folder(args.verify, ranks)
+        if ranks.rank == 0:
+            counts = ", ".join(f"{d} {index.clips('train', d)} + {index.clips('val', d)}" for d in index.domains)
+            print(f"{index.folder}: {counts} clips (training + validation){', no faults' if args.verify else ''}")
+
+
+def _prepared(args: argparse.Namespace, ranks):
+    from .data.prepare import prepare
+    from .data.sidecars import add_teacher
+    from .data.sources import demo_sources
 
     config = load_config(args.preset, args.overrides)
     out = args.out or Path(config.data.path)
-    index = prepare_demo(config, out) if args.kind == "demo" else prepare(config, _source(args), out)
-    counts = ", ".join(f"{d} {index.clips('train', d)} + {index.clips('val', d)}" for d in index.domains)
-    print(f"{out}: {counts} clips (training + validation)")
+
+    def listing() -> list:
+        return demo_sources(config.data) if args.kind == "demo" else [_source(args)]
+
+    if args.add_teacher is not None:
+        return add_teacher(config, listing, out, args.add_teacher, ranks)
+    return prepare(config, listing, out, ranks)
 
 
 def _source(args: argparse.Namespace):

@@ -14,32 +14,13 @@ import soundfile
 
 from agrepa_fast.config import UserError, load_config
 from agrepa_fast.data import prepare, recordings, sources
-from agrepa_fast.data.features import LogMel, decode, frame_count, import_torchaudio, resample
+from agrepa_fast.data.features import LogMel, decode, frame_count, resample
 from agrepa_fast.data.prepare import prepare_demo, prepare_folder
 from agrepa_fast.data.reading import read_shard
 from agrepa_fast.data.shards import load_index
 from agrepa_fast.data.tokens import tokens_of_frames
 
 CODES = 8
-
-
-@pytest.fixture(scope="module")
-def whisper(tmp_path_factory):
-    """A folder with a random Whisper of width 32."""
-    import torch
-
-    import_torchaudio()  # transformers imports it
-    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
-
-    folder = tmp_path_factory.mktemp("whisper")
-    torch.manual_seed(0)
-    small = {"d_model": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 60}
-    layers = {"encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
-    ids = {"pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
-    model = WhisperModel(WhisperConfig(**small, **layers, **ids, suppress_tokens=None, begin_suppress_tokens=None))
-    model.save_pretrained(folder)
-    WhisperFeatureExtractor().save_pretrained(folder)
-    return folder
 
 
 def tone(seconds, rate, number):
@@ -140,7 +121,7 @@ def test_statistics_are_those_of_the_train_clips(prepared):
 def test_second_run_does_nothing(prepared, corpus, whisper, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in prepared.folder.iterdir()}
     monkeypatch.setattr(recordings, "decode", lambda *_: pytest.fail("decoded again"))
-    monkeypatch.setattr(prepare, "_load_teacher", lambda *_: pytest.fail("teacher loaded again"))
+    monkeypatch.setattr(prepare, "load_on_all", lambda *_: pytest.fail("teacher loaded again"))
     again = prepare_folder(settings(whisper), corpus, "speech", prepared.folder)
     assert again.content == prepared.content
     assert {path: path.stat().st_mtime_ns for path in prepared.folder.iterdir()} == before

@@ -7,7 +7,6 @@ after it.
 """
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from .ranks import ONE, Ranks
 from .recordings import Recording, Source
 from .shards import INDEX, SCHEMA, Index, load_index, write_index
 from .sources import demo_sources, folder_source
-from .stages import WORK, Job, write_report
+from .stages import WORK, Job, remove, write_report
 from .writing import ShardStage
 
 
@@ -54,7 +53,7 @@ def prepare(config: Config, listing: Callable[[], list[Source]], out: Path, rank
         return Index(out, content)
     with only_writer(out, ranks), workers() as pool:
         content = ranks.first(lambda: existing(data, out, sources))  # another process may have finished meanwhile
-        teacher_of = cache(lambda spec: _load_teacher(data, spec, ranks))
+        teacher_of = cache(lambda spec: load_on_all(data, spec, ranks))
         throughput = {}
         for number, domain in enumerate(domains):
             if domain in content["domains"]:
@@ -68,17 +67,21 @@ def prepare(config: Config, listing: Callable[[], list[Source]], out: Path, rank
                 content["domains"][domain] = entry
                 content["shards"] += shards
                 throughput[domain] = job.throughput
-        return ranks.first(lambda: finish(out, content, throughput))
+        return ranks.first(lambda: finish(out, content, throughput, "*"))
 
 
-def finish(out: Path, content: dict, throughput: dict[str, dict]) -> Index:
-    """Write index.json, after everything that it names, and remove the work folder."""
+def finish(out: Path, content: dict, throughput: dict[str, dict], results: str) -> Index:
+    """Write index.json, after everything that it names, and remove from the work folder the results (a pattern of their
+    kind) of the domains that `throughput` is about; those of another domain may still be waiting for its rest."""
     content["domains"] = {d: content["domains"][d] for d in DOMAINS if d in content["domains"]}
     # Stable: a domain's shards of a split stay in the order in which they were planned.
     content["shards"].sort(key=lambda shard: (DOMAINS.index(shard["domain"]), shard["split"]))
     write_report(out, throughput)
     write_index(out, content)
-    shutil.rmtree(out / WORK)
+    work = out / WORK
+    remove(folder for domain in throughput for folder in work.glob(f"{domain}-{results}"))
+    if not any(path.is_dir() for path in work.iterdir()):
+        remove([work])
     return load_index(out, verify=False)
 
 
@@ -143,7 +146,7 @@ def workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(16, os.cpu_count() or 1))
 
 
-def _load_teacher(data: DataConfig, spec: str, ranks: Ranks):
+def load_on_all(data: DataConfig, spec: str, ranks: Ranks):
     """The teacher on this rank's device, the same on all ranks."""
     import torch
 

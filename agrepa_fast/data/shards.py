@@ -74,7 +74,12 @@ class Sample:
     @property
     def pooled(self) -> np.ndarray:
         """(dim,) float32: the teacher's vector, or the mean of its frames."""
-        return self.teacher.astype(np.float32) if self.teacher.ndim == 1 else self.teacher.mean(0, dtype=np.float32)
+        return pooled(self.teacher)
+
+
+def pooled(target: np.ndarray) -> np.ndarray:
+    """What is stored of a teacher, (dim,) or (frames, dim) -> (dim,) float32, the vector or its mean over time."""
+    return target.astype(np.float32) if target.ndim == 1 else target.mean(axis=0, dtype=np.float32)
 
 
 @dataclass(frozen=True)

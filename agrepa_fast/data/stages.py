@@ -8,8 +8,9 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,9 +38,13 @@ class Job:
     pool: ThreadPoolExecutor
     throughput: dict[str, dict] = field(default_factory=dict)  # stage -> figures; on rank 0
 
-    def folder(self, kind: str, digest: str) -> Path:
-        """The folder of a stage's results, which whatever they depend on names."""
-        folder = self.out / WORK / f"{self.domain}-{kind}-{digest}"
+    def folder(self, kind: str, digest: str, alone: bool = False) -> Path:
+        """The folder of a stage's results, which whatever they depend on names. `alone`: what they describe is outside,
+        and about to be overwritten, so that those with another digest are forgotten; every rank must call it."""
+        work = self.out / WORK
+        folder = work / f"{self.domain}-{kind}-{digest}"
+        if alone:
+            self.ranks.first(lambda: remove(f for f in work.glob(f"{self.domain}-{kind}-*") if f != folder))
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -51,26 +56,22 @@ class Job:
     def stage(self, name: str, clips: int) -> Iterator["Stage"]:
         """A stage in which this rank has `clips` to do; all ranks end it together."""
         world = self.ranks.world
-        part = f" (a {world}th)" if world > 2 else " (half)" if world == 2 else ""
+        part = f", rank 0 of {world}" if world > 1 else ""
         with tqdm(total=clips, desc=f"{self.domain}: {name}{part}", unit="clip", disable=self.ranks.rank > 0) as bar:
             stage = Stage(self.ranks, bar)
             yield stage
-        seconds = time.monotonic() - stage.started
-        each = self.ranks.gather((stage.clips, stage.audio, seconds, stage.found))
-        clips, audio, wall, found = (
-            sum(x[0] for x in each),
-            sum(x[1] for x in each),
-            max(x[2] for x in each),
-            sum(x[3] for x in each),
-        )
-        figures = {"ranks": world, "clips": clips, "audio_s": round(audio, 1), "wall_s": round(wall, 2), "found": found}
-        figures |= {"clips_per_s": round(clips / wall, 2), "x_real_time": round(audio / wall, 1)}
-        self.throughput[name] = figures
-        before = f", {found} were there" if found else ""
+        wall = time.monotonic() - stage.started
+        each = np.array(self.ranks.gather((stage.clips, stage.found, stage.audio, wall)))
+        wall = each[:, 3].max()
+        clips, found, audio = each[:, :3].sum(axis=0)
+        before = f", {found:.0f} were there" if found else ""
         self.say(
-            f"{self.domain}: {name}: {clips} clips ({audio:.0f} s of audio) in {wall:.1f} s on {world} "
-            f"rank{'s' * (world > 1)}: {clips / wall:.1f} clips/s, {audio / wall:.0f} x real time{before}"
+            f"{self.domain}: {name}: {clips:.0f} clips ({audio:.0f} s of audio) in {wall:.1f} s on {world} rank"
+            f"{'s' * (world > 1)}: {clips / wall:.1f} clips/s, {audio / wall:.0f} x real time{before}"
         )
+        figures = {"ranks": world, "clips": int(clips), "found": int(found)}
+        times = {"audio_s": audio, "wall_s": wall, "clips_per_s": clips / wall, "x_real_time": audio / wall}
+        self.throughput[name] = figures | {name: round(float(value), 2) for name, value in times.items()}
 
 
 @dataclass
@@ -107,6 +108,11 @@ def write_report(out: Path, throughput: dict[str, dict]) -> None:
     for domain, stages in throughput.items():
         report[domain] = {**report.get(domain, {}), **stages}
     write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
+
+
+def remove(folders: Iterable[Path]) -> None:
+    for folder in list(folders):
+        shutil.rmtree(folder)
 
 
 def work_file(folder: Path, name: str) -> Path:

@@ -7,7 +7,6 @@ up in the shards' order: sums of floats that do not depend on who wrote what.
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,14 +63,7 @@ class ShardStage:
         self.planned = plan_shards(self.data, self.domain, splits)
         # Of what the teacher's folder does not know: texts and labels, and how clips are spread over shards.
         depends = [identity, teacher.folder.name, [[p.file, p.bucket, len(p.clips)] for p in self.planned]]
-        self.folder = job.folder("shards", digest(depends))
-        job.ranks.first(self._forget_others)
-
-    def _forget_others(self) -> None:
-        """What an interrupted run with other settings noted of shards that are now to be overwritten."""
-        for folder in self.folder.parent.glob(f"{self.domain}-shards-*"):
-            if folder != self.folder:
-                shutil.rmtree(folder)
+        self.folder = job.folder("shards", digest(depends), alone=True)
 
     def run(self) -> tuple[dict, list[dict]]:
         """On rank 0 the domain's entry in the index, and its shards'; elsewhere nothing."""

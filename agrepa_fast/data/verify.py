@@ -1,0 +1,132 @@
+"""`agrepa prepare --verify`: everything that index.json says of a folder, held against the files."""
+
+import math
+import sys
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ..config import UserError
+from .ranks import ONE, Ranks
+from .reading import read_shard
+from .shards import SPLITS, Index, Sample, Shard, file_fault, index_files, read_index
+
+MAX_LINES = 20
+_CLOSE = 1e-6  # relative: sums of the same numbers in another order
+
+
+@dataclass
+class _Found:
+    """What this rank has read: faults, keys, and by domain what the statistics are sums of."""
+
+    faults: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)  # files that are not as the index says
+    keys: Counter = field(default_factory=Counter)
+    clips: Counter = field(default_factory=Counter)  # (domain, split)
+    mel: dict[str, np.ndarray] = field(default_factory=dict)  # domain -> frames, sum, sum of squares of the train mels
+    teacher: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)  # sums of the train clips' pooled vectors
+
+
+def verify_folder(folder: Path, ranks: Ranks = ONE) -> Index:
+    """Read all of a folder of shards: size and SHA-256 of every file of the index, every clip with the targets of every
+    teacher, counts, statistics, length buckets, and that no key is there twice. Each rank reads its part.
+
+    Prints the first 20 faults and raises UserError when there are any.
+    """
+    index = ranks.first(lambda: read_index(Path(folder)))
+    files, found = ranks.own(index_files(index.content)), _Found()
+    shards = [(split, shard) for domain in index.domains for split in SPLITS for shard in index.shards(split, domain)]
+    total = sum(entry["bytes"] for entry in files)
+    part = f", rank 0 of {ranks.world}" if ranks.world > 1 else ""
+    with tqdm(total=total, desc=f"checksums{part}", unit="B", unit_scale=True, disable=ranks.rank > 0) as bar:
+        for entry in files:
+            if fault := file_fault(index.folder, entry, checksum=True):
+                found.faults.append(fault)
+                found.damaged.append(entry["file"])
+            bar.update(entry["bytes"])
+            ranks.poll()
+    damaged = {file for files in ranks.gather(found.damaged) for file in files}  # one line for each is enough
+    own = ranks.own(shards)
+    with tqdm(total=sum(s.clips for _, s in own), desc=f"clips{part}", unit="clip", disable=ranks.rank > 0) as bar:
+        for split, shard in own:
+            if shard.path.name not in damaged:
+                _read(index, split, shard, found, damaged)
+            bar.update(shard.clips)
+            ranks.poll()
+    every = ranks.gather(found)
+    faults = [fault for one in every for fault in one.faults]
+    if not faults:  # else the sums lack what could not be read
+        faults = _check_sums(index, every)
+    if ranks.rank == 0:
+        for fault in faults[:MAX_LINES]:
+            print(fault, file=sys.stderr)
+        if len(faults) > MAX_LINES:
+            print(f"and {len(faults) - MAX_LINES} more", file=sys.stderr)
+    if faults:
+        count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
+        raise UserError(f"{folder} has {count}: prepare the recordings again, into another folder or after removing it")
+    return index
+
+
+def _read(index: Index, split: str, shard: Shard, found: _Found, damaged: set[str]) -> None:
+    """A shard once for each teacher of its domain: the reader checks every clip, and that sidecars are in step."""
+    domain, samples = shard.domain, None
+    for name, teacher in index.content["domains"][domain]["teachers"].items():
+        sidecar = (teacher["files"] or {}).get(shard.path.name)
+        if sidecar is not None and sidecar["file"] in damaged:
+            continue
+        if teacher["files"] is not None and sidecar is None:
+            found.faults.append(f"{shard.path}: index.json names no sidecar of it for teacher {name}")
+            continue
+        try:
+            read = read_shard(shard, replace(index, chosen={domain: name}))
+        except UserError as error:
+            found.faults.append(str(error))
+            continue
+        if samples is None:
+            samples = read
+            _count(split, shard, samples, found)
+        if split == "train":
+            total = found.teacher.setdefault((domain, name), np.zeros(teacher["dim"]))
+            total += sum(sample.pooled.astype(np.float64) for sample in read)
+
+
+def _count(split: str, shard: Shard, samples: list[Sample], found: _Found) -> None:
+    frames = sum(sample.frames for sample in samples)
+    longest = max(sample.frames for sample in samples)
+    if frames != shard.frames:
+        found.faults.append(f"{shard.path} has {frames} mel frames, not {shard.frames}")
+    if longest > shard.bucket:
+        found.faults.append(f"{shard.path} has a clip of {longest} mel frames, beyond its bucket of {shard.bucket}")
+    found.keys.update(sample.key for sample in samples)
+    found.clips[shard.domain, split] += len(samples)
+    if split == "train":
+        sums = found.mel.setdefault(shard.domain, np.zeros(3))
+        for sample in samples:
+            mel = sample.mel.astype(np.float64)
+            sums += len(mel), mel.sum(), (mel**2).sum()
+
+
+def _check_sums(index: Index, every: list[_Found]) -> list[str]:
+    """What the ranks have found together, against the index's counts and statistics."""
+    faults = []
+    keys = sum((one.keys for one in every), Counter())
+    faults += [f"{index.folder}: clip {key} is there {times} times" for key, times in keys.items() if times > 1]
+    for domain in index.domains:
+        entry = index.content["domains"][domain]
+        for split in SPLITS:
+            clips = sum(one.clips[domain, split] for one in every)
+            if clips != entry["clips"][split]:
+                faults.append(f"{index.folder}: {clips} {domain} clips of {split}, not {entry['clips'][split]}")
+        sums = sum(one.mel.get(domain, np.zeros(3)) for one in every)
+        for name, value in zip(("frames", "sum", "sum_squares"), sums.tolist(), strict=True):
+            if not math.isclose(value, entry["mel"][name], rel_tol=_CLOSE):
+                faults.append(f"{index.folder}: {domain} mel {name} is {value}, not {entry['mel'][name]}")
+        for name, teacher in entry["teachers"].items():
+            total = sum(one.teacher.get((domain, name), 0.0) for one in every)
+            if not np.allclose(total / entry["clips"]["train"], teacher["mean"], rtol=1e-5, atol=1e-6):
+                faults.append(f"{index.folder}: the mean of {domain}'s teacher {name} is another one")
+    return faults
