@@ -121,7 +121,9 @@ def audioset_source(path: Path) -> Source:
             recordings.append(
                 Recording(name, file, "audio", "", labels_of[mids], inside, _AUDIOSET_LICENCE, suffix, group=ytid)
             )
-    what = f"{', '.join(table.name for table in chosen)}: {len(recordings)} segments have a file, {missing} have none"
+    what = (
+        f"{', '.join(table.name for table in chosen)}: {len(recordings)} segments with a file, {missing} lines without"
+    )
     if not recordings:
         raise UserError(
             f"{path}: {what}: {', '.join(SOUNDFILE_SUFFIXES)} files named <YTID>, Y<YTID>, <YTID>_<start> or "
