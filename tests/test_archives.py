@@ -109,11 +109,13 @@ def damage(path, kind):
     elif kind == "data":
         content = content[: 1024 + 512 + 3]
     elif kind == "no end":
-        content = content[:2048]
-    elif kind == "negative":
-        content[124:136] = b"\xff" * 10 + b"\xfc\x00"  # base-256: -1024
-        content[148:156] = b" " * 8
-        content[148:156] = b"%06o\0 " % sum(content[:512])
+        content = content[:3072]
+    elif kind == "negative":  # the next member would be this one again, for ever
+        header = content[2048:2560]
+        header[124:136] = b"\xff" * 10 + b"\xfe\x00"  # base-256: -512
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        content[2048:2560] = header
     elif kind == "no tar":
         content = b"RIFF" * 1000
     path.write_bytes(content)
@@ -121,7 +123,7 @@ def damage(path, kind):
 
 @pytest.mark.parametrize("kind", ["header", "data", "no end", "negative", "no tar"])
 def test_damaged_tars_are_refused(tmp_path, kind):
-    damage(make_tar(tmp_path / "a.tar", ["a.flac", "b.flac"]), kind)
+    damage(make_tar(tmp_path / "a.tar", ["a.flac", "b.flac", "README"]), kind)
     with pytest.raises(UserError, match=r"a\.tar.*(damaged|cut short|no tar|negative size).*: make or fetch it again"):
         webdataset_source(str(tmp_path), "audio")
 

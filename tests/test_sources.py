@@ -1,9 +1,12 @@
 """Names, transcripts and the held-out share of recordings; no audio is read."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from agrepa_fast.config import UserError
 from agrepa_fast.data import clips, sources
 from agrepa_fast.data.recordings import Recording
 
@@ -37,3 +40,18 @@ def test_validation_share_holds_for_any_count():
         assert len(held_out) <= 0.25 * count + 1
         more = [*made, clips.Clip(Recording("new", "", "speech", "", (), "", "", "wav"), Path(), 1)]
         assert len(held_out ^ clips.validation_groups(more, 0.1)) <= 2  # adding one recording moves no others around
+
+
+def test_a_part_of_a_file_is_read_from_its_start(tmp_path):
+    import soundfile
+
+    ramp = (np.arange(4000) / 8000).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", ramp, 1000, subtype="FLOAT")
+    part = Recording("a", str(tmp_path / "a.wav"), "audio", "", (), "a.wav", "", "wav", start=1.5)
+    wave, rate = part.read(0.25)
+    np.testing.assert_array_equal(wave, ramp[1500:1750])
+    assert rate == 1000
+    assert part.stamp() != replace(part, start=0.0).stamp()
+    (tmp_path / "a.wav").unlink()
+    with pytest.raises(UserError, match=r"a\.wav cannot be read \(No such file"):
+        part.stamp()

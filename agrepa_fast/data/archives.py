@@ -37,9 +37,12 @@ class TarMember(Recording):
         try:
             with open(self.path, "rb") as stream:  # noqa: PTH123 - `path` is a str
                 stream.seek(self.offset)
-                return stream.read(self.size)
+                content = stream.read(self.size)
         except OSError as error:
             raise UserError(f"{self.source}: {self.path} cannot be read ({error.strerror})") from error
+        if len(content) < self.size:
+            raise UserError(f"{self.source}: {self.path} has become shorter: run `agrepa prepare` again")
+        return content
 
     def stamp(self) -> list:
         return [*Recording.stamp(self), self.offset, self.size]

@@ -115,7 +115,11 @@ def _open(path: str, split: str | None):
     if not saved and not any(Path(path).rglob("*.parquet")):
         raise UserError(f"{path} holds no dataset: a folder of save_to_disk, or one of parquet files, is read")
     try:
-        table = datasets.load_from_disk(path) if saved else datasets.load_dataset("parquet", data_dir=path)
+        table = (
+            datasets.load_from_disk(path)
+            if saved
+            else datasets.load_dataset("parquet", data_dir=str(Path(path).absolute()))
+        )
     except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} cannot be read as a dataset ({reason}): write it again with save_to_disk") from error
