@@ -197,7 +197,8 @@ def test_killed_runs_are_resumed_to_the_same_bytes(prepared, corpus, whisper, tm
     script = KILLED.format(root=str(Path(__file__).parents[1]), overrides=overrides, corpus=str(corpus), out=str(out))
     stages = []
     # The n-th file of each run: amid 24 mels; 15 more mels and amid the frames of train clips; then all of those (the
-    # batch that was cut short is repeated), the codebook, 24 clips' tokens, the first shard and what it adds to the statistics, and the second shard.
+    # batch that was cut short is repeated), the codebook, 24 clips' tokens, the first shard and what it adds to the
+    # statistics, and the second shard.
     for number in (10, 15 + 8, prepared.clips("train", "speech") + 1 + 24 + 3):
         code = subprocess.run([sys.executable, "-c", script, str(number)], capture_output=True, timeout=120).returncode
         assert code == -signal.SIGKILL
