@@ -185,7 +185,7 @@ def _load(args: argparse.Namespace) -> tuple:
     import torch
 
     from .data.shards import matching_index
-    from .training.checkpoint import load_model, resolve_checkpoint
+    from .training.weights import load_model, resolve_checkpoint
 
     path = resolve_checkpoint(args.checkpoint)
     model, saved = load_model(path, live=args.live)
@@ -204,8 +204,8 @@ def _probe(args: argparse.Namespace) -> None:
         raise UserError("name a checkpoint, or --model MODULE:FACTORY with --blocks PATH")
 
     from .attribution.selection import select_as
-    from .training.checkpoint import load_projections, step_of
     from .training.measure import measure_model
+    from .training.weights import load_projections, step_of
 
     model, config, index, path, device = _load(args)
     measures = args.measures

@@ -42,6 +42,7 @@ class RunConfig:
     """Where a run is written and what makes it reproducible."""
 
     dir: str | None = None  # folder of the run; None: runs/<preset>-<date-time>
+    id: str | None = None  # made when a run begins; a resume takes only checkpoints that carry it
     seed: int = 0  # weights, order of clips, noise, times, condition drops
     preset: str | None = None  # name of the preset or file this configuration came from
 
@@ -280,7 +281,9 @@ class TrainConfig:
     wandb: str | None = None  # project to log to with Weights & Biases as well
     save_every: int = 5000
     val_every: int = 1000
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # newest checkpoints kept
+    keep_best: int = 1  # checkpoints with the lowest validation flow loss kept beside them; `best` names the first
+    copy_to: str | None = None  # a folder or an fsspec URL that checkpoints are copied to in the background
     log_every: int = 10
     patience: float = 30.0  # minutes that ranks wait for one that does not answer, before they give up
 
@@ -294,6 +297,7 @@ class TrainConfig:
             window is None or (len(window) == 2 and 1 <= window[0] <= window[1]),
             f"train.profile={window}: the first and the last step, from 1, such as [10,12]",
         )
+        _check(self.keep_best >= 0, f"train.keep_best={self.keep_best}: must not be negative")
         _check(self.lr > 0, f"train.lr={self.lr}: must be positive")
         _check(self.clip_norm > 0, f"train.clip_norm={self.clip_norm}: must be positive")
         _check(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay}: must be in [0, 1)")

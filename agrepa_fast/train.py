@@ -17,6 +17,7 @@ import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -28,13 +29,7 @@ from agrepa_fast.data.stream import BatchLayout, train_batches
 from agrepa_fast.data.vocoder import load_vocoder
 from agrepa_fast.models.dit import AudioDiT
 from agrepa_fast.training.aligner import Aligner
-from agrepa_fast.training.checkpoint import (
-    Checkpoints,
-    find_checkpoint,
-    load_projections,
-    load_weights,
-    resolve_checkpoint,
-)
+from agrepa_fast.training.checkpoint import Checkpoints
 from agrepa_fast.training.choose import LayerChoice
 from agrepa_fast.training.compute import peak_flops
 from agrepa_fast.training.ema import Ema
@@ -55,6 +50,13 @@ from agrepa_fast.training.run import Run
 from agrepa_fast.training.signals import StopRequest
 from agrepa_fast.training.summary import finish
 from agrepa_fast.training.tracker import find_tracker, open_tracker
+from agrepa_fast.training.weights import (
+    find_checkpoint,
+    load_projections,
+    load_weights,
+    resolve_checkpoint,
+    weights_file,
+)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -64,7 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--preset", default="demo", help="a preset's name, or a yaml file")
     parser.add_argument(
-        "--resume", metavar="latest|TAG", help="continue the run in run.dir (default: the newest in runs/)"
+        "--resume", metavar="latest|best|TAG", help="continue the run in run.dir (default: the newest in runs/)"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
@@ -88,7 +90,7 @@ def choose_config(args: argparse.Namespace) -> Config:
         run = runs[-1].parent
     if not (run / "config.yaml").is_file():
         raise UserError(f"--resume {args.resume}: {run} holds no run (no config.yaml)")
-    find_checkpoint(run, args.resume)
+    find_checkpoint(run, args.resume, print if os.environ.get("RANK", "0") == "0" else lambda line: None)
     return load_config(run / "config.yaml", [*args.overrides, f"run.dir={run}"])
 
 
@@ -118,11 +120,12 @@ def fit_to_shards(config: Config, index: Index) -> Config:
     return replace(config, model=replace(config.model, n_mels=index.n_mels, vocab=index.vocab))
 
 
-def run_folder(config: Config, resume: bool, rank: int) -> Path:
-    """Create (or reopen) the run's folder; the same on every rank."""
-    name = [config.run.dir or f"runs/{config.run.preset}-{time.strftime('%Y%m%d-%H%M%S')}"]
-    dist.broadcast_object_list(name)
-    folder = Path(name[0])
+def run_folder(config: Config, resume: bool, rank: int) -> tuple[Path, str]:
+    """Create (or reopen) the run's folder; returns it and the run's id, the same on every rank."""
+    name = config.run.dir or f"runs/{config.run.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    named = [name, config.run.id if resume else uuid4().hex]
+    dist.broadcast_object_list(named)
+    folder = Path(named[0])
     if not resume and (folder / "config.yaml").exists():
         raise UserError(
             f"run.dir={folder} already holds a run: continue it with --resume latest, or choose another folder"
@@ -130,7 +133,7 @@ def run_folder(config: Config, resume: bool, rank: int) -> Path:
     dist.barrier()
     if rank == 0:
         (folder / "plots").mkdir(parents=True, exist_ok=True)
-    return folder
+    return folder, named[1]
 
 
 def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> AudioDiT:
@@ -141,7 +144,7 @@ def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> 
     if config.train.compile:
         model.run_block = torch.compile(model.run_block)
     if config.train.start_from is not None and not resume:
-        load_weights(model, resolve_checkpoint(Path(config.train.start_from)) / "ema.safetensors", "this run's")
+        load_weights(model, weights_file(resolve_checkpoint(Path(config.train.start_from))), "this run's")
         return model
     code_mels = (torch.from_numpy(index.code_mels()) - index.mel_mean) / index.mel_std
     if config.model.token_dim >= index.n_mels:
@@ -174,7 +177,8 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     agree(get_vocoder)
     agree(lambda: find_tracker(config.train))
     model = build_model(config, index, ds_config, resume is not None)
-    folder = run_folder(config, resume is not None, rank)
+    folder, identity = run_folder(config, resume is not None, rank)
+    config = replace(config, run=replace(config.run, id=identity))
     agree(lambda: claim(folder))
     prepared = time.perf_counter()
 
@@ -186,11 +190,11 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     metrics = Metrics(folder, rank, world, peak_flops(config.train, device))
     own_folder = folder if rank == 0 else None
     choice = LayerChoice(config, engine.module, aligner, probe_clips, stored_clips, metrics.say, own_folder)
-    checkpoints = Checkpoints(folder / "checkpoints", rank, world, config.train.keep)
+    checkpoints = Checkpoints(folder / "checkpoints", rank, world, config, index, metrics.say)
     checkpoints.clean()
     first = 0
     if resume is not None:
-        first = checkpoints.load(find_checkpoint(folder, resume), engine, ema, choice, config)
+        first = checkpoints.load(find_checkpoint(folder, resume), engine, ema, choice)
         if rank == 0:
             drop_later_probes(folder / "attribution.csv", first)
     else:
@@ -206,7 +210,7 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     batches = train_batches(index, config.data, layout, seed=config.run.seed, center=config.align.center, step=first)
 
     if first == 0:
-        run.validate(val_clips, 0)
+        checkpoints.score = run.validate(val_clips, 0)["val/flow_loss"]
     engine.module.train()
     loop_start, aside, stops = time.perf_counter(), sum(run.seconds.values()), False
     with StopRequest(device) as request:
@@ -220,12 +224,12 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
             if done % config.train.log_every == 0 or saves:
                 run.log(done)
             if done % config.train.val_every == 0 or done == steps:
-                run.validate(val_clips, done)
+                checkpoints.score = run.validate(val_clips, done)["val/flow_loss"]
             choice.after_step(done, lambda: run.timed("probe"))
             if saves:
                 with run.timed("checkpoint"):
                     run.guard.check_weights(done)
-                    checkpoints.save(engine, ema, choice, done, config)
+                    checkpoints.save(engine, ema, choice, done, must=done == steps or stops)
             if stops:
                 break
     del batches  # ends the loader processes, which ignore the signal that multiprocessing would send them at exit
@@ -237,6 +241,7 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     run.close()
     dist.barrier()
     dist.destroy_process_group()  # its threads, left to the interpreter's exit, now and then abort the process
+    checkpoints.close()  # an upload may take longer than ranks wait for each other
 
 
 def _leave(code: int) -> None:

@@ -1,10 +1,8 @@
 """One rank's work against values worked out by hand: what hits every run alike shows in no comparison of runs."""
 
 import json
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,14 +12,13 @@ from safetensors.torch import load_file
 from agrepa_fast.attribution.foga import ProbeBatch, foga
 from agrepa_fast.attribution.report import append_csv
 from agrepa_fast.attribution.selection import LayerSelection, select_layers
-from agrepa_fast.config import FlowConfig, UserError, load_config
+from agrepa_fast.config import FlowConfig, load_config
 from agrepa_fast.data.shards import load_index
 from agrepa_fast.data.stream import BatchLayout, DataConfig, collate, train_batches
 from agrepa_fast.flow import clip_keys, euler, flow_loss, reference_prefix, sample, sway_times, training_draws
 from agrepa_fast.kernels import flow_mix
 from agrepa_fast.models.dit import Velocity
 from agrepa_fast.training import aligner as aligner_module
-from agrepa_fast.training import checkpoint
 from agrepa_fast.training.engine import lr_factor
 from agrepa_fast.training.measure import FixedClips, validation_loss
 from agrepa_fast.training.metrics import Metrics
@@ -259,35 +256,6 @@ def test_metrics_are_means_since_the_last_flush(tmp_path):
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [2]
 
 
-def test_a_checkpoint_is_complete_last_of_all_and_the_newest_stay(tmp_path, monkeypatch):
-    order, write = [], checkpoint._write
-    monkeypatch.setattr(checkpoint.dist, "barrier", lambda: None)
-    monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(checkpoint, "full_weights", lambda engine: {})
-    monkeypatch.setattr(checkpoint, "_write", lambda path, text: order.append(path.name) or write(path, text))
-    for name in ("save_file", "save_config"):
-        monkeypatch.setattr(checkpoint, name, lambda what, path: order.append(path.name))
-    folder, made = tmp_path / "checkpoints", checkpoint.Checkpoints(tmp_path / "checkpoints", 0, 1, keep=2)
-    monkeypatch.setattr(made, "_facts", lambda engine, config: {"ranks": 1})
-    engine = SimpleNamespace(
-        zero_optimization_stage=lambda: 0,
-        save_checkpoint=lambda where, tag, **_: (Path(where) / tag).mkdir(parents=True),
-    )
-    ema = SimpleNamespace(state_dict=dict, applied=nullcontext)
-    choice = SimpleNamespace(state_dict=dict, aligner=SimpleNamespace(selection=None, export=dict))
-    for step in (1, 2, 3):
-        made.save(engine, ema, choice, step, None)
-    assert order[-2:] == ["checkpoint.json", "latest"]
-    assert order.count("checkpoint.json") == 3
-    assert {path.name for path in folder.glob("step*")} == {"step00000002", "step00000003"}
-    assert checkpoint.find_checkpoint(tmp_path, "latest").name == "step00000003"
-    (folder / "step00000009").mkdir()  # an interrupted save
-    with pytest.raises(UserError, match="no checkpoint"):
-        checkpoint.find_checkpoint(tmp_path, "step00000009")
-    made.clean()
-    assert not (folder / "step00000009").exists()
-
-
 @pytest.mark.parametrize(("stage", "ranks", "precision"), [(0, 1, "fp32"), (2, 2, "fp32"), (2, 1, "bf16")])
 def test_ema_is_the_average_of_the_master_weights_also_after_a_resume(stage, ranks, precision, preset, tmp_path):
     args = ("--ds_config", f"zero{stage}.json", f"run.dir={tmp_path}/run")
@@ -308,7 +276,7 @@ def test_ema_is_the_average_of_the_master_weights_also_after_a_resume(stage, ran
     for name in resumed:
         torch.testing.assert_close(resumed[name], wanted[name], atol=1e-6, rtol=1e-5)
     # what the averaged model computes is what its exported weights compute, at every stage
-    from agrepa_fast.training.checkpoint import load_model
+    from agrepa_fast.training.weights import load_model
 
     model, config = load_model(folder / "step00000005")
     clips = FixedClips(load_index(preset.parent), "val", config.eval.clips, config.probe.chunk, "cpu")

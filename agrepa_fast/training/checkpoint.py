@@ -1,30 +1,38 @@
 """Checkpoints of a run: everything a resume needs, and the weights as safetensors for everybody else.
 
-checkpoints/<tag>/ holds DeepSpeed's files (model, optimizer, schedule, heads, selection, probes, position),
-rank<r>.safetensors (EMA shard and random state), model.safetensors and ema.safetensors (whole, fp32), heads.safetensors
-(alignment heads and BiT-C's projections), config.yaml, selection.json, and last of all checkpoint.json, which makes it
-complete. `latest` names the newest complete one. A tag is never written twice.
+checkpoints/<tag>/ holds DeepSpeed's files (model, optimizer), state.pt (schedule, heads, selection, probes),
+rank<r>.safetensors (random state), model.safetensors and ema.safetensors (whole, fp32), heads.safetensors (alignment
+heads and BiT-C's projections), config.yaml, selection.json, shards.json (features, tokens and teachers), and last of
+all checkpoint.json, which makes it complete. `latest` names the newest complete one, `best` the one with the lowest
+validation loss. A tag is never written twice.
 """
 
+import hashlib
 import json
+import os
 import shutil
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..config import Config, UserError, load_config, save_config
-from ..data.shards import INDEX, file_sha256
-from ..models.dit import AudioDiT
+from ..data.shards import Index
+from ..flow import derive_seed
 from .choose import LayerChoice
 from .ema import Ema
-from .engine import full_weights
-from .partition import gathered, whole_shape
+from .engine import first_failure, full_weights
+from .mirror import Mirror
+from .universal import FOLDER as UNIVERSAL
+from .universal import counters, load_recut, whole_file, without_pickle
+from .weights import MARKER, checkpoints, marker
 
-MARKER = "checkpoint.json"
 _MAY_CHANGE = {  # on a resume; so may eval.*
     *(
         "run.dir",
@@ -36,8 +44,9 @@ _MAY_CHANGE = {  # on a resume; so may eval.*
         "train.steps",
         "train.accumulation",
     ),
-    *("train.save_every", "train.val_every", "train.log_every", "train.keep", "train.max_skipped", "train.patience"),
-    *("train.activation_checkpointing", "train.compile", "train.peak_tflops", "train.profile", "train.wandb"),
+    *("train.save_every", "train.val_every", "train.log_every", "train.keep", "train.keep_best", "train.copy_to"),
+    *("train.max_skipped", "train.patience", "train.activation_checkpointing", "train.compile"),
+    *("train.peak_tflops", "train.profile", "train.wandb"),
 }
 
 
@@ -45,14 +54,50 @@ def _fields(config: Config) -> list[tuple[str, str]]:
     return [(section.name, field.name) for section in fields(config) for field in fields(getattr(config, section.name))]
 
 
+class _Writer:
+    """Writes files and keeps this rank's first failure. What fails must not leave the others waiting in a collective,
+    so a rank that cannot write goes on, without writing, to the place where all ranks ask."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.failure: str | None = None
+
+    def __call__(self, write: Callable[..., object], *args, **kwargs) -> None:
+        if self.failure is None:
+            try:
+                write(*args, **kwargs)
+            except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                self.failure = f"{reason}; {_free_mib(self.folder)} MiB free"
+
+    @contextmanager
+    def takes_over(self, engine):
+        """DeepSpeed's files are written by this writer inside."""
+        files, save, scripts = engine.checkpoint_engine, engine.checkpoint_engine.save, engine._copy_recovery_script
+        files.save = lambda *args, **kwargs: self(save, *args, **kwargs)
+        engine._copy_recovery_script = lambda path: None  # scripts that unpickle; model.safetensors is there
+        try:
+            yield
+        finally:
+            files.save, engine._copy_recovery_script = save, scripts
+
+
 @dataclass
 class Checkpoints:
-    """The checkpoints folder of one run, seen from one rank."""
+    """The checkpoints folder of one run, seen from one rank. say: prints a line on rank 0."""
 
     folder: Path
     rank: int
     world: int
-    keep: int
+    config: Config
+    index: Index
+    say: Callable[[str], object]
+    score: float | None = None  # the newest validation flow loss
+    mirror: Mirror | None = None
+
+    def __post_init__(self) -> None:
+        if self.config.train.copy_to is not None and self.rank == 0:
+            self.mirror = Mirror(self.folder.parent, self.config.train.copy_to, self.say)
 
     def clean(self) -> None:
         """Remove what an interrupted save left behind."""
@@ -62,35 +107,105 @@ class Checkpoints:
                     shutil.rmtree(path)
         dist.barrier()
 
-    def save(self, engine, ema: Ema, choice: LayerChoice, step: int, config: Config) -> Path:
-        """Write a complete checkpoint, then point `latest` at it and drop the oldest. Every rank must call it."""
+    def save(self, engine, ema: Ema, choice: LayerChoice, step: int, *, must: bool) -> bool:
+        """Write a complete checkpoint, then point `latest` and `best` at it and drop the oldest. Every rank must call
+        it.
+
+        A save that fails, on a full disk for one, leaves everything as it was: False, and training goes on until the
+        next. Raises UserError instead when it `must` succeed, because none comes after it.
+        """
         tag = self._new_tag(step)
         path = self.folder / tag
-        client = {"step": step, "choice": choice.state_dict()}
-        engine.save_checkpoint(str(self.folder), tag=tag, client_state=client, save_latest=False)
-        save_file({**ema.state_dict(), **_random_state()}, path / f"rank{self.rank}.safetensors")
+        writes = _Writer(self.folder)
+        if self.rank == 0:
+            writes(path.mkdir, parents=True)
+        if (failure := first_failure(writes.failure)) is None:
+            self._write_files(writes, path, engine, ema, choice)
+            failure = first_failure(writes.failure)
+        if failure is None:
+            if self.rank == 0:
+                writes(self._complete, path, step, engine)
+            failure = first_failure(writes.failure)
+        if failure is not None:
+            self._gave_up(path, failure, must)
+            return False
+        if self.rank == 0:
+            self._rotate()
+            if self.mirror is not None:
+                self.mirror.update()
+        dist.barrier()
+        return True
+
+    def _write_files(self, writes: _Writer, path: Path, engine, ema: Ema, choice: LayerChoice) -> None:
+        with writes.takes_over(engine):
+            engine.save_checkpoint(str(self.folder), tag=path.name, save_latest=False)
+        writes(save_file, _random_state(), path / f"rank{self.rank}.safetensors")
+        state = {"choice": choice.state_dict(), "engine": counters(engine), "ema_updates": ema.updates}
         weights = full_weights(engine)
+        if self.rank == 0:
+            writes(torch.save, state, path / "state.pt")
+            writes(save_file, weights, path / "model.safetensors")
+        del weights  # two whole models at once are too many
         with ema.applied():
             averaged = full_weights(engine)
         if self.rank == 0:
-            save_file(weights, path / "model.safetensors")
-            save_file(averaged, path / "ema.safetensors")
-            save_config(config, path / "config.yaml")
-            save_file(choice.aligner.export(), path / "heads.safetensors")
+            writes(save_file, averaged, path / "ema.safetensors")
+            writes(save_file, choice.aligner.export(), path / "heads.safetensors")
+            writes(save_config, self.config, path / "config.yaml")
+            writes((path / "shards.json").write_text, json.dumps(_trained_on(self.index), indent=1))
             if choice.aligner.selection is not None:
-                choice.aligner.selection.save(path / "selection.json")
-        dist.barrier()
-        if self.rank == 0:
-            facts = {"step": step, **self._facts(engine, config)}
-            _write(path / MARKER, json.dumps(facts))
-            _write(self.folder / "latest", tag)
-            self._rotate()
-        dist.barrier()
-        return path
+                writes(choice.aligner.selection.save, path / "selection.json")
 
-    def load(self, path: Path, engine, ema: Ema, choice: LayerChoice, config: Config) -> int:
-        """Continue from a checkpoint of this run; returns its step. Raises UserError when it does not fit this run."""
-        saved = load_config(path / "config.yaml")
+    def _complete(self, path: Path, step: int, engine) -> None:
+        """The marker, `latest` and `best`, in the order that a crash between them may cut."""
+        facts = {"step": step, "saved": time.time_ns(), "run": self.config.run.id, "val/flow_loss": self.score}
+        facts |= {"shards": _identity(self.index), "layout": self._layout(engine)}
+        facts["files"] = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
+        _write(path / MARKER, json.dumps(facts, indent=1))
+        _write(self.folder / "latest", path.name)
+        if best := self._best():
+            _write(self.folder / "best", best[0].name)
+
+    def _gave_up(self, path: Path, failure: str, must: bool) -> None:
+        if self.rank == 0:
+            _remove(path)
+        dist.barrier()
+        line = f"{path} could not be saved ({failure}): make room"
+        if must:
+            raise UserError(f"{line}, then --resume latest goes on from the checkpoint before")
+        self.say(f"{line}; training goes on, and the next save tries again")
+
+    def load(self, path: Path, engine, ema: Ema, choice: LayerChoice) -> int:
+        """Continue from a checkpoint of this run, saved on any number of ranks at any ZeRO stage; returns its step.
+        Raises UserError when it does not fit this run."""
+        facts = marker(path)
+        if facts["run"] != self.config.run.id:
+            raise UserError(
+                f"{path} is a checkpoint of another run: --resume takes only the run's own; "
+                f"train.start_from={path} begins a new run with its weights"
+            )
+        self._check_settings(path)
+        if facts["shards"] != _identity(self.index):
+            raise UserError(f"{path} was trained on other shards than those in {self.index.folder}: set data.path")
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        if facts["layout"] == self._layout(engine):
+            with without_pickle():
+                engine.load_checkpoint(str(self.folder), tag=path.name)
+        else:
+            load_recut(engine, path, facts["layout"]["stage"], state["engine"], self.say)
+        ema.load(whole_file(path / "ema.safetensors"), state["ema_updates"])
+        choice.load_state_dict(state["choice"])
+        self.score = facts["val/flow_loss"]
+        _restore_random_state(path, self.rank, derive_seed(self.config.run.seed, facts["step"], self.rank))
+        return facts["step"]
+
+    def close(self) -> None:
+        """Wait for the copy that is under way."""
+        if self.mirror is not None:
+            self.mirror.close()
+
+    def _check_settings(self, path: Path) -> None:
+        saved, config = load_config(path / "config.yaml"), self.config
         for section, name in _fields(config):
             there, here = getattr(getattr(saved, section), name), getattr(getattr(config, section), name)
             if there != here and f"{section}.{name}" not in _MAY_CHANGE and section != "eval":
@@ -99,25 +214,12 @@ class Checkpoints:
                     f"{path}: {what}{section}.{name} is {there} there and {here} in this run: leave it as it "
                     "was, or start a new run"
                 )
-        facts = json.loads((path / MARKER).read_text())
-        for name, here in self._facts(engine, config).items():
-            if facts[name] != here:
-                raise UserError(
-                    f"{path} was saved with {name} {facts[name]}, this run has {here}: resume it with {facts[name]}"
-                )
-        _, client = engine.load_checkpoint(str(self.folder), tag=path.name)
-        state = load_file(path / f"rank{self.rank}.safetensors")
-        ema.load_state_dict(state)
-        choice.load_state_dict(client["choice"])
-        torch.set_rng_state(state["cpu_rng"])  # last: making the heads draws from it
-        if torch.cuda.is_available() and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"])
-        return client["step"]
 
-    def _facts(self, engine, config: Config) -> dict:
-        """What must be equal on a resume and is no setting."""
-        shards = file_sha256(Path(config.data.path) / INDEX)
-        return {"ranks": self.world, "ZeRO stage": engine.zero_optimization_stage(), "shards": shards}
+    def _layout(self, engine) -> dict:
+        """What DeepSpeed's own files depend on: they are read again under the same, and re-cut under any other."""
+        precision = "bf16" if engine.bfloat16_enabled() else "fp32"
+        settings = {"ranks": self.world, "stage": engine.zero_optimization_stage(), "precision": precision}
+        return settings | {"zero_optimization": engine.config.get("zero_optimization", {})}
 
     def _new_tag(self, step: int) -> str:
         tag, number = f"step{step:08d}", 1
@@ -127,80 +229,46 @@ class Checkpoints:
         dist.barrier()  # nobody creates the folder before everybody has looked
         return tag
 
+    def _best(self) -> list[Path]:
+        """The train.keep_best checkpoints with the lowest validation loss, the lowest first; of equals, which rest on
+        the same validation, the one that was saved next after it."""
+        scored = [(marker(path)["val/flow_loss"], path) for path in checkpoints(self.folder)]
+        scored = [(score, path) for score, path in scored if score is not None and score == score]
+        ranked = sorted(scored, key=lambda one: one[0])  # stable: earlier saves first
+        return [path for _, path in ranked[: self.config.train.keep_best]]
+
     def _rotate(self) -> None:
-        complete = sorted(
-            (path for path in self.folder.iterdir() if (path / MARKER).is_file()),
-            key=lambda path: (path / MARKER).stat().st_mtime_ns,
-        )
-        for path in complete[: -self.keep]:
-            shutil.rmtree(path)
+        """Drop old checkpoints, and the universal ones that led to this one."""
+        kept = [*checkpoints(self.folder)[-self.config.train.keep :], *self._best()]
+        for path in checkpoints(self.folder):
+            busy = self.mirror is not None and self.mirror.copying == path.name
+            if path not in kept and not busy:
+                _remove(path)
+            shutil.rmtree(path / UNIVERSAL, ignore_errors=True)
 
 
-def find_checkpoint(run: Path, name: str) -> Path:
-    """A complete checkpoint of a run by tag, or `latest`. Raises UserError when there is none."""
-    folder = run / "checkpoints"
-    tag = name
-    if name == "latest":
-        if not (folder / "latest").is_file():
-            raise UserError(f"{run} has no checkpoint to resume: it ended before its first train.save_every steps")
-        tag = (folder / "latest").read_text().strip()
-    if not (folder / tag / MARKER).is_file():
-        known = sorted(path.parent.name for path in folder.glob(f"*/{MARKER}"))
-        raise UserError(f"{run} has no checkpoint {name!r}: there are {', '.join(known) or 'none'}")
-    return folder / tag
+def _free_mib(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free >> 20
 
 
-def resolve_checkpoint(path: Path) -> Path:
-    """A checkpoint's folder, from itself or from a run's folder (its newest one)."""
-    if (path / "checkpoints").is_dir():
-        return find_checkpoint(path, "latest")
-    if not (path / "config.yaml").is_file() or not (path / MARKER).is_file():
-        raise UserError(f"{path} is no checkpoint: give runs/<run>, or runs/<run>/checkpoints/<tag>")
-    return path
+def _remove(path: Path) -> None:
+    """The marker first: a part of a checkpoint must never look complete."""
+    (path / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
-def step_of(path: Path) -> int:
-    """The optimizer step of a checkpoint."""
-    return json.loads((path / MARKER).read_text())["step"]
+def _trained_on(index: Index) -> dict:
+    """Features, tokens and teachers of the shards."""
+    domains = {domain: index.content["domains"][domain] for domain in index.domains}
+    return {"mel": {"mean": index.mel_mean, "std": index.mel_std}, "features": index.features, "domains": domains}
 
 
-def load_model(path: Path, *, live: bool = False) -> tuple[AudioDiT, Config]:
-    """The model of a checkpoint, in evaluation mode on the CPU, with its configuration.
-
-    Averaged weights unless `live`. Raises UserError when weights and configuration do not fit each other.
-    """
-    weights = path / ("model.safetensors" if live else "ema.safetensors")
-    if not weights.is_file():
-        raise UserError(f"{path}: {weights.name} is missing")
-    config = load_config(path / "config.yaml")
-    model = AudioDiT(config.model)
-    load_weights(model, weights, "its config.yaml")
-    return model.eval(), config
-
-
-def load_weights(model: AudioDiT, weights: Path, wanted: str) -> None:
-    """Fill the model from a safetensors file, one weight at a time, partitioned or not; every rank must call it. Raises
-    UserError naming the first weight that is not as in `wanted`."""
-    parameters = dict(model.named_parameters())
-    with safe_open(weights, "pt") as file, torch.no_grad():
-        there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        for name in sorted(parameters.keys() | there.keys()):
-            here = whole_shape(parameters[name]) if name in parameters else None
-            if there.get(name, "missing") != here:
-                raise UserError(
-                    f"{weights}: another architecture than {wanted}, {name} is {there.get(name, 'missing')}, not {here}"
-                )
-        for name, parameter in parameters.items():
-            with gathered([parameter]):
-                parameter.data.copy_(file.get_tensor(name))
-
-
-def load_projections(path: Path) -> dict[str, torch.Tensor]:
-    """Domain -> weight (E, token_dim) of BiT-C's projections in a checkpoint; {} when it was trained without."""
-    file = path / "heads.safetensors"
-    if not file.is_file():
-        raise UserError(f"{path}: {file.name} is missing")
-    return {name.split(".")[1]: weight for name, weight in load_file(file).items() if name.startswith("bitc.")}
+def _identity(index: Index) -> str:
+    """SHA-256 over the checksums of the shards and what they were made with."""
+    files = [(shard["file"], shard["sha256"]) for shard in index.content["shards"]]
+    return hashlib.sha256(json.dumps([files, _trained_on(index)], sort_keys=True).encode()).hexdigest()
 
 
 def _random_state() -> dict[str, torch.Tensor]:
@@ -210,7 +278,27 @@ def _random_state() -> dict[str, torch.Tensor]:
     return state
 
 
+def _restore_random_state(path: Path, rank: int, seed: int) -> None:
+    """This rank's, which dropout draws from; a rank that was not there at the save gets one from `seed`."""
+    torch.manual_seed(seed)
+    file = path / f"rank{rank}.safetensors"
+    if file.is_file():
+        state = load_file(file)
+        torch.set_rng_state(state["cpu_rng"])
+        if torch.cuda.is_available() and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"])
+
+
 def _write(path: Path, text: str) -> None:
+    """The file is the old one or the new one, also after the machine's power went."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

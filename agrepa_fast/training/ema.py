@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from .engine import masters, publish_masters
+from .universal import Whole, cut
 
 
 class Ema:
@@ -40,11 +41,10 @@ class Ema:
             average.copy_(kept)
         publish_masters(self.engine)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        shards = {f"shard{i}": average.contiguous() for i, average in enumerate(self.average)}
-        return shards | {"updates": torch.tensor(self.updates)}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        for i, average in enumerate(self.average):
-            average.copy_(state[f"shard{i}"])
-        self.updates = int(state["updates"])
+    @torch.no_grad()
+    def load(self, whole: Whole, updates: int) -> None:
+        """Take the average of whole weights, after so many updates, whatever ranks and stage they come from."""
+        live = [weights.clone() for weights in masters(self.engine)]
+        self.average = cut(self.engine, whole)
+        torch._foreach_copy_(masters(self.engine), live)
+        self.updates = updates

@@ -207,17 +207,22 @@ class ClippedAdamW(torch.optim.AdamW):
             super().step()
 
 
-def masters(engine) -> list[torch.Tensor]:
+def master_parameters(engine) -> list[torch.Tensor]:
     """This rank's fp32 weights as the optimizer holds them: flat partitions under ZeRO 1 to 3, whole parameters in the
-    model's order at stage 0."""
+    model's order at stage 0. The optimizer's state is keyed by them."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 3:
-        return [flat.data for flat in optimizer.fp32_partitioned_groups_flat]
+        return list(optimizer.fp32_partitioned_groups_flat)
     if stage > 0:
-        return [flat.data for flat in optimizer.single_partition_of_fp32_groups]
+        return list(optimizer.single_partition_of_fp32_groups)
     if engine.bfloat16_enabled():
-        return [weights.data for group in optimizer.fp32_groups for weights in group]
-    return [parameter.data for parameter in engine.module.parameters()]
+        return [weights for group in optimizer.fp32_groups for weights in group]
+    return list(engine.module.parameters())
+
+
+def masters(engine) -> list[torch.Tensor]:
+    """The values of `master_parameters`."""
+    return [weights.data for weights in master_parameters(engine)]
 
 
 def publish_masters(engine) -> None:

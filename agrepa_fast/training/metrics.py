@@ -105,8 +105,8 @@ class Metrics:
 
     def say(self, line: str) -> None:
         """A line above the progress bar, on rank 0."""
-        if self.bar is not None:
-            self.bar.write(line)
+        if self.rank == 0:
+            tqdm.write(line)
 
     def close(self) -> None:
         if self._file is not None:
