@@ -15,6 +15,7 @@ from .config import Config, UserError, load_config
 from .models.block import GatedDiTBlock
 from .models.conditioning import Condition
 from .models.dit import AudioDiT, Velocity
+from .training.weights import load_model
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "count_block_forwards",
     "foga",
     "load_config",
+    "load_model",
     "multi_gate",
     "select_layers",
 ]

@@ -1,4 +1,4 @@
-"""The `agrepa` command: prepare, train, probe, sample, doctor."""
+"""The `agrepa` command: prepare, train, probe, sample, export, doctor."""
 
 import argparse
 import sys
@@ -110,10 +110,18 @@ def _parser() -> argparse.ArgumentParser:
     sample.set_defaults(command=_sample)
     for command in (probe, sample):
         optional = {"nargs": "?"} if command is probe else {}  # --model stands in for it
-        command.add_argument("checkpoint", type=Path, help="runs/<run>, or one of its checkpoints", **optional)
+        command.add_argument(
+            "checkpoint", type=Path, help="runs/<run>, one of its checkpoints, or an export", **optional
+        )
         command.add_argument("--live", action="store_true", help="the live weights instead of their moving average")
         command.add_argument("--out", type=Path, help="where to write (default: beside the checkpoints of the run)")
         command.add_argument("overrides", nargs="*", metavar="section.field=value")
+
+    export = commands.add_parser("export", help="the weights of a checkpoint as safetensors and yaml, for anybody")
+    export.add_argument("checkpoint", type=Path, help="runs/<run>, or one of its checkpoints")
+    export.add_argument("--live", action="store_true", help="the live weights instead of their moving average")
+    export.add_argument("--out", type=Path, required=True, help="a new folder")
+    export.set_defaults(command=_export)
 
     doctor = commands.add_parser("doctor", help="what is installed, which backend would run, what is missing")
     doctor.set_defaults(command=_doctor)
@@ -292,6 +300,14 @@ def _beside(checkpoint: Path, what: str) -> Path:
     """runs/<run>/<what>-<tag>: not in the checkpoint's own folder, which the run may rotate away."""
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     return run / f"{what}-{checkpoint.name}"
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .training.weights import export, resolve_checkpoint, step_of
+
+    path = resolve_checkpoint(args.checkpoint)
+    export(path, args.out, live=args.live)
+    print(f"wrote {args.out}: {'live' if args.live else 'averaged'} weights of step {step_of(path)}")
 
 
 def _doctor(args: argparse.Namespace) -> None:

@@ -276,7 +276,7 @@ def test_ema_is_the_average_of_the_master_weights_also_after_a_resume(stage, ran
     for name in resumed:
         torch.testing.assert_close(resumed[name], wanted[name], atol=1e-6, rtol=1e-5)
     # what the averaged model computes is what its exported weights compute, at every stage
-    from agrepa_fast.training.weights import load_model
+    from agrepa_fast import load_model
 
     model, config = load_model(folder / "step00000005")
     clips = FixedClips(load_index(preset.parent), "val", config.eval.clips, config.probe.chunk, "cpu")
