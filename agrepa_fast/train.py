@@ -29,6 +29,7 @@ from agrepa_fast.data.stream import BatchLayout, train_batches
 from agrepa_fast.data.vocoder import load_vocoder
 from agrepa_fast.models.dit import AudioDiT
 from agrepa_fast.training.aligner import Aligner
+from agrepa_fast.training.build import fit_to_shards, gathered, new_model
 from agrepa_fast.training.checkpoint import Checkpoints
 from agrepa_fast.training.choose import LayerChoice
 from agrepa_fast.training.compute import peak_flops
@@ -45,7 +46,6 @@ from agrepa_fast.training.engine import (
 )
 from agrepa_fast.training.measure import FixedClips, storage_clips
 from agrepa_fast.training.metrics import Metrics
-from agrepa_fast.training.partition import gathered, partitioner
 from agrepa_fast.training.run import Run
 from agrepa_fast.training.signals import StopRequest
 from agrepa_fast.training.summary import finish
@@ -110,16 +110,6 @@ def prepared_index(config: Config) -> Index:
     return matching_index(config.data, verify=False)
 
 
-def fit_to_shards(config: Config, index: Index) -> Config:
-    """Sizes that the shards decide. Raises UserError when the run asks for others."""
-    for name, value in (("n_mels", index.n_mels), ("vocab", index.vocab)):
-        if getattr(config.model, name) not in (None, value):
-            raise UserError(
-                f"model.{name}={getattr(config.model, name)}, but the shards in {index.folder} have {value}"
-            )
-    return replace(config, model=replace(config.model, n_mels=index.n_mels, vocab=index.vocab))
-
-
 def run_folder(config: Config, resume: bool, rank: int) -> tuple[Path, str]:
     """Create (or reopen) the run's folder; returns it and the run's id, the same on every rank."""
     name = config.run.dir or f"runs/{config.run.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -139,10 +129,7 @@ def run_folder(config: Config, resume: bool, rank: int) -> tuple[Path, str]:
 def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> AudioDiT:
     """A new model, or one with the averaged weights of train.start_from; a resume brings its own."""
     torch.manual_seed(config.run.seed)
-    model = AudioDiT(config.model, partitioner(ds_config))
-    model.recompute = config.train.activation_checkpointing
-    if config.train.compile:
-        model.run_block = torch.compile(model.run_block)
+    model = new_model(config, ds_config)
     if config.train.start_from is not None and not resume:
         load_weights(model, weights_file(resolve_checkpoint(Path(config.train.start_from))), "this run's")
         return model

@@ -321,7 +321,7 @@ def zero2(plan: Plan) -> Measured:
     engine = build_engine(awake_model(s, torch.float32), config, ds_config)
     aligner = Aligner(config, {"speech": s.speech_teacher, "audio": s.audio_teacher}, device)
     aligner.select(s.selection)
-    metrics = SimpleNamespace(add=lambda **_values: None)  # a step only hands it numbers
+    metrics = SimpleNamespace(add=lambda **_values: None, count=lambda **_counts: None)  # a step only hands it numbers
     ema = Ema(engine, config.train.ema_decay)
     choice = SimpleNamespace(aligner=aligner, watch=lambda *_: None)  # nothing is measured here
     run = Run(config, None, device, engine, ema, choice, metrics, 0, 1, Path())

@@ -68,7 +68,8 @@ class TestRefusals:
             ('{"optimizer": {"type": "Adam"}}', "remove it"),
             ('{"bf16": true}', "an object is wanted"),
             ('{"zero_optimization": {"stage": 9}}', "stage 9 is unknown"),
-            ('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}', "DeepSpeed refuses"),
+            ('{"zero_optimization": {"stage": 1, "reduce_bucket_size": -5}}', "DeepSpeed refuses"),
+            ('{"zero_optimization": {"stage": 3, "reduce_bucket_size": -5}}', "DeepSpeed refuses"),
         ],
     )
     def test_a_ds_config_that_is_wrong(self, ds_config, message, preset, tmp_path):

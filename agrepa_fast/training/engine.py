@@ -5,7 +5,8 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -143,15 +144,23 @@ def resolve_ds_config(values: dict, train: TrainConfig, layout: BatchLayout, dev
         )
     resolved["bf16"] = {**values.get("bf16", {}), "enabled": bf16}
     resolved.setdefault("steps_per_print", _NEVER)
-    if offloads_optimizer(values):  # to torch's AdamW, whose fused kernel for the CPU needs no compiler
-        resolved["zero_force_ds_cpu_optimizer"] = False
+    for section in ("offload_optimizer", "offload_param"):
+        if _offloads(values, section) and stage == 0:
+            raise UserError(f'ds_config "{section}": at stage 0 every GPU keeps everything: use stage 1, 2 or 3')
+    if _offloads(values, "offload_optimizer"):
+        resolved["zero_force_ds_cpu_optimizer"] = (
+            False  # torch's AdamW has a fused kernel for the CPU, no compiler needed
+        )
     return resolved
 
 
-def offloads_optimizer(ds_config: dict) -> bool:
-    """Whether optimizer state and master weights stay in the host's memory."""
-    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return offload.get("device", "none") != "none"
+def _offloads(ds_config: dict, section: str) -> bool:
+    """Whether the section asks for the host's memory. Raises UserError for any other place, or no section."""
+    offload = ds_config.get("zero_optimization", {}).get(section) or {}
+    device = offload.get("device", "none") if isinstance(offload, dict) else offload
+    if device not in ("none", "cpu"):
+        raise UserError(f'ds_config "{section}": device {device!r} is not supported: cpu, or none')
+    return device == "cpu"
 
 
 def zero_stage(ds_config: dict) -> int:
@@ -169,7 +178,6 @@ def lr_factor(train: TrainConfig, step: int) -> float:
 def build_engine(model: nn.Module, config: Config, ds_config: dict):
     """The DeepSpeed engine around `model`, with AdamW and the schedule of the run. ds_config: resolved."""
     import deepspeed
-    from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
     train = config.train
     # One parameter group: the optimizer state of any other is hard to reach under stages 1 and 2.
@@ -178,15 +186,26 @@ def build_engine(model: nn.Module, config: Config, ds_config: dict):
         optimizer = ClippedAdamW(model.parameters(), train.clip_norm, **options)
         ds_config = ds_config | {"gradient_clipping": 0.0}
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), **options, fused=offloads_optimizer(ds_config) or None)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), **options, fused=_offloads(ds_config, "offload_optimizer") or None
+        )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(train, step))
-    try:
+    with deepspeed_refusals():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
         masters(engine)
+    return engine
+
+
+@contextmanager
+def deepspeed_refusals() -> Iterator[None]:
+    """What DeepSpeed objects to in a ds_config, as a UserError."""
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+    try:
+        yield
     except (AssertionError, AttributeError, ValueError, ZeRORuntimeException) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"DeepSpeed refuses this ds_config: {first}") from error
-    return engine
 
 
 class ClippedAdamW(torch.optim.AdamW):

@@ -29,7 +29,7 @@ def update_ratio(engine, lr: float) -> torch.Tensor:
 
 
 def _updates(optimizer: torch.optim.AdamW, lr: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(update, weights before it), piece by piece of this rank's share."""
+    """(what was subtracted, from what), piece by piece of this rank's share."""
     options = optimizer.defaults
     (beta1, beta2), eps, decay = options["betas"], options["eps"], lr * options["weight_decay"]
     for weights, state in optimizer.state.items():
@@ -38,7 +38,7 @@ def _updates(optimizer: torch.optim.AdamW, lr: float) -> Iterator[tuple[torch.Te
         for after, mean, square in zip(*flat, strict=True):
             direction = mean / (1 - beta1**steps) / ((square / (1 - beta2**steps)).sqrt() + eps)
             before = (after + lr * direction) / (1 - decay)
-            yield after - before, before
+            yield lr * direction + decay * before, before
 
 
 def _global(engine, squares: Iterable[torch.Tensor]) -> torch.Tensor:

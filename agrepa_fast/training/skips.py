@@ -6,6 +6,7 @@ engine.step(), which reads the global norm anyway, leaves weights, moments and s
 """
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,9 @@ class SkipGuard:
             self.in_row = 0
             return False
         self.in_row += 1
-        self.engine.lr_scheduler.step()  # the engine does so only after an update
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nothing was updated before it, when the first step is skipped
+            self.engine.lr_scheduler.step()  # the engine does so only after an update
         keys = [key for batch, _ in clips for key in batch]
         losses = torch.cat([loss for _, loss in clips]).tolist()
         bad = [key for key, loss in zip(keys, losses, strict=True) if not torch.tensor(loss).isfinite()]

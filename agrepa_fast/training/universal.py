@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from ..config import UserError
+from .build import whole_shape
 from .engine import agree, master_parameters, masters, publish_masters
-from .partition import whole_shape
 
 Whole = Callable[[str], torch.Tensor]  # name of a parameter -> its whole tensor, fp32 on the CPU
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -1,12 +1,35 @@
-"""Building a model under ZeRO-3 part by part, and writing into its partitioned weights."""
+"""The model of a run, made part by part so that ZeRO-3 never holds it whole, and writing into partitioned weights."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
 
-from .engine import zero_stage
+from ..config import Config, UserError
+from ..data.shards import Index
+from ..models.dit import AudioDiT
+from .engine import deepspeed_refusals, zero_stage
+
+
+def fit_to_shards(config: Config, index: Index) -> Config:
+    """Sizes that the shards decide. Raises UserError when the run asks for others."""
+    for name, value in (("n_mels", index.n_mels), ("vocab", index.vocab)):
+        if getattr(config.model, name) not in (None, value):
+            raise UserError(
+                f"model.{name}={getattr(config.model, name)}, but the shards in {index.folder} have {value}"
+            )
+    return replace(config, model=replace(config.model, n_mels=index.n_mels, vocab=index.vocab))
+
+
+def new_model(config: Config, ds_config: dict) -> AudioDiT:
+    """A model with random weights from torch's random state, the same at every stage; partitioned under ZeRO-3."""
+    model = AudioDiT(config.model, partitioner(ds_config))
+    model.recompute = config.train.activation_checkpointing
+    if config.train.compile:
+        model.run_block = torch.compile(model.run_block)
+    return model
 
 
 def partitioner(ds_config: dict) -> Callable[[nn.Module], nn.Module]:
@@ -24,7 +47,8 @@ def partitioner(ds_config: dict) -> Callable[[nn.Module], nn.Module]:
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
 
     def partition(part: nn.Module) -> nn.Module:
-        deepspeed.zero.Init(module=part.to(dtype), config_dict_or_path=ds_config, dtype=dtype)
+        with deepspeed_refusals():
+            deepspeed.zero.Init(module=part.to(dtype), config_dict_or_path=ds_config, dtype=dtype)
         return part
 
     return partition
