@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -400,6 +401,10 @@ def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
     try:
         named = {"run": {"preset": path.stem}}
         given = OmegaConf.from_dotlist(list(overrides))
+        for content, where in ((read, path), (given, " ".join(overrides))):
+            text = json.dumps(OmegaConf.to_container(content, resolve=False), default=str)
+            # omegaconf would resolve it: ${oc.env:NAME} is a variable of the environment.
+            _check("${" not in text, f"{where}: ${{…}} is not expanded: write the value")
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), named, read, given))
     except YAMLError as error:
         raise UserError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from error

@@ -33,7 +33,10 @@ clean
 on() {  # on NODE COMMAND…: in its network, under its host name, with its own /etc/hosts, /etc/ssh, /etc/slurm
     local node=$1
     shift
-    ip netns exec "$node" unshare --uts bash -c 'hostname "$0"; exec "$@"' "$node" "$@"
+    nsenter --net=/run/netns/"$node" unshare --mount --uts bash -euc '
+        hostname "$0"
+        for file in /etc/netns/"$0"/*; do mount --bind "$file" "/etc/${file##*/}"; done
+        exec "$@"' "$node" "$@"
 }
 
 lay_cable() {
@@ -80,6 +83,8 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SwitchType=switch/none
 MpiDefault=none
+MailProg=/bin/true
+AuthInfo=cred_expire=5
 ReturnToService=2
 KillWait=30
 SlurmctldPidFile=$work/slurm/ctld.pid

@@ -70,7 +70,10 @@ def _sample(raw: dict, shard: Shard, index: Index) -> Sample:
     def array(suffix: str) -> np.ndarray:
         nonlocal member
         member = f"{key}.{suffix}"
-        return np.load(io.BytesIO(raw[suffix]), allow_pickle=False)
+        value = np.load(io.BytesIO(raw[suffix]), allow_pickle=False)
+        if not isinstance(value, np.ndarray):  # of a zip file it makes an archive
+            raise ValueError("no array")
+        return value
 
     try:
         meta = json.loads(raw["json"])

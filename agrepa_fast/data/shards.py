@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from .tokens import read_code_mels
 
 SCHEMA = 2
 SPLITS = ("train", "val")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # no "/", nothing hidden, no URL
 INDEX = "index.json"
 _PROCESS = uuid.uuid4().hex[:8]
 
@@ -200,6 +202,9 @@ def read_index(folder: Path) -> Index:
         raise UserError(f"{path} is damaged ({error}): {remedy(folder)}") from error
     if schema != SCHEMA:
         raise UserError(f"{path} has schema version {schema}, this release reads {SCHEMA}: {remedy(folder)}")
+    for name in (entry["file"] for entry in index_files(content)):
+        if not _PLAIN_NAME.fullmatch(name):
+            raise UserError(f"{path}: file {name!r} has a path; only files beside it are read: {remedy(folder)}")
     return Index(folder, content)
 
 

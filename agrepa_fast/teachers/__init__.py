@@ -41,7 +41,7 @@ def load_teacher(spec: str, device: str = "cpu") -> Teacher:
     source, identity = _locate(base)
     identity = {"spec": spec, **identity}
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type == "whisper":
             from .whisper import load_whisper as load
         else:

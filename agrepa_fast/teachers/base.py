@@ -5,6 +5,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ def load_weights(model_class, source: str, spec: str):
 
     try:
         model, report = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    except (SafetensorError, RuntimeError) as error:  # a file cut off; shapes that do not fit config.json
+    except (SafetensorError, RuntimeError, UnpicklingError) as error:  # cut off; other shapes; more than weights
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"teacher {spec!r}: its weights cannot be read ({reason}): save or download it again"

@@ -24,6 +24,13 @@ _OURS = {
     "optimizer": "AdamW is built from train.lr, train.betas and train.weight_decay",
     "scheduler": "the schedule is built from train.warmup_steps and train.final_lr",
 }
+# DeepSpeed's sections that make sense here. Of the others, some import modules that they name, or write files anywhere.
+_SECTIONS = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("bf16", "fp16", "communication_data_type", "data_types", "prescale_gradients", "gradient_predivide_factor"),
+    *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_allgather", "aio"),
+    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "comms_logger", "dump_state"),
+)
 
 
 def start_ranks() -> torch.device:
@@ -106,6 +113,11 @@ def resolve_ds_config(values: dict, train: TrainConfig, layout: BatchLayout, dev
     for section, reason in _OURS.items():
         if section in values:
             raise UserError(f'ds_config "{section}": remove it, {reason}')
+    for section in values:
+        if section not in _SECTIONS:
+            raise UserError(
+                f'ds_config "{section}" is not among the sections that a run takes: {nearest(section, _SECTIONS)}'
+            )
     for section in ("bf16", "fp16", "zero_optimization"):
         if not isinstance(values.get(section, {}), dict):
             raise UserError(
