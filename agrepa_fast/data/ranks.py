@@ -55,14 +55,9 @@ class Ranks:
 
     def first(self, action: Callable[[], Any]) -> Any:
         """What `action` returns on rank 0, which alone runs it."""
-        box = [action() if self.rank == 0 else None]
+        value = action() if self.rank == 0 else None
         self.gather(None)
-        if self.world > 1:
-            import torch.distributed as dist
-
-            with _connected():
-                dist.broadcast_object_list(box)
-        return box[0]
+        return value if self.world == 1 else self._spread(value)
 
     def poll(self) -> None:
         """To be called now and then where a rank works on its own: raises UserError once another one has failed."""
@@ -89,15 +84,28 @@ class Ranks:
     def _gather(self, value: object, failure: str | None) -> list:
         if self.world == 1:
             return [value]
-        import torch.distributed as dist
-
-        answers: list = [None] * self.world
-        with _connected():
-            dist.all_gather_object(answers, (value, failure))
+        answers = self._exchange((value, failure))
         failures = [text for _, text in answers if text is not None]
         if failures:
             raise _Agreed(failures[0])
         return [answer for answer, _ in answers]
+
+    def _exchange(self, value: object) -> list:
+        import torch.distributed as dist
+
+        answers: list = [None] * self.world
+        with _connected():
+            dist.all_gather_object(answers, value)
+        return answers
+
+    def _spread(self, value: object) -> object:
+        """Rank 0's value; unlike what _exchange does, it is sent once and may be large."""
+        import torch.distributed as dist
+
+        box = [value]
+        with _connected():
+            dist.broadcast_object_list(box)
+        return box[0]
 
 
 ONE = Ranks()
