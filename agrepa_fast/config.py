@@ -104,8 +104,9 @@ class DataConfig:
     mel_scale: str = "htk"  # htk or slaney
     mel_norm: str | None = None  # None or slaney (area-normalised filters)
     center: bool = True  # torchaudio's centred frames; False: HiFi-GAN's, padded by (n_fft - hop) / 2
-    speech_teacher: str = "openai/whisper-large-v3"  # package:NAME, a local folder or a hub name
+    speech_teacher: str = "openai/whisper-large-v3"  # package:NAME, beats:FILE, a folder or a hub name; @N for layer N
     audio_teacher: str = "openai/whisper-large-v3"
+    teacher_precision: str = "fp32"  # fp32 or fp16, of the teacher's weights and activations
     teacher_rate: float | None = None  # teacher frames per second stored; None: their mean, one vector a clip
     codebook: int = 256  # token ids per domain, a k-means codebook over the teacher's frames
     val_share: float = 0.1  # clips whose hashed name falls below this are validation
@@ -128,6 +129,10 @@ class DataConfig:
             all(a < b for a, b in pairwise([0, *self.bucket_seconds, self.max_seconds])),
             f"data.bucket_seconds={self.bucket_seconds}: must rise from above 0 to below "
             f"data.max_seconds={self.max_seconds}",
+        )
+        _check(
+            self.teacher_precision in ("fp32", "fp16"),
+            f"data.teacher_precision={self.teacher_precision!r}: fp32 or fp16",
         )
         _check(
             self.teacher_rate is None or self.teacher_rate > 0,

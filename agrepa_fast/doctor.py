@@ -16,6 +16,7 @@ REQUIRED += ("scipy", "soundfile", "av", "matplotlib", "tensorboard", "tqdm", "r
 OPTIONAL = {
     "triton": "pip install 'triton>=3.6,<3.10': the GPU kernels",
     "flash-attn": "pip install flash-attn, on GPUs: attention over padded batches without a mask",
+    "speechbrain": "pip install speechbrain: BEATs as a teacher (beats:FILE)",
     "vocos": "pip install vocos, for 24 kHz / 100-mel presets; HiFi-GAN or Griffin-Lim runs without it",
 }
 

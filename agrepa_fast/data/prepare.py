@@ -103,6 +103,7 @@ def existing(data: DataConfig, out: Path, sources: list[Source], teachers: bool 
             name = f"{source.domain}_teacher"
             _same_setting(out, name, first["spec"], getattr(data, name))
             _same_setting(out, "teacher_rate", first["rate"], data.teacher_rate)
+            _same_setting(out, "teacher_precision", first["identity"].get("precision"), data.teacher_precision)
         if there["recordings"]["identity"] != source.identity:
             changed = "changed since" if there["recordings"]["name"] == source.name else f"are not {source.name}'s"
             raise UserError(
@@ -153,9 +154,9 @@ def load_on_all(data: DataConfig, spec: str, ranks: Ranks):
     from ..teachers import load_teacher
 
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    teacher = load_teacher(spec, device) if ranks.rank == 0 else None
+    teacher = load_teacher(spec, device, data.teacher_precision) if ranks.rank == 0 else None
     ranks.gather(None)  # the others find in the cache what rank 0 has fetched
-    teacher = teacher or load_teacher(spec, device)
+    teacher = teacher or load_teacher(spec, device, data.teacher_precision)
     if len(set(ranks.gather(digest(teacher.identity)))) > 1:
         raise UserError(f"teacher {spec!r} has other weights on some ranks: give all of them the same")
     return teacher

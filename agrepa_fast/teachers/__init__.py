@@ -3,6 +3,7 @@
 teacher = load_teacher("openai/whisper-large-v3")     # from the model hub
 teacher = load_teacher("/models/wavlm-large@12")      # a folder, the output of its 12th layer
 teacher = load_teacher("package:whisper-base@3")      # from a package, no model hub needed
+teacher = load_teacher("beats:/models/BEATs_iter3_plus_AS2M.pt@9", "cuda", "fp16")
 frames = teacher.frames([wave])[0]                    # (frames, teacher.dim) float32
 
 The demo's audio teacher is Whisper-base's third layer: Whisper's encoder carries sound-event information (Gong et al.,
@@ -26,11 +27,14 @@ from .base import Teacher, split_layer
 __all__ = ["Teacher", "load_teacher"]
 
 
-def load_teacher(spec: str, device: str = "cpu") -> Teacher:
-    """The teacher that `spec` names: `package:NAME`, a folder saved with save_pretrained, or a name on the model hub.
+def load_teacher(spec: str, device: str = "cpu", dtype: str = "fp32") -> Teacher:
+    """The teacher that `spec` names: `package:NAME`, `beats:FILE.pt`, a folder saved with save_pretrained, or a name on
+    the model hub.
 
-    `@N` at its end takes the output of encoder layer N (from 1) instead of what the model returns. Raises UserError, in
-    one line with the remedy, when there is no such model, layer or network.
+    `@N` at its end takes the output of encoder layer N (from 1) instead of what the model returns. dtype: fp32, or fp16
+    for weights and activations; frames are float32 either way. Weights are read from safetensors, or from a
+    pytorch_model.bin with weights_only; code that comes with a model is never run. Raises UserError, in one line with
+    the remedy, when there is no such model, layer or network, and for a model that cannot be a teacher.
     """
     from ..data.features import import_torchaudio
 
@@ -38,6 +42,10 @@ def load_teacher(spec: str, device: str = "cpu") -> Teacher:
     from transformers import AutoConfig
 
     base, layer = split_layer(spec)
+    if base.startswith("beats:"):
+        from .beats import load_beats
+
+        return load_beats(spec, base, layer, device, dtype)
     source, identity = _locate(base)
     identity = {"spec": spec, **identity}
     try:
@@ -45,8 +53,8 @@ def load_teacher(spec: str, device: str = "cpu") -> Teacher:
         if config.model_type == "whisper":
             from .whisper import load_whisper as load
         else:
-            from .encoder import load_encoder as load
-        teacher = load(config, base, source, layer, identity, device)
+            from .families import load_encoder as load
+        teacher = load(config, base, source, layer, identity, device, dtype)
     except (OSError, ValueError) as error:  # what transformers raises for a missing file and an unknown model type
         raise UserError(_not_found(spec, error)) from error
     revision = getattr(config, "_commit_hash", None)  # of a model from the hub

@@ -4,6 +4,7 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -12,6 +13,7 @@ import torch
 
 from ..config import UserError
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _MAY_LACK = ("decoder.", "masked_spec_embed")  # a Whisper's decoder, wav2vec 2.0's training mask: not used here
 
 
@@ -39,6 +41,20 @@ class Teacher(ABC):
         Only frames that cover the recording, and the same ones whatever else is in the list (to about 1e-5 of their
         size). Raises ValueError for an empty wave and for one that is not 1-D.
         """
+
+    def check_precision(self, spec: str) -> None:
+        """UserError when the encoder cannot compute in its precision on its device."""
+        # Another length than those measured in fp32: wav2vec2-conformer keeps the rotary factors of the last one.
+        wave = np.random.default_rng(0).standard_normal(self.sample_rate * 11 // 10).astype(np.float32) * 0.1
+        try:
+            frames = self.frames([wave])
+        except (RuntimeError, NotImplementedError) as error:
+            reason = str(error).strip().partition("\n")[0][:120]
+        else:
+            if np.isfinite(frames[0]).all():
+                return
+            reason = "its frames are not finite"
+        raise UserError(f"teacher {spec!r} cannot compute in fp16 ({reason}): set data.teacher_precision=fp32")
 
 
 def split_layer(spec: str) -> tuple[str, int | None]:
@@ -91,12 +107,43 @@ def batches_by_length(lengths: list[int], room: int, equal: bool = False) -> Ite
         yield group
 
 
-def load_weights(model_class, source: str, spec: str):
-    """model_class.from_pretrained(source) in fp32 and evaluation mode; UserError unless it fills the whole encoder."""
+def put_on(module: torch.nn.Module, device: str | torch.device, dtype: str) -> torch.dtype:
+    """Move it, in fp32 or fp16. Returns the dtype that its inputs must have.
+
+    Buffers that are not saved stay in fp32, as in from_pretrained: frequencies of rotary positions need it.
+    """
+    saved = module.state_dict(keep_vars=True)
+    module.to(device)
+    for tensor in saved.values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(DTYPES[dtype])
+    return DTYPES[dtype]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' tables of weights that a part of a model does not take; what is missing is an error."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def load_weights(model_class, source: str, spec: str, **options):
+    """model_class.from_pretrained(source) in fp32 and evaluation mode; UserError unless it fills the whole encoder.
+
+    safetensors where there are any; a pytorch_model.bin is unpickled with weights_only, which runs no code.
+    """
     from safetensors import SafetensorError
 
+    options |= {"dtype": torch.float32, "weights_only": True, "trust_remote_code": False}
     try:
-        model, report = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        with quiet():
+            model, report = model_class.from_pretrained(source, output_loading_info=True, **options)
     except (SafetensorError, RuntimeError, UnpicklingError) as error:  # cut off; other shapes; more than weights
         reason = " ".join(str(error).split())[:160]
         raise UserError(

@@ -1,94 +1,206 @@
-"""Encoders of transformers that read the wave: wav2vec 2.0, HuBERT, WavLM, UniSpeech, data2vec-audio."""
+"""Any audio encoder of transformers that keeps time: features by its own extractor, a hook on the layer asked for.
 
-import math
+Nothing about a family's strides is written here. What a frame covers is measured when the teacher is loaded: at which
+lengths of a noise a frame is added, whether those lengths are evenly spaced, and whether a clip's frames stay the same
+when it is padded beside a longer one. Where they do not (a group norm over time, a convolution that reads the padding,
+no mask), only clips of one length go together.
+"""
+
+import inspect
+from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..config import UserError
-from .base import Teacher, batches_by_length, check_layer, check_waves, load_weights, slug, weights_sha256
+from .base import Teacher, batches_by_length, check_layer, check_waves, put_on, slug, weights_sha256
 
-MODEL_TYPES = ("data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm")
-_GPU_ROOM = 16000 * 60  # samples of a batch, padding included
+MASKS = ("attention_mask", "input_features_mask", "padding_mask")  # what encoders call the mask of what is not padding
+_GPU_SECONDS = 60  # of a batch, padding included
+_HARMLESS = 1e-4  # change of a frame by padding beside it, in units of the frames' size
+
+
+class _Reached(Exception):
+    """Raised by the hook: the layer's output is there, and nothing behind it is needed."""
 
 
 class EncoderTeacher(Teacher):
-    """Frames as the model returns them, or the output of 1-based `layer` of its transformer."""
+    """Frames as the encoder returns them, or the output of 1-based `layer` of its transformer."""
 
-    def __init__(self, model, extractor, base: str, layer: int | None, identity: dict, device="cpu") -> None:
-        config = model.config
-        check_layer(base, layer, config.num_hidden_layers)
+    def __init__(self, encoder, extractor, base: str, layer: int | None, identity: dict, device="cpu", dtype="fp32"):
+        self.layers = transformer_layers(encoder, base)
+        check_layer(base, layer, len(self.layers))
         self.name = slug(base, layer)
-        self.dim = config.hidden_size
         self.sample_rate = extractor.sampling_rate
-        self.rate = self.sample_rate / math.prod(config.conv_stride)
-        self.identity = identity | {"class": type(model).__name__, "layer": layer, "sha256": weights_sha256(model)}
-        self._convolutions = list(zip(config.conv_kernel, config.conv_stride, strict=True))
-        # A group norm over time sees the padding and no mask helps: such models take clips of one length at a time.
-        self._equal_lengths = config.feat_extract_norm == "group"
-        self._extractor, self._layer, self._device = extractor, layer, torch.device(device)
-        if layer is not None:
-            del model.encoder.layers[layer:]
-        self._model = model.to(self._device)
-        self.room = _GPU_ROOM if self._device.type == "cuda" else 1  # as in whisper.py
+        self.identity = identity | {"class": type(encoder).__name__, "layer": layer, "precision": dtype}
+        self.identity["sha256"] = weights_sha256(encoder)
+        # On a CPU batches gain nothing (measured), and a clip alone gives the same bits in every list.
+        self.room = _GPU_SECONDS * self.sample_rate if torch.device(device).type == "cuda" else 1
+        self._base, self._encoder, self._extractor = base, encoder, extractor
+        self._module = encoder if layer is None else self.layers[layer - 1]
+        self._accepts = inspect.signature(encoder.forward).parameters
+        known = inspect.signature(extractor.__call__).parameters
+        options = {"sampling_rate": self.sample_rate, "return_tensors": "pt", **self._extractor_options()}
+        self._options = {name: value for name, value in options.items() if name in known}
+        self._dtype = put_on(encoder, device, "fp32")
+        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+            self._measure()
+        self._dtype = put_on(encoder, device, dtype)
+        if dtype != "fp32":
+            self.check_precision(base)
+
+    def _extractor_options(self) -> dict:
+        return {"padding": "longest", "truncation": False, "return_attention_mask": True}
 
     @torch.inference_mode()
     def frames(self, waves: list[np.ndarray]) -> list[np.ndarray]:
         check_waves(waves)
-        inputs = [self._input(wave) for wave in waves]
         frames: list[np.ndarray] = [np.empty(0)] * len(waves)
-        for group in batches_by_length([len(values) for values in inputs], self.room, self._equal_lengths):
-            hidden = self._encode([inputs[index] for index in group]).cpu().numpy()
+        for group in batches_by_length([len(wave) for wave in waves], self.room, self.equal_lengths):
+            hidden = self._encode([waves[index] for index in group])
             for row, index in zip(hidden, group, strict=True):
-                frames[index] = row[: self._frame_count(len(inputs[index]))].copy()
+                frames[index] = row[: self.frame_count(len(waves[index]))].copy()
         return frames
 
-    def _input(self, wave: np.ndarray) -> torch.Tensor:
-        """(samples,) normalised as the model wants it; one too short for a frame is filled up with zeros."""
-        wave = np.pad(wave, (0, max(0, self._receptive_field - len(wave))))
-        return self._extractor(wave, sampling_rate=self.sample_rate, return_tensors="pt").input_values[0]
+    def frame_count(self, samples: int) -> int:
+        return max(1, 1 + (samples - self.first) // self.step)
 
-    @property
-    def _receptive_field(self) -> int:
-        """Fewest samples that give a frame."""
-        samples = 1
-        for kernel, stride in reversed(self._convolutions):
-            samples = (samples - 1) * stride + kernel
-        return samples
+    def _encode(self, waves: list[np.ndarray]) -> np.ndarray:
+        """(B, frames of the longest, dim) float32; rows beyond a clip's frames are meaningless."""
+        batch = _padded([self._features(wave) for wave in waves], self._time_axis)
+        return self._forward(batch, self._module).float().cpu().numpy()
 
-    def _frame_count(self, samples: int) -> int:
-        for kernel, stride in self._convolutions:
-            samples = (samples - kernel) // stride + 1
-        return samples
+    def _extracted(self, wave: np.ndarray) -> dict[str, torch.Tensor]:
+        wave = np.pad(wave, (0, max(0, self.first - len(wave), self.step - len(wave))))
+        features = self._extractor(wave, **self._options)
+        return {name: torch.as_tensor(value) for name, value in features.items() if value is not None}
 
-    def _encode(self, inputs: list[torch.Tensor]) -> torch.Tensor:
-        """(B, frames of the longest, dim); rows beyond their length are meaningless."""
-        values = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(self._device)
-        lengths = torch.tensor([len(v) for v in inputs], device=self._device)
-        padded = bool((lengths < values.shape[1]).any())
-        mask = (torch.arange(values.shape[1], device=self._device) < lengths[:, None]).long() if padded else None
-        outputs: list = []
-        # A hook, since models differ in whether hidden_states[-1] is before or after the final norm.
-        hook = self._model.encoder.layers[-1].register_forward_hook(lambda module, args, out: outputs.append(out))
+    def _features(self, wave: np.ndarray) -> dict[str, torch.Tensor]:
+        """What the extractor makes of one clip, (1, ...) each, without the part that its mask calls padding.
+
+        A wave too short for a frame is filled up with zeros.
+        """
+        features = self._extracted(wave)
+        masks = [value for name, value in features.items() if name in MASKS and not value.all()]
+        if masks:
+            length, valid = masks[0].shape[-1], int(masks[0].sum())
+            for name, value in features.items():
+                for axis in [axis for axis in range(1, value.ndim) if value.shape[axis] == length][:1]:
+                    features[name] = value.narrow(axis, 0, valid)
+        return features
+
+    def _forward(self, features: dict[str, torch.Tensor], module: torch.nn.Module) -> torch.Tensor:
+        """The output (B, frames, dim) of `module`, a layer or the encoder itself."""
+        mask = next((name for name in MASKS if name in self._accepts), None)
+        inputs = {}
+        for name, value in features.items():
+            if name in ("input_values", "input_features"):
+                name = next(iter(self._accepts))
+            elif name in MASKS:
+                name = mask
+            if name in self._accepts:
+                inputs[name] = value.to(self._encoder.device, self._dtype if value.is_floating_point() else None)
+        if module is self._encoder:
+            return self._rows(self._encoder(**inputs).last_hidden_state)
+        outputs = []
+
+        def keep(module, args, output) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+            raise _Reached
+
+        hook = module.register_forward_hook(keep)
         try:
-            result = self._model(values, attention_mask=mask).last_hidden_state
+            self._encoder(**inputs)
+        except _Reached:
+            pass
         finally:
             hook.remove()
-        if self._layer is None:
-            return result
-        return outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+        return self._rows(outputs[0])
+
+    def _rows(self, output: torch.Tensor) -> torch.Tensor:
+        """(B, frames, dim) of what a module returned."""
+        return output
+
+    def _measure(self) -> None:
+        """Sets dim, rate, the samples up to the first frame and between frames, and how clips may be batched."""
+        noise = _noise(2 * self.sample_rate)
+        self.first = self.step = 0
+        short, long = self._features(noise[: self.sample_rate]), self._features(noise)
+        self._time_axis = {name: _differing_axis(short[name], long[name]) for name in short}
+        whole = self._forward(short, self._module)
+        self.dim = whole.shape[-1]
+        # The first layer is enough to count at, unless the rate changes on the way to the one asked for.
+        early = self._forward(short, self.layers[0]).shape[1] == whole.shape[1]
+        counted = self.layers[0] if early else self._module
+
+        def count(samples: int) -> int:
+            return self._forward(self._features(noise[:samples]), counted).shape[1]
+
+        one, other = (_next_frame(count, self.sample_rate // part) for part in (2, 1))
+        frames = count(one)
+        step = (other - one) / (count(other) - frames)
+        self.first, self.step = round(one - (frames - 1) * step), round(step)
+        lengths = (self.sample_rate // 3, self.sample_rate * 5 // 3, 2 * self.sample_rate)
+        if step != self.step or any(count(length) != self.frame_count(length) for length in lengths):
+            raise UserError(
+                f"teacher {self._base!r}: its frames are not evenly spaced in time ({count(self.sample_rate)} in 1 s, "
+                f"{count(2 * self.sample_rate)} in 2 s), so they cannot be targets: choose another"
+            )
+        self.rate = self.sample_rate / self.step
+        self.equal_lengths = not self._padding_is_harmless()
+
+    def _padding_is_harmless(self) -> bool:
+        if not any(mask in self._accepts for mask in MASKS):
+            return False
+        clip, longer = _noise(self.sample_rate * 2 // 3), _noise(self.sample_rate)
+        frames = self.frame_count(len(clip))
+        alone, together = self._encode([clip])[0, :frames], self._encode([clip, longer])[0, :frames]
+        return bool(np.abs(alone - together).max() <= _HARMLESS * np.sqrt(np.mean(alone**2)))
 
 
-def load_encoder(config, base: str, source: str, layer: int | None, identity: dict, device="cpu") -> EncoderTeacher:
-    """A model of MODEL_TYPES, saved by transformers with its feature extractor. `source`: folder or hub name."""
-    from transformers import AutoFeatureExtractor, AutoModel
+def transformer_layers(encoder: torch.nn.Module, base: str) -> torch.nn.ModuleList:
+    """The longest list of modules of one class that attend."""
 
-    if config.model_type not in MODEL_TYPES:
-        raise UserError(
-            f"teacher {base!r} is a {config.model_type!r} model: those of type whisper, {', '.join(MODEL_TYPES)} "
-            f"can be teachers"
-        )
-    if getattr(config, "add_adapter", False):
-        raise UserError(f"teacher {base!r} ends in an adapter, which changes its frame rate: save it without one")
-    model = load_weights(AutoModel, source, base)
-    return EncoderTeacher(model, AutoFeatureExtractor.from_pretrained(source), base, layer, identity, device)
+    def attends(module: torch.nn.Module) -> bool:
+        return any("attention" in type(part).__name__.lower() for part in module.modules())
+
+    lists = [module for module in encoder.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
+    lists = [layers for layers in lists if len({type(layer) for layer in layers}) == 1 and attends(layers[0])]
+    if not lists:
+        raise UserError(f"teacher {base!r}: {type(encoder).__name__} has no list of transformer layers")
+    return max(lists, key=len)
+
+
+def _noise(samples: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(samples).astype(np.float32) * 0.1
+
+
+def _next_frame(count: Callable[[int], int], samples: int) -> int:
+    """The smallest length above `samples` that has more frames."""
+    before, low, reach = count(samples), samples, 64
+    while count(samples + reach) == before:
+        low, reach = samples + reach, 2 * reach
+    high = samples + reach
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) == before else (low, middle)
+    return high
+
+
+def _differing_axis(short: torch.Tensor, long: torch.Tensor) -> int | None:
+    pairs = enumerate(zip(short.shape, long.shape, strict=True))
+    return next((axis for axis, (a, b) in pairs if a != b), None)
+
+
+def _padded(features: list[dict[str, torch.Tensor]], time_axis: dict[str, int | None]) -> dict[str, torch.Tensor]:
+    """Clips' features, (1, ...) each, as one batch: zeros up to the longest, in masks too."""
+    batch = {}
+    for name, axis in time_axis.items():
+        values = [of_clip[name] for of_clip in features]
+        if axis is not None:
+            longest = max(value.shape[axis] for value in values)
+            behind = [0, 0] * (values[0].ndim - 1 - axis)  # F.pad counts from the last axis
+            values = [F.pad(value, [*behind, 0, longest - value.shape[axis]]) for value in values]
+        batch[name] = torch.cat(values)
+    return batch

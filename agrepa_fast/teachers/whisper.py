@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .base import Teacher, batches_by_length, check_layer, check_waves, load_weights, slug, weights_sha256
+from .base import Teacher, batches_by_length, check_layer, check_waves, load_weights, put_on, slug, weights_sha256
 
 _SUBSAMPLING = 2  # mel frames per encoder frame: the stride of conv2
 _GPU_ROOM = 6000  # encoder frames of a batch, padding included
@@ -18,7 +18,7 @@ _GPU_ROOM = 6000  # encoder frames of a batch, padding included
 class WhisperTeacher(Teacher):
     """Frames after the last layer and its norm, or after 1-based `layer` without a norm."""
 
-    def __init__(self, encoder, extractor, base: str, layer: int | None, identity: dict, device="cpu") -> None:
+    def __init__(self, encoder, extractor, base: str, layer: int | None, identity: dict, device="cpu", dtype="fp32"):
         config = encoder.config
         check_layer(base, layer, config.encoder_layers)
         self.name = slug(base, layer)
@@ -26,12 +26,15 @@ class WhisperTeacher(Teacher):
         self.sample_rate = extractor.sampling_rate
         self.samples_per_frame = extractor.hop_length * _SUBSAMPLING
         self.rate = self.sample_rate / self.samples_per_frame
-        self.identity = identity | {"class": "WhisperEncoder", "layer": layer, "sha256": weights_sha256(encoder)}
+        self.identity = identity | {"class": "WhisperEncoder", "layer": layer, "precision": dtype}
+        self.identity["sha256"] = weights_sha256(encoder)
         self._window = config.max_source_positions * self.samples_per_frame  # 30 s, as far as positions go
         self._extractor, self._layer, self._device = extractor, layer, torch.device(device)
-        self._encoder = encoder.to(self._device)
+        self._encoder, self._dtype = encoder, put_on(encoder, device, dtype)
         # On a CPU batches gain nothing (measured), and a clip alone gives the same bits in every list.
         self.room = _GPU_ROOM if self._device.type == "cuda" else 1
+        if dtype != "fp32":
+            self.check_precision(base)
 
     @torch.inference_mode()
     def frames(self, waves: list[np.ndarray]) -> list[np.ndarray]:
@@ -45,7 +48,7 @@ class WhisperTeacher(Teacher):
         pieces: dict[int, np.ndarray] = {}
         for group in batches_by_length(lengths, self.room):
             hidden = self._encode([mels[index] for index in group], [lengths[index] for index in group])
-            for row, index in zip(hidden.cpu().numpy(), group, strict=True):
+            for row, index in zip(hidden.float().cpu().numpy(), group, strict=True):
                 pieces[index] = row[: lengths[index]]
         of_wave: list[list[np.ndarray]] = [[] for _ in waves]
         for index, owner in enumerate(owners):
@@ -69,7 +72,8 @@ class WhisperTeacher(Teacher):
         # Zeros after the end are what the convolutions' own padding would be. conv1's output there is not zero, but
         # conv2's last frame reads mel frames 2 n - 3 ... 2 n - 1 of an even number 2 n, and so never sees it.
         longest = max(lengths)
-        batch = torch.stack([F.pad(mel, (0, _SUBSAMPLING * longest - mel.shape[1])) for mel in mels]).to(self._device)
+        batch = torch.stack([F.pad(mel, (0, _SUBSAMPLING * longest - mel.shape[1])) for mel in mels])
+        batch = batch.to(self._device, self._dtype)
         encoder = self._encoder
         hidden = F.gelu(encoder.conv2(F.gelu(encoder.conv1(batch)))).transpose(1, 2)
         hidden = hidden + encoder.embed_positions.weight[:longest]
@@ -83,11 +87,13 @@ class WhisperTeacher(Teacher):
         if min(lengths) == longest:
             return None
         beyond = torch.arange(longest) >= torch.tensor(lengths)[:, None]
-        mask = torch.zeros(beyond.shape).masked_fill_(beyond, torch.finfo(torch.float32).min)
+        mask = torch.zeros(beyond.shape, dtype=self._dtype).masked_fill_(beyond, torch.finfo(self._dtype).min)
         return mask[:, None, None].to(self._device)
 
 
-def load_whisper(config, base: str, source: str, layer: int | None, identity: dict, device="cpu") -> WhisperTeacher:
+def load_whisper(
+    config, base: str, source: str, layer: int | None, identity: dict, device: str = "cpu", dtype: str = "fp32"
+) -> WhisperTeacher:
     """A Whisper saved by transformers: the whole model, or its encoder alone. `source`: folder or hub name."""
     from transformers import WhisperFeatureExtractor, WhisperModel
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
@@ -98,4 +104,4 @@ def load_whisper(config, base: str, source: str, layer: int | None, identity: di
         encoder = load_weights(WhisperModel, source, base).encoder
     # The extractor's arithmetic is fixed but for the number of mel bands, so a folder need not hold its settings.
     extractor = WhisperFeatureExtractor(feature_size=config.num_mel_bins)
-    return WhisperTeacher(encoder, extractor, base, layer, identity, device)
+    return WhisperTeacher(encoder, extractor, base, layer, identity, device, dtype)

@@ -1,0 +1,64 @@
+"""Which models of transformers can be teachers, and how the encoder alone is read from a whole model's weights."""
+
+import torch
+
+from ..config import UserError
+from .base import Teacher, load_weights, quiet
+
+# By config.model_type; tests/test_encoders.py has one of each encoder.
+_WINDOWS = ["audioflamingo3", "audioflamingo3_encoder", "qwen2_audio", "qwen2_audio_encoder"]
+_WINDOWS += ["voxtral", "voxtral_encoder"]
+_CONFORMERS = ["canary", "granite_speech", "lasr_ctc", "lasr_encoder", "parakeet_ctc", "parakeet_encoder"]
+_CONFORMERS += ["parakeet_rnnt", "parakeet_tdt", "seamless_m4t", "seamless_m4t_v2", "wav2vec2-bert"]
+_OF_WAVES = ["data2vec-audio", "hubert", "moonshine", "omniasr", "omniasr_ctc", "sew", "sew-d", "unispeech"]
+_OF_WAVES += ["unispeech-sat", "wav2vec2", "wav2vec2-conformer", "wavlm"]
+_OF_MELS = ["audio-spectrogram-transformer", "clap", "clap_audio_model", "glmasr", "glmasr_encoder"]
+_OF_MELS += ["speech_to_text", "whisper"]
+MODEL_TYPES = sorted(_WINDOWS + _CONFORMERS + _OF_WAVES + _OF_MELS)
+_REFUSED = {
+    "cohere_asr": "its extractor cuts long recordings where they are quiet",
+    "speecht5": "its encoder has no way in for waves",
+    "pe_audio": "its layers carry a class token and its extractor reflects the wave's end",
+} | dict.fromkeys(
+    ("dac", "encodec", "mimi", "xcodec", "univnet"), "a codec or vocoder has no transformer encoder to take layers from"
+)
+# Where a whole model keeps its audio encoder; the first that is a model by itself.
+_PLACES = ("audio_tower", "audio_encoder", "speech_encoder", "audio_model", "encoder")
+
+
+def load_encoder(
+    config, base: str, source: str, layer: int | None, identity: dict, device: str = "cpu", dtype: str = "fp32"
+) -> Teacher:
+    """A model of MODEL_TYPES but Whisper, saved by transformers with its feature extractor. `source`: folder or hub
+    name."""
+    from transformers import AutoFeatureExtractor
+
+    from .encoder import EncoderTeacher
+    from .windows import AstTeacher, ClapTeacher, WindowTeacher
+
+    kind = config.model_type
+    if kind not in MODEL_TYPES:
+        because = f", and {_REFUSED[kind]}" if kind in _REFUSED else ""
+        raise UserError(
+            f"teacher {base!r} is a {kind!r} model{because}: those of type {', '.join(MODEL_TYPES)} can be teachers"
+        )
+    teacher_class = {"audio-spectrogram-transformer": AstTeacher, "clap": ClapTeacher, "clap_audio_model": ClapTeacher}
+    teacher_class |= dict.fromkeys(_WINDOWS, WindowTeacher)
+    extractor = AutoFeatureExtractor.from_pretrained(source)
+    encoder = _load(config, source, base)
+    return teacher_class.get(kind, EncoderTeacher)(encoder, extractor, base, layer, identity, device, dtype)
+
+
+def _load(config, source: str, base: str) -> torch.nn.Module:
+    """The audio encoder in fp32. Of a larger model no other weights are read, so a language model costs no memory."""
+    from transformers import AutoModel, PreTrainedModel
+
+    with torch.device("meta"), quiet():
+        encoder = AutoModel.from_config(config)
+    renamed = {}
+    while True:
+        inner = [name for name in _PLACES if isinstance(getattr(encoder, name, None), PreTrainedModel)]
+        if not inner:
+            return load_weights(type(encoder), source, base, config=encoder.config, key_mapping=renamed or None)
+        encoder = getattr(encoder, inner[0])
+        renamed = {rf"^(?:\w+\.)*?{inner[0]}\.": ""}
