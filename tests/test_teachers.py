@@ -1,5 +1,7 @@
-"""Teachers: small random models on disk against transformers itself, and the packaged Whisper on real sounds."""
+"""Teachers: a small Whisper on disk against transformers itself, what is refused, and the packaged Whisper on real
+sounds."""
 
+import copy
 import io
 import json
 import struct
@@ -14,6 +16,8 @@ from agrepa_fast.config import UserError
 from agrepa_fast.data.features import decode, import_torchaudio, resample
 from agrepa_fast.teachers import load_teacher
 from agrepa_fast.teachers.ctranslate2 import read_variables, whisper_encoder
+
+from .audio_families import FAMILIES
 
 import_torchaudio()  # before transformers
 
@@ -50,30 +54,6 @@ def whisper(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "Tiny-Whisper.v1"
     model.save_pretrained(folder)
     return folder, model.model.encoder
-
-
-def wave_model(kind: str, folder):
-    """A small model of the wave-reading family with its feature extractor, saved into `folder`."""
-    import transformers
-
-    sizes = {
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
-        "conv_dim": [16, 16, 16],
-        "conv_kernel": [10, 3, 3],
-        "conv_stride": [5, 4, 4],
-        "num_conv_pos_embeddings": 8,
-        "num_conv_pos_embedding_groups": 4,
-    }
-    norm = {"feat_extract_norm": "layer", "do_stable_layer_norm": True} if kind == "Hubert" else {}
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes, **norm)).eval()
-    model.save_pretrained(folder)
-    extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=kind == "Hubert")
-    extractor.save_pretrained(folder)
-    return model, extractor
 
 
 def close(ours: np.ndarray, theirs: np.ndarray, tolerance: float = 1e-5) -> None:
@@ -116,13 +96,9 @@ def test_whisper_takes_more_than_30_seconds_in_windows(whisper):
     close(frames[0][1500:], teacher.frames([wave[30 * RATE :]])[0])
 
 
-@pytest.mark.parametrize("kind", ["Whisper", "Wav2Vec2", "Hubert", "WavLM"])
-def test_frames_do_not_depend_on_the_batch(whisper, waves, tmp_path, kind):
-    folder = whisper[0]
-    if kind != "Whisper":
-        wave_model(kind, folder := tmp_path)
+def test_frames_do_not_depend_on_the_batch(whisper, waves):
     for layer in ("", "@2"):
-        teacher = load_teacher(f"{folder}{layer}")
+        teacher = load_teacher(f"{whisper[0]}{layer}")
         alone = [teacher.frames([wave])[0] for wave in waves]
         teacher.room = 10**9  # one padded batch, as on a GPU
         for together, one in zip(teacher.frames(waves), alone, strict=True):
@@ -131,41 +107,31 @@ def test_frames_do_not_depend_on_the_batch(whisper, waves, tmp_path, kind):
             close(together, one)
 
 
+def test_half_precision(whisper, waves):
+    half, full = load_teacher(f"{whisper[0]}@2", dtype="fp16"), load_teacher(f"{whisper[0]}@2")
+    half.room = 10**9
+    for ours, exact in zip(half.frames(waves), full.frames(waves), strict=True):
+        close(ours, exact, 0.02)
+        assert np.abs(ours - exact).max() > 1e-5
+    assert (half.identity["precision"], full.identity["precision"]) == ("fp16", "fp32")
+    assert half.identity["sha256"] == full.identity["sha256"]
+
+
+def test_weights_stored_in_half_have_the_hash_of_their_values(whisper, tmp_path):
+    folder, encoder = whisper
+    copy.deepcopy(encoder).half().save_pretrained(tmp_path / "half")
+    copy.deepcopy(encoder).half().float().save_pretrained(tmp_path / "float")
+    stored = {load_teacher(str(tmp_path / kind)).identity["sha256"] for kind in ("half", "float")}
+    assert len(stored) == 1
+    assert load_teacher(str(folder)).identity["sha256"] not in stored  # they were rounded
+
+
 def test_whisper_alone_and_with_its_decoder_are_the_same_teacher(whisper, waves, tmp_path):
     folder, encoder = whisper
     encoder.save_pretrained(tmp_path / "encoder")
     whole, part = load_teacher(str(folder)), load_teacher(str(tmp_path / "encoder"))
     assert whole.identity["sha256"] == part.identity["sha256"]
     close(part.frames(waves[:1])[0], whole.frames(waves[:1])[0])
-
-
-@pytest.mark.parametrize("kind", ["Wav2Vec2", "Hubert", "WavLM"])
-def test_wave_encoders_are_transformers_own(waves, tmp_path, kind):
-    model, extractor = wave_model(kind, tmp_path)
-    wave = waves[3]
-    layers = []
-    hooks = [
-        layer.register_forward_hook(lambda module, args, out: layers.append(out)) for layer in model.encoder.layers
-    ]
-    with torch.inference_mode():
-        result = model(**extractor(wave, sampling_rate=RATE, return_tensors="pt")).last_hidden_state
-    for hook in hooks:
-        hook.remove()
-    layers = [out[0] if isinstance(out, tuple) else out for out in layers]
-    teacher = load_teacher(str(tmp_path))
-    assert teacher.rate == RATE / 80
-    assert teacher.identity["class"] == f"{kind}Model"
-    close(teacher.frames([wave])[0], result[0].numpy())
-    for number in (1, 3):
-        close(load_teacher(f"{tmp_path}@{number}").frames([wave])[0], layers[number - 1][0].numpy())
-
-
-def test_wave_encoders_have_frames_on_real_samples_only(waves, tmp_path):
-    wave_model("Hubert", tmp_path)
-    teacher = load_teacher(str(tmp_path))
-    field = 10 + 5 * (2 + 4 * 2)  # samples that one frame reads
-    assert [len(f) for f in teacher.frames(waves)] == [max(1, 1 + (n - field) // 80) for n in LENGTHS]
-    assert len(teacher.frames([np.ones(1, np.float32)])[0]) == 1
 
 
 def test_name_and_identity(whisper):
@@ -235,12 +201,81 @@ def test_a_folder_without_a_model(tmp_path):
 
 
 def test_models_of_other_kinds_are_refused(tmp_path):
-    from transformers import BertConfig
+    from transformers import BertConfig, EncodecConfig, SpeechT5Config
 
-    BertConfig(hidden_size=8).save_pretrained(tmp_path)
-    message = user_error(str(tmp_path))
-    assert "'bert' model" in message
-    assert "wavlm" in message
+    for config, words in (
+        (BertConfig(hidden_size=8), "'bert' model"),
+        (EncodecConfig(), "a codec or vocoder has no transformer encoder"),
+        (SpeechT5Config(), "no way in for waves"),
+    ):
+        config.save_pretrained(tmp_path)
+        message = user_error(str(tmp_path))
+        assert words in message
+        assert "wavlm" in message
+
+
+def test_code_beside_a_model_is_not_run(whisper, tmp_path):
+    """Neither a model's own classes nor what a pickle of weights would call."""
+    ran = tmp_path / "ran"
+    folder = tmp_path / "classes"
+    folder.mkdir()
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "cannot be loaded" in user_error(str(folder))
+
+    class Opens:
+        def __reduce__(self):
+            return open, (str(ran), "w")
+
+    folder = tmp_path / "pickle"
+    encoder = whisper[1]
+    encoder.config.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["WhisperEncoder"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = folder / "pytorch_model.bin"
+    torch.save(encoder.state_dict(), weights)
+    assert load_teacher(str(folder)).identity["sha256"] == load_teacher(str(whisper[0])).identity["sha256"]
+    torch.save(encoder.state_dict() | {"more": Opens()}, weights)
+    assert "cannot be" in user_error(str(folder))
+    assert not ran.exists()
+
+
+def test_frames_that_are_uneven_in_time_are_refused():
+    from types import SimpleNamespace
+
+    from agrepa_fast.teachers.encoder import EncoderTeacher
+
+    class Attention(torch.nn.Linear):
+        pass
+
+    class Encoder(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self, uneven: bool):
+            super().__init__()
+            self.layers, self.uneven = torch.nn.ModuleList([Attention(1, 4)]), uneven
+
+        def forward(self, input_values):
+            rows = input_values[:, : input_values.shape[1] // 400 * 400 : 400]
+            if self.uneven:  # from 1.5 s on every second frame is missing
+                rows = torch.cat([rows[:, :60], rows[:, 60::2]], dim=1)
+            return SimpleNamespace(last_hidden_state=self.layers[0](rows[..., None]))
+
+    class Extractor:
+        sampling_rate = RATE
+
+        def __call__(self, wave):
+            return {"input_values": torch.from_numpy(wave)[None]}
+
+    assert EncoderTeacher(Encoder(uneven=False), Extractor(), "even", None, {}).rate == 40
+    with pytest.raises(UserError, match="not evenly spaced in time"):
+        EncoderTeacher(Encoder(uneven=True), Extractor(), "uneven", None, {})
+
+
+def test_clap_has_no_layers_in_time(tmp_path):
+    FAMILIES["clap"].save(tmp_path)
+    assert "fold time into the frequency axis" in user_error(f"{tmp_path}@2")
 
 
 def test_weights_that_are_cut_off_or_incomplete(whisper, tmp_path):
@@ -263,7 +298,7 @@ def test_weights_that_do_not_fit_the_configuration(whisper, tmp_path):
 
 
 def test_a_wave_encoder_without_its_feature_extractor(tmp_path):
-    wave_model("Hubert", tmp_path)
+    FAMILIES["hubert"].save(tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
     assert "cannot be loaded" in user_error(str(tmp_path))
 

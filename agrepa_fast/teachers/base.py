@@ -107,6 +107,13 @@ def batches_by_length(lengths: list[int], room: int, equal: bool = False) -> Ite
         yield group
 
 
+def why(error: Exception) -> str:
+    """Its text in part of a line. What torch.load says of a pickle that would run code ends in how to let it."""
+    if isinstance(error, UnpicklingError):
+        return "a pickle that is cut off or holds more than tensors"
+    return " ".join(str(error).split())[:160]
+
+
 def put_on(module: torch.nn.Module, device: str | torch.device, dtype: str) -> torch.dtype:
     """Move it, in fp32 or fp16. Returns the dtype that its inputs must have.
 
@@ -144,10 +151,9 @@ def load_weights(model_class, source: str, spec: str, **options):
     try:
         with quiet():
             model, report = model_class.from_pretrained(source, output_loading_info=True, **options)
-    except (SafetensorError, RuntimeError, UnpicklingError) as error:  # cut off; other shapes; more than weights
-        reason = " ".join(str(error).split())[:160]
+    except (SafetensorError, RuntimeError, UnpicklingError) as error:  # cut off; shapes that do not fit config.json
         raise UserError(
-            f"teacher {spec!r}: its weights cannot be read ({reason}): save or download it again"
+            f"teacher {spec!r}: its weights cannot be read ({why(error)}): save or download it again"
         ) from error
     missing = sorted(name for name in report["missing_keys"] if not name.startswith(_MAY_LACK))
     if missing:

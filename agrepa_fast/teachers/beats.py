@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..config import UserError
-from .base import Teacher, batches_by_length, check_layer, check_waves, put_on, slug, weights_sha256
+from .base import Teacher, batches_by_length, check_layer, check_waves, put_on, slug, weights_sha256, why
 
 _BANDS, _WINDOW, _HOP = 128, 400, 160  # of the filter bank: mel bands, samples, samples
 _GPU_SECONDS = 120  # of a batch, padding included
@@ -82,9 +82,8 @@ def load_beats(spec: str, base: str, layer: int | None, device: str = "cpu", dty
         settings, weights = content["cfg"], content["model"]
         weights = {name: value.float() for name, value in weights.items() if not name.startswith("predictor.")}
     except Exception as error:  # torch.load raises nearly anything for bytes that are no checkpoint
-        reason = str(error).strip().partition("\n")[0][:120]
         raise UserError(
-            f"teacher {spec!r}: {file} cannot be read as tensors ({reason}): give a checkpoint with 'cfg' and 'model'"
+            f"teacher {spec!r}: {file} cannot be read as tensors ({why(error)}): it must hold 'cfg' and 'model'"
         ) from error
     return BeatsTeacher(_model(spec, settings, weights), spec, base, layer, device, dtype)
 
@@ -114,8 +113,7 @@ def _model(spec: str, settings: object, weights: dict[str, torch.Tensor]) -> tor
         model = Encoder(_config(BEATsConfig(), settings, weights))
         model.load_state_dict(weights)
     except (AssertionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"teacher {spec!r}: its weights do not fit its settings ({reason}): get it again") from error
+        raise UserError(f"teacher {spec!r}: its settings do not fit its weights ({why(error)}): get it anew") from error
     return model.eval().requires_grad_(False)
 
 

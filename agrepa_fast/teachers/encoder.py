@@ -71,8 +71,8 @@ class EncoderTeacher(Teacher):
         batch = _padded([self._features(wave) for wave in waves], self._time_axis)
         return self._forward(batch, self._module).float().cpu().numpy()
 
-    def _extracted(self, wave: np.ndarray) -> dict[str, torch.Tensor]:
-        wave = np.pad(wave, (0, max(0, self.first - len(wave), self.step - len(wave))))
+    def _extracted(self, wave: np.ndarray, shortest: int) -> dict[str, torch.Tensor]:
+        wave = np.pad(wave, (0, max(0, shortest - len(wave))))
         features = self._extractor(wave, **self._options)
         return {name: torch.as_tensor(value) for name, value in features.items() if value is not None}
 
@@ -81,7 +81,7 @@ class EncoderTeacher(Teacher):
 
         A wave too short for a frame is filled up with zeros.
         """
-        features = self._extracted(wave)
+        features = self._extracted(wave, max(self.first, self.step))
         masks = [value for name, value in features.items() if name in MASKS and not value.all()]
         if masks:
             length, valid = masks[0].shape[-1], int(masks[0].sum())

@@ -40,7 +40,7 @@ class WindowTeacher(EncoderTeacher):
             )
 
     def _features(self, wave: np.ndarray) -> dict[str, torch.Tensor]:
-        features = self._extracted(wave)
+        features = self._extracted(wave, self.first)
         # Qwen2-Audio and Voxtral take a mask by this name, do not use it and fail on it.
         features.pop("attention_mask" if "attention_mask" in self._accepts else None, None)
         self._time_axis = dict.fromkeys(features)
