@@ -1,9 +1,12 @@
-"""Discrete tokens without a pretrained tokenizer: a k-means codebook over a teacher's frames.
+"""Tokenizers, which turn a clip into int32 ids, and the simplest of them: a k-means codebook over a teacher's frames.
 
-Each code also carries the mean log-mel of the train frames it stands for: the model's token embeddings start from it.
+`kmeans` is fitted in preparation and `vq:FILE` before it (vq.py), both on a teacher's frames; `s3:NAME` takes waves
+(s3.py). Each code also carries the mean log-mel of the train frames it stands for: the model's token embeddings start
+from it.
 """
 
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +25,40 @@ def fit_frames(codes: int) -> int:
     return min(codes * FIT_FRAMES_PER_CODE, MAX_FIT_FRAMES)
 
 
+class FrameTokenizer(ABC):
+    """Ids of a teacher's frames: `codes` different ones, each for `stride` frames."""
+
+    codes: int
+    stride: int = 1
+    identity: dict  # of one that preparation does not fit
+
+    @abstractmethod
+    def encode(self, frames: np.ndarray) -> np.ndarray:
+        """One clip's frames (S, dim), fp16 or float32 -> (ceil(S / stride),) int32."""
+
+
+class WaveTokenizer(ABC):
+    """Ids of waves at `sample_rate` Hz: `codes` different ones, `rate` a second; identity as of a Teacher."""
+
+    codes: int
+    rate: float
+    sample_rate: int
+    identity: dict
+
+    @abstractmethod
+    def encode(self, waves: list[np.ndarray]) -> list[np.ndarray]:
+        """Waves (samples,) float32 of any lengths -> per wave (S,) int32, whatever else is in the list."""
+
+
 @dataclass(frozen=True)
-class Codebook:
+class Codebook(FrameTokenizer):
     """Nearest-centroid codes of a teacher's frames; centroids (codes, dim) float32."""
 
     centroids: np.ndarray
+
+    @property
+    def codes(self) -> int:
+        return len(self.centroids)
 
     @classmethod
     def fit(cls, frames: np.ndarray, codes: int, domain: str, seed: int = 0) -> "Codebook":
@@ -57,7 +89,7 @@ class Codebook:
 
 
 def tokens_of_frames(tokens: np.ndarray, frames: int) -> np.ndarray:
-    """The token at the time of each of `frames` mel frames: (S,) -> (frames,), both spanning the same clip."""
+    """The token at the middle of each of `frames` mel frames, or other equal parts of the clip: (S,) -> (frames,)."""
     return tokens[((np.arange(frames) + 0.5) * len(tokens) / frames).astype(np.int64)]
 
 
@@ -82,11 +114,13 @@ class CodeMels:
         return np.where(self.counts[:, None] > 0, means, overall).astype(np.float32)
 
 
-def codebook_bytes(codebook: Codebook, mels: np.ndarray) -> bytes:
-    """The content of `codebook-<domain>.safetensors`: `centroids` (codes, dim) and `mel` (codes, n_mels), float32."""
+def codebook_bytes(codebook: Codebook | None, mels: np.ndarray) -> bytes:
+    """The content of `codebook-<domain>.safetensors`: `mel` (codes, n_mels) and, of k-means, `centroids` (codes, dim),
+    float32."""
     from safetensors.numpy import save
 
-    return save({"centroids": codebook.centroids, "mel": np.ascontiguousarray(mels)})
+    tensors = {"mel": np.ascontiguousarray(mels)}
+    return save(tensors if codebook is None else {"centroids": codebook.centroids, **tensors})
 
 
 def read_code_mels(path: Path) -> np.ndarray:
