@@ -1,10 +1,11 @@
-"""The `agrepa` command: prepare, train, probe, sample, export, doctor."""
+"""The `agrepa` command: prepare, tokens, train, probe, sample, export, doctor."""
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
-from .config import DOMAINS, Config, UserError, load_config, nearest
+from .config import DOMAINS, Config, UserError, VqFitConfig, load_config, nearest
 
 SOURCES = {  # of `agrepa prepare`: what it is, and what its path is called
     "demo": ("fetch the demo corpus and prepare it", None),
@@ -78,6 +79,22 @@ def _parser() -> argparse.ArgumentParser:
             "--add-teacher", metavar="SPEC", help="add this teacher's targets to the shards that --out holds already"
         )
         kind.add_argument("overrides", nargs="*", metavar="data.field=value")
+
+    tokens = commands.add_parser("tokens", help="tokenizers of one's own").add_subparsers(
+        dest="kind", required=True, metavar="action"
+    )
+    fit = tokens.add_parser("fit", help="fit a RepCodec-style vector quantiser; data.*_tokens=vq:FILE then uses it")
+    fit.add_argument("path", type=Path, help="folder of recordings")
+    fit.add_argument(
+        "--teacher", required=True, metavar="SPEC", help="whose frames, as data.speech_teacher: NAME@LAYER"
+    )
+    fit.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
+    for field in dataclasses.fields(VqFitConfig):
+        if field.name != "teacher":
+            name = f"--{field.name.replace('_', '-')}"
+            kind = float if isinstance(field.default, float) else int
+            fit.add_argument(name, type=kind, default=field.default, help=f"default: {field.default}")
+    fit.set_defaults(command=_fit_tokens)
 
     probe = commands.add_parser("probe", help="measure what each layer contributes to the velocity, and what it stores")
     probe.add_argument(
@@ -186,6 +203,13 @@ def _source(args: argparse.Namespace):
     if args.kind in ("librispeech", "audioset"):
         return {"librispeech": librispeech_source, "audioset": audioset_source}[args.kind](args.path)
     return {"folder": folder_source, "webdataset": webdataset_source}[args.kind](args.path, args.domain)
+
+
+def _fit_tokens(args: argparse.Namespace) -> None:
+    from .data.vq_fit import fit_vq
+
+    names = [field.name for field in dataclasses.fields(VqFitConfig)]
+    fit_vq(args.path, VqFitConfig(**{name: getattr(args, name) for name in names}), args.out)
 
 
 def _load(args: argparse.Namespace) -> tuple:

@@ -66,6 +66,7 @@ class ModelConfig:
     token_scale: float = 1.0  # norm of each frame of the token condition; the release uses 1
     n_mels: int | None = None
     vocab: int | None = None  # number of token ids, all domains together
+    extra_vocab: int | None = None  # ids of topology B's second token, data.extra_codebook; None: topology A, one token
 
     def __post_init__(self) -> None:
         for name in ("dim", "depth", "heads", "token_dim"):
@@ -83,6 +84,10 @@ class ModelConfig:
         _check(
             self.position in ("sinusoidal", "rotary_conv"),
             f"model.position={self.position!r}: {nearest(self.position, ('sinusoidal', 'rotary_conv'))}",
+        )
+        _check(
+            self.extra_vocab is None or self.extra_vocab >= 1,
+            f"model.extra_vocab={self.extra_vocab}: at least 1, or null for topology A",
         )
         _check(0 <= self.dropout < 1, f"model.dropout={self.dropout}: must be in [0, 1)")
 
@@ -108,7 +113,11 @@ class DataConfig:
     audio_teacher: str = "openai/whisper-large-v3"
     teacher_precision: str = "fp32"  # fp32 or fp16, of the teacher's weights and activations
     teacher_rate: float | None = None  # teacher frames per second stored; None: their mean, one vector a clip
-    codebook: int = 256  # token ids per domain, a k-means codebook over the teacher's frames
+    codebook: int = 256  # token ids per domain
+    speech_tokens: str = "kmeans"  # over the teacher's frames | vq:FILE of `agrepa tokens fit` | s3:NAME or s3:FILE
+    audio_tokens: str = "kmeans"
+    extra_tokens: str | None = None  # topology B: a second token beside every one, of both domains: vq: or s3:
+    extra_codebook: int = 1024  # ids of the second token, both domains together
     val_share: float = 0.1  # clips whose hashed name falls below this are validation
     shard_clips: int = 64
     bucket_seconds: list[float] = field(
@@ -118,7 +127,7 @@ class DataConfig:
     workers: int = 0  # loader processes; 0 reads in the training process
 
     def __post_init__(self) -> None:
-        for name in ("sample_rate", "n_fft", "hop_length", "n_mels", "codebook", "shard_clips"):
+        for name in ("sample_rate", "n_fft", "hop_length", "n_mels", "codebook", "extra_codebook", "shard_clips"):
             _check(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)}: at least 1")
         _check(
             1 <= self.win_length <= self.n_fft,
@@ -144,6 +153,14 @@ class DataConfig:
             self.f_min < self.f_max <= self.sample_rate / 2,
             f"data.f_max={self.f_max}: must be above data.f_min and at most half of the sample rate {self.sample_rate}",
         )
+        for name in ("speech_tokens", "audio_tokens", "extra_tokens"):
+            value = getattr(self, name)
+            kind, _, source = (value or "").partition(":")
+            known = source if kind in ("vq", "s3") else value == ("kmeans" if name != "extra_tokens" else None)
+            _check(
+                bool(known),
+                f"data.{name}={value!r}: {'null' if name == 'extra_tokens' else 'kmeans'}, vq:FILE or s3:NAME",
+            )
         _check(0 < self.val_share < 1, f"data.val_share={self.val_share}: must be between 0 and 1")
         _check(0 <= self.speech_share <= 1, f"data.speech_share={self.speech_share}: must be in [0, 1]")
         _check(self.workers >= 0, f"data.workers={self.workers}: must not be negative")
@@ -329,6 +346,29 @@ class EvalConfig:
             len(self.times) > 0 and all(0 < t < 1 for t in self.times),
             f"eval.times={self.times}: must lie between 0 and 1",
         )
+
+
+@dataclass(frozen=True)
+class VqFitConfig:
+    """`agrepa tokens fit`: a vector quantiser over a teacher's frames. Not a section of a run: the file it writes is
+    named by data.*_tokens."""
+
+    teacher: str  # as data.speech_teacher, with @layer
+    codes: int = 4096
+    stride: int = 1  # teacher frames per token
+    steps: int = 20_000
+    batch: int = 32  # windows of 96 frames per step
+    lr: float = 3e-4
+    seed: int = 0
+    max_frames: int = 2**20  # teacher frames to fit on, 5.8 hours at 50 Hz; kept in memory, fp16
+    max_seconds: float = 10.0  # of a recording, from its start
+
+    def __post_init__(self) -> None:
+        for name in ("codes", "steps", "batch", "max_frames"):
+            _check(getattr(self, name) >= 1, f"--{name.replace('_', '-')}={getattr(self, name)}: at least 1")
+        _check(1 <= self.stride <= 8, f"--stride={self.stride}: from 1 to 8")
+        _check(self.lr > 0, f"--lr={self.lr}: must be positive")
+        _check(self.max_seconds > 0, f"--max-seconds={self.max_seconds}: must be positive")
 
 
 @dataclass(frozen=True)

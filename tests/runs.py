@@ -19,11 +19,11 @@ from agrepa_fast.data.tokens import Codebook, codebook_bytes
 
 ROOT = Path(__file__).parents[1]
 CLOCK = [f"train/{name}" for name in ("clips_per_s", "frames_per_s", "data_wait", "mfu", "peak_memory_gib")]
-N_MELS, CODES, TEACHER_DIMS = 8, 6, {"speech": 5, "audio": 7}
+N_MELS, CODES, EXTRA_CODES, TEACHER_DIMS = 8, 6, 9, {"speech": 5, "audio": 7}
 
 PRESET = """
 model: {dim: 32, depth: 4, heads: 2, position: rotary_conv, time_scale: 1000.0, token_dim: 16, token_scale: 4.0}
-data: {path: %s, sample_rate: 16000, n_mels: 8, f_max: 8000.0, codebook: 6}
+data: {path: %s, sample_rate: 16000, n_mels: 8, f_max: 8000.0, codebook: 6, extra_tokens: null}
 align: {k: 2}
 flow: {steps: 4}
 probe: {start_step: 1, every: 1, warmup_steps: 2, clips: 3, storage_clips: 8, times: [0.3, 0.7], chunk: 2}
@@ -32,17 +32,21 @@ eval: {clips: 3, times: [0.5], vocoder: griffin-lim}
 """
 
 
-def write_small_shards(folder: Path) -> Path:
+def write_small_shards(folder: Path, extra: bool = False) -> Path:
     """Two domains, 22 training and 5 validation clips each of 9 to 25 frames, in shards of 8; returns a preset for
-    them."""
+    them. `extra`: with second tokens, topology B."""
     folder.mkdir(parents=True)
-    draw = np.random.default_rng(0)
+    draw, extra_draw = np.random.default_rng(0), np.random.default_rng(1)
     settings = asdict(DataConfig(sample_rate=16000, n_mels=8, f_max=8000.0, codebook=CODES))
+    if extra:
+        settings |= {"extra_tokens": "vq:none", "extra_codebook": EXTRA_CODES}
     features = {name: value for name, value in settings.items() if name not in NOT_FEATURES}
     content = {"schema": SCHEMA, "features": features, "domains": {}, "shards": []}
     for number, (domain, dim) in enumerate(TEACHER_DIMS.items()):
         train = [_sample(draw, domain, dim, number * CODES, i) for i in range(22)]
         val = [_sample(draw, domain, dim, number * CODES, 100 + i) for i in range(5)]
+        for sample in (*train, *val) if extra else ():
+            sample.tokens2 = extra_draw.integers(0, EXTRA_CODES, len(sample.tokens)).astype(np.int32)
         for split, samples in (("train", train), ("val", val)):
             for start in range(0, len(samples), 8):
                 path = folder / f"{split}-{domain}-{start // 8:04d}.tar"
@@ -55,6 +59,8 @@ def write_small_shards(folder: Path) -> Path:
         content["domains"][domain] = {
             "mel": {"frames": len(mels), "sum": mels.sum(), "sum_squares": (mels**2).sum()},
             "tokens": {
+                "kind": "kmeans",
+                "spec": "kmeans",
                 "offset": number * CODES,
                 "vocab": CODES,
                 "file": book.name,
@@ -74,7 +80,11 @@ def write_small_shards(folder: Path) -> Path:
         }
     write_index(folder, content)
     preset = folder / "preset.yaml"
-    preset.write_text(PRESET % folder)
+    values = PRESET % folder
+    if extra:
+        values = values.replace("extra_tokens: null", f"extra_tokens: vq:none, extra_codebook: {EXTRA_CODES}")
+        values = values.replace("token_dim: 16", f"token_dim: 16, extra_vocab: {EXTRA_CODES}")
+    preset.write_text(values)
     return preset
 
 
@@ -94,6 +104,25 @@ def _sample(draw: np.random.Generator, domain: str, dim: int, first_token: int, 
         tokens=draw.integers(first_token, first_token + CODES, tokens).astype(np.int32),
         teacher=draw.normal(size=dim).astype(np.float16),
     )
+
+
+def write_small_whisper(folder: Path) -> Path:
+    """A random Whisper of width 32 and two layers, as transformers saves it."""
+    import torch
+
+    from agrepa_fast.data.features import import_torchaudio
+
+    import_torchaudio()  # transformers imports it
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+
+    torch.manual_seed(0)
+    small = {"d_model": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 60}
+    layers = {"encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    ids = {"pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
+    model = WhisperModel(WhisperConfig(**small, **layers, **ids, suppress_tokens=None, begin_suppress_tokens=None))
+    model.save_pretrained(folder)
+    WhisperFeatureExtractor().save_pretrained(folder)
+    return folder
 
 
 def free_port() -> str:
