@@ -20,6 +20,7 @@ class Condition:
     lengths: torch.Tensor  # (C,) int64, frames
     keep_tokens: torch.Tensor | None = None  # (C,) bool; False drops the tokens of that clip (guidance); None keeps all
     keep_reference: torch.Tensor | None = None  # (C,) bool, likewise
+    extra_tokens: torch.Tensor | None = None  # (C, S) int64, topology B: the second id of every token
     padded: bool | None = None  # whether some length is below T; None: looked up, True on a GPU, where that would wait
 
     def __post_init__(self) -> None:
@@ -68,20 +69,31 @@ def interpolate_tokens(
 
 class TokenCondition(nn.Module):
     """Token ids to unit-norm frame vectors: embedding, bias-free projection (identity at first), linear interpolation,
-    L2 norm."""
+    L2 norm.
 
-    def __init__(self, vocab: int, dim: int, scale: float = 1.0):
+    With `extra_vocab` (topology B; the paper interleaves t1, b1, t2, b2, … and embeds, concatenates and projects each
+    pair) a second id goes with every token: [embedding | extra embedding] projected 2 dim -> dim. The projection starts
+    as [identity | 0], so that the model starts as topology A and takes from the second token what helps; the second
+    table itself starts random, since a zero one beside zero weights would never get a gradient.
+    """
+
+    def __init__(self, vocab: int, dim: int, scale: float = 1.0, extra_vocab: int | None = None):
         super().__init__()
         self.embedding = nn.Embedding(vocab, dim)
-        self.project = nn.Linear(dim, dim, bias=False)
+        self.extra_embedding = None if extra_vocab is None else nn.Embedding(extra_vocab, dim)
+        self.project = nn.Linear(dim if extra_vocab is None else 2 * dim, dim, bias=False)
         self.scale = scale
         nn.init.eye_(self.project.weight)
 
     def forward(self, condition: Condition, frames: int) -> torch.Tensor:
-        """(C, frames, dim); exactly zero where the tokens of a clip are dropped."""
-        stretched = interpolate_tokens(
-            self.project(self.embedding(condition.tokens)), condition.token_lengths, condition.lengths, frames
-        )
+        """(C, frames, dim); exactly zero where the tokens of a clip are dropped. Topology A passes over extra_tokens;
+        ValueError when topology B is given none."""
+        embedded = self.embedding(condition.tokens)
+        if self.extra_embedding is not None:
+            if condition.extra_tokens is None:
+                raise ValueError("model.extra_vocab is set, and the condition has no extra_tokens")
+            embedded = torch.cat((embedded, self.extra_embedding(condition.extra_tokens)), dim=-1)
+        stretched = interpolate_tokens(self.project(embedded), condition.token_lengths, condition.lengths, frames)
         normed = self.scale * F.normalize(stretched.float(), dim=-1).to(stretched.dtype)
         return keep_clips(normed, condition.keep_tokens)
 

@@ -38,7 +38,7 @@ class AudioDiT(nn.Module):
         self.run_block = _run_block
         dim = config.dim
         self.time = finish(TimeEmbedding(dim, config.time_scale))
-        self.tokens = finish(TokenCondition(config.vocab, config.token_dim, config.token_scale))
+        self.tokens = finish(TokenCondition(config.vocab, config.token_dim, config.token_scale, config.extra_vocab))
         # One Linear of [x_t | tokens | reference], split so that the condition's part is computed once for all rows
         # that share it.
         self.in_x = finish(nn.Linear(config.n_mels, dim))

@@ -20,6 +20,12 @@ def fit_to_shards(config: Config, index: Index) -> Config:
             raise UserError(
                 f"model.{name}={getattr(config.model, name)}, but the shards in {index.folder} have {value}"
             )
+    if config.model.extra_vocab not in (None, index.extra_vocab):
+        there = "no second tokens" if index.extra_vocab is None else f"{index.extra_vocab} of them"
+        raise UserError(
+            f"model.extra_vocab={config.model.extra_vocab}, but the shards in {index.folder} have {there}: "
+            f"set model.extra_vocab={'null' if index.extra_vocab is None else index.extra_vocab}"
+        )
     return replace(config, model=replace(config.model, n_mels=index.n_mels, vocab=index.vocab))
 
 
