@@ -25,7 +25,9 @@ MAX_BAD_SHARE, MAX_BAD = 0.02, 3  # beyond both the folder is not what was meant
 # Settings that may change without new shards, those of the teachers, which shards may have several of, among them.
 NOT_FEATURES = ("path", "speech_teacher", "audio_teacher", "teacher_rate", "teacher_precision")
 NOT_FEATURES += ("speech_share", "workers")
-_NOT_MEL = (*NOT_FEATURES, "codebook", "val_share", "shard_clips", "bucket_seconds")  # settings that no mel depends on
+NOT_FEATURES += ("speech_tokens", "audio_tokens")  # of one domain, hence in its entry
+# Settings that no mel depends on.
+_NOT_MEL = (*NOT_FEATURES, "codebook", "extra_tokens", "extra_codebook", "val_share", "shard_clips", "bucket_seconds")
 
 
 @dataclass(frozen=True)

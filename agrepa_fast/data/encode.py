@@ -1,7 +1,8 @@
-"""Clips to tokens and teacher targets: one pass of the frozen teacher, and a codebook fitted on the way."""
+"""Clips to tokens and teacher targets: one pass of the frozen teacher, and a codebook fitted on the way.
+
+Tokenizers of other inputs have passes of their own: tokenizing.py."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -11,46 +12,49 @@ from ..config import DataConfig, UserError
 from .clips import Clip, ahead, cut_wave, digest
 from .shards import SPLITS
 from .stages import Job, Stage, work_file, work_names, write_work
-from .tokens import Codebook, fit_frames
+from .tokens import Codebook, FrameTokenizer, fit_frames
 
 BATCH = 16  # clips per call of the teacher
 
 
 class TeacherStage:
-    """Teacher frames of the clips -> a codebook, and for each clip its tokens and what is stored of the teacher.
+    """Teacher frames of the clips -> for each clip its ids of every role, and what is stored of the teacher.
 
-    The codebook is fitted on the first train clips in hash order that have enough frames; only their frames are kept,
-    since frames of a large corpus would need more room than the corpus.
+    `tokenizers`: by role; None is a codebook of k-means. It is fitted on the first train clips in hash order that have
+    enough frames; only their frames are kept, since frames of a large corpus would need more room than the corpus.
     """
 
-    def __init__(self, job: Job, teacher, splits: dict[str, list[Clip]]):
+    def __init__(self, job: Job, teacher, splits: dict[str, list[Clip]], tokenizers: dict[str, FrameTokenizer | None]):
         self.job, self.data, self.domain, self.ranks = job, job.data, job.domain, job.ranks
-        self.teacher, self.splits = teacher, splits
+        self.teacher, self.splits, self.tokenizers = teacher, splits, dict(tokenizers)
         every = [clip.file.name for split in SPLITS for clip in splits[split]]
-        depends = [teacher.name, teacher.identity, self.data.codebook, self.data.teacher_rate, every]
+        used = {role: tokenizer and tokenizer.identity for role, tokenizer in tokenizers.items()}
+        depends = [teacher.name, teacher.identity, used, self.data.codebook, self.data.teacher_rate, every]
         self.folder = job.folder("teacher", digest(depends))
 
-    def run(self) -> Codebook:
-        fit = self._fit_clips()
+    def run(self) -> Codebook | None:
+        """The codebook, where one was asked for."""
+        fits = [role for role, tokenizer in self.tokenizers.items() if tokenizer is None]
+        fit = self._fit_clips() if fits else []
         names = {clip.recording.name for clip in fit}
         rest = [clip for split in SPLITS for clip in self.splits[split] if clip.recording.name not in names]
         fit, rest = self._own_batches(fit), self._own_batches(rest)
         with self.job.stage("teacher", sum(map(len, fit + rest))) as stage:
             self._pass(fit, "frames", lambda clip, frames: {"frames": frames}, stage)
             self.ranks.gather(None)  # the frames are there, of all ranks
-            codebook = self.ranks.first(self._codebook)
-            encode = partial(self._encoded, codebook)
+            codebook = self.ranks.first(self._codebook) if fits else None
+            self.tokenizers |= dict.fromkeys(fits, codebook)
             for clip in chain.from_iterable(fit):
                 if not self._file(clip, "tokens").is_file():
                     with np.load(self._file(clip, "frames"), allow_pickle=False) as stored:
-                        write_work(self._file(clip, "tokens"), **encode(clip, stored["frames"]))
-            self._pass(rest, "tokens", encode, stage)
+                        write_work(self._file(clip, "tokens"), **self._encoded(clip, stored["frames"]))
+            self._pass(rest, "tokens", self._encoded, stage)
         return codebook
 
-    def tokens_and_target(self, clip: Clip) -> tuple[np.ndarray, np.ndarray]:
-        """(S,) int32 ids of the codebook; (dim,) fp16, or (frames, dim) with data.teacher_rate."""
+    def encoded(self, clip: Clip) -> dict[str, np.ndarray]:
+        """By role (S,) int32 ids, from 0 on; `target` (dim,) fp16, or (frames, dim) with data.teacher_rate."""
         with np.load(self._file(clip, "tokens"), allow_pickle=False) as stored:
-            return stored["tokens"], stored["target"]
+            return dict(stored)
 
     def _file(self, clip: Clip, kind: str) -> Path:
         return work_file(self.folder, f"{clip.file.stem}.{kind}.npz")
@@ -98,8 +102,9 @@ class TeacherStage:
     def _frames(self, waves: list[np.ndarray], batch: list[Clip]) -> list[np.ndarray]:
         return teacher_frames(self.teacher, waves, [clip.recording.source for clip in batch], self.domain)
 
-    def _encoded(self, codebook: Codebook, clip: Clip, frames: np.ndarray) -> dict:
-        return {"tokens": codebook.encode(frames), "target": target(frames, clip.seconds, self.data.teacher_rate)}
+    def _encoded(self, clip: Clip, frames: np.ndarray) -> dict:
+        ids = {role: tokenizer.encode(frames) for role, tokenizer in self.tokenizers.items()}
+        return {**ids, "target": target(frames, clip.seconds, self.data.teacher_rate)}
 
 
 def batches_of(items: Iterable, order: Callable) -> list[list]:

@@ -22,6 +22,7 @@ from .recordings import Recording, Source
 from .shards import INDEX, SCHEMA, Index, load_index, write_index
 from .sources import demo_sources, folder_source
 from .stages import WORK, Job, remove, write_report
+from .tokenizing import TokenStage, check_extra, check_tokens, domain_roles
 from .writing import ShardStage
 
 
@@ -94,6 +95,7 @@ def existing(data: DataConfig, out: Path, sources: list[Source], teachers: bool 
     content = load_index(out, verify=False).content
     for name, value in settings.items():
         _same_setting(out, name, content["features"].get(name), value)
+    check_extra(out, data, content)
     for source in sources:
         there = content["domains"].get(source.domain)
         if there is None:
@@ -104,6 +106,7 @@ def existing(data: DataConfig, out: Path, sources: list[Source], teachers: bool 
             _same_setting(out, name, first["spec"], getattr(data, name))
             _same_setting(out, "teacher_rate", first["rate"], data.teacher_rate)
             _same_setting(out, "teacher_precision", first["identity"].get("precision"), data.teacher_precision)
+            check_tokens(out, data, content, source.domain)
         if there["recordings"]["identity"] != source.identity:
             changed = "changed since" if there["recordings"]["name"] == source.name else f"are not {source.name}'s"
             raise UserError(
@@ -149,17 +152,9 @@ def workers() -> ThreadPoolExecutor:
 
 def load_on_all(data: DataConfig, spec: str, ranks: Ranks):
     """The teacher on this rank's device, the same on all ranks."""
-    import torch
-
     from ..teachers import load_teacher
 
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    teacher = load_teacher(spec, device, data.teacher_precision) if ranks.rank == 0 else None
-    ranks.gather(None)  # the others find in the cache what rank 0 has fetched
-    teacher = teacher or load_teacher(spec, device, data.teacher_precision)
-    if len(set(ranks.gather(digest(teacher.identity)))) > 1:
-        raise UserError(f"teacher {spec!r} has other weights on some ranks: give all of them the same")
-    return teacher
+    return ranks.loaded(f"teacher {spec!r}", lambda device: load_teacher(spec, device, data.teacher_precision))
 
 
 def _prepare_domain(job: Job, recordings: list[Recording], teacher_of: Callable) -> tuple[dict, list[dict]]:
@@ -170,8 +165,14 @@ def _prepare_domain(job: Job, recordings: list[Recording], teacher_of: Callable)
     splits = {"train": [], "val": []}
     for clip in sorted(clips, key=lambda clip: name_hash("order", clip.recording.name)):
         splits["val" if clip.recording.split_group in held_out else "train"].append(clip)
-    stage = TeacherStage(job, teacher_of(getattr(data, f"{domain}_teacher")), splits)
+    teacher = teacher_of(getattr(data, f"{domain}_teacher"))
+    roles = domain_roles(job, teacher, teacher_of)
+    # A tokenizer of this teacher's frames runs in the teacher's pass, any other in one of its own.
+    stage = TeacherStage(job, teacher, splits, {r.name: r.tokenizer for r in roles if r.teacher is teacher})
     codebook = stage.run()
+    passes = {role.name: TokenStage(job, role, splits) for role in roles if role.teacher is not teacher}
+    for tokens in passes.values():
+        tokens.run()
     described = digest([(r.name, r.text, r.labels, r.source, r.licence) for r in recordings])
-    entry, shards = ShardStage(job, described, splits, stage, codebook).run()
+    entry, shards = ShardStage(job, described, splits, stage, codebook, roles, passes).run()
     return {**entry, "recordings": {}, "skipped": skipped}, shards

@@ -59,6 +59,20 @@ class Ranks:
         self.gather(None)
         return value if self.world == 1 else self._spread(value)
 
+    def loaded(self, what: str, load: Callable[[str], Any]) -> Any:
+        """load(this rank's device): on rank 0 first, in whose cache the others find what it has fetched. UserError
+        unless its `identity` is the same on all."""
+        import torch
+
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        found = load(device) if self.rank == 0 else None
+        self.gather(None)
+        found = found or load(device)
+        identities = self.gather(found.identity)
+        if any(identity != identities[0] for identity in identities):
+            raise UserError(f"{what} has other weights on some ranks: give all of them the same")
+        return found
+
     def poll(self) -> None:
         """To be called now and then where a rank works on its own: raises UserError once another one has failed."""
         if self.world == 1 or time.monotonic() - self._polled < _POLL_SECONDS:

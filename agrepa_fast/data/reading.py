@@ -85,6 +85,11 @@ def _sample(raw: dict, shard: Shard, index: Index) -> Sample:
         tokens = array("tokens.npy")
         check(tokens.dtype == np.int32 and tokens.ndim == 1 and len(tokens) > 0, "not a row of int32 ids")
         check(first <= tokens.min() and tokens.max() < end, f"ids outside {first} to {end - 1}")
+        extra = None
+        if index.extra_vocab is not None:
+            extra = array("tokens2.npy")
+            check(extra.dtype == np.int32 and extra.shape == tokens.shape, f"not {len(tokens)} int32 ids, as tokens")
+            check(extra.min() >= 0 and extra.max() < index.extra_vocab, f"ids outside 0 to {index.extra_vocab - 1}")
         vector = array(f"{teacher.name}.npy")
         check(vector.dtype == np.float16 and vector.shape[-1:] == (teacher.dim,), f"not float16 of {teacher.dim}")
         pooled, many = teacher.rate is None, vector.ndim == 2 and len(vector) > 0
@@ -92,7 +97,8 @@ def _sample(raw: dict, shard: Shard, index: Index) -> Sample:
         check(bool(np.isfinite(vector).all()), "not finite")
         check(meta["domain"] == shard.domain, f"domain {meta['domain']!r} in a shard of {shard.domain}")
         described = {name: meta[name] for name in ("domain", "text", "frames", "seconds", "cut", "source", "licence")}
-        return Sample(key=key, labels=tuple(meta["labels"]), mel=mel, tokens=tokens, teacher=vector, **described)
+        arrays = {"mel": mel, "tokens": tokens, "tokens2": extra, "teacher": vector}
+        return Sample(key=key, labels=tuple(meta["labels"]), **arrays, **described)
     except KeyError as error:
         raise UserError(f"{shard.path}: {key} lacks {error}: {remedy(index.folder)}") from error
     except (ValueError, EOFError, TypeError) as error:

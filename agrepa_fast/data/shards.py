@@ -1,10 +1,11 @@
 """WebDataset shards of features and their index.json: the format and its writer; reading.py reads them.
 
 Per sample: `<key>.json` (domain, text, labels, frames, seconds, cut, source, licence), `<key>.mel.npy` fp16 (T, n_mels)
-natural-log mel, `<key>.tokens.npy` int32 (S,) ids counted over all domains, `<key>.<teacher>.npy` fp16, (dim,), the
-mean of the teacher's frames, or (frames, dim). Files `<split>-<domain>-<nnnn>.tar`; a train shard's clips are of one
-length bucket. A teacher that was added later is in `<split>-<domain>-<nnnn>.<teacher>.tar` beside each shard, in its
-order. The same features give the same bytes. No pickle anywhere.
+natural-log mel, `<key>.tokens.npy` int32 (S,) ids counted over all domains, for topology B `<key>.tokens2.npy` int32
+(S,), `<key>.<teacher>.npy` fp16, (dim,), the mean of the teacher's frames, or (frames, dim). Files
+`<split>-<domain>-<nnnn>.tar`; a train shard's clips are of one length bucket. A teacher that was added later is in
+`<split>-<domain>-<nnnn>.<teacher>.tar` beside each shard, in its order. The same features give the same bytes. No
+pickle anywhere.
 """
 
 import hashlib
@@ -58,7 +59,7 @@ class TeacherInfo:
 @dataclass
 class Sample:
     """One clip. mel (T, n_mels) fp16 natural log, tokens (S,) int32, teacher (dim,) or (frames, dim) fp16 as stored;
-    `frames` is T."""
+    `frames` is T. tokens2 (S,) int32, one for every token, where the shards have them."""
 
     key: str
     domain: str
@@ -72,6 +73,7 @@ class Sample:
     mel: np.ndarray
     tokens: np.ndarray
     teacher: np.ndarray
+    tokens2: np.ndarray | None = None
 
     @property
     def pooled(self) -> np.ndarray:
@@ -109,6 +111,11 @@ class Index:
     def vocab(self) -> int:
         """Token ids of all domains, prepared or not: a domain that is added later finds its ids reserved."""
         return len(DOMAINS) * self.features["codebook"]
+
+    @property
+    def extra_vocab(self) -> int | None:
+        """Ids of the second tokens, which both domains share; None where there are none."""
+        return self.features["extra_codebook"] if self.features.get("extra_tokens") else None
 
     @cached_property
     def mel_mean(self) -> float:
@@ -225,6 +232,9 @@ def matching_index(data: DataConfig, verify: bool = True) -> Index:
             _refuse(index, name, " or ".join(specs), getattr(data, name))
         # Two entries of one teacher differ in their rate; training pools them alike.
         chosen[domain] = next((key for key in of_spec if entries[key]["rate"] == data.teacher_rate), of_spec[0])
+        there, name = index.content["domains"][domain]["tokens"]["spec"], f"{domain}_tokens"
+        if there != getattr(data, name):
+            _refuse(index, name, there, getattr(data, name))
     return replace(index, chosen=chosen)
 
 
@@ -317,6 +327,7 @@ def _members(sample: Sample, teacher: str) -> dict:
         "json": json.dumps(meta, ensure_ascii=False).encode(),
         "mel.npy": npy(sample.mel),
         "tokens.npy": npy(sample.tokens),
+        **({} if sample.tokens2 is None else {"tokens2.npy": npy(sample.tokens2)}),
         f"{teacher}.npy": npy(sample.teacher),
     }
 

@@ -58,10 +58,13 @@ def collate(
     tokens = max(tokens, *(len(s.tokens) for s in samples))
     mel = torch.zeros(len(samples), frames, index.n_mels)
     ids = torch.zeros(len(samples), tokens, dtype=torch.int64)
+    extra = None if index.extra_vocab is None else torch.zeros_like(ids)
     teacher = {name: torch.zeros(len(samples), index.teacher(name).dim) for name in index.domains}
     for row, s in enumerate(samples):
         mel[row, : s.mel.shape[0]] = (torch.from_numpy(s.mel).float() - index.mel_mean) / index.mel_std
         ids[row, : len(s.tokens)] = torch.from_numpy(s.tokens)
+        if extra is not None:
+            extra[row, : len(s.tokens)] = torch.from_numpy(s.tokens2)
         vector = s.pooled
         teacher[s.domain][row] = torch.from_numpy(vector - index.teacher(s.domain).mean if center else vector)
     condition = Condition(
@@ -69,6 +72,7 @@ def collate(
         token_lengths=torch.tensor([len(s.tokens) for s in samples]),
         reference=torch.zeros_like(mel),
         lengths=torch.tensor([s.mel.shape[0] for s in samples]),
+        extra_tokens=extra,
     )
     domain = torch.tensor([DOMAINS.index(s.domain) for s in samples])
     return Batch(tuple(s.key for s in samples), domain, mel, condition, teacher, places)

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import DOMAINS, DataConfig
+from ..config import DataConfig
 from .clips import Clip, ahead, digest
 from .encode import TeacherStage, teacher_entry, teacher_name
 from .features import frame_count
 from .shards import SPLITS, Sample, write_atomically, write_shard
 from .stages import Job, Stage, work_file, write_work
+from .tokenizing import Role, TokenStage, paired
 from .tokens import Codebook, CodeMels, codebook_bytes
 
 
@@ -55,14 +56,23 @@ class ShardStage:
     """Writes the shards of a domain whose clips have been encoded."""
 
     def __init__(
-        self, job: Job, identity: str, splits: dict[str, list[Clip]], teacher: TeacherStage, codebook: Codebook
+        self,
+        job: Job,
+        identity: str,
+        splits: dict[str, list[Clip]],
+        teacher: TeacherStage,
+        codebook: Codebook | None,
+        roles: list[Role],
+        passes: dict[str, TokenStage],  # by role, where not the teacher's pass made its ids
     ):
         self.job, self.data, self.domain = job, job.data, job.domain
         self.splits, self.teacher, self.codebook = splits, teacher, codebook
+        self.roles, self.passes = {role.name: role for role in roles}, passes
         self.name = teacher_name(teacher.teacher, self.data.teacher_rate)
         self.planned = plan_shards(self.data, self.domain, splits)
         # Of what the teacher's folder does not know: texts and labels, and how clips are spread over shards.
-        depends = [identity, teacher.folder.name, [[p.file, p.bucket, len(p.clips)] for p in self.planned]]
+        made_by = [teacher.folder.name, *(stage.folder.name for stage in self.passes.values())]
+        depends = [identity, made_by, [[p.file, p.bucket, len(p.clips)] for p in self.planned]]
         self.folder = job.folder("shards", digest(depends), alone=True)
 
     def run(self) -> tuple[dict, list[dict]]:
@@ -85,7 +95,7 @@ class ShardStage:
                     return
         record.unlink(missing_ok=True)  # of a shard that is about to be another one
         sums, mels = _Sums(self.teacher.teacher.dim), CodeMels(self.data.codebook, self.data.n_mels)
-        offset = DOMAINS.index(self.domain) * self.data.codebook
+        offset = self.roles["tokens"].offset
 
         def samples() -> Iterator[Sample]:
             for sample in ahead(self.job.pool, self._sample, planned.clips):
@@ -110,10 +120,13 @@ class ShardStage:
         recording = clip.recording
         with np.load(clip.file, allow_pickle=False) as stored:
             mel, seconds, cut = stored["mel"], round(float(stored["seconds"]), 4), bool(stored["cut"])
-        tokens, target = self.teacher.tokens_and_target(clip)
+        made = self.teacher.encoded(clip) | {name: stage.ids(clip) for name, stage in self.passes.items()}
+        tokens = made["tokens"]
+        extra = paired(tokens, made["tokens2"]) if "tokens2" in made else None
         described = {name: getattr(recording, name) for name in ("domain", "text", "labels", "source", "licence")}
         length = {"frames": len(mel), "seconds": seconds, "cut": cut}
-        return Sample(key=recording.name, mel=mel, tokens=tokens, teacher=target, **length, **described)
+        arrays = {"mel": mel, "tokens": tokens, "tokens2": extra, "teacher": made["target"]}
+        return Sample(key=recording.name, **arrays, **length, **described)
 
     def _merge(self) -> tuple[dict, list[dict]]:
         teacher, train = self.teacher.teacher, len(self.splits["train"])
@@ -133,6 +146,7 @@ class ShardStage:
             "seconds": {split: round(seconds[split], 3) for split in SPLITS},
             "mel": {"frames": int(frames), "sum": values, "sum_squares": squares},
             "tokens": self._write_codebook(mels),
+            **{name: role.entry() for name, role in self.roles.items() if name != "tokens"},
             "teachers": {
                 self.name: teacher_entry(
                     teacher, getattr(self.data, f"{self.domain}_teacher"), self.data, total.target / train, None
@@ -142,14 +156,12 @@ class ShardStage:
         return entry, shards
 
     def _write_codebook(self, mels: CodeMels) -> dict:
-        """Write codebook-<domain>.safetensors; its entry in the index."""
-        teacher, content = self.teacher.teacher, codebook_bytes(self.codebook, mels.means())
+        """Write codebook-<domain>.safetensors; the entry of its tokens in the index."""
+        content = codebook_bytes(self.codebook, mels.means())
         file = self.job.out / f"codebook-{self.domain}.safetensors"
         write_atomically(file, content)
-        offset = DOMAINS.index(self.domain) * self.data.codebook
-        tokens = {"kind": "kmeans", "vocab": self.data.codebook, "offset": offset, "rate": teacher.rate}
-        tokens |= {"teacher": teacher.name, "file": file.name, "bytes": len(content)}
-        return {**tokens, "sha256": hashlib.sha256(content).hexdigest()}
+        written = {"file": file.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        return {**self.roles["tokens"].entry(), **written}
 
 
 class _Sums:
