@@ -89,7 +89,7 @@ class ModelConfig:
 class DataConfig:
     """Shards, and the features that `agrepa prepare` writes into them."""
 
-    path: str = "data/demo"  # folder of shards with index.json
+    path: str = "data/demo"  # folder of shards with index.json, or its URL: http(s)://, s3://, what fsspec reads
     max_seconds: float = 10.0  # recordings are cut once, in prepare, never later
     min_seconds: float = 0.5  # shorter recordings are skipped
     sample_rate: int = 24000  # Hz
@@ -111,8 +111,11 @@ class DataConfig:
     bucket_seconds: list[float] = field(
         default_factory=list
     )  # length buckets of train shards: their ends, but the last
-    speech_share: float = 0.5  # share of speech in each batch, when both domains are there
+    speech_share: float = 0.5  # mixing weight: share of speech among the clips, when both domains are there
     workers: int = 0  # loader processes; 0 reads in the training process
+    max_faults: float = 0.001  # share of the training clips that may be unreadable before the run stops
+    read_timeout: float = 60.0  # seconds that one attempt to read a URL may take, and 1 s more for each MB
+    read_attempts: int = 6  # to read a URL, with exponential back-off
 
     def __post_init__(self) -> None:
         for name in ("sample_rate", "n_fft", "hop_length", "n_mels", "codebook", "shard_clips"):
@@ -140,6 +143,9 @@ class DataConfig:
         _check(0 < self.val_share < 1, f"data.val_share={self.val_share}: must be between 0 and 1")
         _check(0 <= self.speech_share <= 1, f"data.speech_share={self.speech_share}: must be in [0, 1]")
         _check(self.workers >= 0, f"data.workers={self.workers}: must not be negative")
+        _check(0 <= self.max_faults <= 1, f"data.max_faults={self.max_faults}: a share, in [0, 1]")
+        _check(self.read_timeout > 0, f"data.read_timeout={self.read_timeout}: must be positive")
+        _check(self.read_attempts >= 1, f"data.read_attempts={self.read_attempts}: at least 1")
 
 
 @dataclass(frozen=True)

@@ -94,18 +94,17 @@ def choose_config(args: argparse.Namespace) -> Config:
 
 def prepared_index(config: Config) -> Index:
     """The shards of the run. The demo preset's own are made when they are missing; rank 0's refusal is everybody's."""
-    path = Path(config.data.path)
+    demo = load_config("demo").data.path
 
-    def prepare_and_verify() -> None:
-        is_demo = config.run.preset == "demo" and config.data.path == load_config("demo").data.path
-        if is_demo and not (path / "index.json").is_file():
+    def prepare_and_check() -> None:
+        if config.run.preset == "demo" and config.data.path == demo and not (Path(demo) / "index.json").is_file():
             from agrepa_fast.data.prepare import prepare_demo
 
-            prepare_demo(config, path)
+            prepare_demo(config, Path(demo))
         matching_index(config.data)
 
-    agree(prepare_and_verify)
-    return matching_index(config.data, verify=False)
+    agree(prepare_and_check)
+    return matching_index(config.data)
 
 
 def fit_to_shards(config: Config, index: Index) -> Config:

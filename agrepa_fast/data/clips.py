@@ -23,7 +23,10 @@ from .stages import Job, work_file, write_work
 MIN_PEAK = 1e-4  # a recording that stays below is silent
 MAX_BAD_SHARE, MAX_BAD = 0.02, 3  # beyond both the folder is not what was meant
 # Settings that may change without new shards, those of the teachers, which shards may have several of, among them.
-NOT_FEATURES = ("path", "speech_teacher", "audio_teacher", "teacher_rate", "speech_share", "workers")
+NOT_FEATURES = (
+    *("path", "speech_teacher", "audio_teacher", "teacher_rate", "speech_share", "workers"),
+    *("max_faults", "read_timeout", "read_attempts"),
+)
 _NOT_MEL = (*NOT_FEATURES, "codebook", "val_share", "shard_clips", "bucket_seconds")  # settings that no mel depends on
 
 

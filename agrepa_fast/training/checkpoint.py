@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..config import Config, UserError, load_config, save_config
-from ..data.shards import INDEX, file_sha256
+from ..data.shards import index_sha256
 from ..models.dit import AudioDiT
 from .choose import LayerChoice
 from .ema import Ema
@@ -30,6 +30,9 @@ _MAY_CHANGE = {  # on a resume; so may eval.*
         "run.dir",
         "data.path",
         "data.workers",
+        "data.read_timeout",
+        "data.read_attempts",
+        "data.max_faults",
         "probe.chunk",
         "probe.graph",
         "probe.max_rows",
@@ -116,7 +119,7 @@ class Checkpoints:
 
     def _facts(self, engine, config: Config) -> dict:
         """What must be equal on a resume and is no setting."""
-        shards = file_sha256(Path(config.data.path) / INDEX)
+        shards = index_sha256(config.data)
         return {"ranks": self.world, "ZeRO stage": engine.zero_optimization_stage(), "shards": shards}
 
     def _new_tag(self, step: int) -> str:
