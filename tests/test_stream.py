@@ -3,7 +3,7 @@ import torch
 
 from agrepa_fast.config import DOMAINS, DataConfig, UserError
 from agrepa_fast.data.shards import load_index
-from agrepa_fast.data.stream import BatchLayout, DomainSequence, batch_domains, collate, fixed_clips, train_batches
+from agrepa_fast.data.stream import BatchLayout, collate, fixed_clips, train_batches
 
 from .runs import write_small_shards
 
@@ -13,26 +13,6 @@ def index(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stream") / "shards"
     write_small_shards(folder)
     return load_index(folder)
-
-
-def test_every_clip_once_an_epoch_in_another_order_each_time(index):
-    sequence = DomainSequence(index, "speech", seed=0)
-    epochs = [[sequence[epoch * 22 + i].key for i in range(22)] for epoch in range(3)]
-    assert all(len(set(keys)) == 22 for keys in epochs)
-    assert len({tuple(keys) for keys in epochs}) == 3
-    assert [DomainSequence(index, "speech", seed=1)[i].key for i in range(22)] != epochs[0]
-
-
-def test_shards_come_in_another_order_each_epoch(index):
-    sequence = DomainSequence(index, "speech", seed=0)
-    orders = [tuple(dict.fromkeys(int(sequence[22 * e + i].key[-4:]) // 8 for i in range(22))) for e in range(6)]
-    assert len(set(orders)) > 1
-
-
-def test_a_position_is_found_without_what_comes_before(index):
-    wanted = DomainSequence(index, "audio", seed=3)[57].key
-    forwards = DomainSequence(index, "audio", seed=3)
-    assert [forwards[i].key for i in range(58)][-1] == wanted
 
 
 @pytest.mark.parametrize(("world", "accumulation", "workers"), [(1, 1, 0), (2, 1, 0), (2, 2, 0), (1, 4, 0), (1, 2, 2)])
@@ -56,15 +36,6 @@ def test_resuming_at_a_step_gives_the_batches_from_there(index):
     all_keys = [next(running).keys for _ in range(20)]
     resumed = train_batches(index, DataConfig(), layout, seed=0, center=True, step=7)
     assert [next(resumed).keys for _ in range(6)] == all_keys[14:]
-
-
-@pytest.mark.parametrize(("share", "speech"), [(0.5, 4), (0.25, 2), (0.0, 0), (1.0, 8)])
-def test_domains_are_spread_over_a_batch(share, speech):
-    domains = batch_domains(DOMAINS, 8, share)
-    assert domains.count("speech") == speech
-    if share == 0.5:
-        assert domains[:4].count("speech") == 2
-    assert batch_domains(("audio",), 3, 0.5) == ["audio"] * 3
 
 
 def test_collate_normalises_and_centres_and_pads_with_zeros(index):

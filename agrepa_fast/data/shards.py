@@ -10,6 +10,7 @@ order. The same features give the same bytes. No pickle anywhere.
 import hashlib
 import io
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterable, Iterator
@@ -166,6 +167,13 @@ class Index:
         """First id of a domain, and the first id after it."""
         tokens = self.content["domains"][domain]["tokens"]
         return tokens["offset"], tokens["offset"] + tokens["vocab"]
+
+    def most_tokens(self, frames: int) -> int:
+        """A bound of the tokens of clips of up to so many mel frames, from the tokens' rates; `frames` where one is not
+        known."""
+        seconds = frames * self.features["hop_length"] / self.features["sample_rate"]
+        rates = [self.content["domains"][domain]["tokens"].get("rate") for domain in self.domains]
+        return frames if None in rates else max(math.ceil(rate * seconds) for rate in rates) + 1
 
     def code_mels(self) -> np.ndarray:
         """(vocab, n_mels) float32: mean natural-log mel of each code; ids of a missing domain get the overall mean."""
