@@ -269,6 +269,8 @@ class TrainConfig:
     steps: int = 500_000
     start_from: str | None = None  # weights to start with: a run, or one of its checkpoints; None: random ones
     batch_clips: int = 16  # clips of one optimizer step, over all ranks and micro-batches
+    batch_frames: float | None = None  # instead: what they may cost, sum of frames + attention_cost * frames^2
+    attention_cost: float | None = None  # of a pair of frames; None: attention's FLOPs over the linear layers'
     accumulation: int = 1  # micro-batches per optimizer step
     lr: float = 1e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -299,6 +301,14 @@ class TrainConfig:
         _check(
             window is None or (len(window) == 2 and 1 <= window[0] <= window[1]),
             f"train.profile={window}: the first and the last step, from 1, such as [10,12]",
+        )
+        _check(
+            self.batch_frames is None or self.batch_frames > 0,
+            f"train.batch_frames={self.batch_frames}: must be positive, or null",
+        )
+        _check(
+            self.attention_cost is None or self.attention_cost >= 0,
+            f"train.attention_cost={self.attention_cost}: not below 0, or null",
         )
         _check(self.lr > 0, f"train.lr={self.lr}: must be positive")
         _check(self.clip_norm > 0, f"train.clip_norm={self.clip_norm}: must be positive")

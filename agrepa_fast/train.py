@@ -15,6 +15,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +24,9 @@ import torch.distributed as dist
 
 from agrepa_fast.attribution.report import drop_later_probes
 from agrepa_fast.config import Config, UserError, load_config, save_config
+from agrepa_fast.data.plan import BatchLayout, BatchPlan
 from agrepa_fast.data.shards import Index, matching_index
-from agrepa_fast.data.stream import BatchLayout, train_batches
+from agrepa_fast.data.stream import end_loaders, train_batches
 from agrepa_fast.data.vocoder import load_vocoder
 from agrepa_fast.models.dit import AudioDiT
 from agrepa_fast.training.aligner import Aligner
@@ -37,6 +39,7 @@ from agrepa_fast.training.checkpoint import (
 )
 from agrepa_fast.training.choose import LayerChoice
 from agrepa_fast.training.compute import peak_flops
+from agrepa_fast.training.dry_run import dry_run
 from agrepa_fast.training.ema import Ema
 from agrepa_fast.training.endings import claim, explain, limit_waiting
 from agrepa_fast.training.engine import (
@@ -149,14 +152,26 @@ def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> 
     return model
 
 
+def start_lines(plan: BatchPlan, layout: BatchLayout, config: Config, engine, index: Index, device) -> Iterator[str]:
+    """What a person should know before the first step. Every rank must read them all: the last is a dry run."""
+    if plan.fixed_shapes:
+        yield plan.describe()
+    if warning := plan.crowding(layout, config.data.workers):
+        yield warning
+    if plan.fixed_shapes or device.type == "cuda":
+        yield dry_run(engine, index, plan, layout, device)
+
+
 def train(config: Config, ds_values: dict, resume: str | None) -> None:
     started = time.perf_counter()
     device = start_ranks()
     rank, world = dist.get_rank(), dist.get_world_size()
-    layout = BatchLayout(config.train.batch_clips, config.train.accumulation, rank, world)
+    clips = config.train.batch_clips if config.train.batch_frames is None else None
+    layout = BatchLayout(clips, config.train.accumulation, rank, world)
     ds_config = resolve_ds_config(ds_values, config.train, layout, device)
     index = prepared_index(config)
     config = fit_to_shards(config, index)
+    plan = BatchPlan.of(index, config, layout)
     ranks = {"rank": rank, "world": world, "center": config.align.center}
     # One shape of chunks where probes are CUDA graphs; under ZeRO-3 weights are there only inside a forward.
     graphs = config.probe.graph and device.type == "cuda" and zero_stage(ds_config) < 3
@@ -202,7 +217,10 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     metrics.open(steps, first, open_tracker(config, folder, rank))
     run = Run(config, index, device, engine, ema, choice, metrics, rank, world, folder)
     run.seconds["prepare"], run.seconds["build"] = prepared - started, time.perf_counter() - prepared
-    batches = train_batches(index, config.data, layout, seed=config.run.seed, center=config.align.center, step=first)
+    for line in start_lines(plan, layout, config, engine, index, device):
+        metrics.say(line)
+    reading = {"seed": config.run.seed, "center": config.align.center, "step": first}
+    batches = train_batches(index, config.data, layout, **reading, plan=plan)
 
     if first == 0:
         run.validate(val_clips, 0)
@@ -227,7 +245,8 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
                     checkpoints.save(engine, ema, choice, done, config)
             if stops:
                 break
-    del batches  # ends the loader processes, which ignore the signal that multiprocessing would send them at exit
+    del batches
+    end_loaders()
     run.seconds["train"] = time.perf_counter() - loop_start - (sum(run.seconds.values()) - aside)
     if stops:
         metrics.say(f"step {done}: stopped by a signal, saved; --resume latest run.dir={folder} goes on from here")

@@ -14,17 +14,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
-from ..config import DOMAINS, UserError
+from ..config import DOMAINS, Config, UserError
 from ..flow import derive_seed
 from .shards import Index, Shard
 
 # A sequence of clips is read at so many places side by side, so that a rank, which has the same few places of each
 # batch, reads only its part of the shards. More of them would hold more shards in memory. The order depends on it.
 LANES = 32
+_CROWDED = 8  # reads of a shard in an epoch that are worth a warning
 _CYCLE = 4096  # steps, at most, after which every bucket has come as often as it should
 
 
@@ -102,6 +103,47 @@ class ClipOrder:
 
 
 @dataclass(frozen=True)
+class BatchLayout:
+    """How the clips of a global batch are spread over ranks and accumulated micro-batches, as evenly as they can be.
+
+    batch_clips: of every global batch; None: train.batch_frames decides, bucket by bucket.
+    """
+
+    batch_clips: int | None
+    accumulation: int
+    rank: int
+    world: int
+
+    def __post_init__(self) -> None:
+        if self.batch_clips is not None and self.batch_clips < self.parts:
+            raise UserError(
+                f"train.batch_clips={self.batch_clips} cannot be split over {self.world} ranks x "
+                f"train.accumulation={self.accumulation}: at least {self.parts} are needed"
+            )
+
+    @property
+    def parts(self) -> int:
+        """Micro-batches of a global batch, over all ranks."""
+        return self.world * self.accumulation
+
+    @property
+    def micro_batch(self) -> int:
+        """What DeepSpeed is told: the clips of the largest micro-batch, or 1 where they differ from step to step."""
+        return 1 if self.batch_clips is None else -(-self.batch_clips // self.parts)
+
+    def places(self, micro: int, clips: int | None = None) -> range:
+        """The places of this rank's micro-batch in a global batch of so many clips."""
+        clips = self.batch_clips if clips is None else clips
+        part = micro * self.world + self.rank
+        return range(part * clips // self.parts, (part + 1) * clips // self.parts)
+
+    def weight(self, micro: int, clips: int) -> float:
+        """What the micro-batch's mean loss is multiplied by, so that the mean over ranks and micro-batches, which
+        DeepSpeed takes, is that over the global batch's clips."""
+        return len(self.places(micro, clips)) * self.parts / clips
+
+
+@dataclass(frozen=True)
 class Bucket:
     """Clips of up to `frames` mel frames, `clips` of them in each global batch of the bucket."""
 
@@ -152,6 +194,17 @@ class BatchPlan:
         self.cycle = sum(bucket.steps for bucket in self.buckets)
         self._turns = lru_cache(maxsize=2)(self._make_turns)
 
+    @classmethod
+    def of(cls, index: Index, config: Config, layout: BatchLayout) -> Self:
+        """The plan of a run. train.attention_cost, unless given, is the FLOPs of attention for each pair of frames over
+        those of the linear layers for each frame: 4 D, for scores and values, over (8 + 4 ffn_mult) D^2, for the four
+        projections and the two FFN layers, = 1 / ((2 + ffn_mult) D)."""
+        train, model = config.train, config.model
+        cost = 1 / ((2 + model.ffn_mult) * model.dim) if train.attention_cost is None else train.attention_cost
+        size = {"clips": train.batch_clips} if train.batch_frames is None else {"budget": train.batch_frames}
+        options = {**size, "attention_cost": cost, "least": layout.parts}
+        return cls(index, config.data.speech_share, config.run.seed, **options)
+
     def cost(self, frames: int) -> float:
         """Of a clip, in frames: linear layers take their share of each frame, attention one of each pair."""
         return frames + self.attention_cost * frames**2
@@ -194,6 +247,22 @@ class BatchPlan:
             f"{b.clips} clips of up to {b.frames} frames ({b.steps / self.cycle:.0%} of steps)" for b in self.buckets
         ]
         return "global batches: " + ", ".join(parts)
+
+    def crowding(self, layout: BatchLayout, workers: int) -> str | None:
+        """One line when shards are so few that ranks and loader processes read each of them several times an epoch."""
+        processes, most, where = layout.world * max(1, workers), 0.0, None
+        for (number, domain), order in self.orders.items():
+            bucket, shards = self.buckets[number], len(order.counts)
+            lanes = min(order.lanes, -(-bucket.clips // layout.world))  # of a rank
+            opened = min(shards, shards * lanes / order.lanes + lanes)
+            if (times := processes * opened / shards) > most:
+                most, where = times, f"{shards} {domain} shards of up to {bucket.frames} frames"
+        if most <= _CROWDED:
+            return None
+        return (
+            f"{where}: each is read about {most:.0f} times an epoch by {layout.world} ranks x {max(1, workers)} loader "
+            "processes: prepare with a lower data.shard_clips, or lower data.workers"
+        )
 
     @staticmethod
     def _speech_before(bucket: Bucket, turn: int) -> int:
@@ -261,47 +330,6 @@ def _cycle_counts(frequencies: list[Fraction]) -> list[int]:
 def batch_domains(clips: int, speech: int) -> list[str]:
     """The domain of each place of a global batch, the speech clips spread evenly."""
     return [DOMAINS[(p + 1) * speech // clips == p * speech // clips] for p in range(clips)]
-
-
-@dataclass(frozen=True)
-class BatchLayout:
-    """How the clips of a global batch are spread over ranks and accumulated micro-batches, as evenly as they can be.
-
-    batch_clips: of every global batch; None: train.batch_frames decides, bucket by bucket.
-    """
-
-    batch_clips: int | None
-    accumulation: int
-    rank: int
-    world: int
-
-    def __post_init__(self) -> None:
-        if self.batch_clips is not None and self.batch_clips < self.parts:
-            raise UserError(
-                f"train.batch_clips={self.batch_clips} cannot be split over {self.world} ranks x "
-                f"train.accumulation={self.accumulation}: at least {self.parts} are needed"
-            )
-
-    @property
-    def parts(self) -> int:
-        """Micro-batches of a global batch, over all ranks."""
-        return self.world * self.accumulation
-
-    @property
-    def micro_batch(self) -> int:
-        """What DeepSpeed is told: the clips of the largest micro-batch, or 1 where they differ from step to step."""
-        return 1 if self.batch_clips is None else -(-self.batch_clips // self.parts)
-
-    def places(self, micro: int, clips: int | None = None) -> range:
-        """The places of this rank's micro-batch in a global batch of so many clips."""
-        clips = self.batch_clips if clips is None else clips
-        part = micro * self.world + self.rank
-        return range(part * clips // self.parts, (part + 1) * clips // self.parts)
-
-    def weight(self, micro: int, clips: int) -> float:
-        """What the micro-batch's mean loss is multiplied by, so that the mean over ranks and micro-batches, which
-        DeepSpeed takes, is that over the global batch's clips."""
-        return len(self.places(micro, clips)) * self.parts / clips
 
 
 def _random(seed: int, *names: object) -> np.random.Generator:
