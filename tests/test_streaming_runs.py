@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from agrepa_fast.data.shards import load_index
+from agrepa_fast.data.shards import read_index
 
 from .runs import metrics, run_ranks, run_training, write_small_shards
 from .server import serving
@@ -19,7 +19,7 @@ def shards(tmp_path_factory):
     """Buckets of 13, 19 and 25 frames. Of those of the last one, speech is cut in its middle and audio has a NaN."""
     folder = tmp_path_factory.mktemp("runs") / "shards"
     write_small_shards(folder, (13, 19, 25))
-    index = load_index(folder)
+    index = read_index(folder)
     last = {domain: index.shards("train", domain)[-1] for domain in index.domains}
     key = last["audio"].path.read_bytes()[:100].partition(b".")[0].decode()
     rewrite(last["audio"].path, on(f"{key}.mel.npy", lambda old: old[:-2] + b"\x00\x7e"))
@@ -80,7 +80,7 @@ import torch.distributed as dist
 
 from agrepa_fast.config import UserError, load_config
 from agrepa_fast.data.plan import BatchLayout, BatchPlan
-from agrepa_fast.data.shards import load_index
+from agrepa_fast.data.shards import read_index
 from agrepa_fast.data.stream import train_batches
 from agrepa_fast.models.dit import AudioDiT
 from agrepa_fast.training import dry_run as module
@@ -89,7 +89,7 @@ from agrepa_fast.training.engine import build_engine, find_ds_config, full_weigh
 device = start_ranks()
 rank = dist.get_rank()
 config = load_config(sys.argv[1], ["model.dropout=0.2", "train.batch_frames=100"])
-index = load_index(Path(sys.argv[1]).parent, verify=False)
+index = read_index(Path(sys.argv[1]).parent)
 config = replace(config, model=replace(config.model, n_mels=index.n_mels, vocab=index.vocab))
 layout = BatchLayout(None, 1, rank, 2)
 plan = BatchPlan.of(index, config, layout)
