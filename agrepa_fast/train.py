@@ -15,7 +15,6 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +38,7 @@ from agrepa_fast.training.checkpoint import (
 )
 from agrepa_fast.training.choose import LayerChoice
 from agrepa_fast.training.compute import peak_flops
-from agrepa_fast.training.dry_run import dry_run
+from agrepa_fast.training.dry_run import rehearse
 from agrepa_fast.training.ema import Ema
 from agrepa_fast.training.endings import claim, explain, limit_waiting
 from agrepa_fast.training.engine import (
@@ -152,16 +151,6 @@ def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> 
     return model
 
 
-def start_lines(plan: BatchPlan, layout: BatchLayout, config: Config, engine, index: Index, device) -> Iterator[str]:
-    """What a person should know before the first step. Every rank must read them all: the last is a dry run."""
-    if plan.fixed_shapes:
-        yield plan.describe()
-    if warning := plan.crowding(layout, config.data.workers):
-        yield warning
-    if plan.fixed_shapes or device.type == "cuda":
-        yield dry_run(engine, index, plan, layout, device)
-
-
 def train(config: Config, ds_values: dict, resume: str | None) -> None:
     started = time.perf_counter()
     device = start_ranks()
@@ -217,7 +206,7 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     metrics.open(steps, first, open_tracker(config, folder, rank))
     run = Run(config, index, device, engine, ema, choice, metrics, rank, world, folder)
     run.seconds["prepare"], run.seconds["build"] = prepared - started, time.perf_counter() - prepared
-    for line in start_lines(plan, layout, config, engine, index, device):
+    for line in rehearse(engine, index, plan, layout, config.data.workers, device):
         metrics.say(line)
     reading = {"seed": config.run.seed, "center": config.align.center, "step": first}
     batches = train_batches(index, config.data, layout, **reading, plan=plan)

@@ -15,7 +15,7 @@ import os
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -254,9 +254,13 @@ def _refuse(index: Index, name: str, there: object, here: object) -> None:
 
 
 def index_sha256(data: DataConfig) -> str:
-    """The hash of data.path's index.json: which shards a run was made with."""
-    place = locate(data.path, data.read_timeout, data.read_attempts)
-    return hashlib.sha256(read_object(place / INDEX)).hexdigest()
+    """The hash of data.path's index.json when this process first asked: which shards a run is made with."""
+    return _index_sha256(locate(data.path, data.read_timeout, data.read_attempts) / INDEX)
+
+
+@cache
+def _index_sha256(place: Place) -> str:
+    return hashlib.sha256(read_object(place)).hexdigest()
 
 
 def remedy(folder: Place) -> str:

@@ -20,6 +20,7 @@ from .plan import BatchLayout, BatchPlan, ClipOrder, Place
 from .reading import ClipError, Fault, OpenShard, read_shard
 from .shards import Index, Sample, Shard, remedy
 
+_loaders: list[multiprocessing.Process] = []
 _READERS = 4  # threads that read ahead
 _SHARDS_IN_A_ROW = 3  # without one good clip: then it is not the odd clip that is at fault
 
@@ -64,14 +65,14 @@ def collate(
     ids = torch.zeros(len(samples), tokens, dtype=torch.int64)
     teacher = {name: torch.zeros(len(samples), index.teacher(name).dim) for name in index.domains}
     for row, s in enumerate(samples):
-        mel[row, : s.mel.shape[0]] = (torch.from_numpy(s.mel).float() - index.mel_mean) / index.mel_std
+        mel[row, : s.mel.shape[0]].copy_(torch.from_numpy(s.mel)).sub_(index.mel_mean).div_(index.mel_std)
         ids[row, : len(s.tokens)] = torch.from_numpy(s.tokens)
         vector = s.pooled
         teacher[s.domain][row] = torch.from_numpy(vector - index.teacher(s.domain).mean if center else vector)
     condition = Condition(
         tokens=ids,
         token_lengths=torch.tensor([len(s.tokens) for s in samples]),
-        reference=torch.zeros_like(mel),
+        reference=torch.zeros(1, 1, 1).expand_as(mel),
         lengths=torch.tensor([s.mel.shape[0] for s in samples]),
     )
     domain = torch.tensor([DOMAINS.index(s.domain) for s in samples])
@@ -241,15 +242,20 @@ def train_batches(
         num_workers=data.workers,
         generator=torch.Generator(),
         worker_init_fn=_ignore_signals,
+        multiprocessing_context="fork" if data.workers else None,  # plans are not pickled
     )
-    return iter(loader)
+    others = set(multiprocessing.active_children())
+    batches = iter(loader)
+    _loaders.extend(set(multiprocessing.active_children()) - others)
+    return batches
 
 
 def end_loaders() -> None:
     """End loader processes that are left, such as one in the middle of a read that hangs: they ignore the signal that
     multiprocessing would send them at exit, and it would wait."""
-    for process in multiprocessing.active_children():
+    for process in _loaders:
         process.kill()
+    _loaders.clear()
 
 
 def _ignore_signals(_worker: int) -> None:

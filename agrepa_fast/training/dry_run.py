@@ -10,6 +10,19 @@ from ..models.conditioning import Condition
 from .engine import LocalError, first_failure
 
 
+def rehearse(
+    engine, index: Index, plan: BatchPlan, layout: BatchLayout, workers: int, device: torch.device
+) -> list[str]:
+    """What a person should know before the first step, in lines. Every rank must call it. On a CPU without length
+    buckets nothing is tried: there, batches are as long as their clips, and no error says that memory ran out."""
+    lines = [plan.describe()] if plan.fixed_shapes else []
+    if crowded := plan.crowding(layout, workers):
+        lines.append(crowded)
+    if plan.fixed_shapes or device.type == "cuda":
+        lines.append(dry_run(engine, index, plan, layout, device))
+    return lines
+
+
 def dry_run(engine, index: Index, plan: BatchPlan, layout: BatchLayout, device: torch.device) -> str:
     """Run the bucket that costs most, a rank's micro-batch full of the longest clips, all layers captured. Returns a
     line that says what was tried, and on a GPU its peak memory. Every rank must call it.
