@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
                 kind.add_argument(f"--{column}", metavar="COLUMN", help="default: found by its type or usual name")
         kind.add_argument("--preset", default="demo", help="whose features to compute (default: demo)")
         required = name != "demo"  # a default would put anybody's recordings where the demo's belong
-        kind.add_argument("--out", type=Path, required=required, help="folder of the shards (demo: data.path)")
+        kind.add_argument("--out", required=required, help="folder of the shards (demo: data.path)")
         kind.add_argument(
             "--add-teacher", metavar="SPEC", help="add this teacher's targets to the shards that --out holds already"
         )
@@ -179,9 +179,10 @@ def _prepared(args: argparse.Namespace, ranks):
     from .data.prepare import prepare
     from .data.sidecars import add_teacher
     from .data.sources import demo_sources
+    from .data.storage import writable
 
     config = load_config(args.preset, args.overrides)
-    out = args.out or Path(config.data.path)
+    out = writable(args.out or config.data.path, "--out" if args.out else "data.path")
 
     def listing() -> list:
         return demo_sources(config.data) if args.kind == "demo" else [_source(args)]

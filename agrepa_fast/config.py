@@ -96,7 +96,7 @@ class ModelConfig:
 class DataConfig:
     """Shards, and the features that `agrepa prepare` writes into them."""
 
-    path: str = "data/demo"  # folder of shards with index.json
+    path: str = "data/demo"  # folder of shards with index.json, or its URL: http(s)://, s3://, what fsspec reads
     max_seconds: float = 10.0  # recordings are cut once, in prepare, never later
     min_seconds: float = 0.5  # shorter recordings are skipped
     sample_rate: int = 24000  # Hz
@@ -123,8 +123,11 @@ class DataConfig:
     bucket_seconds: list[float] = field(
         default_factory=list
     )  # length buckets of train shards: their ends, but the last
-    speech_share: float = 0.5  # share of speech in each batch, when both domains are there
+    speech_share: float = 0.5  # mixing weight: share of speech among the clips, when both domains are there
     workers: int = 0  # loader processes; 0 reads in the training process
+    max_faults: float = 0.001  # share of the training clips that may be unreadable before the run stops
+    read_timeout: float = 60.0  # seconds that one attempt to read a URL may take, and 1 s more for each MB
+    read_attempts: int = 6  # to read a URL, with exponential back-off
 
     def __post_init__(self) -> None:
         for name in ("sample_rate", "n_fft", "hop_length", "n_mels", "codebook", "extra_codebook", "shard_clips"):
@@ -164,6 +167,9 @@ class DataConfig:
         _check(0 < self.val_share < 1, f"data.val_share={self.val_share}: must be between 0 and 1")
         _check(0 <= self.speech_share <= 1, f"data.speech_share={self.speech_share}: must be in [0, 1]")
         _check(self.workers >= 0, f"data.workers={self.workers}: must not be negative")
+        _check(0 <= self.max_faults <= 1, f"data.max_faults={self.max_faults}: a share, in [0, 1]")
+        _check(self.read_timeout > 0, f"data.read_timeout={self.read_timeout}: must be positive")
+        _check(self.read_attempts >= 1, f"data.read_attempts={self.read_attempts}: at least 1")
 
 
 @dataclass(frozen=True)
@@ -287,6 +293,8 @@ class TrainConfig:
     steps: int = 500_000
     start_from: str | None = None  # weights to start with: a run, or one of its checkpoints; None: random ones
     batch_clips: int = 16  # clips of one optimizer step, over all ranks and micro-batches
+    batch_frames: float | None = None  # instead: what they may cost, sum of frames + attention_cost * frames^2
+    attention_cost: float | None = None  # of a pair of frames; None: attention's FLOPs over the linear layers'
     accumulation: int = 1  # micro-batches per optimizer step
     lr: float = 1e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -321,6 +329,14 @@ class TrainConfig:
             f"train.profile={window}: the first and the last step, from 1, such as [10,12]",
         )
         _check(self.keep_best >= 0, f"train.keep_best={self.keep_best}: must not be negative")
+        _check(
+            self.batch_frames is None or self.batch_frames > 0,
+            f"train.batch_frames={self.batch_frames}: must be positive, or null",
+        )
+        _check(
+            self.attention_cost is None or self.attention_cost >= 0,
+            f"train.attention_cost={self.attention_cost}: not below 0, or null",
+        )
         _check(self.lr > 0, f"train.lr={self.lr}: must be positive")
         _check(self.clip_norm > 0, f"train.clip_norm={self.clip_norm}: must be positive")
         _check(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay}: must be in [0, 1)")

@@ -24,8 +24,9 @@ import torch.distributed as dist
 
 from agrepa_fast.attribution.report import drop_later_probes
 from agrepa_fast.config import Config, UserError, load_config, save_config
+from agrepa_fast.data.plan import BatchLayout, BatchPlan
 from agrepa_fast.data.shards import Index, matching_index
-from agrepa_fast.data.stream import BatchLayout, train_batches
+from agrepa_fast.data.stream import end_loaders, train_batches
 from agrepa_fast.data.vocoder import load_vocoder
 from agrepa_fast.models.dit import AudioDiT
 from agrepa_fast.training.aligner import Aligner
@@ -33,6 +34,7 @@ from agrepa_fast.training.build import fit_to_shards, gathered, new_model
 from agrepa_fast.training.checkpoint import Checkpoints
 from agrepa_fast.training.choose import LayerChoice
 from agrepa_fast.training.compute import peak_flops
+from agrepa_fast.training.dry_run import rehearse
 from agrepa_fast.training.ema import Ema
 from agrepa_fast.training.endings import claim, explain, limit_waiting
 from agrepa_fast.training.engine import (
@@ -96,18 +98,17 @@ def choose_config(args: argparse.Namespace) -> Config:
 
 def prepared_index(config: Config) -> Index:
     """The shards of the run. The demo preset's own are made when they are missing; rank 0's refusal is everybody's."""
-    path = Path(config.data.path)
+    demo = load_config("demo").data.path
 
-    def prepare_and_verify() -> None:
-        is_demo = config.run.preset == "demo" and config.data.path == load_config("demo").data.path
-        if is_demo and not (path / "index.json").is_file():
+    def prepare_and_check() -> None:
+        if config.run.preset == "demo" and config.data.path == demo and not (Path(demo) / "index.json").is_file():
             from agrepa_fast.data.prepare import prepare_demo
 
-            prepare_demo(config, path)
+            prepare_demo(config, Path(demo))
         matching_index(config.data)
 
-    agree(prepare_and_verify)
-    return matching_index(config.data, verify=False)
+    agree(prepare_and_check)
+    return matching_index(config.data)
 
 
 def run_folder(config: Config, resume: bool, rank: int) -> tuple[Path, str]:
@@ -144,10 +145,12 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     started = time.perf_counter()
     device = start_ranks()
     rank, world = dist.get_rank(), dist.get_world_size()
-    layout = BatchLayout(config.train.batch_clips, config.train.accumulation, rank, world)
+    clips = config.train.batch_clips if config.train.batch_frames is None else None
+    layout = BatchLayout(clips, config.train.accumulation, rank, world)
     ds_config = resolve_ds_config(ds_values, config.train, layout, device)
     index = prepared_index(config)
     config = fit_to_shards(config, index)
+    plan = BatchPlan.of(index, config, layout)
     ranks = {"rank": rank, "world": world, "center": config.align.center}
     # One shape of chunks where probes are CUDA graphs; under ZeRO-3 weights are there only inside a forward.
     graphs = config.probe.graph and device.type == "cuda" and zero_stage(ds_config) < 3
@@ -194,7 +197,10 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     metrics.open(steps, first, open_tracker(config, folder, rank))
     run = Run(config, index, device, engine, ema, choice, metrics, rank, world, folder)
     run.seconds["prepare"], run.seconds["build"] = prepared - started, time.perf_counter() - prepared
-    batches = train_batches(index, config.data, layout, seed=config.run.seed, center=config.align.center, step=first)
+    for line in rehearse(engine, index, plan, layout, config.data.workers, device):
+        metrics.say(line)
+    reading = {"seed": config.run.seed, "center": config.align.center, "step": first}
+    batches = train_batches(index, config.data, layout, **reading, plan=plan)
 
     if first == 0:
         checkpoints.score = run.validate(val_clips, 0)["val/flow_loss"]
@@ -219,7 +225,8 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
                     checkpoints.save(engine, ema, choice, done, must=done == steps or stops)
             if stops:
                 break
-    del batches  # ends the loader processes, which ignore the signal that multiprocessing would send them at exit
+    del batches
+    end_loaders()
     run.seconds["train"] = time.perf_counter() - loop_start - (sum(run.seconds.values()) - aside)
     if stops:
         metrics.say(f"step {done}: stopped by a signal, saved; --resume latest run.dir={folder} goes on from here")

@@ -32,9 +32,10 @@ eval: {clips: 3, times: [0.5], vocoder: griffin-lim}
 """
 
 
-def write_small_shards(folder: Path, extra: bool = False) -> Path:
+def write_small_shards(folder: Path, buckets: tuple[int, ...] = (25,), extra: bool = False) -> Path:
     """Two domains, 22 training and 5 validation clips each of 9 to 25 frames, in shards of 8; returns a preset for
-    them. `extra`: with second tokens, topology B."""
+    them. buckets: the bounds, in frames and rising, of what training shards hold. extra: with second tokens, topology
+    B."""
     folder.mkdir(parents=True)
     draw, extra_draw = np.random.default_rng(0), np.random.default_rng(1)
     settings = asdict(DataConfig(sample_rate=16000, n_mels=8, f_max=8000.0, codebook=CODES))
@@ -47,11 +48,16 @@ def write_small_shards(folder: Path, extra: bool = False) -> Path:
         val = [_sample(draw, domain, dim, number * CODES, 100 + i) for i in range(5)]
         for sample in (*train, *val) if extra else ():
             sample.tokens2 = extra_draw.integers(0, EXTRA_CODES, len(sample.tokens)).astype(np.int32)
-        for split, samples in (("train", train), ("val", val)):
+        below, parts = 0, [(buckets[-1], "val", val)]
+        for bound in buckets:
+            parts.append((bound, "train", [s for s in train if below < s.frames <= bound]))
+            below = bound
+        for bound, split, samples in parts:
+            written = sum((entry["split"], entry["domain"]) == (split, domain) for entry in content["shards"])
             for start in range(0, len(samples), 8):
-                path = folder / f"{split}-{domain}-{start // 8:04d}.tar"
+                path = folder / f"{split}-{domain}-{written + start // 8:04d}.tar"
                 entry = write_shard(path, samples[start : start + 8], f"teacher_{domain}")
-                content["shards"].append(entry | {"split": split, "domain": domain, "bucket": 25})
+                content["shards"].append(entry | {"split": split, "domain": domain, "bucket": bound})
         mels = np.concatenate([sample.mel for sample in train]).astype(np.float64)
         book = folder / f"codebook-{domain}.safetensors"
         codebook = Codebook(draw.normal(size=(CODES, dim)).astype(np.float32))

@@ -1,5 +1,6 @@
 """The shard format: what is written is read back, and whatever is not as written is refused by name."""
 
+import hashlib
 import io
 import json
 import pickle
@@ -214,6 +215,10 @@ def test_bad_samples_are_refused_by_name(tmp_path, fault):
     index = load_index(tmp_path)
     shard = index.shards("train", "speech")[0]
     rewrite(shard.path, change)
+    with pytest.raises(UserError, match=r"bytes, not|SHA-256"):
+        read_shard(shard, index)
+    content = shard.path.read_bytes()  # and now as if it had been written so
+    shard = replace(shard, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     with pytest.raises(UserError, match=message) as raised:
         read_shard(shard, index)
     assert shard.path.name in str(raised.value)

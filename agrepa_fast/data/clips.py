@@ -24,7 +24,7 @@ MIN_PEAK = 1e-4  # a recording that stays below is silent
 MAX_BAD_SHARE, MAX_BAD = 0.02, 3  # beyond both the folder is not what was meant
 # Settings that may change without new shards, those of the teachers, which shards may have several of, among them.
 NOT_FEATURES = ("path", "speech_teacher", "audio_teacher", "teacher_rate", "teacher_precision")
-NOT_FEATURES += ("speech_share", "workers")
+NOT_FEATURES += ("speech_share", "workers", "max_faults", "read_timeout", "read_attempts")
 NOT_FEATURES += ("speech_tokens", "audio_tokens")  # of one domain, hence in its entry
 # Settings that no mel depends on.
 _NOT_MEL = (*NOT_FEATURES, "codebook", "extra_tokens", "extra_codebook", "val_share", "shard_clips", "bucket_seconds")

@@ -11,6 +11,7 @@ pickle anywhere.
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import uuid
@@ -24,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import DOMAINS, DataConfig, UserError
+from .storage import Place, ReadError, Remote, locate, read_object
 from .tokens import read_code_mels
 
 SCHEMA = 2
@@ -37,11 +39,13 @@ _PROCESS = uuid.uuid4().hex[:8]
 class Shard:
     """One tar of clips of one domain."""
 
-    path: Path
+    path: Place
     clips: int
     domain: str
     frames: int  # mel frames of all its clips together
     bucket: int  # no clip has more mel frames; the same for all shards of a length bucket
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class TeacherInfo:
     dim: int
     rate: float | None  # frames per second stored; None: one pooled vector a clip
     mean: np.ndarray
-    files: dict[str, str]  # file of a shard -> the sidecar that holds the targets of its clips; {}: the shard itself
+    files: dict[str, dict]  # shard -> file, bytes, sha256 of the sidecar with its clips' targets; {}: the shard itself
 
 
 @dataclass
@@ -90,7 +94,7 @@ def pooled(target: np.ndarray) -> np.ndarray:
 class Index:
     """A folder of shards, read from its index.json; see load_index and matching_index."""
 
-    folder: Path
+    folder: Place
     content: dict  # index.json
     chosen: dict[str, str] = field(default_factory=dict)  # domain -> name of the teacher to read; default: its first
 
@@ -140,7 +144,15 @@ class Index:
         if split not in SPLITS or domain not in DOMAINS:
             raise ValueError(f"split {split!r} of {SPLITS}, domain {domain!r} of {DOMAINS}")
         return tuple(
-            Shard(self.folder / entry["file"], entry["clips"], domain, entry["frames"], entry["bucket"])
+            Shard(
+                self.folder / entry["file"],
+                entry["clips"],
+                domain,
+                entry["frames"],
+                entry["bucket"],
+                entry["bytes"],
+                entry["sha256"],
+            )
             for entry in self.content["shards"]
             if (entry["split"], entry["domain"]) == (split, domain)
         )
@@ -156,15 +168,21 @@ class Index:
             entries = self.content["domains"][domain]["teachers"]
             name = self.chosen.get(domain, next(iter(entries)))
             entry = entries[name]
-            files = {shard: sidecar["file"] for shard, sidecar in (entry["files"] or {}).items()}
             mean = np.asarray(entry["mean"], np.float32)
-            found[domain] = TeacherInfo(name, entry["spec"], entry["dim"], entry["rate"], mean, files)
+            found[domain] = TeacherInfo(name, entry["spec"], entry["dim"], entry["rate"], mean, entry["files"] or {})
         return found
 
     def token_range(self, domain: str) -> tuple[int, int]:
         """First id of a domain, and the first id after it."""
         tokens = self.content["domains"][domain]["tokens"]
         return tokens["offset"], tokens["offset"] + tokens["vocab"]
+
+    def most_tokens(self, frames: int) -> int:
+        """A bound of the tokens of clips of up to so many mel frames, from the tokens' rates; `frames` where one is not
+        known."""
+        seconds = frames * self.features["hop_length"] / self.features["sample_rate"]
+        rates = [self.content["domains"][domain]["tokens"].get("rate") for domain in self.domains]
+        return frames if None in rates else max(math.ceil(rate * seconds) for rate in rates) + 1
 
     def code_mels(self) -> np.ndarray:
         """(vocab, n_mels) float32: mean natural-log mel of each code; ids of a missing domain get the overall mean."""
@@ -175,14 +193,16 @@ class Index:
         return mels
 
 
-def load_index(folder: Path, verify: bool = True) -> Index:
-    """The shards of a folder. Sizes are always checked, checksums with `verify`.
+def load_index(folder: str | Place, verify: bool = True) -> Index:
+    """The shards of a folder or URL. Sizes of local files are always checked, checksums with `verify`.
 
     Raises UserError for a folder without shards, a missing or changed file, and an index of another version.
     """
     index = read_index(folder)
     files = index_files(index.content)
     total = sum(entry["bytes"] for entry in files)
+    if isinstance(index.folder, Remote):
+        return index
     with tqdm(total=total, desc="verify shards", unit="B", unit_scale=True, delay=5, disable=not verify) as bar:
         for entry in files:
             if fault := file_fault(index.folder, entry, verify):
@@ -191,20 +211,22 @@ def load_index(folder: Path, verify: bool = True) -> Index:
     return index
 
 
-def read_index(folder: Path) -> Index:
+def read_index(folder: str | Place) -> Index:
     """The index.json of a folder, without a look at the files that it names. Raises UserError as load_index does."""
-    folder = Path(folder)
+    folder = locate(folder)
     path = folder / INDEX
-    if not path.is_file():
-        what = "is no folder" if not folder.is_dir() else f"has no {INDEX}"
-        raise UserError(
-            f"{folder} {what}: write it with `agrepa prepare demo` or `agrepa prepare folder` --out {folder}"
-        )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_object(path).decode())
         schema = content["schema"]
         if missing := {"features", "domains", "shards"} - content.keys():
             raise KeyError(f"no {', '.join(sorted(missing))}")
+    except ReadError as error:
+        if error.kind != "missing" or isinstance(folder, Remote):
+            raise
+        what = "is no folder" if not folder.is_dir() else f"has no {INDEX}"
+        raise UserError(
+            f"{folder} {what}: write it with `agrepa prepare demo` or `agrepa prepare folder` --out {folder}"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): {remedy(folder)}") from error
     if schema != SCHEMA:
@@ -215,10 +237,11 @@ def read_index(folder: Path) -> Index:
     return Index(folder, content)
 
 
-def matching_index(data: DataConfig, verify: bool = True) -> Index:
+def matching_index(data: DataConfig) -> Index:
     """The index of data.path, with the teachers that `data` names. Raises UserError, too, when its features were made
-    with other settings than `data`'s, or without such a teacher."""
-    index = load_index(Path(data.path), verify)
+    with other settings than `data`'s, or without such a teacher. Of local files the sizes are checked, of
+    others nothing."""
+    index = load_index(locate(data.path, data.read_timeout, data.read_attempts), verify=False)
     for name, there in index.features.items():
         if there != getattr(data, name):
             _refuse(index, name, there, getattr(data, name))
@@ -245,7 +268,9 @@ def _refuse(index: Index, name: str, there: object, here: object) -> None:
     )
 
 
-def remedy(folder: Path) -> str:
+def remedy(folder: Place) -> str:
+    if isinstance(folder, Remote):
+        return f"copy its shards to {folder} again"
     return f"remove {folder} and run `agrepa prepare` again"
 
 

@@ -1,24 +1,28 @@
-"""Batches for training and probing from WebDataset shards, in an order that depends on the seed alone.
-
-Each domain is an endless sequence: epoch after epoch its shards are permuted, and the clips inside each shard. Position
-p of that sequence is found from the shards' counts without reading anything before it, so a run resumes in O(1) shards,
-and every number of ranks sees the same global batches.
+"""Batches for training and probing out of shards. Which clips a step takes is plan.py's; here they are read, ahead of
+time and in the background, faulty ones replaced, and put together.
 """
 
+import multiprocessing
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..config import DOMAINS, DataConfig, UserError
-from ..flow import derive_seed
 from ..models.conditioning import Condition
-from .reading import read_shard
-from .shards import Index, Sample
+from .plan import BatchLayout, BatchPlan, ClipOrder, Place
+from .reading import ClipError, Fault, OpenShard, read_shard
+from .shards import Index, Sample, Shard, remedy
+
+_loaders: list[multiprocessing.Process] = []
+_READERS = 4  # threads that read ahead
+_SHARDS_IN_A_ROW = 3  # without one good clip: then it is not the odd clip that is at fault
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,16 @@ class Batch:
     condition: Condition
     teacher: dict[str, torch.Tensor]  # domain -> (B, E) fp32, zero rows for clips of other domains
     places: tuple[int, ...]  # of each clip in the global batch
+    weight: float = 1.0  # times its mean loss: then the mean over ranks and micro-batches is that over all clips
+    faults: tuple[Fault, ...] = ()  # clips that it should have had; others stand in for them
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(
-            self.keys,
-            self.domain.to(device),
-            self.mel.to(device),
-            self.condition.to(device),
-            {name: vectors.to(device) for name, vectors in self.teacher.items()},
-            self.places,
+        return replace(
+            self,
+            domain=self.domain.to(device),
+            mel=self.mel.to(device),
+            condition=self.condition.to(device),
+            teacher={name: vectors.to(device) for name, vectors in self.teacher.items()},
         )
 
 
@@ -61,7 +66,7 @@ def collate(
     extra = None if index.extra_vocab is None else torch.zeros_like(ids)
     teacher = {name: torch.zeros(len(samples), index.teacher(name).dim) for name in index.domains}
     for row, s in enumerate(samples):
-        mel[row, : s.mel.shape[0]] = (torch.from_numpy(s.mel).float() - index.mel_mean) / index.mel_std
+        mel[row, : s.mel.shape[0]].copy_(torch.from_numpy(s.mel)).sub_(index.mel_mean).div_(index.mel_std)
         ids[row, : len(s.tokens)] = torch.from_numpy(s.tokens)
         if extra is not None:
             extra[row, : len(s.tokens)] = torch.from_numpy(s.tokens2)
@@ -70,16 +75,17 @@ def collate(
     condition = Condition(
         tokens=ids,
         token_lengths=torch.tensor([len(s.tokens) for s in samples]),
-        reference=torch.zeros_like(mel),
+        reference=torch.zeros(1, 1, 1).expand_as(mel),
         lengths=torch.tensor([s.mel.shape[0] for s in samples]),
         extra_tokens=extra,
     )
     domain = torch.tensor([DOMAINS.index(s.domain) for s in samples])
-    return Batch(tuple(s.key for s in samples), domain, mel, condition, teacher, places)
+    return Batch(tuple(s.key for s in samples), domain, mel, condition, teacher, tuple(places))
 
 
 def fixed_clips(index: Index, split: str, domain: str, count: int) -> list[Sample]:
-    """The first `count` clips of a domain in shard order, the same in every run. UserError when there are fewer."""
+    """The first `count` clips of a domain in shard order, the same in every run. UserError when there are fewer, or one
+    of them is not as it was written: what is measured on other clips could not be compared."""
     available = index.clips(split, domain)
     if available < count:
         raise UserError(
@@ -94,102 +100,166 @@ def fixed_clips(index: Index, split: str, domain: str, count: int) -> list[Sampl
     return samples[:count]
 
 
-class DomainSequence:
-    """The endless sequence of one domain's training clips."""
+class Background:
+    """Calls in daemon threads: a read that hangs holds up no exit, as those of concurrent.futures would."""
 
-    def __init__(self, index: Index, domain: str, seed: int):
-        self.index, self.domain, self.seed = index, domain, seed
-        self.shards = index.shards("train", domain)
-        self.counts = np.array([shard.clips for shard in self.shards])
-        self._read = lru_cache(maxsize=2)(lambda number: read_shard(self.shards[number], index))
+    def __init__(self, threads: int):
+        self._waiting: SimpleQueue[tuple[Future, Callable[[], object]]] = SimpleQueue()
+        for _ in range(threads):
+            threading.Thread(target=self._work, daemon=True).start()
 
-    def __getitem__(self, position: int) -> Sample:
-        epoch, offset = divmod(position, int(self.counts.sum()))
-        order = self._permutation(len(self.shards), epoch, "shards")
-        ends = self.counts[order].cumsum()
-        nth = int(np.searchsorted(ends, offset, side="right"))
-        number = int(order[nth])
-        inside = offset - int(ends[nth] - self.counts[number])
-        return self._read(number)[self._permutation(self.counts[number], epoch, f"clips of shard {number}")[inside]]
+    def submit(self, call: Callable[[], object]) -> Future:
+        future: Future = Future()
+        self._waiting.put((future, call))
+        return future
 
-    def _permutation(self, count: int, epoch: int, what: str) -> np.ndarray:
-        seed = derive_seed(self.seed, self.domain, epoch, what)
-        return np.random.default_rng(seed % 2**63).permutation(count)
+    def _work(self) -> None:
+        while True:
+            future, call = self._waiting.get()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:  # for whoever asks for the result
+                    future.set_exception(error)
 
 
-def batch_domains(domains: tuple[str, ...], clips: int, speech_share: float) -> list[str]:
-    """The domain of each place of a global batch: speech spread evenly, `speech_share` of it when both domains
-    exist."""
-    if len(domains) == 1:
-        return [domains[0]] * clips
-    speech = round(clips * speech_share)
-    return ["speech" if (p + 1) * speech // clips > p * speech // clips else "audio" for p in range(clips)]
+class ClipReader:
+    """The clips of an order, for a process that reads `width` of its lanes."""
+
+    def __init__(self, index: Index, shards: tuple[Shard, ...], order: ClipOrder, width: int, background: Background):
+        self.index, self.shards, self.order, self.background = index, shards, order, background
+        self.keep = (
+            min(width, order.lanes, len(shards)) + 2
+        )  # shards that are open; more come while they are read ahead
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()  # the one used last comes last
+        self._ahead: dict[int, Future] = {}
+
+    def read(self, positions: list[int]) -> tuple[list[Sample], list[Fault]]:
+        """The clips at some positions, and the faults of those that others stand in for.
+
+        That is the next good clip of the order's shard, or of its next shards. Raises UserError when there is none.
+        """
+        places = [self.order.find(position) for position in positions]
+        for place in places:
+            self._read_ahead(place.shard)
+        samples, faults = [], []
+        for place in places:
+            sample, fault = self._clip(place)
+            samples.append(sample)
+            faults += [fault] if fault is not None else []
+        for place in places:
+            if place.left <= self.shards[place.shard].clips // 2:
+                self._read_ahead(self.order.after(place))
+        return samples, faults
+
+    def _clip(self, place: Place) -> tuple[Sample, Fault | None]:
+        lost = None
+        for candidates in self.order.instead(place, _SHARDS_IN_A_ROW):
+            for shard, clip in candidates:
+                try:
+                    return self._shard(shard)[clip], lost
+                except ClipError as error:
+                    if lost is None:
+                        lost = Fault(self.shards[shard].path.name, clip, error.member, error.kind, error.reason)
+        raise UserError(
+            f"{self.index.folder}: no good clip in {_SHARDS_IN_A_ROW} shards in a row, from {lost.file} on: "
+            f"{lost.kind}: {lost.reason}: {remedy(self.index.folder)}"
+        )
+
+    def _shard(self, number: int) -> OpenShard:
+        if number not in self._open:
+            future = self._ahead.pop(number, None)
+            if future is None or future.cancel():  # not begun: it might wait behind others
+                self._open[number] = OpenShard(self.shards[number], self.index)
+            else:
+                self._open[number] = future.result()
+            while len(self._open) > self.keep:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def _read_ahead(self, number: int) -> None:
+        if number not in self._open and number not in self._ahead:
+            self._ahead[number] = self.background.submit(lambda: OpenShard(self.shards[number], self.index))
+            if len(self._ahead) > self.keep:  # asked for, but its lane has gone to another rank
+                self._ahead.pop(next(iter(self._ahead))).cancel()
 
 
 class _RankBatches(IterableDataset):
     """This rank's micro-batches from a step on; loader worker w of W makes every W-th of them."""
 
-    def __init__(self, index: Index, data: DataConfig, seed: int, center: bool, layout: "BatchLayout", step: int):
-        self.index, self.seed, self.center, self.layout, self.step = index, seed, center, layout, step
-        self.domains = batch_domains(index.domains, layout.batch_clips, data.speech_share)
+    def __init__(self, index: Index, plan: BatchPlan, layout: BatchLayout, center: bool, step: int):
+        self.index, self.plan, self.layout, self.center, self.step = index, plan, layout, center, step
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
-        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        sequences = {domain: DomainSequence(self.index, domain, self.seed) for domain in set(self.domains)}
-        number = first
+        number, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        background, readers = Background(_READERS), {}
         while True:
             ahead, micro = divmod(number, self.layout.accumulation)
-            places = self.layout.places(micro)
-            samples = [sequences[self.domains[p]][self._position(self.step + ahead, p)] for p in places]
-            yield collate(samples, places, self.index, center=self.center)
+            yield self._batch(self.step + ahead, micro, readers, background)
             number += stride
 
-    def _position(self, step: int, place: int) -> int:
-        """Position of a place's clip in its domain's sequence."""
-        domain = self.domains[place]
-        return step * self.domains.count(domain) + self.domains[:place].count(domain)
-
-
-@dataclass(frozen=True)
-class BatchLayout:
-    """How the clips of a global batch are spread over ranks and accumulated micro-batches."""
-
-    batch_clips: int
-    accumulation: int
-    rank: int
-    world: int
-
-    def __post_init__(self) -> None:
-        if self.batch_clips % (self.world * self.accumulation):
-            raise UserError(
-                f"train.batch_clips={self.batch_clips} cannot be split over {self.world} ranks x "
-                f"train.accumulation={self.accumulation}: choose a multiple of {self.world * self.accumulation}"
-            )
-
-    @property
-    def micro_batch(self) -> int:
-        return self.batch_clips // (self.world * self.accumulation)
-
-    def places(self, micro: int) -> tuple[int, ...]:
-        start = (micro * self.world + self.rank) * self.micro_batch
-        return tuple(range(start, start + self.micro_batch))
+    def _batch(
+        self, step: int, micro: int, readers: dict[tuple[int, str], ClipReader], background: Background
+    ) -> Batch:
+        plan, layout = self.plan, self.layout
+        number, picks = plan.batch(step)
+        bucket = plan.buckets[number]
+        places = layout.places(micro, bucket.clips)
+        samples: dict[int, Sample] = {}
+        faults: list[Fault] = []
+        for domain in bucket.shards:
+            mine = [place for place in places if picks[place].domain == domain]
+            if (number, domain) not in readers:
+                # Its lanes in all its micro-batches of a step, and one more at the edge of each.
+                width = layout.accumulation * (len(mine) + 2)
+                order, shards = plan.orders[number, domain], bucket.shards[domain]
+                readers[number, domain] = ClipReader(self.index, shards, order, width, background)
+            read, lost = readers[number, domain].read([picks[place].position for place in mine])
+            samples |= dict(zip(mine, read, strict=True))
+            faults += lost
+        shape = {"frames": bucket.frames, "tokens": self.index.most_tokens(bucket.frames)} if plan.fixed_shapes else {}
+        ordered = [samples[place] for place in places]
+        batch = collate(ordered, tuple(places), self.index, center=self.center, **shape)
+        return replace(batch, weight=layout.weight(micro, bucket.clips), faults=tuple(faults))
 
 
 def train_batches(
-    index: Index, data: DataConfig, layout: BatchLayout, *, seed: int, center: bool, step: int = 0
+    index: Index,
+    data: DataConfig,
+    layout: BatchLayout,
+    *,
+    seed: int,
+    center: bool,
+    step: int = 0,
+    plan: BatchPlan | None = None,
 ) -> Iterator[Batch]:
-    """This rank's micro-batches in order, from optimizer step `step` on, without end."""
-    batches = _RankBatches(index, data, seed, center, layout, step)
+    """This rank's micro-batches in order, from optimizer step `step` on, without end: ranks cannot run out of batches
+    apart. plan: None for layout.batch_clips clips in every batch."""
+    if plan is None:
+        plan = BatchPlan(index, data.speech_share, seed, clips=layout.batch_clips)
     # A generator of its own: DataLoader would draw from the one whose state a resumed run has restored for dropout.
     loader = DataLoader(
-        batches,
+        _RankBatches(index, plan, layout, center, step),
         batch_size=None,
         num_workers=data.workers,
         generator=torch.Generator(),
         worker_init_fn=_ignore_signals,
+        multiprocessing_context="fork" if data.workers else None,  # plans are not pickled
     )
-    return iter(loader)
+    others = set(multiprocessing.active_children())
+    batches = iter(loader)
+    _loaders.extend(set(multiprocessing.active_children()) - others)
+    return batches
+
+
+def end_loaders() -> None:
+    """End loader processes that are left, such as one in the middle of a read that hangs: they ignore the signal that
+    multiprocessing would send them at exit, and it would wait."""
+    for process in _loaders:
+        process.kill()
+    _loaders.clear()
 
 
 def _ignore_signals(_worker: int) -> None:

@@ -8,12 +8,12 @@ from it.
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..config import UserError
+from .storage import Place, read_object
 
 FIT_FRAMES_PER_CODE = 256  # more frames than this per code do not move k-means' centroids
 MAX_FIT_FRAMES = 2**18  # 1.3 GB of 1280-d frames
@@ -123,8 +123,8 @@ def codebook_bytes(codebook: Codebook | None, mels: np.ndarray) -> bytes:
     return save(tensors if codebook is None else {"centroids": codebook.centroids, **tensors})
 
 
-def read_code_mels(path: Path) -> np.ndarray:
+def read_code_mels(place: Place) -> np.ndarray:
     """(codes, n_mels) float32, the mean log-mel of each code."""
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
-    return load_file(path)["mel"]
+    return load(read_object(place))["mel"]

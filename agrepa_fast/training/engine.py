@@ -138,7 +138,7 @@ def resolve_ds_config(values: dict, train: TrainConfig, layout: BatchLayout, dev
     wanted = {
         "train_micro_batch_size_per_gpu": (layout.micro_batch, "train.batch_clips"),
         "gradient_accumulation_steps": (layout.accumulation, "train.accumulation"),
-        "train_batch_size": (layout.batch_clips, "train.batch_clips"),
+        "train_batch_size": (layout.micro_batch * layout.parts, "train.batch_clips"),
         "gradient_clipping": (train.clip_norm, "train.clip_norm"),
     }
     resolved = dict(values)

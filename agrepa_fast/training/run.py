@@ -18,6 +18,7 @@ from .choose import LayerChoice
 from .compute import step_flops
 from .ema import Ema
 from .engine import LocalError, lr_factor
+from .faultlog import FaultLog
 from .measure import FixedClips, validation_loss
 from .metrics import Metrics
 from .norms import update_ratio
@@ -45,6 +46,7 @@ class Run:
         train = self.config.train
         self.guard = SkipGuard(self.engine, self.metrics, self.folder, train.max_skipped)
         self.profile = ProfileWindow(train.profile, self.folder, self.rank)
+        self.faults = FaultLog(self.index, self.config.data.max_faults, self.metrics, self.folder, self.device)
 
     @contextmanager
     def timed(self, stage: str):
@@ -74,6 +76,7 @@ class Run:
         losses = aligner.losses(out.hidden, batch, draws.t, draws.keep_tokens, step)
         clips = flow_loss(out.v, target, batch.condition.lengths)
         losses["flow_loss"] = clips.mean()
+        losses = {name: batch.weight * loss for name, loss in losses.items()}
         self.engine.backward(guarded(sum(losses.values())))
         if self.engine.is_gradient_accumulation_boundary():
             self.choice.watch(self.engine, step)
@@ -89,6 +92,7 @@ class Run:
         self.profile.begin(step + 1)
         for _ in range(accumulation):
             batch = self._next(batches)
+            self.faults.note(batch.faults)
             losses, clip_losses = self.micro_step(batch, step)
             clips.append((batch.keys, clip_losses))
             for name, value in losses.items():
@@ -105,11 +109,13 @@ class Run:
         self.profile.end(step + 1)
 
     def log(self, done: int) -> None:
-        """Write the numbers of the steps since the last call, the latest being step `done` (counted from 1)."""
+        """Write the numbers of the steps since the last call, the latest being step `done` (counted from 1), and what
+        could not be read. Raises UserError when that is more than data.max_faults."""
         train, ratio = self.config.train, 0.0  # nothing was updated by a step that was skipped
         if not self.guard.in_row:
             ratio = update_ratio(self.engine, train.lr * lr_factor(train, done - 1)).item()
         self.metrics.flush(done, self.device, lr=self.engine.get_lr()[0], update_ratio=ratio)
+        self.faults.flush(done)
 
     def close(self) -> None:
         self.profile.close()
