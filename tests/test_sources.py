@@ -34,11 +34,13 @@ def test_librispeech_transcripts_and_odd_names(tmp_path):
 
 def test_validation_share_holds_for_any_count():
     for count in (2, 3, 9, 10, 11, 40, 137):
-        made = [clips.Clip(Recording(f"r-{n}", "", "speech", "", (), "", "", "wav"), Path(), 1) for n in range(count)]
+        made = [
+            clips.Clip(Recording(f"r-{n}", "", "speech", "", (), "", "", "wav"), Path(), 1, 1.0) for n in range(count)
+        ]
         held_out = clips.validation_groups(made, 0.1)
         assert np.ceil(0.1 * count) <= len(held_out) < count
         assert len(held_out) <= 0.25 * count + 1
-        more = [*made, clips.Clip(Recording("new", "", "speech", "", (), "", "", "wav"), Path(), 1)]
+        more = [*made, clips.Clip(Recording("new", "", "speech", "", (), "", "", "wav"), Path(), 1, 1.0)]
         assert len(held_out ^ clips.validation_groups(more, 0.1)) <= 2  # adding one recording moves no others around
 
 
