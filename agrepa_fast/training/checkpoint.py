@@ -190,9 +190,10 @@ class Checkpoints:
         self._check_settings(path)
         if facts["shards"] != _identity(self.index):
             raise UserError(f"{path} was trained on other shards than those in {self.index.folder}: set data.path")
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        with without_pickle(path):
+            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         if facts["layout"] == self._layout(engine):
-            with without_pickle():
+            with without_pickle(path):
                 engine.load_checkpoint(str(self.folder), tag=path.name)
         else:
             load_recut(engine, path, facts["layout"]["stage"], state["engine"], self.say)

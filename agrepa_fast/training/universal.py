@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
@@ -26,9 +27,9 @@ FOLDER = "universal"
 
 
 @contextmanager
-def without_pickle() -> Iterator[None]:
+def without_pickle(path: Path) -> Iterator[None]:
     """DeepSpeed reads its files with weights_only=False; inside, torch overrules it: tensors, numbers and these three
-    classes, nothing else."""
+    classes, nothing else. UserError where a file of the checkpoint `path` holds more."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -39,6 +40,10 @@ def without_pickle() -> Iterator[None]:
     try:
         with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
             yield
+    except UnpicklingError as error:
+        raise UserError(
+            f"{path} holds more than numbers, and was not loaded: no run of agrepa_fast wrote it"
+        ) from error
     finally:
         if before is None:
             del os.environ[name]
@@ -151,7 +156,7 @@ def _convert(path: Path, folder: Path) -> None:
     workers = {"num_extract_workers": 1, "num_merge_workers": 1}
     printed = StringIO()
     try:
-        with redirect_stdout(printed), redirect_stderr(printed), without_pickle():
+        with redirect_stdout(printed), redirect_stderr(printed), without_pickle(path):
             main(Namespace(**arguments, **workers, inject_missing_state=True))
         (path / "latest_universal").unlink()
         part.rename(folder)
