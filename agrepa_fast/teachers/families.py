@@ -44,7 +44,7 @@ def load_encoder(
         )
     teacher_class = {"audio-spectrogram-transformer": AstTeacher, "clap": ClapTeacher, "clap_audio_model": ClapTeacher}
     teacher_class |= dict.fromkeys(_WINDOWS, WindowTeacher)
-    extractor = AutoFeatureExtractor.from_pretrained(source)
+    extractor = AutoFeatureExtractor.from_pretrained(source, trust_remote_code=False)
     encoder = _load(config, source, base)
     return teacher_class.get(kind, EncoderTeacher)(encoder, extractor, base, layer, identity, device, dtype)
 
@@ -54,7 +54,7 @@ def _load(config, source: str, base: str) -> torch.nn.Module:
     from transformers import AutoModel, PreTrainedModel
 
     with torch.device("meta"), quiet():
-        encoder = AutoModel.from_config(config)
+        encoder = AutoModel.from_config(config, trust_remote_code=False)
     renamed = {}
     while True:
         inner = [name for name in _PLACES if isinstance(getattr(encoder, name, None), PreTrainedModel)]
