@@ -309,6 +309,15 @@ def test_a_universal_checkpoint_is_complete_or_absent_and_made_once(saved, tmp_p
     assert not list(path.glob("*universal.part")) + list(path.glob("latest_universal"))
 
 
+def test_a_teacher_that_is_added_to_the_shards_is_no_change_of_the_run(preset):
+    index = load_index(preset.parent)
+    content = json.loads(json.dumps(index.content))
+    content["domains"]["speech"]["teachers"]["later"] = {"spec": "other", "dim": 2, "rate": None, "files": None}
+    assert checkpoint._identity(replace(index, content=content)) == checkpoint._identity(index)
+    content["domains"]["speech"]["teachers"]["teacher_speech"]["mean"][0] += 1
+    assert checkpoint._identity(replace(index, content=content)) != checkpoint._identity(index)
+
+
 class Attack:
     def __reduce__(self):
         return os.system, ("touch " + os.environ["ATTACKED"],)

@@ -60,6 +60,8 @@ def test_it_says_what_the_weights_were_trained_on(exported, preset):
     assert facts["shards"]["domains"].keys() == {"speech", "audio"}
     for domain, said in facts["shards"]["domains"].items():
         assert said["tokens"]["sha256"] == index["domains"][domain]["tokens"]["sha256"]
+        assert said["teacher"]["spec"] == "openai/whisper-large-v3"
+        assert said["teacher"]["dim"] == len(said["teacher"]["mean"])
     assert facts["selection"]["layers"].keys() == {"speech", "audio"}
 
 

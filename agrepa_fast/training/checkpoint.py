@@ -264,14 +264,22 @@ def _remove(path: Path) -> None:
 
 
 def _trained_on(index: Index) -> dict:
-    """Features, tokens and teachers of the shards."""
-    domains = {domain: index.content["domains"][domain] for domain in index.domains}
+    """Features, tokens and the teachers in use; the shards may hold others, also later."""
+    domains = {}
+    for domain in index.domains:
+        entry, name = index.content["domains"][domain], index.teacher(domain).name
+        teacher = {key: value for key, value in entry["teachers"][name].items() if key != "files"}
+        kept = {key: value for key, value in entry.items() if key != "teachers"}
+        domains[domain] = kept | {"teacher": {"name": name} | teacher}
     return {"mel": {"mean": index.mel_mean, "std": index.mel_std}, "features": index.features, "domains": domains}
 
 
 def _identity(index: Index) -> str:
     """SHA-256 over the checksums of the shards and what they were made with."""
     files = [(shard["file"], shard["sha256"]) for shard in index.content["shards"]]
+    for domain in index.domains:
+        sidecars = index.content["domains"][domain]["teachers"][index.teacher(domain).name]["files"] or {}
+        files += [(sidecar["file"], sidecar["sha256"]) for sidecar in sidecars.values()]
     return hashlib.sha256(json.dumps([files, _trained_on(index)], sort_keys=True).encode()).hexdigest()
 
 
