@@ -89,6 +89,16 @@ def test_a_checkpoint_is_complete_last_of_all_and_the_newest_stay(made, tmp_path
     assert not (ours.folder / "step00000009").exists()
 
 
+def test_a_removal_that_is_cut_short_leaves_no_checkpoint(made, tmp_path, monkeypatch):
+    ours, save = made(keep=1, keep_best=0)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **_: None)
+    for step in (1, 2):
+        assert save(step)
+    assert (ours.folder / "step00000001" / "model.safetensors").is_file()
+    with pytest.raises(UserError, match="no checkpoint 'step00000001'"):
+        find_checkpoint(tmp_path, "step00000001")
+
+
 def test_the_best_stay_beside_the_newest(made, tmp_path):
     ours, save = made(keep=1, keep_best=2)
     for step, score in enumerate((None, 3.0, 1.0, float("nan"), 1.0, 2.0, 4.0)):
@@ -365,7 +375,7 @@ class TestMirror:
         assert not [line for line in made.said if "failed" in line]
 
     def test_a_failure_is_said_and_made_good_at_the_next_save(self, made, tmp_path, monkeypatch):
-        ours, save, mirror = self.copies(made, f"{tmp_path}/copy", keep=1, keep_best=0)
+        ours, save, mirror = self.copies(made, f"{tmp_path}/copy", keep=2, keep_best=0)
         put = mirror._put
 
         def fails(file, name):
@@ -378,36 +388,35 @@ class TestMirror:
         ours.close()
         assert "the network is down): tried again" in made.said[-1]
         copy = tmp_path / "copy" / "checkpoints"
-        assert damage(copy / "step00000001") is not None
+        assert not (copy / "step00000001" / "checkpoint.json").exists()
         monkeypatch.setattr(mirror, "_put", put)
         assert save(2)
         ours.close()
-        assert names(copy) == {"step00000002"}
-        assert damage(copy / "step00000002") is None
+        assert names(copy) == {"step00000001", "step00000002"}
+        assert all(damage(copy / name) is None for name in names(copy))
 
     def test_a_slow_copy_skips_to_the_newest_and_is_not_rotated_away(self, made, tmp_path, monkeypatch):
         import threading
 
         ours, save, mirror = self.copies(made, f"{tmp_path}/copy", keep=1, keep_best=0)
-        go, copied, copy = threading.Event(), [], mirror._copy
+        begun, go, put = threading.Event(), threading.Event(), mirror._put
 
-        def slow(path):
-            mirror.copying = path.name
+        def slow(file, name):
+            begun.set()
             assert go.wait(60)
-            copied.append(path.name)
-            copy(path)
+            put(file, name)
 
-        monkeypatch.setattr(mirror, "_copy", slow)
+        monkeypatch.setattr(mirror, "_put", slow)
         assert save(1)
-        while mirror.copying is None:
-            assert mirror._thread is not None
+        assert begun.wait(60)
         for step in (2, 3):
             assert save(step)
         assert names(ours.folder) == {"step00000001", "step00000003"}
         go.set()
         ours.close()
-        assert copied == ["step00000001", "step00000003"]
-        assert damage(tmp_path / "copy" / "checkpoints" / "step00000003") is None
+        copy = tmp_path / "copy" / "checkpoints"
+        assert names(copy) == {"step00000001", "step00000003"}  # the run drops the first at its next save
+        assert all(damage(copy / name) is None for name in names(copy))
 
     def test_a_place_that_fsspec_does_not_know_is_refused(self, made):
         with pytest.raises(UserError, match=r"train\.copy_to=nowhere://x"):
