@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import tarfile
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -11,9 +12,12 @@ from pathlib import Path
 
 from _processes import BOUND, Job, freeze, in_slices, kill, saved_step, small_disk, start, steps_done
 
+from agrepa_fast.config import DataConfig
+
 STEPS, SAVE_EVERY = 24, 5
 MOMENT = 12  # the step after which a fault strikes: two checkpoints are there, and the clips' second epoch runs
 MARKER = "checkpoint.json"
+NAMES = ("latest", "best")  # files beside the checkpoints that name one
 
 
 @dataclass
@@ -24,15 +28,25 @@ class Scene:
     preset: Path
     whole: Path  # the same run without the fault
     stack: ExitStack  # undone when the row is done
-    resume_arguments: tuple[str, ...]
     job: Job | None = None
+    resume_arguments: tuple[str, ...] = ()
     repairs: list[Callable[[], object]] = field(default_factory=list)  # before the resume
     ends_by_itself: bool = True  # False: a process was stopped, and must be killed
+    server: object = None  # tests/server.py's
     shards: Path | None = None  # a copy of the shards that a fault may damage
 
-    def copy_shards(self, folder: Path) -> None:
-        self.shards = folder
-        shutil.copytree(self.preset.parent, folder)
+    def data_path(self, fault: "Fault") -> str:
+        """Shards that this fault may damage, or have served."""
+        self.shards = self.preset.parent
+        if fault.damages_shards:
+            self.shards = self.run.with_name("shards")
+            shutil.copytree(self.preset.parent, self.shards)
+        if not fault.remote:
+            return str(self.shards)
+        from tests.server import serving
+
+        self.server = self.stack.enter_context(serving(self.shards))
+        return self.server.url
 
     def small_disk(self, checkpoints: float) -> None:
         """The run's folder on a disk with room for so many checkpoints."""
@@ -57,10 +71,11 @@ class Fault:
     inject: Callable[[Scene], str]  # returns what it did, and when
     stage: int = 2
     settings: tuple[str, ...] = ()
-    stops: bool = False  # the run is asked to stop, and loses nothing
+    promised: int = SAVE_EVERY  # steps that may be lost: those since the last save; 0 when the run can save or go on
     launched: bool = False  # by the deepspeed launcher
     documented: bool = False  # what the launcher does is not ours: its exit code and its silence are only shown
     damages_shards: bool = False
+    remote: bool = False  # shards are read from an http server
     disk: float | None = None  # room for so many checkpoints
     bound: float = BOUND  # seconds within which everything must have ended
 
@@ -132,7 +147,7 @@ def _sizes(checkpoints: Path, name: str, known: set[Path]) -> list[int]:
         if Path(folder) not in known:
             for file in files:
                 with suppress(FileNotFoundError):
-                    sizes += [Path(folder, file).stat().st_size] if name in file and file != "latest" else []
+                    sizes += [Path(folder, file).stat().st_size] if name in file and file not in NAMES else []
     return sizes
 
 
@@ -162,10 +177,12 @@ def damage_incomplete_save(scene: Scene) -> str:
 def second_run(scene: Scene) -> str:
     """Somebody resumes a run that still goes on, such as one whose launcher was killed."""
     scene.step(MOMENT)
-    step = steps_done(scene.run) + 1
+    step, first = steps_done(scene.run) + 1, scene.job.ranks()
+    freeze(first)  # or it might have ended before the second is there
     second = start(2, *scene.resume_arguments, cwd=scene.run.parent / "second")
     scene.stack.callback(second.kill)
     codes = second.end()
+    kill(first, signal.SIGCONT)
     line = next((line for line in second.outputs()[0].splitlines() if "agrepa train: " in line), "went on")
     return f"resumed by other processes in step {step}, which end with {codes}: {line}"
 
@@ -204,8 +221,29 @@ def spoil_sample(scene: Scene) -> str:
 
 
 def fill_disk(scene: Scene) -> str:
-    scene.step(SAVE_EVERY)
-    return "a save finds no space"
+    """The disk stays full: training goes on, and the last save, which must succeed, cannot."""
+    scene.step(STEPS)
+    return "no save after the first finds space"
+
+
+def fill_disk_for_a_while(scene: Scene) -> str:
+    scene.step(2 * SAVE_EVERY + 1)
+    step = steps_done(scene.run)
+    for repair in scene.repairs:
+        repair()
+    return f"the save of step {2 * SAVE_EVERY} finds no space; room is made in step {step + 1}"
+
+
+def break_server(answers: int) -> Callable[[Scene], str]:
+    """Shards come from an http server, whose next answers for each of them end in the middle."""
+
+    def inject(scene: Scene) -> str:
+        scene.step(MOMENT - 4)
+        scene.server.moods = defaultdict(lambda: ["die"] * answers)
+        scene.repairs.append(lambda: setattr(scene.server, "moods", defaultdict(list)))
+        return f"the next {answers} answers for every shard end in the middle, from step {steps_done(scene.run) + 1} on"
+
+    return inject
 
 
 def rows(whole: Path) -> list[Fault]:
@@ -222,15 +260,29 @@ def rows(whole: Path) -> list[Fault]:
         *(Fault(f"kill -9 in a save: {name}", kill_in_save(name)) for name in [*files, "latest"]),
         Fault("kill -9 in a save: rank1.safetensors", kill_in_save("rank1.safetensors"), stage=3),
         Fault("damaged incomplete save", damage_incomplete_save),
-        Fault("disk full in the second save", fill_disk, disk=1.5),
-        Fault("disk full in the third save, at its end", fill_disk, disk=2.95),
-        Fault("SIGTERM to rank 1", send(signal.SIGTERM, 1), stops=True, settings=loader),
-        Fault("SIGTERM to both ranks", send(signal.SIGTERM, 0, 1), stops=True, stage=3),
-        Fault("SIGUSR1 to rank 0", send(signal.SIGUSR1, 0), stops=True),
-        Fault("a second run in the same folder", second_run, settings=("train.steps=40",)),
+        Fault("disk full in one save", fill_disk_for_a_while, disk=1.5, promised=0),
+        Fault("disk full to the end", fill_disk, disk=1.5, promised=STEPS - SAVE_EVERY),
+        Fault("SIGTERM to rank 1", send(signal.SIGTERM, 1), promised=0, settings=loader),
+        Fault("SIGTERM to both ranks", send(signal.SIGTERM, 0, 1), promised=0, stage=3),
+        Fault("SIGUSR1 to rank 0", send(signal.SIGUSR1, 0), promised=0),
+        Fault("a second run in the same folder", second_run, promised=0),
         Fault("truncated shard", truncate_shard, damages_shards=True),
         Fault("corrupt sample", spoil_sample, damages_shards=True, settings=loader),
+        *_server_rows(),
         Fault("launcher: kill -9 of rank 1", send(signal.SIGKILL, 1), launched=True, documented=True),
         Fault("launcher: SIGTERM to it", signal_launcher(signal.SIGTERM), launched=True, documented=True),
         Fault("launcher: kill -9 of it", signal_launcher(signal.SIGKILL), launched=True, documented=True),
+    ]
+
+
+def _server_rows() -> list[Fault]:
+    """Where data.path may be a URL."""
+    if not hasattr(DataConfig, "read_attempts"):
+        return []
+    settings = ("data.read_attempts=3", "data.read_timeout=5")
+    return [
+        Fault(
+            "http server dies in a shard, and comes back", break_server(2), remote=True, settings=settings, promised=0
+        ),
+        Fault("http server dies for good", break_server(10_000), remote=True, settings=settings),
     ]

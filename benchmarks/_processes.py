@@ -72,6 +72,15 @@ class Job:
         leaders = {process.pid for process in self.started}
         return [p.pid for p in psutil.process_iter() if _session(p) in leaders and _name(p) is not None]
 
+    def wait_until_left(self, seconds: float) -> bool:
+        """Whether everything has ended by itself within so many seconds."""
+        over = time.monotonic() + seconds
+        while self.left():
+            if time.monotonic() > over:
+                return False
+            time.sleep(0.05)
+        return True
+
     def kill(self) -> None:
         """SIGKILL to everything that is left."""
         kill(self.left())
@@ -82,8 +91,9 @@ class Job:
         return [log.read_text(errors="replace") for log in self.logs]
 
 
-def start(ranks: int, *arguments: str, cwd: Path, launched: bool = False) -> Job:
-    """A run of agrepa_fast/train.py; its ranks are started directly, or by the deepspeed launcher. Logs go to `cwd`."""
+def start(ranks: int, *arguments: str, cwd: Path, launched: bool = False, logs: Path | None = None) -> Job:
+    """A run of agrepa_fast/train.py in `cwd`; its ranks are started directly, or by the deepspeed launcher. `logs`: the
+    folder for their outputs (default: cwd)."""
     script = str(ROOT / "agrepa_fast" / "train.py")
     shared = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     port = free_port()
@@ -95,11 +105,11 @@ def start(ranks: int, *arguments: str, cwd: Path, launched: bool = False) -> Job
         group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         commands = [[sys.executable, script, *arguments]] * ranks
         environments = [shared | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    cwd.mkdir(parents=True, exist_ok=True)
-    logs, started = [], []
+    folder, written, started = logs or cwd, [], []
+    folder.mkdir(parents=True, exist_ok=True)
     for number, (command, environment) in enumerate(zip(commands, environments, strict=True)):
-        logs.append(cwd / (f"launcher-{port}.log" if launched else f"rank{number}-{port}.log"))
-        with logs[-1].open("w") as log:
+        written.append(folder / (f"launcher-{port}.log" if launched else f"rank{number}-{port}.log"))
+        with written[-1].open("w") as log:
             started.append(
                 subprocess.Popen(
                     command,
@@ -111,7 +121,7 @@ def start(ranks: int, *arguments: str, cwd: Path, launched: bool = False) -> Job
                     start_new_session=True,
                 )
             )
-    return Job(started, logs, launched)
+    return Job(started, written, launched)
 
 
 def _descendants(pid: int) -> list[psutil.Process]:
@@ -190,6 +200,14 @@ def steps_done(run: Path) -> int:
         return -1
     lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
     return max((json.loads(line)["step"] for line in lines), default=-1)
+
+
+def read_losses(run: Path) -> dict[int, float]:
+    """Step -> training loss, of the whole lines of metrics.jsonl."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    values = [json.loads(line) for line in lines if line.endswith("\n")]
+    return {value["step"]: value["train/loss"] for value in values if "train/loss" in value}
 
 
 def saved_step(run: Path) -> int | None:

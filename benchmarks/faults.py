@@ -53,13 +53,13 @@ def arguments(stage: int, run: Path, preset: Path, *settings: str) -> tuple[str,
     return ("--ds_config", f"zero{stage}.json", "--preset", str(preset), f"run.dir={run}", *SETTINGS, *settings)
 
 
-def uninterrupted(stage: int, settings: tuple[str, ...], preset: Path, work: Path, known: dict) -> Path:
-    """The run folder of the same training without a fault; made once."""
-    if (stage, settings) not in known:
-        folder = work / f"whole-{len(known)}"
-        finish(start(2, *arguments(stage, folder / "run", preset, *settings), cwd=folder))
-        known[stage, settings] = folder / "run"
-    return known[stage, settings]
+def uninterrupted(stage: int, preset: Path, work: Path, known: dict[int, Path]) -> Path:
+    """The run folder of the same training without a fault, in one process a rank; made once."""
+    if stage not in known:
+        folder = work / f"whole-{stage}"
+        finish(start(2, *arguments(stage, folder / "run", preset), cwd=folder))
+        known[stage] = folder / "run"
+    return known[stage]
 
 
 def finish(job: Job) -> None:
@@ -90,20 +90,10 @@ def try_fault(fault: Fault, preset: Path, whole: Path, folder: Path) -> Row:
     row = Row(fault.name, fault.stage)
     run = folder / "run"
     with ExitStack() as stack:
-        data = folder / "shards" if fault.damages_shards else preset.parent
-        settings = (*fault.settings, f"data.path={data}")
-        resume = (
-            "--ds_config",
-            f"zero{fault.stage}.json",
-            "--resume",
-            "latest",
-            f"run.dir={run}",
-            *settings,
-            "train.patience=30",
-        )
-        scene = Scene(run, preset, whole, stack, resume)
-        if fault.damages_shards:
-            scene.copy_shards(data)
+        scene = Scene(run, preset, whole, stack)
+        settings = (*fault.settings, f"data.path={scene.data_path(fault)}")
+        resume = ("--resume", "latest", f"run.dir={run}", *settings, "train.patience=30")
+        scene.resume_arguments = resume = ("--ds_config", f"zero{fault.stage}.json", *resume)
         if fault.disk is not None:
             scene.small_disk(fault.disk)
         scene.job = job = start(2, *arguments(fault.stage, run, preset, *settings), cwd=folder, launched=fault.launched)
@@ -123,7 +113,7 @@ def try_fault(fault: Fault, preset: Path, whole: Path, folder: Path) -> Row:
         if row.resumed_from is None:
             row.wrong.append("no checkpoint")
             return row
-        row.lost, row.promised = row.done - row.resumed_from, 0 if fault.stops else SAVE_EVERY
+        row.lost, row.promised = row.done - row.resumed_from, fault.promised
         if row.lost > row.promised:
             row.wrong.append("lost more than promised")
         resumed = start(2, *resume, cwd=folder)
@@ -143,8 +133,7 @@ def wait_for_end(job: Job, fault: Fault, row: Row, all_end: bool) -> None:
     injected = time.monotonic()
     if all_end:
         row.exit_codes = job.end(fault.bound)
-        while job.left() and time.monotonic() - injected < fault.bound:
-            time.sleep(0.05)
+        job.wait_until_left(fault.bound)
     else:
         while job.alive() and time.monotonic() - injected < fault.bound:
             time.sleep(0.05)
@@ -185,10 +174,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="agrepa-faults-") as scratch:
         work = args.keep or Path(scratch)
         preset, known = write_small_shards(work / "shards"), {}
-        first = uninterrupted(2, (), preset, work, known)
+        first = uninterrupted(2, preset, work, known)
         chosen = [f for f in rows(first) if args.only is None or any(word in f.name for word in args.only)]
         for number, fault in enumerate(chosen):
-            whole = uninterrupted(fault.stage, fault.settings, preset, work, known)
+            whole = uninterrupted(fault.stage, preset, work, known)
             results.append(try_fault(fault, preset, whole, work / f"fault-{number:02d}"))
             row = results[-1]
             console.print(
