@@ -39,12 +39,15 @@ class Batch:
     faults: tuple[Fault, ...] = ()  # clips that it should have had; others stand in for them
 
     def to(self, device: torch.device) -> "Batch":
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         return replace(
             self,
-            domain=self.domain.to(device),
-            mel=self.mel.to(device),
-            condition=self.condition.to(device),
-            teacher={name: vectors.to(device) for name, vectors in self.teacher.items()},
+            domain=function(self.domain),
+            mel=function(self.mel),
+            condition=self.condition.map(function),
+            teacher={name: function(vectors) for name, vectors in self.teacher.items()},
         )
 
 
