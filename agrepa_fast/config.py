@@ -304,6 +304,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     ema_decay: float = 0.999
     precision: str = "auto"  # auto: bf16 on GPUs, fp32 on CPU | bf16 | fp32
+    graphs: int = 0  # CUDA graphs of forward and backward, at most this many batch shapes (ZeRO 0 to 2, on GPUs)
     activation_checkpointing: bool = False  # keep each block's input only and compute it again in the backward
     compile: bool = False  # torch.compile of the blocks in training; ZeRO stages 0 to 2
     max_skipped: int = 5  # stop after so many steps in a row whose loss or gradient is not finite
@@ -327,6 +328,11 @@ class TrainConfig:
         _check(
             window is None or (len(window) == 2 and 1 <= window[0] <= window[1]),
             f"train.profile={window}: the first and the last step, from 1, such as [10,12]",
+        )
+        _check(self.graphs >= 0, f"train.graphs={self.graphs}: must not be negative")
+        _check(
+            not self.graphs or not (self.compile or self.activation_checkpointing),
+            "train.graphs: neither with train.compile nor with train.activation_checkpointing",
         )
         _check(self.keep_best >= 0, f"train.keep_best={self.keep_best}: must not be negative")
         _check(

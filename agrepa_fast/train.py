@@ -46,6 +46,7 @@ from agrepa_fast.training.engine import (
     start_ranks,
     zero_stage,
 )
+from agrepa_fast.training.graphs import check_graphs
 from agrepa_fast.training.measure import FixedClips, storage_clips
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
@@ -148,6 +149,7 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     clips = config.train.batch_clips if config.train.batch_frames is None else None
     layout = BatchLayout(clips, config.train.accumulation, rank, world)
     ds_config = resolve_ds_config(ds_values, config.train, layout, device)
+    check_graphs(config.train, device, zero_stage(ds_config))
     index = prepared_index(config)
     config = fit_to_shards(config, index)
     plan = BatchPlan.of(index, config, layout)

@@ -165,8 +165,9 @@ class BatchPlan:
     """The global batches of a run.
 
     clips: of every batch; or budget: a batch holds as many clips of its bucket as cost at most so much, a clip of F
-    frames frames(F) + attention_cost * F^2 (train.batch_frames). Raises UserError where a batch would have fewer than
-    `least` clips.
+    frames frames(F) + attention_cost * F^2 (train.batch_frames). fixed_shapes: batches are padded to their bucket,
+    whatever is in them, as they are wherever there are buckets or a budget. Raises UserError where a batch would have
+    fewer than `least` clips.
     """
 
     def __init__(
@@ -179,11 +180,11 @@ class BatchPlan:
         budget: float | None = None,
         attention_cost: float = 0.0,
         least: int = 1,
+        fixed_shapes: bool = False,
     ):
         self.seed, self.attention_cost = seed, attention_cost
-        # Batches are padded to their bucket, whatever is in them, where lengths were made few on purpose.
         self.buckets = _buckets(index, speech_share, lambda frames: clips or int(budget / self.cost(frames)), least)
-        self.fixed_shapes = budget is not None or len(self.buckets) > 1
+        self.fixed_shapes = fixed_shapes or budget is not None or len(self.buckets) > 1
         self.orders = {
             (number, domain): ClipOrder(
                 [shard.clips for shard in shards], self._most(bucket, domain), seed, f"{domain} {bucket.frames}"
@@ -202,7 +203,7 @@ class BatchPlan:
         train, model = config.train, config.model
         cost = 1 / ((2 + model.ffn_mult) * model.dim) if train.attention_cost is None else train.attention_cost
         size = {"clips": train.batch_clips} if train.batch_frames is None else {"budget": train.batch_frames}
-        options = {**size, "attention_cost": cost, "least": layout.parts}
+        options = {**size, "attention_cost": cost, "least": layout.parts, "fixed_shapes": train.graphs > 0}
         return cls(index, config.data.speech_share, config.run.seed, **options)
 
     def cost(self, frames: int) -> float:

@@ -48,7 +48,7 @@ _MAY_CHANGE = {  # on a resume; so may eval.*
         "train.accumulation",
     ),
     *("train.save_every", "train.val_every", "train.log_every", "train.keep", "train.keep_best", "train.copy_to"),
-    *("train.max_skipped", "train.patience", "train.activation_checkpointing", "train.compile"),
+    *("train.max_skipped", "train.patience", "train.activation_checkpointing", "train.compile", "train.graphs"),
     *("train.peak_tflops", "train.profile", "train.wandb"),
 }
 

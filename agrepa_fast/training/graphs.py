@@ -12,14 +12,22 @@ import torch
 import torch.nn as nn
 
 from ..attribution.foga import captured
-from ..config import UserError
+from ..config import TrainConfig, UserError
 from ..data.stream import Batch
 
 Losses = dict[str, torch.Tensor]
+Compute = Callable[[Batch, torch.Tensor], tuple[Losses, torch.Tensor]]
+
+
+def check_graphs(train: TrainConfig, device: torch.device, stage: int) -> None:
+    """Raise UserError where train.graphs cannot be."""
+    if train.graphs and (device.type != "cuda" or stage == 3):
+        where = "under ZeRO-3, where weights are there only inside a forward" if stage == 3 else f"on a {device.type}"
+        raise UserError(f"train.graphs={train.graphs}: there are no CUDA graphs {where}: set it to 0")
 
 
 class GraphedLosses:
-    """`compute(batch, keys)`, replayed. keys (2, C) int64: of the clips' draws and noise.
+    """The losses of micro-batches, replayed.
 
     limit: batch shapes that are captured; later ones run as they come. say: told of every capture. parameters: what
     the losses train. All graphs share one memory pool and one set of gradients, as large as the weights.
@@ -27,17 +35,19 @@ class GraphedLosses:
 
     def __init__(
         self,
-        compute: Callable[[Batch, torch.Tensor], Losses],
         parameters: Callable[[], Sequence[nn.Parameter]],
         limit: int,
         say: Callable[[str], None],
     ):
-        self.compute, self.parameters, self.limit, self.say = compute, parameters, limit, say
+        self.parameters, self.limit, self.say = parameters, limit, say
         self._programs: dict[tuple, _Program] = {}
         self._captured_at: tuple = ()
 
-    def __call__(self, batch: Batch, keys: torch.Tensor, variant: tuple = ()) -> tuple[torch.Tensor, Losses]:
-        """The sum to differentiate, and the losses. variant: what else the work depends on: the layers aligned."""
+    def __call__(
+        self, compute: Compute, batch: Batch, keys: torch.Tensor, variant: tuple = ()
+    ) -> tuple[torch.Tensor, Losses, torch.Tensor]:
+        """The sum of compute(batch, keys)'s losses, to differentiate; the losses; each clip's. keys (2, B) int64.
+        variant: what else the work depends on: the layers that are aligned."""
         parameters = list(self.parameters())
         here = (variant, tuple(parameter.data_ptr() for parameter in parameters))
         if here != self._captured_at:  # other layers are aligned, or weights have moved: a checkpoint was loaded
@@ -46,9 +56,9 @@ class GraphedLosses:
         shape = tuple(tensor.shape for tensor in (*_tensors(batch), keys))
         if shape not in self._programs:
             if len(self._programs) >= self.limit:
-                losses = self.compute(batch, keys)
-                return sum(losses.values()), losses
-            program = _Program(self.compute, batch, keys, parameters, self._gradients)
+                losses, clips = compute(batch, keys)
+                return sum(losses.values()), losses, clips
+            program = _Program(compute, batch, keys, parameters, self._gradients)
             program.capture(self._pool)
             self._programs[shape] = program
             self.say(
@@ -61,11 +71,12 @@ class GraphedLosses:
 class _Program:
     """One batch shape's work, on buffers that stay where they are."""
 
-    def __init__(self, compute, batch: Batch, keys: torch.Tensor, parameters: list, gradients: list):
+    def __init__(self, compute: Compute, batch: Batch, keys: torch.Tensor, parameters: list, gradients: list):
         self.compute, self.parameters = compute, parameters
         self.batch, self.keys = batch.map(torch.clone), keys.clone()
         self.gradients: list[torch.Tensor | None] = gradients
         self.losses: Losses = {}
+        self.clips = batch.mel.new_zeros(len(batch.mel), dtype=torch.float32)
         self.replay: Callable[[], None] = self._run
 
     def capture(self, pool) -> None:
@@ -76,24 +87,25 @@ class _Program:
 
     def _run(self) -> None:
         with torch.enable_grad():
-            losses = self.compute(self.batch, self.keys)
+            losses, clips = self.compute(self.batch, self.keys)
             found = torch.autograd.grad(sum(losses.values()), self.parameters, allow_unused=True)
         # What a loss does not reach has no gradient, as without graphs: the heads after align.stop.
         self.gradients = [None if g is None else kept for g, kept in zip(found, self.gradients, strict=True)]
         for gradient, kept in zip(found, self.gradients, strict=True):
             if gradient is not None:
                 kept.copy_(gradient)
+        self.clips.copy_(clips.detach())
         for name, loss in losses.items():
             self.losses.setdefault(name, torch.zeros_like(loss)).copy_(loss.detach())
 
-    def __call__(self, batch: Batch, keys: torch.Tensor) -> tuple[torch.Tensor, Losses]:
+    def __call__(self, batch: Batch, keys: torch.Tensor) -> tuple[torch.Tensor, Losses, torch.Tensor]:
         for kept, given in zip((*_tensors(self.batch), self.keys), (*_tensors(batch), keys), strict=True):
             kept.copy_(given)
         self.replay()
         reached = [(p, g) for p, g in zip(self.parameters, self.gradients, strict=True) if g is not None]
         parameters, gradients = zip(*reached, strict=True)
         losses = {name: loss.clone() for name, loss in self.losses.items()}
-        return _Replayed.apply(sum(losses.values()), gradients, *parameters), losses
+        return _Replayed.apply(sum(losses.values()), gradients, *parameters), losses, self.clips.clone()
 
 
 class _Replayed(torch.autograd.Function):

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from .compute import step_flops
 from .ema import Ema
 from .engine import LocalError, lr_factor
 from .faultlog import FaultLog
+from .graphs import GraphedLosses, Losses
 from .measure import FixedClips, validation_loss
 from .metrics import Metrics
 from .norms import update_ratio
@@ -46,6 +48,7 @@ class Run:
         train = self.config.train
         self.guard = SkipGuard(self.engine, self.metrics, self.folder, train.max_skipped)
         self.profile = ProfileWindow(train.profile, self.folder, self.rank)
+        self.graphs = GraphedLosses(self._trained, train.graphs, self.metrics.say) if train.graphs else None
         self.faults = FaultLog(self.index, self.config.data.max_faults, self.metrics, self.folder, self.device)
 
     @contextmanager
@@ -59,30 +62,40 @@ class Run:
     def micro_step(self, batch: Batch, step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Forward and backward of one micro-batch, and after the last of a step the update of the model; every draw
         depends on (seed, step, place in the global batch). The losses, and each clip's flow loss (B,)."""
-        flow, seed = self.config.flow, self.config.run.seed
-        batch = batch.to(self.device)
-        keys = clip_keys(seed, step, batch.places, "draws").to(self.device)
-        draws = training_draws(flow, batch.condition.lengths, keys)
+        batch, seed, aligner = batch.to(self.device), self.config.run.seed, self.choice.aligner
+        keys = torch.stack([clip_keys(seed, step, batch.places, use) for use in ("draws", "noise")]).to(self.device)
+        if self.graphs is None:
+            losses, clips = self.losses(self.engine, batch, keys, step)
+            total = sum(losses.values())
+        else:
+            compute = partial(self.losses, self.engine.module, step=step)
+            total, losses, clips = self.graphs(compute, batch, keys, aligner.layers(step))
+        self.engine.backward(guarded(batch.weight * total))
+        if self.engine.is_gradient_accumulation_boundary():
+            self.choice.watch(self.engine, step)
+            poison(self.engine, aligner.reduce())
+        self.engine.step()
+        return {name: batch.weight * loss.detach() for name, loss in losses.items()}, clips.detach()
+
+    def losses(self, model, batch: Batch, keys: torch.Tensor, step: int) -> tuple[Losses, torch.Tensor]:
+        """Means over the micro-batch, and each clip's flow loss (B,). keys (2, B): of the clips' draws and noise."""
+        flow, aligner = self.config.flow, self.choice.aligner
+        draws = training_draws(flow, batch.condition.lengths, keys[0])
         condition = replace(
             batch.condition,
             reference=reference_prefix(batch.mel, draws.reference_lengths),
             keep_tokens=draws.keep_tokens,
             keep_reference=draws.keep_reference,
         )
-        noise_keys = clip_keys(seed, step, batch.places, "noise").to(self.device)
-        x_t, target = flow_mix(batch.mel, draws.t, noise_keys, flow.sigma)
-        aligner = self.choice.aligner
-        out = self.engine(x_t, draws.t, condition, capture=aligner.layers(step), pooled=True)
+        x_t, target = flow_mix(batch.mel, draws.t, keys[1], flow.sigma)
+        out = model(x_t, draws.t, condition, capture=aligner.layers(step), pooled=True)
         losses = aligner.losses(out.hidden, batch, draws.t, draws.keep_tokens, step)
         clips = flow_loss(out.v, target, batch.condition.lengths)
         losses["flow_loss"] = clips.mean()
-        losses = {name: batch.weight * loss for name, loss in losses.items()}
-        self.engine.backward(guarded(sum(losses.values())))
-        if self.engine.is_gradient_accumulation_boundary():
-            self.choice.watch(self.engine, step)
-            poison(self.engine, aligner.reduce())
-        self.engine.step()
-        return {name: loss.detach() for name, loss in losses.items()}, clips.detach()
+        return losses, clips
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [*self.engine.module.parameters(), *self.choice.aligner.parameters()]
 
     def step(self, batches, step: int) -> None:
         """One optimizer step over the global batch, left out by all ranks when it is not finite."""
