@@ -37,6 +37,7 @@ def test_overrides_are_typed():
         ("align.k=9", "more than the model's 8 layers"),
         ("model.heads=5", "does not divide"),
         ("model.gelu=relu", "erf or tanh"),
+        ("data.teacher_precision=bf16", "fp32 or fp16"),
         ("probe.times=[0.0]", "between 0 and 1"),
         ("probe.warmup_steps=400", "leaves no step to align"),
         ("data.f_max=12000.0", "at most half"),
