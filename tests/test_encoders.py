@@ -116,9 +116,8 @@ def test_lengths_go_together_where_padding_changes_nothing(saved):
         assert teacher_of(saved, None).equal_lengths != saved.family.padded
 
 
+@pytest.mark.parametrize("saved", WINDOWED, indirect=True)
 def test_long_clips_are_cut_into_windows(saved):
-    if saved.name not in WINDOWED:
-        pytest.skip("takes clips of any length")
     window = WINDOWED[saved.name]  # up to the first sample of the next window's first frame
     teacher, wave = teacher_of(saved, 2), WAVES[4]
     frames, rest = teacher.frames([wave])[0], teacher.frames([wave[window:]])[0]

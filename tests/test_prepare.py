@@ -135,6 +135,7 @@ def test_second_run_does_nothing(prepared, corpus, whisper, monkeypatch, capsys)
         ("data.codebook=16", r"data\.codebook=8, not 16"),
         ("data.val_share=0.2", r"data\.val_share=0\.1, not 0\.2"),
         ("data.speech_teacher=other", r"data\.speech_teacher=.*, not other"),
+        ("data.teacher_precision=fp16", r"data\.teacher_precision=fp32, not fp16"),
     ],
 )
 def test_other_settings_are_refused(prepared, corpus, whisper, override, message):
