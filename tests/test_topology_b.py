@@ -21,7 +21,7 @@ from agrepa_fast.data.vq import VqTokenizer
 from agrepa_fast.data.vq_fit import fit_vq
 from agrepa_fast.models.conditioning import TokenCondition
 from agrepa_fast.models.dit import AudioDiT
-from agrepa_fast.train import fit_to_shards
+from agrepa_fast.training.build import fit_to_shards
 
 from .conftest import small_batch, small_model
 from .runs import EXTRA_CODES, run_training, write_small_shards, write_small_whisper
