@@ -9,7 +9,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-STALL_SECONDS = 1.5
+STALL_SECONDS = 6.0
 
 
 class Server(ThreadingHTTPServer):

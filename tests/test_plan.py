@@ -130,16 +130,16 @@ def test_a_step_is_found_without_those_before():
 
 
 def test_places_of_a_rank_stay_in_their_lanes():
-    """On 4 ranks a rank opens a quarter of the shards an epoch, not all of them."""
+    """On 4 ranks a rank opens a quarter of the shards an epoch and those at its edges, not all of them."""
     counts = [(100, 16)] * 64
-    plan = BatchPlan(index_of(speech=counts, audio=counts), 0.5, 0, clips=18)  # 9 a domain: never even over 4 ranks
-    layout, opened = BatchLayout(18, 1, 1, 4), set()
-    for step in range(1024 // 9):
+    plan = BatchPlan(index_of(speech=counts, audio=counts), 0.47, 0, clips=40)  # 18 or 19 of speech: never even
+    layout, opened = BatchLayout(40, 1, 1, 4), set()
+    for step in range(1024 // 20):
         number, picks = plan.batch(step)
         for place in layout.places(0):
             domain, position = picks[place]
             opened.add((domain, plan.orders[number, domain].find(position).shard))
-    assert len(opened) <= 128 / 4 + 2 * 6
+    assert len(opened) <= 128 / 2
 
 
 @pytest.mark.parametrize(("share", "speech"), [(0.5, 4), (0.25, 2), (0.0, 0), (1.0, 8)])

@@ -59,7 +59,7 @@ def test_any_file_system_of_fsspec(folder):
 def test_a_server_that_recovers_costs_nothing_but_time(moods, folder, server):
     name = "train-audio-0000.tar"
     server.moods[name] = list(moods)
-    place = remote(server, name, timeout=0.4, attempts=3)
+    place = remote(server, name, timeout=2, attempts=3)
     content = (folder / name).read_bytes()
     assert read_object(place, len(content)) == content
     assert server.requests[name] == len(moods) + (moods != ["drip"])
@@ -82,7 +82,7 @@ def test_a_stalled_server_is_not_waited_for(server):
     start = time.perf_counter()
     with pytest.raises(ReadError, match="attempts"):
         read_object(remote(server, name, timeout=0.1, attempts=2))
-    assert time.perf_counter() - start < 1.2
+    assert time.perf_counter() - start < 5
 
 
 def test_what_does_not_exist_is_not_asked_for_again(server):
