@@ -225,12 +225,13 @@ def test_each_shard_is_opened_once_an_epoch_and_few_at_a_time(monkeypatch):
 def test_the_next_shard_is_read_while_the_last_half_of_one_is_taken(monkeypatch):
     order, reader, opened = fake_shards(monkeypatch)
     first = order.find(0)
-    reader.read([4 * i for i in range(first.left - 2)])
+    assert first.left == 5
+    reader.read([0, 4])  # 5 and 4 clips of the shard are left
     assert opened == [first.shard]
-    following = order.after(order.find(4 * (first.left - 2)))
-    reader.read([4 * (first.left - 2)])
+    following = order.after(order.find(8))
+    reader.read([8])
     reader._ahead[following].result(5)
-    assert opened[-1] == following
+    assert opened == [first.shard, following]
 
 
 def test_shards_without_one_good_clip_end_the_reading(monkeypatch):

@@ -64,8 +64,10 @@ def _longest(clips: int, frames: int, index: Index, device: torch.device) -> tup
     """Silent clips (C, T, n_mels) of full length, and their conditions; masked all the same, as most batches are."""
     mel, tokens = torch.zeros(clips, frames, index.n_mels, device=device), index.most_tokens(frames)
     kept = torch.ones(clips, dtype=torch.bool, device=device)
+    ids = torch.zeros(clips, tokens, dtype=torch.int64, device=device)
     return mel, Condition(
-        tokens=torch.zeros(clips, tokens, dtype=torch.int64, device=device),
+        tokens=ids,
+        extra_tokens=None if index.extra_vocab is None else ids,
         token_lengths=torch.full((clips,), tokens, device=device),
         reference=torch.zeros_like(mel),
         lengths=torch.full((clips,), frames, device=device),
