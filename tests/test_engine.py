@@ -40,18 +40,31 @@ def test_presets_are_filled_in_from_the_run(stage):
     assert asked["bf16"]["enabled"] is True
 
 
-def test_ways_to_compute_a_step_give_the_same_weights(preset, tmp_path):
+@pytest.mark.parametrize(
+    ("ranks", "variants"),
+    [
+        (1, ["plain", "compiled"]),
+        (
+            2,
+            [
+                *("plain", "recomputed, partitioned", "offloaded", "offloaded, partitioned"),
+                *("dropout", "dropout, recomputed, partitioned"),
+            ],
+        ),
+    ],
+)
+def test_ways_to_compute_a_step_give_the_same_weights(ranks, variants, preset, tmp_path):
     """Partitioned, recomputed, compiled, offloaded; what each is for is seen to happen. And the update ratio."""
-    run_ranks(2, ROOT / "tests" / "variants_on_ranks.py", str(preset), str(tmp_path))
-    ranks = [json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in range(2)]
-    assert [found.pop("loaded") for found in ranks] == [True, True]
-    for name, found in ranks[0].items():
-        like = "dropout" if "dropout" in name else "plain"
-        weights, wanted = (load_file(tmp_path / run / "weights.safetensors") for run in (name, like))
+    run_ranks(ranks, ROOT / "tests" / "variants_on_ranks.py", str(preset), str(tmp_path), *variants)
+    everywhere = [json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in range(ranks)]
+    assert [found.pop("loaded", True) for found in everywhere] == [True] * ranks
+    for name, found in everywhere[0].items():
+        like = everywhere[0]["dropout" if "dropout" in name else "plain"]
+        weights, wanted = (load_file(tmp_path / run / "weights.safetensors") for run in (name, like["name"]))
         assert weights.keys() == wanted.keys()
         for key in wanted:
             torch.testing.assert_close(weights[key], wanted[key], atol=5e-6, rtol=0)
-        assert found["losses"] == pytest.approx(ranks[0][like]["losses"], abs=1e-5), name
+        assert found["losses"] == pytest.approx(like["losses"], abs=1e-5), name
         assert found["ratio"] == pytest.approx(found["by_hand"], rel=1e-4), name
         norm = torch.stack([weight.square().sum() for weight in weights.values()]).sum().sqrt().item()
         assert found["norm"] == pytest.approx(norm, rel=1e-5), name
@@ -59,18 +72,17 @@ def test_ways_to_compute_a_step_give_the_same_weights(preset, tmp_path):
         assert found["forwards"] == next((n for what, n in forwards.items() if what in name), 3), name
         assert (found["graphs"] > 0) == (name == "compiled")
         assert found["breaks"] == 0
-    assert ranks[0]["dropout"]["losses"] != ranks[0]["plain"]["losses"]
+    if "dropout" in variants:
+        assert everywhere[0]["dropout"]["losses"] != everywhere[0]["plain"]["losses"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of resident memory")
-def test_no_rank_holds_the_whole_model_under_zero3(tmp_path):
+def test_no_rank_holds_the_whole_model_under_zero3():
     sizes = ("model.dim=512", "model.depth=16", "model.heads=8", "model.token_dim=512")
-    for ds_config in ("zero3.json", "zero2.json"):
-        printed = run_ranks(2, ROOT / "benchmarks" / "build_memory.py", "--ds_config", ds_config, *sizes)
-        for output in printed:
-            found = json.loads(output.splitlines()[-1])
-            assert found["whole_fp32"] == 4 * found["parameters"] > 3e8
-            assert (found["build"]["peak"] < 0.8 * found["whole_fp32"]) == (ds_config == "zero3.json")
+    for output in run_ranks(2, ROOT / "benchmarks" / "build_memory.py", *sizes):
+        found = json.loads(output.splitlines()[-1])
+        assert found["whole_fp32"] == 4 * found["parameters"] > 3e8
+        assert 0.45 * found["whole_fp32"] < found["build"]["peak"] < 0.8 * found["whole_fp32"]
 
 
 def test_agrepa_xl_has_one_and_a_half_billion_parameters():
