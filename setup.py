@@ -8,6 +8,14 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
+EXTRAS = {
+    "vocos": ["vocos>=0.1"],
+    "hf": ["datasets>=5,<6"],  # agrepa prepare hf
+    "vq": ["vector-quantize-pytorch>=1.32"],  # agrepa tokens fit
+    "s3": ["s3tokenizer>=0.3"],  # data.speech_tokens=s3:…
+    "beats": ["speechbrain>=1.1"],  # teachers beats:FILE
+    "wandb": ["wandb>=0.20"],  # train.wandb=PROJECT
+}
 X86 = platform.machine() in ("x86_64", "AMD64")
 # One object per operation and instruction set; Python picks at run time what the machine has (kernels/_native.py).
 ISAS = {"generic": []}
@@ -73,6 +81,8 @@ setup(
         "torchaudio>=2.11",
         "deepspeed>=0.19.8,<0.20",
         "webdataset>=1.0.2,<2",
+        "braceexpand",
+        "fsspec[http]",
         "transformers>=5,<6",
         "omegaconf>=2.3",
         "safetensors",
@@ -88,8 +98,8 @@ setup(
         "rich",
     ],
     extras_require={
-        "vocos": ["vocos>=0.1"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "vocos>=0.1"],
+        **EXTRAS,
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", *sum(EXTRAS.values(), [])],
     },
     entry_points={"console_scripts": ["agrepa = agrepa_fast.cli:main"]},
 )

@@ -173,7 +173,8 @@ def test_samples_with_a_problem_are_named(tmp_path):
 
 @pytest.fixture
 def dataset(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = {
         "id": list(range(12)),

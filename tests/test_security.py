@@ -309,7 +309,6 @@ class TestModels:
             load_teacher(str(tmp_path))
 
     def test_a_vocoder_s_configuration_names_no_other_classes(self, marker, tmp_path):
-        pytest.importorskip("vocos")
         parts = {
             "feature_extractor": {"class_path": "vocos.feature_extractors.MelSpectrogramFeatures"},
             "backbone": {"class_path": "vocos.models.VocosBackbone"},
