@@ -2,6 +2,7 @@
 a C++ compiler everything but that library is installed, and the operations run their references on CPUs."""
 
 import platform
+from itertools import chain
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -99,7 +100,7 @@ setup(
     ],
     extras_require={
         **EXTRAS,
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", *sum(EXTRAS.values(), [])],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", *chain(*EXTRAS.values())],
     },
     entry_points={"console_scripts": ["agrepa = agrepa_fast.cli:main"]},
 )
