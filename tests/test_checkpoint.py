@@ -99,6 +99,26 @@ def test_a_removal_that_is_cut_short_leaves_no_checkpoint(made, tmp_path, monkey
         find_checkpoint(tmp_path, "step00000001")
 
 
+def test_a_clock_that_was_set_back_does_not_make_the_newest_the_oldest(made, monkeypatch):
+    ours, save = made(keep=2, keep_best=0)
+    now = [2000, 3000, 1000, 1001]  # nanoseconds of each save
+    monkeypatch.setattr(checkpoint.time, "time_ns", lambda: now.pop(0))
+    for step in (1, 2, 3, 4):
+        assert save(step)
+    assert names(ours.folder) == {"step00000003", "step00000004"}
+    assert find_checkpoint(ours.folder.parent, "latest").name == "step00000004"
+
+
+def test_every_file_is_on_the_disk_before_the_marker(made, monkeypatch):
+    flushed, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(Path(f"/proc/self/fd/{fd}").readlink()) or fsync(fd))
+    ours, save = made()
+    assert save(1)
+    path = ours.folder / "step00000001"
+    before = flushed[: flushed.index(path / "checkpoint.json.tmp")]
+    assert {file.name for file in before} == {file.name for file in path.iterdir()} - {"checkpoint.json"}
+
+
 def test_the_best_stay_beside_the_newest(made, tmp_path):
     ours, save = made(keep=1, keep_best=2)
     for step, score in enumerate((None, 3.0, 1.0, float("nan"), 1.0, 2.0, 4.0)):
@@ -417,6 +437,16 @@ class TestMirror:
         copy = tmp_path / "copy" / "checkpoints"
         assert names(copy) == {"step00000001", "step00000003"}  # the run drops the first at its next save
         assert all(damage(copy / name) is None for name in names(copy))
+
+    def test_copies_of_another_run_are_not_dropped(self, made, tmp_path):
+        """A new run with the settings of one whose disk was lost."""
+        copy = tmp_path / "copy" / "checkpoints" / "step00000009"
+        copy.mkdir(parents=True)
+        (copy / "checkpoint.json").write_text('{"run": "other"}')
+        with pytest.raises(UserError, match="holds step00000009 of another run"):
+            made(copy_to=f"{tmp_path}/copy")
+        (copy / "checkpoint.json").write_text('{"run": "this"}')
+        made(copy_to=f"{tmp_path}/copy")
 
     def test_a_place_that_fsspec_does_not_know_is_refused(self, made):
         with pytest.raises(UserError, match=r"train\.copy_to=nowhere://x"):

@@ -99,8 +99,16 @@ class Checkpoints:
     mirror: Mirror | None = None
 
     def __post_init__(self) -> None:
-        if self.config.train.copy_to is not None and self.rank == 0:
-            self.mirror = Mirror(self.folder.parent, self.config.train.copy_to, self.say)
+        if self.config.train.copy_to is None:
+            return
+        failure = None
+        if self.rank == 0:
+            try:
+                self.mirror = Mirror(self.folder.parent, self.config.train.copy_to, self.config.run.id, self.say)
+            except UserError as error:
+                failure = str(error)
+        if (failure := first_failure(failure)) is not None:
+            raise UserError(failure)
 
     def clean(self) -> None:
         """Remove what an interrupted save left behind."""
@@ -161,7 +169,11 @@ class Checkpoints:
 
     def _complete(self, path: Path, step: int, engine) -> None:
         """The marker, `latest` and `best`, in the order that a crash between them may cut."""
-        facts = {"step": step, "saved": time.time_ns(), "run": self.config.run.id, "val/flow_loss": self.score}
+        for file in path.iterdir():
+            _flush(file)
+        # Rotation goes by this order: a clock that was set back must not make the newest the oldest.
+        saved = max([time.time_ns(), *(marker(older)["saved"] + 1 for older in checkpoints(self.folder))])
+        facts = {"step": step, "saved": saved, "run": self.config.run.id, "val/flow_loss": self.score}
         facts |= {"shards": _identity(self.index), "layout": self._layout(engine)}
         facts["files"] = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
         _write(path / MARKER, json.dumps(facts, indent=1))
@@ -309,8 +321,13 @@ def _write(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    """Onto the disk, out of the machine's memory."""
+    opened = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)

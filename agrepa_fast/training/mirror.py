@@ -1,5 +1,6 @@
 """A copy of a run's checkpoints elsewhere, made in the background: another disk, or an object store through fsspec."""
 
+import json
 import os
 import sys
 import threading
@@ -20,7 +21,7 @@ class Mirror:
     on the next update; a call while a copy is under way makes one more round after it.
     """
 
-    def __init__(self, run: Path, to: str, say: Callable[[str], object]):
+    def __init__(self, run: Path, to: str, run_id: str | None, say: Callable[[str], object]):
         import fsspec
 
         try:
@@ -28,9 +29,20 @@ class Mirror:
         except (ImportError, ValueError) as error:
             raise UserError(f"train.copy_to={to}: {error}") from error
         self.run, self.root, self.to, self.say = run, root.rstrip("/"), to, say
+        self._refuse_another_run(run_id)
         self.copying: str | None = None  # the tag that must not be dropped now
         self._lock, self._changed = threading.Lock(), False
         self._thread: threading.Thread | None = None  # None when nothing is under way
+
+    def _refuse_another_run(self, run_id: str | None) -> None:
+        """Its copies would be dropped, since this run does not hold them: the ones that a lost disk is replaced by."""
+        try:
+            for tag in self._complete():
+                copied = json.loads(self.fs.cat_file(f"{self.root}/checkpoints/{tag}/{MARKER}"))["run"]
+                if copied != run_id:
+                    raise UserError(f"train.copy_to={self.to} holds {tag} of another run: choose a folder of its own")
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"train.copy_to={self.to} cannot be read ({error})") from error
 
     def update(self) -> None:
         """Copy what is not there yet, in the background."""
