@@ -492,4 +492,6 @@ def _known_field(override: str) -> None:
 def save_config(config: Config, path: Path) -> None:
     from omegaconf import OmegaConf
 
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    temporary = path.with_name(path.name + ".tmp")  # a kill must not leave a run without its configuration
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    temporary.replace(path)

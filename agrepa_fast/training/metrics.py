@@ -4,6 +4,7 @@ import json
 import resource
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -35,17 +36,20 @@ class Metrics:
         """The files and the progress bar of rank 0, from first_step of `steps` on. tracker: gets every line, too, by
         its write(step, values)."""
         if self.rank == 0:
-            from torch.utils.tensorboard import SummaryWriter
-
             path = self.folder / "metrics.jsonl"
             self._tracker = tracker
             for name in ("metrics.jsonl", "skipped.jsonl"):
                 _drop_later_steps(self.folder / name, first_step)
-            self._file = path.open("a")
-            self._board = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1 if first_step else None)
+            self._file = path.open("ab", buffering=0)  # nothing is kept back that could fail later
+            self._open_board(first_step + 1 if first_step else None)
             self.bar = tqdm(
                 total=steps, initial=first_step, desc="train", unit="step", smoothing=0.1, dynamic_ncols=True
             )
+
+    def _open_board(self, purge_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(self.folder / "tensorboard", purge_step=purge_step)
 
     def add(self, **values: torch.Tensor) -> None:
         """Add one optimizer step's means over this rank's clips."""
@@ -93,13 +97,20 @@ class Metrics:
         return values
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and TensorBoard scalars."""
+        """One line of metrics.jsonl, and TensorBoard scalars. A full disk loses them, and nothing else."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        try:
+            if self._file.write(line) < len(line):
+                self._file.write(b"\n")  # or the next line would be lost, too
+            if self._board is None:
+                self._open_board(None)
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        except OSError as error:
+            self._board = None  # its thread has ended
+            self.say(f"step {step}: metrics could not be written ({error.strerror or error}); training goes on")
         if self._tracker is not None:
             self._tracker.write(step, values)
 
@@ -112,7 +123,8 @@ class Metrics:
         if self._file is not None:
             self.bar.close()
             self._file.close()
-            self._board.close()
+            if self._board is not None:
+                self._board.close()
         if self._tracker is not None:
             self._tracker.close()
 
@@ -138,18 +150,26 @@ def peak_memory(device: torch.device | str) -> float:
 def _drop_later_steps(path: Path, step: int) -> None:
     """A resumed run writes the steps after its checkpoint again."""
     if path.is_file():
-        # A killed run may have left half a line at the end, without its newline.
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in _read_lines(path) if line["step"] <= step))
         temporary.replace(path)
+
+
+def _read_lines(path: Path) -> Iterator[dict]:
+    """The lines of a metrics.jsonl, but for those that a kill, a full disk or a crash of the machine cut."""
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and "step" in line:
+            yield line
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     """Name -> (step, value) pairs of a metrics.jsonl."""
     series = defaultdict(list)
-    for line in path.read_text().splitlines():
-        values = json.loads(line)
+    for values in _read_lines(path):
         step = values.pop("step")
         for name, value in values.items():
             series[name].append((step, value))
