@@ -108,7 +108,8 @@ def signal_launcher(number: signal.Signals) -> Callable[[Scene], str]:
 
 def kill_in_save(name: str) -> Callable[[Scene], str]:
     """Kill the rank that writes this file of a checkpoint while a part of it is there; the other rank goes on and finds
-    out. Some files are written at once: what was not seen half written in two saves is taken as it is in the third."""
+    out. Some files are written at once: what was not seen half written in two saves is cut into half by hand in the
+    third; but not what a rename puts there, which is never half written."""
     victim = 1 if "rank1" in name or "rank_1" in name else 0
 
     def inject(scene: Scene) -> str:
@@ -116,22 +117,24 @@ def kill_in_save(name: str) -> Callable[[Scene], str]:
         final = max(path.stat().st_size for path in (scene.whole / "checkpoints").rglob(name))
         scene.step(SAVE_EVERY + 1)
         for attempt in (1, 2, 3):
-            known, saved, least = scene.complete(), saved_step(scene.run), 0 if attempt == 3 else 1
-            most = final if attempt == 3 else final - 1
+            known, saved = scene.complete(), saved_step(scene.run)
             scene.job.until(lambda known=known: _unfinished(checkpoints, known))
-            seen = in_slices(
-                pids,
-                lambda known=known, least=least, most=most: next(
-                    (size for size in _sizes(checkpoints, name, known) if least <= size <= most), None
-                ),
-                lambda saved=saved: saved_step(scene.run) != saved or not scene.job.alive(),
-            )
-            if seen is None and attempt == 3:  # it was put there by a rename, between two looks
-                seen = final
-            if seen is not None:
-                kill([pids[victim]])
-                kill(pids, signal.SIGCONT)
-                return f"SIGKILL to rank {victim} with {seen} of {final} bytes of {name} written"
+
+            def part(known=known, attempt=attempt) -> tuple[Path, int] | None:
+                files = _written(checkpoints, name, known)
+                return next(((f, size) for f, size in files if attempt == 3 or 0 < size < final), None)
+
+            seen = in_slices(pids, part, lambda saved=saved: saved_step(scene.run) != saved or not scene.job.alive())
+            if seen is None and attempt < 3:
+                continue
+            file, size = seen or (None, final)
+            how = f"{size} of {final} bytes"
+            if size == final and file is not None and name not in (MARKER, *NAMES):
+                os.truncate(file, final // 2)
+                how = f"all of its bytes, cut to {final // 2}"
+            kill([pids[victim]])
+            kill(pids, signal.SIGCONT)
+            return f"SIGKILL to rank {victim} with {how} of {name} written"
 
     return inject
 
@@ -140,15 +143,14 @@ def _unfinished(checkpoints: Path, known: set[Path]) -> bool:
     return any(path.is_dir() and path not in known for path in checkpoints.iterdir())
 
 
-def _sizes(checkpoints: Path, name: str, known: set[Path]) -> list[int]:
-    """Sizes of the file, or of what will be renamed to it, outside the complete checkpoints."""
-    sizes = []
+def _written(checkpoints: Path, name: str, known: set[Path]) -> list[tuple[Path, int]]:
+    """The file, or what will be renamed to it, outside the complete checkpoints, and its size."""
+    found = []
     for folder, _, files in os.walk(checkpoints):
-        if Path(folder) not in known:
-            for file in files:
-                with suppress(FileNotFoundError):
-                    sizes += [Path(folder, file).stat().st_size] if name in file and file not in NAMES else []
-    return sizes
+        for path in (Path(folder, file) for file in files if name in file and file not in NAMES):
+            with suppress(FileNotFoundError):
+                found += [(path, path.stat().st_size)] if path.parent not in known else []
+    return found
 
 
 def damage_incomplete_save(scene: Scene) -> str:
