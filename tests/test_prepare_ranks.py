@@ -8,14 +8,17 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 
 from agrepa_fast.config import UserError
+from agrepa_fast.data import prepare
 from agrepa_fast.data.encode import BATCH
 from agrepa_fast.data.prepare import prepare_folder
 from agrepa_fast.data.ranks import Ranks
 from agrepa_fast.data.shards import load_index
 from agrepa_fast.data.sources import folder_recordings
+from agrepa_fast.teachers.whisper import WhisperTeacher
 
 from .runs import ROOT, start_ranks
 from .test_prepare import contents, settings, write_bad, write_corpus
@@ -129,6 +132,44 @@ def test_any_number_of_ranks_writes_the_same_bytes(single, whisper, corpus, tmp_
     assert contents(out) == contents(single.folder)
 
 
+def test_batches_do_not_depend_on_ranks_or_interruptions(whisper, corpus, tmp_path, monkeypatch):
+    """On GPUs a clip's numbers depend on the batch that it is in; on a CPU a teacher is made to."""
+    frames, calls = WhisperTeacher.frames, []
+
+    def of_batch(self, waves):
+        calls.append(len(waves))
+        if len(calls) == 2 and stops:
+            raise KeyboardInterrupt
+        return [
+            f + len(w) % 97 / 97 for f, w in zip(frames(self, waves), [np.concatenate(waves)] * len(waves), strict=True)
+        ]
+
+    monkeypatch.setattr(WhisperTeacher, "frames", of_batch)
+    config, outs = settings(whisper), [tmp_path / name for name in ("single", "ranks", "resumed")]
+    stops = False
+    prepare_folder(config, corpus, "speech", outs[0])
+    run_threads(3, lambda ranks: prepare_folder(config, corpus, "speech", outs[1], ranks))
+    stops, calls = True, []
+    with pytest.raises(KeyboardInterrupt):
+        prepare_folder(config, corpus, "speech", outs[2])
+    stops = False
+    run_threads(2, lambda ranks: prepare_folder(config, corpus, "speech", outs[2], ranks))
+    assert contents(outs[1]) == contents(outs[2]) == contents(outs[0])
+
+
+def test_shards_of_other_settings_are_never_taken_for_these(single, whisper, corpus, tmp_path, monkeypatch):
+    """Runs that end before the index leave more shards than there are to be and, of another teacher, shards of the same
+    names and sizes; notes of the first run for that teacher must not vouch for those of the second."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "write_index", lambda *_: 1 / 0)
+        for change in ("data.shard_clips=2", "data.val_share=0.1", f"data.speech_teacher={whisper}@1"):
+            with pytest.raises(ZeroDivisionError):
+                prepare_folder(settings(whisper, *OVERRIDES, change), corpus, "speech", out)
+    prepare_folder(settings(whisper, *OVERRIDES), corpus, "speech", out)
+    assert contents(out) == contents(single.folder)
+
+
 def test_interrupted_on_changing_numbers_of_ranks(command, single, whisper, corpus, tmp_path):
     out, work = tmp_path / "out", tmp_path / "out" / ".work"
     # Rank 1 of 2 finds the disk full at its 6th mel, and rank 0 has 12 to make: both end, in one line.
@@ -194,6 +235,6 @@ def test_another_domain_does_not_lose_what_an_interrupted_one_has(whisper, corpu
     prepare_folder(config, corpus, "audio", out)
     assert files_below(out, ".work/speech-mel-*/*/*.npz") == CLIPS
     assert files_below(out, ".work/audio-*") == 0
-    prepare_folder(config, corpus, "speech", out)
+    run_threads(3, lambda ranks: prepare_folder(config, corpus, "speech", out, ranks))
     assert json.loads((out / "prepare.json").read_text())["speech"]["decode"]["found"] == CLIPS
     assert not (out / ".work").exists()

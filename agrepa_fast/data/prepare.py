@@ -94,7 +94,7 @@ def existing(data: DataConfig, out: Path, sources: list[Source], teachers: bool 
         return {"schema": SCHEMA, "features": settings, "domains": {}, "shards": []}
     content = load_index(out, verify=False).content
     for name, value in settings.items():
-        _same_setting(out, name, content["features"].get(name), value)
+        same_setting(out, name, content["features"].get(name), value)
     check_extra(out, data, content)
     for source in sources:
         there = content["domains"].get(source.domain)
@@ -103,9 +103,9 @@ def existing(data: DataConfig, out: Path, sources: list[Source], teachers: bool 
         if teachers:
             first = next(iter(there["teachers"].values()))
             name = f"{source.domain}_teacher"
-            _same_setting(out, name, first["spec"], getattr(data, name))
-            _same_setting(out, "teacher_rate", first["rate"], data.teacher_rate)
-            _same_setting(out, "teacher_precision", first["identity"].get("precision"), data.teacher_precision)
+            same_setting(out, name, first["spec"], getattr(data, name))
+            same_setting(out, "teacher_rate", first["rate"], data.teacher_rate)
+            same_setting(out, "teacher_precision", first["identity"].get("precision"), data.teacher_precision)
             check_tokens(out, data, content, source.domain)
         if there["recordings"]["identity"] != source.identity:
             changed = "changed since" if there["recordings"]["name"] == source.name else f"are not {source.name}'s"
@@ -116,7 +116,7 @@ def existing(data: DataConfig, out: Path, sources: list[Source], teachers: bool 
     return content
 
 
-def _same_setting(out: Path, name: str, there: object, wanted: object) -> None:
+def same_setting(out: Path, name: str, there: object, wanted: object) -> None:
     if there != wanted:
         raise UserError(
             f"{out} was prepared with data.{name}={there}, not {wanted}: choose another --out, or remove {out}"

@@ -15,7 +15,7 @@ import numpy as np
 from ..config import Config, DataConfig, UserError
 from .clips import ahead, cut_wave, digest
 from .encode import batches_of, target, teacher_entry, teacher_frames, teacher_name
-from .prepare import existing, finish, load_on_all, only_writer, workers
+from .prepare import existing, finish, load_on_all, only_writer, same_setting, workers
 from .ranks import ONE, Ranks
 from .recordings import Recording, Source
 from .shards import Index, npy, pooled, remedy, write_tar
@@ -42,13 +42,13 @@ def add_teacher(config: Config, listing: Callable[[], list[Source]], out: Path, 
     data, out = config.data, Path(out)
     sources = listing() if ranks.rank == 0 else []
     domains = ranks.first(lambda: [source.domain for source in sources])
-    content = ranks.first(lambda: _prepared(data, out, sources))
+    content = ranks.first(lambda: _prepared(data, out, sources, spec))
     if all(_is_there(content["domains"][domain], spec, data.teacher_rate) for domain in domains):
         if ranks.rank == 0:
             print(f"{out}: has targets of {spec}, nothing to do")
         return Index(out, content)
     with only_writer(out, ranks), workers() as pool:
-        content = ranks.first(lambda: _prepared(data, out, sources))  # another process may have written meanwhile
+        content = ranks.first(lambda: _prepared(data, out, sources, spec))  # another process may have written meanwhile
         throughput, teacher = {}, load_on_all(data, spec, ranks)
         for number, domain in enumerate(domains):
             if _is_there(content["domains"][domain], spec, data.teacher_rate):
@@ -62,12 +62,15 @@ def add_teacher(config: Config, listing: Callable[[], list[Source]], out: Path, 
         return ranks.first(lambda: finish(out, content, throughput, "sidecars-*"))
 
 
-def _prepared(data: DataConfig, out: Path, sources: list[Source]) -> dict:
+def _prepared(data: DataConfig, out: Path, sources: list[Source], spec: str) -> dict:
     """The content of an index that has all the sources' domains."""
     content = existing(data, out, sources, teachers=False)
     for source in sources:
         if source.domain not in content["domains"]:
             raise UserError(f"{out} holds no {source.domain}: prepare it first, without --add-teacher")
+        for entry in content["domains"][source.domain]["teachers"].values():
+            if (entry["spec"], entry["rate"]) == (spec, data.teacher_rate):
+                same_setting(out, "teacher_precision", entry["identity"].get("precision"), data.teacher_precision)
     return content
 
 
