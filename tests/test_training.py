@@ -38,10 +38,7 @@ def test_baseline_aligns_after_the_warm_up_and_shows_its_work(baseline):
 @pytest.mark.parametrize(
     ("stage", "ranks", "extra"),
     [
-        (1, 1, ()),
-        (2, 1, ()),
         (3, 1, ()),
-        (0, 2, ()),
         (1, 2, ()),
         (2, 2, ()),
         (3, 2, ()),
@@ -61,7 +58,7 @@ def test_every_stage_and_rank_count_gives_the_same_curve(stage, ranks, extra, pr
 def test_strategies_measure_the_same_at_every_stage(strategy, preset, ds_configs, tmp_path):
     """Gradients of whole batches, gathered from partitions; a backward beside the engine's; pooled states."""
     args = ("--preset", str(preset), f"align.strategy={strategy}", "model.token_dim=32")
-    runs = [(0, 1, ()), (1, 2, ()), (2, 2, ("train.accumulation=2",)), (3, 2, ())]
+    runs = [(0, 1, ()), (2, 2, ("train.accumulation=2",)), (3, 2, ())]
     for stage, ranks, extra in runs if strategy == "gradnorm" else [runs[0], runs[-1]]:
         run = f"run.dir={tmp_path}/stage{stage}"
         run_training(ranks, "--ds_config", ds_configs[stage], *args, run, *extra, cwd=tmp_path)
@@ -95,7 +92,7 @@ def test_gradient_norms_in_bf16_are_near_those_in_fp32(preset, ds_configs, tmp_p
         assert norms == pytest.approx(found["fp320"], rel=0.05), name
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_bf16_trains_and_keeps_fp32_averages(stage, preset, baseline, ds_configs, tmp_path):
     """What GPUs run, here on the CPU: close to fp32, and the exported weights are not rounded to bf16."""
     args = ("--ds_config", ds_configs[stage], "--preset", str(preset), f"run.dir={tmp_path}/run")
