@@ -114,7 +114,8 @@ def test_second_tokens_are_those_at_the_time_of_the_first():
 
 @pytest.fixture(scope="module")
 def preset(tmp_path_factory):
-    return write_small_shards(tmp_path_factory.mktemp("b") / "shards", extra=True)
+    """In two length buckets, so that the dry run takes place on a CPU too."""
+    return write_small_shards(tmp_path_factory.mktemp("b") / "shards", buckets=(13, 25), extra=True)
 
 
 def test_batches_carry_the_second_tokens_of_their_clips(preset):
