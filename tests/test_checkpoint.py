@@ -358,7 +358,7 @@ def test_a_pickle_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
     torch.save({"optimizer_state_dict": Attack()}, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-    with universal.without_pickle(tmp_path), pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(UserError, match="holds more than numbers"), universal.without_pickle(tmp_path):
         TorchCheckpointEngine().load(str(tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"))
     with pytest.raises(UserError, match="cannot be converted"):
         universal._convert(tmp_path, tmp_path / "universal")
