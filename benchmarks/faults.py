@@ -9,6 +9,7 @@ full needs root (a tmpfs).
 """
 
 import argparse
+import re
 import sys
 import tempfile
 import time
@@ -54,7 +55,7 @@ def arguments(stage: int, run: Path, preset: Path, *settings: str) -> tuple[str,
 
 
 def uninterrupted(stage: int, preset: Path, work: Path, known: dict[int, Path]) -> Path:
-    """The run folder of the same training without a fault, in one process a rank; made once."""
+    """The run folder of the same training without a fault, without loader processes; made once."""
     if stage not in known:
         folder = work / f"whole-{stage}"
         finish(start(2, *arguments(stage, folder / "run", preset), cwd=folder))
@@ -80,9 +81,10 @@ def difference(whole: Path, resumed: Path) -> float:
 
 
 def last_words(job: Job) -> str:
-    """Our own line of a rank that failed or stopped; "" when none printed one."""
-    lines = [line for output in job.outputs() for line in output.replace("\r", "\n").splitlines()]
-    return next((line.strip() for line in lines if "agrepa train: " in line or "stopped by a signal" in line), "")
+    """Our own line of a rank that failed or stopped, of the one that knows more; "" when none printed one."""
+    outputs = "\n".join(job.outputs()).replace("\r", "\n")
+    lines = re.findall(r"agrepa train: .*|step \d+: stopped by a signal.*", outputs)
+    return min(lines, key=lambda line: "another rank ended" in line, default="")
 
 
 def try_fault(fault: Fault, preset: Path, whole: Path, folder: Path) -> Row:
@@ -104,7 +106,7 @@ def try_fault(fault: Fault, preset: Path, whole: Path, folder: Path) -> Row:
             row.wrong.append(f"the fault did not come about: {error}")
             return row
         wait_for_end(job, fault, row, scene.ends_by_itself)
-        row.message = last_words(job)
+        row.message = row.message or last_words(job)
         if not row.message and any(row.exit_codes) and not fault.documented and set(row.exit_codes) != {-9}:
             row.wrong.append("no message")
         row.done, row.resumed_from = steps_done(run), saved_step(run)
@@ -133,6 +135,8 @@ def wait_for_end(job: Job, fault: Fault, row: Row, all_end: bool) -> None:
     injected = time.monotonic()
     if all_end:
         row.exit_codes = job.end(fault.bound)
+        if fault.launched and job.left():
+            row.message = "(the ranks go on without it)"
         job.wait_until_left(fault.bound)
     else:
         while job.alive() and time.monotonic() - injected < fault.bound:
@@ -156,7 +160,7 @@ def table(results: list[Row]) -> Table:
             ", ".join("stands" if code is None else str(code) for code in row.exit_codes),
             f"{row.seconds_to_end:.1f} s",
             row.message,
-            f"{row.lost} of {row.promised} steps, resumed at {row.resumed_from}",
+            f"{row.lost} of at most {row.promised} steps, resumed at {row.resumed_from}",
             f"{row.difference:.1e}",
             "kept" if not row.wrong else "BROKEN: " + "; ".join(row.wrong),
         )

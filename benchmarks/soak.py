@@ -92,9 +92,12 @@ class Soak:
 
     def watch(self, job: Job, stretch: Stretch) -> None:
         """Sample memory every second until the job ends or the blow has come."""
+        metrics = self.run / "metrics.jsonl"  # a resume puts a new one there, without the steps that were lost
+        before = metrics.stat().st_ino if metrics.is_file() else None
         wait = self.draw.expovariate(1 / self.every)
         while job.alive():
-            ready = saved_step(self.run) is not None and steps_done(self.run) > stretch.resumed_from
+            begun = metrics.is_file() and metrics.stat().st_ino != before
+            ready = begun and saved_step(self.run) is not None and steps_done(self.run) > stretch.resumed_from
             if stretch.first_step is None and ready:
                 stretch.first_step = self.now()
             if stretch.first_step is not None:
