@@ -109,6 +109,25 @@ def test_a_clock_that_was_set_back_does_not_make_the_newest_the_oldest(made, mon
     assert find_checkpoint(ours.folder.parent, "latest").name == "step00000004"
 
 
+def test_what_somebody_put_beside_the_checkpoints_stays(made, tmp_path):
+    ours, save = made(keep=1, keep_best=1)
+    ours.score = 1.0
+    assert save(1)
+    elsewhere = shutil.copytree(ours.folder / "step00000001", tmp_path / "step00000009")
+    for name in ("keep", "step00000001-keep"):
+        shutil.copytree(ours.folder / "step00000001", ours.folder / name)
+    (ours.folder / "step00000009").symlink_to(elsewhere)
+    (ours.folder / "notes").mkdir()
+    ours.score = 2.0
+    for step in (2, 3, 4):
+        assert save(step)
+    ours.clean()
+    kept = {"keep", "step00000001-keep", "step00000009", "notes", "step00000001", "step00000004"}
+    assert {path.name for path in ours.folder.iterdir() if path.is_dir()} == kept
+    assert damage(elsewhere) is None
+    assert find_checkpoint(tmp_path, "best").name == "step00000001"
+
+
 def test_every_file_is_on_the_disk_before_the_marker(made, monkeypatch):
     flushed, fsync = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(Path(f"/proc/self/fd/{fd}").readlink()) or fsync(fd))

@@ -10,6 +10,7 @@ validation loss. A tag is never written twice.
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -114,7 +115,7 @@ class Checkpoints:
         """Remove what an interrupted save left behind."""
         if self.rank == 0 and self.folder.is_dir():
             for path in self.folder.iterdir():
-                if path.is_dir() and not (path / MARKER).is_file():
+                if _is_ours(path) and not (path / MARKER).is_file():
                     shutil.rmtree(path)
         dist.barrier()
 
@@ -248,19 +249,28 @@ class Checkpoints:
     def _best(self) -> list[Path]:
         """The train.keep_best checkpoints with the lowest validation loss, the lowest first; of equals, which rest on
         the same validation, the one that was saved next after it."""
-        scored = [(marker(path)["val/flow_loss"], path) for path in checkpoints(self.folder)]
+        scored = [(marker(path)["val/flow_loss"], path) for path in self._ours()]
         scored = [(score, path) for score, path in scored if score is not None and score == score]
         ranked = sorted(scored, key=lambda one: one[0])  # stable: earlier saves first
         return [path for _, path in ranked[: self.config.train.keep_best]]
 
+    def _ours(self) -> list[Path]:
+        return [path for path in checkpoints(self.folder) if _is_ours(path)]
+
     def _rotate(self) -> None:
         """Drop old checkpoints, and the universal ones that led to this one."""
-        kept = [*checkpoints(self.folder)[-self.config.train.keep :], *self._best()]
-        for path in checkpoints(self.folder):
+        ours = self._ours()
+        kept = [*ours[-self.config.train.keep :], *self._best()]
+        for path in ours:
             busy = self.mirror is not None and self.mirror.copying == path.name
             if path not in kept and not busy:
                 _remove(path)
             shutil.rmtree(path / UNIVERSAL, ignore_errors=True)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a save made the folder: a copy that somebody put beside it, or a link, is not ours to remove."""
+    return re.fullmatch(r"step\d{8,}(-\d+)?", path.name) is not None and path.is_dir() and not path.is_symlink()
 
 
 def _free_mib(folder: Path) -> int:
