@@ -8,9 +8,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from queue import SimpleQueue
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -78,7 +79,7 @@ def collate(
     condition = Condition(
         tokens=ids,
         token_lengths=torch.tensor([len(s.tokens) for s in samples]),
-        reference=torch.zeros(1, 1, 1).expand_as(mel),
+        reference=_empty_reference(mel),
         lengths=torch.tensor([s.mel.shape[0] for s in samples]),
         extra_tokens=extra,
     )
@@ -200,7 +201,8 @@ class _RankBatches(IterableDataset):
         background, readers = Background(_READERS), {}
         while True:
             ahead, micro = divmod(number, self.layout.accumulation)
-            yield self._batch(self.step + ahead, micro, readers, background)
+            batch = self._batch(self.step + ahead, micro, readers, background)
+            yield _packed(batch) if worker else batch
             number += stride
 
     def _batch(
@@ -226,6 +228,32 @@ class _RankBatches(IterableDataset):
         ordered = [samples[place] for place in places]
         batch = collate(ordered, tuple(places), self.index, center=self.center, **shape)
         return replace(batch, weight=layout.weight(micro, bucket.clips), faults=tuple(faults))
+
+
+def _packed(batch: Batch) -> Batch:
+    """To be sent to another process: only the mels stay a tensor, for each tensor costs a file descriptor and a
+    handshake, and the others are small. The reference is empty."""
+    return replace(
+        batch,
+        domain=batch.domain.numpy(),
+        condition=replace(batch.condition, reference=None).map(torch.Tensor.numpy),
+        teacher={name: vectors.numpy() for name, vectors in batch.teacher.items()},
+    )
+
+
+def _unpacked(batch: Batch) -> Batch:
+    arrays = {field.name: getattr(batch.condition, field.name) for field in fields(batch.condition)}
+    tensors = {name: torch.from_numpy(value) for name, value in arrays.items() if isinstance(value, np.ndarray)}
+    return replace(
+        batch,
+        domain=torch.from_numpy(batch.domain),
+        condition=replace(batch.condition, reference=_empty_reference(batch.mel), **tensors),
+        teacher={name: torch.from_numpy(vectors) for name, vectors in batch.teacher.items()},
+    )
+
+
+def _empty_reference(mel: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(1, 1, 1).expand_as(mel)
 
 
 def train_batches(
@@ -254,7 +282,7 @@ def train_batches(
     others = set(multiprocessing.active_children())
     batches = iter(loader)
     _loaders.extend(set(multiprocessing.active_children()) - others)
-    return batches
+    return map(_unpacked, batches) if data.workers else batches
 
 
 def end_loaders() -> None:
