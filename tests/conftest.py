@@ -19,7 +19,7 @@ from agrepa_fast.config import ModelConfig
 from agrepa_fast.models.conditioning import Condition
 from agrepa_fast.models.dit import AudioDiT
 
-from .runs import ROOT, run_training, write_small_shards
+from .runs import ROOT, run_training, write_small_shards, write_small_whisper
 
 FRAMES, N_MELS, VOCAB = 37, 12, 30
 
@@ -104,19 +104,5 @@ def baseline(preset, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whisper(tmp_path_factory):
-    """A folder with a random Whisper of width 32."""
-    from agrepa_fast.data.features import import_torchaudio
-
-    import_torchaudio()  # transformers imports it
-    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
-
-    folder = tmp_path_factory.mktemp("whisper")
-    torch.manual_seed(0)
-    small = {"d_model": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 60}
-    layers = {"encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
-    ids = {"pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
-    model = WhisperModel(WhisperConfig(**small, **layers, **ids, suppress_tokens=None, begin_suppress_tokens=None))
-    model.save_pretrained(folder)
-    WhisperFeatureExtractor().save_pretrained(folder)
-    return folder
+def whisper(tmp_path_factory) -> Path:
+    return write_small_whisper(tmp_path_factory.mktemp("whisper"))

@@ -24,7 +24,7 @@ from agrepa_fast.models.dit import AudioDiT
 from agrepa_fast.training.build import fit_to_shards
 
 from .conftest import small_batch, small_model
-from .runs import EXTRA_CODES, run_training, write_small_shards, write_small_whisper
+from .runs import EXTRA_CODES, run_training, write_small_shards
 
 EXTRA = 20
 
@@ -207,11 +207,6 @@ def test_a_run_trains_is_probed_and_sampled(preset, tmp_path):
     assert {row["domain"] for row in rows} >= set(DOMAINS)
     cli.main(["sample", str(run), "--clips", "1", "--out", str(tmp_path / "sample")])
     assert {path.name for path in (tmp_path / "sample").glob("*sample.wav")} == {f"{d}-1-sample.wav" for d in DOMAINS}
-
-
-@pytest.fixture(scope="module")
-def whisper(tmp_path_factory):
-    return write_small_whisper(tmp_path_factory.mktemp("whisper"))
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,6 @@ from agrepa_fast.data.shards import file_sha256
 from agrepa_fast.data.vq import FrameCodec, VqTokenizer
 from agrepa_fast.data.vq_fit import _Frames, fit_vq
 
-from .runs import write_small_whisper
-
 DIM = 8
 
 
@@ -152,11 +150,6 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatc
     resumed = train(config, frames, tmp_path)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-
-
-@pytest.fixture(scope="module")
-def whisper(tmp_path_factory):
-    return write_small_whisper(tmp_path_factory.mktemp("whisper"))
 
 
 @pytest.fixture(scope="module")
