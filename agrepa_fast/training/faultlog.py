@@ -26,15 +26,13 @@ class FaultLog:
         self.total = sum(index.clips("train", domain) for domain in index.domains)
         self.share, self.metrics, self.folder, self.device = share, metrics, folder, device
         self._found: dict[tuple[str, int], Fault] = {}  # by this rank, since the last flush
-        self._seen: set[tuple[str, int]] = set()  # by this rank
         self._kinds: dict[tuple[str, int], str] = {}  # of all clips lost by any rank
 
     def note(self, faults: Iterable[Fault]) -> None:
         """What a batch of this rank had to do without."""
         for fault in faults:
             clip = fault.file, fault.clip
-            if clip not in self._seen:
-                self._seen.add(clip)
+            if clip not in self._kinds:
                 self._found[clip] = fault
 
     def flush(self, step: int) -> None:
