@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -216,6 +217,13 @@ def saved_step(run: Path) -> int | None:
     if not latest.is_file():
         return None
     return json.loads((latest.parent / latest.read_text().strip() / "checkpoint.json").read_text())["step"]
+
+
+def last_words(job: Job) -> str:
+    """Our own line of a rank that failed or stopped, of the one that knows more; "" when none printed one."""
+    outputs = "\n".join(job.outputs()).replace("\r", "\n")
+    lines = re.findall(r"agrepa train: .*|step \d+: stopped by a signal.*", outputs)
+    return min(lines, key=lambda line: "another rank ended" in line, default="")
 
 
 @contextmanager

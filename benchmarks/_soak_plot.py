@@ -41,6 +41,6 @@ def plot(content: dict, path: Path) -> None:
     below.set_ylabel("resident memory, MiB")
     below.set_xlabel("minutes")
     below.set_ylim(bottom=0)
-    for axes in (above, below):
+    for axes in (axes for axes in (above, below) if axes.get_legend_handles_labels()[0]):
         axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
     figure.savefig(path, dpi=130)

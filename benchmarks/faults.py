@@ -9,7 +9,6 @@ full needs root (a tmpfs).
 """
 
 import argparse
-import re
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from _bench import RESULTS, write_json
 from _fault_rows import SAVE_EVERY, STEPS, Fault, Scene, rows
-from _processes import BOUND, Job, saved_step, start, steps_done
+from _processes import BOUND, Job, last_words, saved_step, start, steps_done
 from rich.console import Console
 from rich.table import Table
 
@@ -78,13 +77,6 @@ def difference(whole: Path, resumed: Path) -> float:
         for run in (whole, resumed)
     )
     return max(abs(a[key] - b[key]) for key in a) if a and a.keys() == b.keys() else float("inf")
-
-
-def last_words(job: Job) -> str:
-    """Our own line of a rank that failed or stopped, of the one that knows more; "" when none printed one."""
-    outputs = "\n".join(job.outputs()).replace("\r", "\n")
-    lines = re.findall(r"agrepa train: .*|step \d+: stopped by a signal.*", outputs)
-    return min(lines, key=lambda line: "another rank ended" in line, default="")
 
 
 def try_fault(fault: Fault, preset: Path, whole: Path, folder: Path) -> Row:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 from _bench import ROOT, write_json
-from _processes import Job, kill, read_losses, saved_step, start, steps_done
+from _processes import Job, kill, last_words, read_losses, saved_step, start, steps_done
 from _soak_plot import plot
 
 SAVE_EVERY = 10
@@ -70,7 +70,7 @@ class Soak:
             self.compare(known)
             print(self.report(self.stretches[-1]), flush=True)
             if self.stretches[-1].blow is None and not (self.run / "summary.json").is_file():
-                raise RuntimeError(f"ended by itself, with exit code {self.stretches[-1].exit_code}")
+                raise RuntimeError(f"ended by itself, with exit code {self.stretches[-1].exit_code}: {self.last_words}")
 
     def stretch(self, saved: int | None) -> None:
         """Start or resume, strike once at a random moment, and look at what is left."""
@@ -84,10 +84,11 @@ class Soak:
             # What a scheduler does with the rest of a job whose launcher is gone.
             job.wait_until_left(0.0 if stretch.blow == "SIGKILL launcher" else 60.0)
             stretch.exit_code = job.started[0].wait()
+            self.last_words = last_words(job)
         finally:
             job.kill()
         stretch.ended = self.now()
-        stretch.done = steps_done(self.run)
+        stretch.done = max(0, steps_done(self.run))
         stretch.lost = stretch.done - (saved_step(self.run) or 0)
 
     def watch(self, job: Job, stretch: Stretch) -> None:
