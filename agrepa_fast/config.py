@@ -380,7 +380,7 @@ class VqFitConfig:
     stride: int = 1  # teacher frames per token
     steps: int = 20_000
     batch: int = 32  # windows of 96 frames per step
-    lr: float = 3e-4
+    lr: float = 1e-4
     seed: int = 0
     max_frames: int = 2**20  # teacher frames to fit on, 5.8 hours at 50 Hz; kept in memory, fp16
     max_seconds: float = 10.0  # of a recording, from its start

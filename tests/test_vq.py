@@ -229,3 +229,25 @@ def test_refusals_name_the_thing_and_the_remedy(whisper, corpus, tmp_path):
         VqTokenizer.load(tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"--stride=9: from 1 to 8"):
         VqFitConfig("x", stride=9)
+
+
+def test_the_rate_warms_up_and_decays_and_gradients_are_clipped(tmp_path, monkeypatch):
+    rates = [vq_fit._schedule(step, 200) for step in range(200)]
+    assert rates[:20] == pytest.approx(np.arange(1, 21) / 20)
+    assert rates[20] == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+    steps = []
+
+    class Adam(torch.optim.Adam):
+        def step(self):
+            norms = [p.grad.norm() for group in self.param_groups for p in group["params"]]
+            steps.append((self.param_groups[0]["lr"], float(torch.stack(norms).norm())))
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    clips = melodies()
+    clips[0][:, 0] = 6e4  # an outlier, as some encoders have: without the bound the first steps run away
+    train(replace(CONFIG, steps=20), _Frames(clips, melodies(4, seed=1)), tmp_path)
+    assert [rate for rate, _ in steps] == pytest.approx([CONFIG.lr * vq_fit._schedule(s, 20) for s in range(20)])
+    assert max(norm for _, norm in steps) <= 1 + 1e-4
+    assert max(norm for _, norm in steps) > 0.9, "something is clipped here"

@@ -63,7 +63,7 @@ def load_s3(source: str, device: str = "cpu") -> S3Tokens:
     try:
         import s3tokenizer
     except ImportError as error:
-        raise UserError(f"s3:{source} needs the package s3tokenizer ({error}): pip install s3tokenizer") from error
+        raise UserError(f"s3:{source} needs s3tokenizer ({error}): pip install 'agrepa_fast[s3]'") from error
     path = Path(source).expanduser()
     try:
         if path.is_file():

@@ -81,8 +81,12 @@ class FrameCodec(nn.Module):
     """
 
     def __init__(self, dim: int, codes: int, stride: int = 1, fair: float = 1.0):
-        from vector_quantize_pytorch import VectorQuantize
-
+        try:
+            from vector_quantize_pytorch import VectorQuantize
+        except ImportError as error:
+            raise UserError(
+                f"vq:FILE and `agrepa tokens fit` need vector-quantize-pytorch ({error}): pip install 'agrepa_fast[vq]'"
+            ) from error
         super().__init__()
         self.dim, self.codes, self.stride = dim, codes, stride
         self.register_buffer("mean", torch.zeros(dim))

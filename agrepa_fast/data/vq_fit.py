@@ -5,6 +5,7 @@ fit goes on where it stopped and, on a CPU, ends with the same bytes. Every draw
 """
 
 import json
+import math
 import shutil
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ _WINDOW = 96  # frames, as RepCodec's
 _CHUNK = 16  # recordings per call of the teacher
 _HELD_OUT = 0.05
 _INIT_FRAMES_PER_CODE = 8  # encoded frames that k-means starts the codebook from
+_CLIP_NORM = 1.0
 _SAVE_EVERY, _LOG_EVERY = 500, 100
 
 
@@ -203,6 +205,8 @@ def _train(frames: _Frames, config: VqFitConfig, dim: int, device: str, state: P
                 raise UserError(f"step {step}: the loss is not finite: lower --lr")
             optimizer.zero_grad()
             coded.loss.backward()
+            torch.nn.utils.clip_grad_norm_(codec.parameters(), _CLIP_NORM)
+            optimizer.param_groups[0]["lr"] = config.lr * _schedule(step, config.steps)
             optimizer.step()
             losses.append(coded.loss.detach())
             counts += torch.bincount(coded.ids[coded.ids >= 0], minlength=config.codes)
@@ -217,6 +221,14 @@ def _train(frames: _Frames, config: VqFitConfig, dim: int, device: str, state: P
             if done % _SAVE_EVERY == 0 or done == config.steps:
                 _save_state(state, codec, optimizer, done)
     return codec.eval()
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Share of the learning rate: a linear warm-up over a tenth of the steps, at most 1000, then a cosine to 0.1."""
+    warmup = min(1000, max(1, steps // 10))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
 
 @torch.no_grad()
