@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from _bench import RESULTS, write_json
+from _bench import write_json
 from _fault_rows import SAVE_EVERY, STEPS, Fault, Scene, rows
 from _processes import BOUND, Job, last_words, saved_step, start, steps_done
 from rich.console import Console
@@ -162,7 +162,7 @@ def table(results: list[Row]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="WORD", help="rows whose name holds one of these words")
-    parser.add_argument("--out", help="JSON file (default: benchmarks/results/faults.json)")
+    parser.add_argument("--out", help="JSON file (default: benchmarks/results/faults_<device>.json)")
     parser.add_argument("--keep", type=Path, help="a new folder for all runs (default: a temporary one)")
     args = parser.parse_args()
     console = Console(width=180)
@@ -182,7 +182,7 @@ def main() -> None:
     console.print(table(results))
     settings = {"steps": STEPS, "save_every": SAVE_EVERY, "bound_s": BOUND, "tolerance": TOLERANCE}
     content = {"settings": settings, "rows": [asdict(row) for row in results]}
-    print("wrote", write_json("faults", content, args.out or RESULTS / "faults.json"))
+    print("wrote", write_json("faults", content, args.out))
     if any(row.wrong for row in results):
         sys.exit(1)
 
