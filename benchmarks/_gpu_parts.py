@@ -324,7 +324,8 @@ def zero2(plan: Plan) -> Measured:
     metrics = SimpleNamespace(add=lambda **_values: None, count=lambda **_counts: None)  # a step only hands it numbers
     ema = Ema(engine, config.train.ema_decay)
     choice = SimpleNamespace(aligner=aligner, watch=lambda *_: None)  # nothing is measured here
-    run = Run(config, None, device, engine, ema, choice, metrics, 0, 1, Path())
+    index = SimpleNamespace(domains=())  # the one batch comes from no shards
+    run = Run(config, index, device, engine, ema, choice, metrics, 0, 1, Path())
     engine.module.train()
     clips = random_clips(replace(s, device="cpu"), s.batch)
     places = tuple(range(s.batch))
