@@ -42,7 +42,6 @@ def test_baseline_aligns_after_the_warm_up_and_shows_its_work(baseline):
         (1, 2, ()),
         (2, 2, ()),
         (3, 2, ()),
-        (2, 2, ("train.accumulation=2",)),
         (3, 2, ("train.accumulation=4",)),  # one clip at a time: a rank has one domain, the other is absent
         (2, 1, ("data.workers=2",)),
     ],
@@ -54,7 +53,7 @@ def test_every_stage_and_rank_count_gives_the_same_curve(stage, ranks, extra, pr
     assert (tmp_path / "run" / "selection.json").is_file()
 
 
-@pytest.mark.parametrize("strategy", ["gradnorm", "foga-vjp", "lasp"])
+@pytest.mark.parametrize("strategy", ["gradnorm", "foga-vjp"])
 def test_strategies_measure_the_same_at_every_stage(strategy, preset, ds_configs, tmp_path):
     """Gradients of whole batches, gathered from partitions; a backward beside the engine's; pooled states."""
     args = ("--preset", str(preset), f"align.strategy={strategy}", "model.token_dim=32")
@@ -83,7 +82,7 @@ def test_other_strategies_align_from_the_start_and_are_measured_at_the_end(strat
 
 def test_gradient_norms_in_bf16_are_near_those_in_fp32(preset, ds_configs, tmp_path):
     args, found = ("--preset", str(preset), "align.strategy=gradnorm", "train.steps=3"), {}
-    for stage, precision in ((0, "fp32"), (0, "bf16"), (2, "bf16"), (3, "bf16")):
+    for stage, precision in ((0, "fp32"), (0, "bf16"), (3, "bf16")):
         run = tmp_path / f"{precision}{stage}"
         given = (f"run.dir={run}", f"train.precision={precision}", *args)
         run_training(1, "--ds_config", ds_configs[stage], *given, cwd=tmp_path)
@@ -92,7 +91,7 @@ def test_gradient_norms_in_bf16_are_near_those_in_fp32(preset, ds_configs, tmp_p
         assert norms == pytest.approx(found["fp320"], rel=0.05), name
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 3])
 def test_bf16_trains_and_keeps_fp32_averages(stage, preset, baseline, ds_configs, tmp_path):
     """What GPUs run, here on the CPU: close to fp32, and the exported weights are not rounded to bf16."""
     args = ("--ds_config", ds_configs[stage], "--preset", str(preset), f"run.dir={tmp_path}/run")
