@@ -8,11 +8,10 @@ import subprocess
 import sys
 import threading
 
-import numpy as np
 import pytest
 
 from agrepa_fast.config import UserError
-from agrepa_fast.data import prepare
+from agrepa_fast.data import encode, prepare
 from agrepa_fast.data.encode import BATCH
 from agrepa_fast.data.prepare import prepare_folder
 from agrepa_fast.data.ranks import Ranks
@@ -134,25 +133,26 @@ def test_any_number_of_ranks_writes_the_same_bytes(single, whisper, corpus, tmp_
 
 def test_batches_do_not_depend_on_ranks_or_interruptions(whisper, corpus, tmp_path, monkeypatch):
     """On GPUs a clip's numbers depend on the batch that it is in; on a CPU a teacher is made to."""
-    frames, calls = WhisperTeacher.frames, []
+    frames, write_work, written = WhisperTeacher.frames, encode.write_work, []
 
     def of_batch(self, waves):
-        calls.append(len(waves))
-        if len(calls) == 2 and stops:
+        samples = sum(map(len, waves))
+        return [found + samples % 97 / 97 for found in frames(self, waves)]
+
+    def stops_amid_a_batch(file, **arrays):
+        if len(written) == 5:
             raise KeyboardInterrupt
-        return [
-            f + len(w) % 97 / 97 for f, w in zip(frames(self, waves), [np.concatenate(waves)] * len(waves), strict=True)
-        ]
+        written.append(file)
+        write_work(file, **arrays)
 
     monkeypatch.setattr(WhisperTeacher, "frames", of_batch)
     config, outs = settings(whisper), [tmp_path / name for name in ("single", "ranks", "resumed")]
-    stops = False
     prepare_folder(config, corpus, "speech", outs[0])
     run_threads(3, lambda ranks: prepare_folder(config, corpus, "speech", outs[1], ranks))
-    stops, calls = True, []
-    with pytest.raises(KeyboardInterrupt):
-        prepare_folder(config, corpus, "speech", outs[2])
-    stops = False
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "write_work", stops_amid_a_batch)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_folder(config, corpus, "speech", outs[2])
     run_threads(2, lambda ranks: prepare_folder(config, corpus, "speech", outs[2], ranks))
     assert contents(outs[1]) == contents(outs[2]) == contents(outs[0])
 
