@@ -3,8 +3,9 @@
 python benchmarks/resume_grid.py [--precision fp32 bf16] [--out FILE]
 
 A run of 5 steps is saved after step 3 at every stage on 1 and 2 ranks; a copy of it goes on from there at every stage
-on 1 and 2 ranks. Written down is the largest difference of any loss of steps 4 and 5 (training and validation) from the
-uninterrupted run, of the averaged weights' as well. In fp32 it must stay below 1e-5; in bf16 stages round otherwise.
+on 1 and 2 ranks. Written down are the largest difference of any loss of steps 4 and 5 (training and validation) from
+the uninterrupted run, and of any averaged weight at the end. In fp32 no loss may differ by more than 1e-5; in bf16
+stages round otherwise.
 """
 
 import argparse
@@ -18,10 +19,12 @@ from pathlib import Path
 from _bench import RESULTS, write_json
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 
+from agrepa_fast.training.weights import find_checkpoint
 from tests.runs import metrics, start_ranks, write_small_shards
 
-LIMITS = {"fp32": 1e-5, "bf16": 0.05}
+LIMITS = {"fp32": 1e-5, "bf16": 2e-3}
 SAVED = 3
 OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 STAGES = {
@@ -41,21 +44,27 @@ def layout_name(stage: str, ranks: int) -> str:
 def work(jobs: list[dict]) -> None:
     """One rank's part of several trainings in one process: starting it takes longer than they do."""
     import torch.distributed as dist
+    import torch.nn.functional as functional
 
+    import agrepa_fast.train
     from agrepa_fast import load_config
-    from agrepa_fast.train import train
     from agrepa_fast.training.engine import start_ranks as join
 
     join()
     dist.destroy_process_group = lambda: None
+    agrepa_fast.train.finish = lambda *_: None  # plots and samples
+    linear = functional.linear
     for job in jobs:
+        functional.linear = linear  # ZeRO-3 leaves its own behind, which rounds otherwise in bf16
         run = Path(job["run"])
         if job["source"] and dist.get_rank() == 0:
             shutil.copytree(job["source"], run)
         dist.barrier()
         resume = f"step{SAVED:08d}" if job["source"] else None
         source = run / "config.yaml" if resume else job["preset"]
-        train(load_config(source, [*job["overrides"], f"run.dir={run}"]), STAGES[job["stage"]], resume)
+        agrepa_fast.train.train(
+            load_config(source, [*job["overrides"], f"run.dir={run}"]), STAGES[job["stage"]], resume
+        )
 
 
 def run_jobs(jobs: list[dict], ranks: int, folder: Path) -> None:
@@ -69,14 +78,19 @@ def run_jobs(jobs: list[dict], ranks: int, folder: Path) -> None:
         raise SystemExit("\n".join(output[-3000:] for output in outputs))
 
 
-def difference(run: Path, other: Path) -> float:
-    """The largest of any loss after the save, and of the averaged weights' validation loss."""
+def loss_difference(run: Path, other: Path) -> float:
+    """The largest of any loss after the save."""
     a, b = metrics(run), metrics(other)
     if a.keys() != b.keys():
         raise SystemExit(f"{run} and {other} have other steps")
     names = [(step, name) for step in a if step > SAVED for name in a[step] if "loss" in name]
-    averaged = [json.loads((r / "summary.json").read_text())["val/flow_loss"]["ema"] for r in (run, other)]
-    return max(abs(averaged[0] - averaged[1]), *(abs(a[step][name] - b[step][name]) for step, name in names))
+    return max(abs(a[step][name] - b[step][name]) for step, name in names)
+
+
+def weight_difference(run: Path, other: Path) -> float:
+    """The largest of any averaged weight in the newest checkpoints."""
+    a, b = (load_file(find_checkpoint(folder, "latest") / "ema.safetensors") for folder in (run, other))
+    return max((a[name] - b[name]).abs().max().item() for name in a.keys() | b.keys())
 
 
 def measure(precision: str, folder: Path) -> list[dict]:
@@ -110,7 +124,8 @@ def measure(precision: str, folder: Path) -> list[dict]:
             "precision": precision,
             "from": layout_name(*a),
             "to": layout_name(*b),
-            "largest_difference": difference(runs[a], run),
+            "loss_difference": loss_difference(runs[a], run),
+            "averaged_weight_difference": weight_difference(runs[a], run),
         }
         for (a, b), run in pairs.items()
     ]
@@ -133,10 +148,10 @@ def main() -> None:
         targets = list(dict.fromkeys(case["to"] for case in found))
         table = Table(*["from | to", *targets], title=f"{precision}: largest difference of a loss")
         for start in dict.fromkeys(case["from"] for case in found):
-            table.add_row(start, *[f"{case['largest_difference']:.0e}" for case in found if case["from"] == start])
+            table.add_row(start, *[f"{case['loss_difference']:.0e}" for case in found if case["from"] == start])
         Console(width=160).print(table)
-    write_json("resume_grid", {"saved_after_step": SAVED, "limits": LIMITS, "cases": cases}, args.out)
-    wrong = [case for case in cases if not case["largest_difference"] <= LIMITS[case["precision"]]]
+        write_json("resume_grid", {"saved_after_step": SAVED, "limits": LIMITS, "cases": cases}, args.out)
+    wrong = [case for case in cases if not case["loss_difference"] <= LIMITS[case["precision"]]]
     if wrong:
         sys.exit(f"{len(wrong)} of {len(cases)} differ by too much: {wrong[0]}")
 
