@@ -32,7 +32,7 @@ class Scene:
     resume_arguments: tuple[str, ...] = ()
     repairs: list[Callable[[], object]] = field(default_factory=list)  # before the resume
     ends_by_itself: bool = True  # False: a process was stopped, and must be killed
-    server: object = None  # tests/server.py's
+    server: object = None  # tests/data/server.py's
     shards: Path | None = None  # a copy of the shards that a fault may damage
 
     def data_path(self, fault: "Fault") -> str:
@@ -43,7 +43,7 @@ class Scene:
             shutil.copytree(self.preset.parent, self.shards)
         if not fault.remote:
             return str(self.shards)
-        from tests.server import serving
+        from tests.data.server import serving
 
         self.server = self.stack.enter_context(serving(self.shards))
         return self.server.url

@@ -81,7 +81,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     sys.modules["pytest"] = stand_in()
-    module = importlib.import_module(f"tests.test_{args.name}")
+    module = importlib.import_module(f"tests.kernels.test_{args.name}")
     passed, failed = 0, {}
     first, step = args.share
     for name, test, arguments in itertools.islice(cases(module), first, args.limit, step):

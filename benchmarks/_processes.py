@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 from _bench import ROOT
 
-from tests.runs import free_port
+from tests.testing import free_port
 
 BOUND = 60.0  # seconds after which a process that should have ended is said to hang
 _LOADER = "pt_data_worker"  # PyTorch's name for a DataLoader's processes

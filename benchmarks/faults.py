@@ -22,7 +22,7 @@ from _processes import BOUND, Job, last_words, saved_step, start, steps_done
 from rich.console import Console
 from rich.table import Table
 
-from tests.runs import metrics, write_small_shards
+from tests.testing import metrics, write_small_shards
 
 TOLERANCE = 1e-5
 SETTINGS = (

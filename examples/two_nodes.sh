@@ -119,7 +119,7 @@ same_curve() {
     python - "$work/one" "$1" << 'EOF'
 import sys
 from pathlib import Path
-from tests.runs import metrics
+from tests.testing import metrics
 one, two = ({(step, name): value for step, values in metrics(Path(run)).items() for name, value in values.items()
              if name.endswith(("loss", "norm"))} for run in sys.argv[1:])
 assert one and one.keys() == two.keys(), "other steps"
@@ -129,7 +129,7 @@ sys.exit(worst > 1e-5)
 EOF
 }
 
-python -c "import sys; from pathlib import Path; from tests.runs import write_small_shards; write_small_shards(Path(sys.argv[1]))" "$work/shards"
+python -c "import sys; from pathlib import Path; from tests.testing import write_small_shards; write_small_shards(Path(sys.argv[1]))" "$work/shards"
 GLOO_SOCKET_IFNAME=lo python "${train[@]}" "run.dir=$work/one" "${settings[@]}"
 lay_cable
 case $how in

@@ -19,7 +19,7 @@ from agrepa_fast.config import ModelConfig
 from agrepa_fast.models.conditioning import Condition
 from agrepa_fast.models.dit import AudioDiT
 
-from .runs import ROOT, run_training, write_small_shards, write_small_whisper
+from .testing import ROOT, run_training, write_small_shards, write_small_whisper
 
 FRAMES, N_MELS, VOCAB = 37, 12, 30
 

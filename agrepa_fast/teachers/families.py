@@ -5,7 +5,7 @@ import torch
 from ..config import UserError
 from .base import Teacher, load_weights, quiet
 
-# By config.model_type; tests/test_encoders.py has one of each encoder.
+# By config.model_type; tests/data/test_encoders.py has one of each encoder.
 _WINDOWS = ["audioflamingo3", "audioflamingo3_encoder", "qwen2_audio", "qwen2_audio_encoder"]
 _WINDOWS += ["voxtral", "voxtral_encoder"]
 _CONFORMERS = ["canary", "granite_speech", "lasr_ctc", "lasr_encoder", "parakeet_ctc", "parakeet_encoder"]

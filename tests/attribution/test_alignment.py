@@ -1,0 +1,168 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from agrepa_fast.alignment.heads import AlignmentHeads, BitcProjections
+from agrepa_fast.alignment.objectives import alignment_loss, bitc_loss
+from agrepa_fast.attribution.selection import LayerSelection, unmeasured_selection
+from agrepa_fast.config import AlignConfig, UserError
+
+from ..conftest import small_batch
+
+SELECTION = LayerSelection("foga", {"speech": (1, 3), "audio": (2,)}, {"speech": (0.75, 0.25), "audio": (1.0,)})
+DIMS = {"speech": 5, "audio": 7}
+
+
+def heads(seed: int = 0) -> AlignmentHeads:
+    return AlignmentHeads(SELECTION, 32, DIMS, seed)
+
+
+def teachers(rows: int) -> dict[str, torch.Tensor]:
+    return {name: torch.randn(rows, dim) for name, dim in DIMS.items()}
+
+
+def test_loss_by_hand():
+    made, hidden = heads(), {layer: torch.randn(4, 32) for layer in (1, 2, 3)}
+    teacher, domain = teachers(4), torch.tensor([0, 1, 0, 1])
+    mean, loss = alignment_loss(made, hidden, teacher, domain, torch.rand(4))
+    torch.testing.assert_close(mean, loss.mean())
+    assert not loss.requires_grad
+    for row in range(4):
+        name = ("speech", "audio")[domain[row]]
+        wanted = 0
+        for layer, weight in zip(SELECTION.layers[name], SELECTION.weights[name], strict=True):
+            h = hidden[layer][row]
+            z = made.heads[f"{name}_L{layer}"](h / (h.square().mean() + 1e-6).sqrt())
+            wanted += weight * (1 - F.cosine_similarity(z, teacher[name][row], dim=0))
+        torch.testing.assert_close(loss[row], wanted)
+
+
+def test_gradients_reach_the_selected_layers_and_their_blocks_only(model):
+    mel, condition = small_batch()
+    out = model(mel, torch.full((3,), 0.5), condition, capture=(1, 2, 3), pooled=True)
+    alignment_loss(heads(), out.hidden, teachers(3), torch.tensor([0, 1, 0]), torch.rand(3))[0].backward()
+    reached = [
+        block.ffn.fc1.weight.grad is not None and bool(block.ffn.fc1.weight.grad.any()) for block in model.blocks
+    ]
+    assert reached == [True, True, True, False]  # L4 lies above the deepest selected layer
+
+
+def test_an_absent_domain_gives_exact_zeros():
+    made, hidden = heads(), {layer: torch.randn(4, 32, requires_grad=True) for layer in (1, 2, 3)}
+    teacher = teachers(4)
+    teacher["audio"] = torch.zeros(4, 7)
+    alignment_loss(made, hidden, teacher, torch.zeros(4, dtype=torch.long), torch.rand(4))[0].backward()
+    for name, parameter in made.named_parameters():
+        assert parameter.grad is not None
+        assert bool(parameter.grad.any()) == ("speech" in name)
+    assert torch.equal(hidden[2].grad, torch.zeros(4, 32))
+
+
+def test_heads_depend_on_seed_and_name_alone():
+    torch.manual_seed(1)
+    a = heads()
+    torch.manual_seed(2)
+    b = heads()
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    other = AlignmentHeads(LayerSelection("fixed:3", {"speech": (3,)}, {"speech": (1.0,)}), 32, DIMS, 0)
+    assert torch.equal(other.heads["speech_L3"][0].weight, a.heads["speech_L3"][0].weight)
+    assert not torch.equal(a.heads["speech_L1"][0].weight, a.heads["speech_L3"][0].weight)
+    assert not torch.equal(heads(seed=1).heads["speech_L1"][0].weight, a.heads["speech_L1"][0].weight)
+
+
+def test_bitc_by_hand():
+    """weight (1 - cos(P layer_norm(c), y)), the mean over all clips; dropped tokens count nothing, exactly."""
+    projections, weights = BitcProjections(6, DIMS, 0), {"speech": 0.5, "audio": 1.0}
+    assert torch.allclose(projections["speech"].weight @ projections["speech"].weight.T, torch.eye(5), atol=1e-6)
+    pooled, teacher, domain = torch.randn(4, 6, requires_grad=True), teachers(4), torch.tensor([0, 1, 0, 1])
+    kept = torch.tensor([True, True, False, True])
+    loss = bitc_loss(projections, weights, pooled, teacher, domain, kept)
+    wanted = 0
+    for row in (0, 1, 3):
+        name, c = ("speech", "audio")[domain[row]], pooled[row]
+        normed = (c - c.mean()) / (c.var(unbiased=False) + 1e-5).sqrt()
+        z = projections[name].weight @ normed
+        wanted += weights[name] * (1 - z @ teacher[name][row] / (z.norm() * teacher[name][row].norm()))
+    torch.testing.assert_close(loss, wanted / 4)
+    loss.backward()
+    assert [bool(row.any()) for row in pooled.grad] == [True, True, False, True]
+
+
+def test_bitc_of_an_absent_domain_gives_exact_zeros():
+    projections, pooled = BitcProjections(6, DIMS, 0), torch.zeros(2, 6, requires_grad=True)
+    teacher = teachers(2) | {"audio": torch.zeros(2, 7)}
+    kept = torch.tensor([False, False])
+    bitc_loss(projections, {"speech": 0.5, "audio": 1.0}, pooled, teacher, torch.zeros(2).long(), kept).backward()
+    for parameter in (pooled, *projections.parameters()):
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+
+def test_bitc_trains_the_token_embedding_and_no_block(model):
+    mel, condition = small_batch()
+    pooled = model(mel, torch.full((3,), 0.5), condition, capture=(0,), pooled=True).hidden[0]
+    projections = BitcProjections(24, DIMS, 0)
+    bitc_loss(projections, {"speech": 1.0, "audio": 1.0}, pooled, teachers(3), torch.tensor([0, 1, 0]), None).backward()
+    assert model.tokens.embedding.weight.grad.any()
+    assert all(p.grad is None for p in model.blocks.parameters())
+
+
+def test_weights_that_differ_by_time_are_those_of_each_clips_time():
+    by_time = replace(
+        SELECTION,
+        times=(0.2, 0.6),
+        weights_at={"speech": ((1.0, 0.0), (0.5, 0.5)), "audio": ((1.0,), (2.0,))},
+    )
+    made, hidden, teacher = (
+        AlignmentHeads(by_time, 32, DIMS, 0),
+        {k: torch.randn(4, 32) for k in (1, 2, 3)},
+        teachers(4),
+    )
+    domain, t = torch.tensor([0, 1, 0, 1]), torch.tensor([0.1, 0.3, 0.5, 0.9])
+    _, losses = alignment_loss(made, hidden, teacher, domain, t)
+    wanted = {0: {1: 1.0, 3: 0.0}, 1: {2: 1.25}, 2: {1: 0.625, 3: 0.375}, 3: {2: 2.0}}  # clip -> layer -> lambda
+    for row, weights in wanted.items():
+        name, expected = ("speech", "audio")[domain[row]], 0
+        for layer, weight in weights.items():
+            h = hidden[layer][row]
+            z = made.heads[f"{name}_L{layer}"](h / (h.square().mean() + 1e-6).sqrt())
+            expected += weight * (1 - F.cosine_similarity(z, teacher[name][row], dim=0))
+        torch.testing.assert_close(losses[row], expected)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layers"),
+    [("fixed:4,2,2", (2, 4)), ("shallow", (1, 2, 3)), ("deep", (6, 7, 8)), ("none", None)],
+)
+def test_unmeasured_strategies(strategy, layers):
+    chosen = unmeasured_selection(AlignConfig(strategy=strategy), 8, ("speech", "audio"), seed=0)
+    if layers is None:
+        assert chosen.all_layers == ()
+        return
+    assert chosen.layers == {"speech": layers, "audio": layers}
+    assert sum(chosen.weights["audio"]) == pytest.approx(1)
+
+
+def test_random_layers_depend_on_the_seed():
+    sets = {
+        unmeasured_selection(AlignConfig(strategy="random"), 8, ("speech", "audio"), seed).layers["speech"]
+        for seed in range(9)
+    }
+    assert len(sets) > 3
+    assert all(len(set(layers)) == 3 and min(layers) >= 1 and max(layers) <= 8 for layers in sets)
+    again = [unmeasured_selection(AlignConfig(strategy="random"), 8, ("speech",), 4).layers for _ in range(2)]
+    assert again[0] == again[1]
+
+
+def test_foga_needs_scores():
+    with pytest.raises(UserError, match="needs a probe"):
+        unmeasured_selection(AlignConfig(strategy="foga"), 8, ("speech",), 0)
+
+
+def test_selection_survives_json(tmp_path):
+    tables = {"speech": ((0.75, 0.25), (0.5, 0.5)), "audio": ((1.0,), (1.0,))}
+    for selection in (SELECTION, replace(SELECTION, times=(0.2, 0.6), weights_at=tables)):
+        selection.save(tmp_path / "selection.json")
+        assert LayerSelection.from_dict(json.loads((tmp_path / "selection.json").read_text())) == selection

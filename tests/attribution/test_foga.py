@@ -1,0 +1,490 @@
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from agrepa_fast import ablate, foga, select_layers
+from agrepa_fast.attribution import foga as foga_module
+from agrepa_fast.attribution.foga import ProbeBatch
+from agrepa_fast.attribution.scores import LayerScores
+from agrepa_fast.attribution.selection import NotRankableError
+from agrepa_fast.attribution.vjp import FogaVjp
+from agrepa_fast.flow import clip_keys
+from agrepa_fast.kernels import flow_mix, philox_normal
+
+from ..conftest import small_batch, small_model
+
+
+@torch.no_grad()
+def naive_scores(model, batch: ProbeBatch, t: float, sigma: float = 0.5) -> torch.Tensor:
+    """(L, C): one forward for each layer, with that block really left out of the model's list of blocks."""
+    keys = clip_keys(0, 0, batch.places, f"foga {t:g}")
+    times = torch.full((len(batch.places),), t)
+    x_t, _ = flow_mix(batch.mel, times, keys, sigma)
+    blocks = list(model.blocks)
+    base = model(x_t, times, batch.condition).v
+    scores = []
+    for left_out in range(len(blocks)):
+        model.blocks = torch.nn.ModuleList(block for number, block in enumerate(blocks) if number != left_out)
+        v = model(x_t, times, batch.condition).v
+        change = []
+        for clip, length in enumerate(batch.condition.lengths.tolist()):
+            a, b = v[clip, :length], base[clip, :length]
+            change.append((a - b).norm() / (b.norm() + 1e-8))
+        scores.append(torch.stack(change))
+    model.blocks = torch.nn.ModuleList(blocks)
+    return torch.stack(scores)
+
+
+@pytest.mark.parametrize("position", ["rotary_conv", "sinusoidal"])
+def test_equals_really_skipping_each_block(position, probe_batch):
+    model = small_model(depth=5, position=position).eval()
+    scores = foga(model, probe_batch, times=(0.2, 0.7))
+    assert scores.values.shape == (5, 3, 2, 1)
+    for number, t in enumerate((0.2, 0.7)):
+        torch.testing.assert_close(
+            scores.values[:, :, number, 0], naive_scores(model, probe_batch, t), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_runs_l_l_plus_1_over_2_block_forwards_and_l_more_for_the_floor(probe_batch):
+    model, rows = small_model(depth=6), []
+    for block in model.blocks:
+        block.attn.qkv.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[0]))
+    foga(model, probe_batch, times=(0.5,))
+    assert sum(rows) == (21 + 6) * 3
+
+
+def test_dropout_is_off_inside_and_the_mode_comes_back(probe_batch):
+    model = small_model(dropout=0.5).train()
+    a, b = foga(model, probe_batch, times=(0.5,)), foga(model, probe_batch, times=(0.5,))
+    assert torch.equal(a.values, b.values)
+    assert model.training
+    with pytest.raises(RuntimeError):
+        foga(model, probe_batch._replace(mel=probe_batch.mel[..., :-1]), times=(0.5,))
+    assert model.training
+
+
+def test_padding_does_not_change_a_score(probe_batch):
+    model = small_model()
+    dirty = probe_batch.mel.clone()
+    dirty[1, 20:] = 100
+    a, b = (foga(model, probe_batch._replace(mel=mel), times=(0.5,)).values for mel in (probe_batch.mel, dirty))
+    assert torch.equal(a, b)
+
+
+def test_a_clips_score_does_not_depend_on_the_other_clips(probe_batch):
+    model = small_model()
+    together = foga(model, probe_batch, times=(0.3,), draws=2)
+    one = ProbeBatch(probe_batch.mel[1:2], probe_batch.condition[1:2], probe_batch.domain[1:2], (1,))
+    torch.testing.assert_close(
+        foga(model, one, times=(0.3,), draws=2).values, together.values[:, 1:2], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_statistics_by_hand(probe_batch):
+    scores = foga(small_model(), probe_batch, times=(0.3, 0.6), draws=2)
+    speech = scores.values[:, [0, 2]].mean((2, 3))
+    torch.testing.assert_close(scores.mean("speech"), speech.mean(1))
+    torch.testing.assert_close(scores.stderr("speech"), (speech[:, 0] - speech[:, 1]).abs() / 2)
+    assert scores.stderr("audio").isinf().all()  # one clip
+    torch.testing.assert_close(scores.mean_at("audio")[:, 1], scores.values[:, 1, 1].mean(-1))
+    assert scores.domains() == ("speech", "audio")
+    assert not torch.isclose(scores.values[..., 0], scores.values[..., 1]).any()  # other noise
+
+
+class TestStatistics:
+    def scores(self, per_clip, step=0, draws=1):
+        """LayerScores of one domain whose per-clip scores are the rows of `per_clip`, (L, C)."""
+        change = torch.tensor(per_clip)[..., None, None].expand(-1, -1, 1, draws).clone()
+        clips = change.shape[1]
+        return LayerScores(change, torch.zeros(clips), torch.zeros(clips, dtype=torch.long), (0.5,), step=step)
+
+    def test_bootstrap_probability_that_the_top_k_is_the_top_k(self):
+        """Two clips that disagree: L1 wins a resample when clip 1 is drawn twice (1/4) or each once (1/2)."""
+        certain = self.scores([[0.9, 0.8], [0.1, 0.2], [0.5, 0.4]])
+        assert certain.top_k_probability("speech", 1) == certain.top_k_probability("speech", 2) == 1
+        torn = self.scores([[0.9, 0.1], [0.2, 0.6]])
+        assert torn.top_k_probability("speech", 1) == pytest.approx(0.75, abs=0.03)
+        assert torn.top_k_probability("speech", 1) == torn.top_k_probability("speech", 1)
+
+    def test_one_clip_says_nothing_about_others(self):
+        assert self.scores([[0.9], [0.1]]).top_k_probability("speech", 1) is None
+        assert select_layers(self.scores([[0.9], [0.1]]), k=1).evidence["speech"]["top_k_probability"] is None
+
+    def test_the_probability_is_that_of_the_layers_that_may_be_chosen(self):
+        """L1 has the highest mean, all from one clip of three: it is not measured, and L2 is chosen for sure."""
+        chosen = select_layers(self.scores([[0.0, 0.0, 9.0], [0.4, 0.5, 0.6], [0.1, 0.1, 0.1]]), k=1)
+        assert chosen.layers == {"speech": (2,)}
+        assert chosen.evidence["speech"]["top_k_probability"] == 1
+
+    def test_rank_correlation(self):
+        up, down = self.scores([[0.1], [0.2], [0.3]]), self.scores([[3.0], [2.0], [0.1]])
+        assert up.rank_correlation(up, "speech") == pytest.approx(1)
+        assert up.rank_correlation(down, "speech") == pytest.approx(-1)
+
+    def test_pooled_probes_are_further_draws_of_each_clip(self):
+        early, late = self.scores([[0.1, 0.3], [0.2, 0.2]], step=1), self.scores([[0.3, 0.5], [0.2, 0.6]], step=2)
+        pooled = late.pooled_with([early])
+        torch.testing.assert_close(pooled.per_clip("speech"), torch.tensor([[0.2, 0.4], [0.2, 0.4]]))
+        assert pooled.clips("speech") == 2
+        assert pooled.step == 2
+        with pytest.raises(ValueError, match="same clips"):
+            late.pooled_with([self.scores([[0.1], [0.2]])])
+
+
+def test_modules_modes_and_the_random_state_come_back(probe_batch):
+    model = small_model(dropout=0.5).train()
+    model.blocks[1].eval()  # a frozen part
+    model.register_forward_hook(lambda *_: torch.rand(1) and None)  # a model that draws
+    before = torch.get_rng_state()
+    foga(model, probe_batch, times=(0.5,))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [block.training for block in model.blocks] == [True, False, True, True]
+
+
+def test_scores_that_mean_nothing_are_refused(probe_batch):
+    model = small_model()
+    model.blocks[2].ffn.fc2.bias.data.fill_(float("inf"))
+    with pytest.raises(ValueError, match="probe clip 0, layer 1: the score is not finite"):
+        foga(model, probe_batch, times=(0.5,))
+    model = small_model()
+    torch.nn.init.zeros_(model.out.weight)
+    torch.nn.init.zeros_(model.out.bias)
+    with pytest.raises(ValueError, match="probe clip 0: the model's velocity is zero"):
+        foga(model, probe_batch, times=(0.5,))
+
+
+def test_rows_at_once_are_bounded_without_changing_a_score(probe_batch):
+    model, rows = small_model(depth=6), []
+    model.blocks[5].attn.qkv.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[0]))
+    free = foga(model, probe_batch, times=(0.5,))
+    assert max(rows) == 18
+    rows.clear()
+    bounded = foga(model, probe_batch, times=(0.5,), max_rows=7)
+    assert max(rows) == 6  # whole variants of 3 clips
+    torch.testing.assert_close(bounded.values, free.values, atol=1e-6, rtol=1e-6)
+
+
+def test_official_recipe_feeds_the_clean_mel_at_0_8(probe_batch):
+    model, seen = small_model(), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[:2]))
+    scores = foga(model, probe_batch, recipe="official")
+    assert torch.equal(seen[0][0][:3], probe_batch.mel)
+    assert seen[0][1].tolist() == pytest.approx([0.8] * 3)
+    assert scores.times == (0.8,)
+
+
+def test_other_gates(probe_batch):
+    """A pair of layers and half a layer, against the same done naively."""
+    model = small_model(depth=4)
+    gates = torch.tensor([[1, 1, 1, 1], [1, 0.5, 1, 1], [0, 0, 1, 1]])  # not in the order in which they run
+    scores = foga(model, probe_batch, times=(0.5,), gates=gates)
+    assert scores.values.shape[0] == 2
+    keys = clip_keys(0, 0, probe_batch.places, "foga 0.5")
+    times = torch.full((3,), 0.5)
+    x_t, _ = flow_mix(probe_batch.mel, times, keys, 0.5)
+    with torch.no_grad():
+        base = model(x_t, times, probe_batch.condition).v
+        blocks = model.blocks
+        model.blocks = blocks[2:]
+        pair = model(x_t, times, probe_batch.condition).v
+        model.blocks = blocks
+        blocks[1].register_forward_hook(lambda module, args, out: args[0] + 0.5 * (out - args[0]))
+        half = model(x_t, times, probe_batch.condition).v
+    for row, v in enumerate((half, pair)):
+        wanted = (v - base).flatten(1).norm(dim=1) / base.flatten(1).norm(dim=1)
+        torch.testing.assert_close(scores.values[row, :, 0, 0], wanted, atol=1e-5, rtol=1e-5)
+
+
+class TestSelection:
+    def scores(self, speech, audio, floor=1e-7, spread=0.01):
+        """LayerScores of 4 clips a domain around the given means."""
+        clips = torch.tensor([-1.0, 1.0, -1.0, 1.0]) * spread
+        change = torch.cat([torch.tensor(m)[:, None] * (1 + clips) for m in (speech, audio)], dim=1)[..., None, None]
+        base = foga(
+            small_model(len(speech)), ProbeBatch(*small_batch(), torch.tensor([0, 1, 0]), (0, 1, 2)), times=(0.5,)
+        )
+        return replace(
+            base, values=change, floor=torch.full((8,), floor), domain=torch.tensor([0] * 4 + [1] * 4), step=7
+        )
+
+    def test_top_k_per_domain_with_normalised_weights(self):
+        chosen = select_layers(self.scores([0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.6]), k=2)
+        assert chosen.layers == {"speech": (1, 3), "audio": (3, 4)}
+        assert chosen.weights["speech"] == pytest.approx((4 / 7, 3 / 7))
+        assert chosen.weights["audio"] == pytest.approx((1 / 3, 2 / 3))
+        assert chosen.step == 7
+        assert chosen.evidence["speech"]["mean"] == pytest.approx([0.4, 0.1, 0.3, 0.2])
+
+    def test_other_weightings(self):
+        scores = self.scores([0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.6])
+        assert select_layers(scores, 2, "equal").weights["speech"] == (0.5, 0.5)
+        assert select_layers(scores, 2, "raw2x").weights["speech"] == pytest.approx((0.8, 0.6))
+
+    def test_refuses_the_zero_initialisations_floor(self, probe_batch):
+        asleep = foga(small_model(awake=False), probe_batch, times=(0.5,))
+        with pytest.raises(NotRankableError, match="0 of 4 layers"):
+            select_layers(asleep)
+        with pytest.raises(NotRankableError, match="audio: 1 of 4"):
+            select_layers(self.scores([0.4, 0.1, 0.3, 0.2], [0.5, 2e-7, 3e-7, 1e-7], floor=1e-7), k=2)
+
+    def test_a_noisy_layer_is_not_measured(self):
+        """Mean 0.1 with a standard error as large does not stand out of the floor."""
+        with pytest.raises(NotRankableError):
+            select_layers(self.scores([0.1, 0.1], [0.1, 0.1], spread=3.0), k=1)
+        assert select_layers(self.scores([0.1, 0.2], [0.1, 0.2], spread=0.1), k=1).layers["audio"] == (2,)
+
+    def test_the_fewest_layers_that_carry_a_share(self):
+        scores = self.scores([0.4, 0.1, 0.3, 0.2], [0.7, 0.1, 0.1, 0.1])
+        chosen = select_layers(scores, share=0.65, confidence=0.9)
+        assert chosen.layers == {"speech": (1, 3), "audio": (1,)}  # 0.4 + 0.3 of 1, 0.7 of 1
+        assert chosen.evidence["speech"]["k"] == 2
+        assert select_layers(scores, share=0.75).layers == {"speech": (1, 3, 4), "audio": (1, 2)}
+        with pytest.raises(NotRankableError, match="audio: 1 of 4"):
+            select_layers(self.scores([0.4, 0.3, 0.2, 0.1], [0.5, 1e-7, 1e-7, 1e-7]), share=1.0, confidence=1.0)
+
+    def test_a_share_that_hangs_on_one_clip_takes_more_layers(self):
+        """L1 carries 0.6 of the sum on average, but 0.3 and 0.9 of it in the two clips: in 3 of 4 resamples at least
+        0.6, once 0.3."""
+        change = torch.tensor([[0.3, 0.9], [0.7, 0.1]])[..., None, None]
+        scores = LayerScores(change, torch.zeros(2), torch.zeros(2, dtype=torch.long), (0.5,))
+        assert scores.share_probability("speech", [0], 0.55) == pytest.approx(0.75, abs=0.03)
+        assert scores.share_probability("speech", [0, 1], 0.55) == 1
+        change = torch.tensor([[0.4, 0.8, 0.4, 0.8], [0.6, 0.2, 0.6, 0.2]])[..., None, None]  # L1 has it 11 times of 16
+        scores = LayerScores(change, torch.zeros(4), torch.zeros(4, dtype=torch.long), (0.5,))
+        assert select_layers(scores, share=0.55, confidence=0.6).layers["speech"] == (1,)
+        assert select_layers(scores, share=0.55, confidence=0.9).layers["speech"] == (1, 2)
+
+    def test_layers_and_weights_for_every_time(self):
+        scores = self.scores([0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.6])
+        late = (
+            scores.values * torch.tensor([0.1, 1.0, 1.0, 1.0])[:, None, None, None]
+        )  # L1 is silent at the second time
+        scores = replace(scores, values=torch.cat((scores.values, late), dim=2), times=(0.2, 0.7))
+        chosen = select_layers(scores, k=2, per_time=True)
+        assert chosen.times == (0.2, 0.7)
+        assert chosen.layers["speech"] == (1, 3, 4)
+        first, second = chosen.weights_at["speech"]
+        assert first == pytest.approx((4 / 7, 3 / 7, 0))
+        assert second == pytest.approx((0, 0.6, 0.4))
+        assert chosen.weights["speech"] == pytest.approx((2 / 7, (3 / 7 + 0.6) / 2, 0.2))
+
+    def test_storage_scores_rank_without_a_floor_and_never_weigh_below_zero(self):
+        scores = replace(self.scores([-0.4, -0.1, 0.3, -0.2], [-0.1, -0.2, -0.3, -0.6]), measure="lasp")
+        chosen = select_layers(scores, k=2)
+        assert chosen.layers == {"speech": (2, 3), "audio": (1, 2)}
+        assert chosen.weights == {"speech": pytest.approx((0, 1)), "audio": (0.5, 0.5)}
+
+    def test_bad_arguments(self):
+        scores = self.scores([0.4, 0.1], [0.1, 0.2])
+        with pytest.raises(ValueError, match="2 layers that were measured"):
+            select_layers(scores, k=3)
+        with pytest.raises(ValueError, match="did you mean 'normalized'"):
+            select_layers(scores, k=1, weighting="normalised")
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_attention_and_ffn_apart_equal_the_blocks_own_gates(part, probe_batch):
+    """kind="branch" against block(..., gate=(N, 2)) for one branch of one block after the other."""
+    model = small_model(depth=3)
+    scores = foga(model, probe_batch, times=(0.4,), kind="branch")
+    assert scores.layer_names() == ("L1.attn", "L1.ffn", "L2.attn", "L2.ffn", "L3.attn", "L3.ffn")
+    t = torch.full((3,), 0.4)
+    x_t = flow_mix(probe_batch.mel, t, clip_keys(0, 0, probe_batch.places, "foga 0.4"), 0.5)[0]
+    with torch.no_grad():
+        base = model(x_t, t, probe_batch.condition).v
+        for layer, block in enumerate(model.blocks):
+            gate = torch.ones(3, 2)
+            gate[:, part] = 0
+            block.forward = partial(block.forward, gate=gate)
+            v = model(x_t, t, probe_batch.condition).v
+            del block.forward
+            wanted = (v - base).flatten(1).norm(dim=1) / base.flatten(1).norm(dim=1)
+            assert wanted.min() > 1e-3
+            torch.testing.assert_close(scores.values[2 * layer + part, :, 0, 0], wanted, atol=1e-5, rtol=1e-5)
+
+
+class TestGraphs:
+    """Where CUDA graphs are captured, on a CPU with a stand-in that has their rules: the operations of one call, on the
+    same buffers, without Python."""
+
+    @pytest.fixture
+    def captures(self, monkeypatch):
+        made = []
+
+        def capture(call, pool, warmup=2):
+            for _ in range(warmup):
+                call()
+            with torch.no_grad():
+                operations = make_fx(lambda: call())()
+            made.append(pool)
+            return lambda: operations() and None
+
+        monkeypatch.setattr(foga_module, "captured", capture)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
+        return made
+
+    def batches(self):
+        for seed in (1, 2):
+            mel, condition = small_batch((37, 20, 11 + seed), seed=seed)
+            yield ProbeBatch(mel, condition, torch.tensor([0, 1, 0]), (3 * seed, 3 * seed + 1, 3 * seed + 2))
+
+    def assert_equals_foga(self, probe, model):
+        for batch in self.batches():
+            measured, wanted = probe.launch(batch), foga(model, batch, times=(0.2, 0.6), draws=2)
+            torch.testing.assert_close(measured.values, wanted.values, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(measured.floor, wanted.floor, atol=1e-6, rtol=0)
+            assert not measured.silent.any()
+
+    def test_replays_are_of_live_weights_and_new_clips(self, captures):
+        model = small_model()
+        probe = foga_module.FogaProbe(model, times=(0.2, 0.6), draws=2, graph=True)
+        self.assert_equals_foga(probe, model)
+        for parameter in model.parameters():  # an optimizer's step, or load_state_dict
+            parameter.data.mul_(1.1)
+        self.assert_equals_foga(probe, model)
+        assert len(captures) == 2  # the variants, and the plain forward, in one pool
+        assert captures[0] is captures[1]
+
+    def test_weights_that_have_moved_are_captured_again(self, captures):
+        model = small_model()
+        probe = foga_module.FogaProbe(model, times=(0.2, 0.6), draws=2, graph=True)
+        next(iter(self.batches()))
+        self.assert_equals_foga(probe, model)
+        model.blocks[1].ffn.fc1.weight.data = 2 * model.blocks[1].ffn.fc1.weight.data
+        self.assert_equals_foga(probe, model)
+        assert len(captures) == 4
+
+    def test_conditions_that_are_there_or_not_are_programs_of_their_own(self, captures):
+        model, given = small_model(), next(iter(self.batches()))
+        probe = foga_module.FogaProbe(model, times=(0.2, 0.6), draws=2, graph=True)
+        dropped = replace(given.condition, keep_tokens=torch.tensor([True, False, True]))
+        for condition in (dropped, given.condition, dropped):
+            batch = given._replace(condition=condition)
+            wanted = foga(model, batch, times=(0.2, 0.6), draws=2)
+            torch.testing.assert_close(probe.launch(batch).values, wanted.values, atol=1e-6, rtol=1e-5)
+        assert len(captures) == 4
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures on a GPU")
+    def test_real_graphs(self):
+        model = small_model().cuda()
+        probes = [foga_module.FogaProbe(model, times=(0.2, 0.6), draws=2, graph=graph) for graph in (True, False)]
+        for _ in range(2):
+            for given in self.batches():
+                batch = given._replace(mel=given.mel.cuda(), condition=given.condition.to("cuda"))
+                replayed, eager = (probe.launch(batch) for probe in probes)
+                torch.testing.assert_close(replayed.values, eager.values, atol=1e-6, rtol=1e-4)
+            for parameter in model.parameters():
+                parameter.data.mul_(1.1)
+
+    def test_the_training_mode_comes_back_when_a_capture_fails(self, captures, monkeypatch):
+        model = small_model().train()
+
+        def fails(*_):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        monkeypatch.setattr(foga_module, "captured", fails)
+        probe = foga_module.FogaProbe(model, graph=True)
+        with pytest.raises(RuntimeError, match="capturing"):
+            probe.launch(next(iter(self.batches())))
+        assert model.training
+        assert all("forward" not in block.__dict__ for block in model.blocks)
+
+
+def test_gates_without_the_whole_model_are_refused(probe_batch):
+    model, gates = small_model(), torch.tensor([[0.0, 1, 1, 1], [1, 0, 1, 1]])
+    inputs = {"x_t": probe_batch.mel, "t": torch.full((3,), 0.5), "condition": probe_batch.condition}
+    for call in (
+        lambda: foga(model, probe_batch, gates=gates),
+        lambda: ablate(model, inputs, model.blocks, gates=gates),
+    ):
+        with pytest.raises(ValueError, match="first row of gates is the whole model"):
+            call()
+
+
+def test_a_velocity_that_is_zero_at_a_later_time_is_refused(probe_batch):
+    model = small_model()
+    model.register_forward_hook(
+        lambda module, args, out: out._replace(v=out.v * (args[1] < 0.6).view(-1, 1, 1).repeat(len(args[0]) // 3, 1, 1))
+    )
+    foga(model, probe_batch, times=(0.2, 0.5))
+    with pytest.raises(ValueError, match="velocity is zero"):
+        foga(model, probe_batch, times=(0.2, 0.7))
+
+
+def test_a_model_that_mixes_clips_is_refused_by_the_blocks_name(probe_batch):
+    model = small_model()
+    block = model.blocks[2]
+    forward = block.forward
+    block.forward = lambda *args, **kwargs: (out := forward(*args, **kwargs)) + 0.1 * out.mean(0)
+    with pytest.raises(ValueError, match=r"block 3 \(GatedDiTBlock\) cannot be gated exactly"):
+        foga(model, probe_batch, times=(0.5,))
+
+
+class TestOfficialRecipe:
+    """The release's probe, faults included (models.py, fog_attribution)."""
+
+    def test_odd_layers_only(self, probe_batch):
+        scores = foga(small_model(depth=5), probe_batch, recipe="official")
+        assert scores.mean("speech").isnan().tolist() == [False, True, False, True, False]
+        assert scores.evidence()["audio"]["mean"][1] is None
+        chosen = select_layers(scores, k=2)
+        assert set(chosen.layers["speech"]) <= {1, 3, 5}
+        with pytest.raises(ValueError, match="3 of 5"):
+            select_layers(scores, k=4)
+
+    def test_dropout_differs_between_the_passes(self, probe_batch):
+        steady, dropped = (foga(small_model(dropout=p), probe_batch, recipe="official") for p in (0.0, 0.5))
+        assert steady.floor_of("speech") < 2e-4  # sqrt(1e-8) over the energy
+        assert dropped.floor_of("speech") > 0.05
+
+
+class TestVjp:
+    @pytest.mark.parametrize("t", [0.2, 0.7])
+    def test_one_backward_gives_every_layers_derivative_along_one_direction(self, t, probe_batch):
+        """|<u, dv/dm_l>| sqrt(pi/2) / ||v||, the derivative to each block's gate by central differences in fp64."""
+        model = small_model().double()
+        batch = probe_batch._replace(
+            mel=probe_batch.mel.double(),
+            condition=probe_batch.condition.map(lambda x: x.double() if x.is_floating_point() else x),
+        )
+        measured = FogaVjp(model, times=(t,)).launch(batch)
+        x_t, times = foga_module.noised(batch, t, 0.5, 0, 0), torch.full((3,), t, dtype=torch.float64)
+        u = philox_normal(clip_keys(0, 0, batch.places, f"foga-vjp {t:g}"), 37 * 12).view(3, 37, 12)
+        with torch.no_grad():
+            v = model(x_t, times, batch.condition).v
+            for layer, block in enumerate(model.blocks):
+                either = []
+                for gate in (1 + 1e-4, 1 - 1e-4):
+                    handle = block.register_forward_hook(lambda _, args, out, g=gate: args[0] + g * (out - args[0]))
+                    either.append(model(x_t, times, batch.condition).v)
+                    handle.remove()
+                along = (u * (either[0] - either[1]) / 2e-4).sum((1, 2)).abs()
+                wanted = along * (torch.pi / 2) ** 0.5 / v.flatten(1).norm(dim=1)
+                torch.testing.assert_close(measured.values[layer, :, 0, 0].double(), wanted, rtol=1e-4, atol=1e-5)
+
+    def test_the_mean_over_draws_is_foga_where_blocks_are_weak(self, probe_batch):
+        """To first order, and blocks that do little: within the noise of 200 draws."""
+        model = small_model(awake=False)
+        for block in model.blocks:
+            torch.nn.init.normal_(block.modulation.weight, std=0.01)
+        exact = foga(model, probe_batch, times=(0.5,)).values[:, :, 0, 0]
+        estimate = FogaVjp(model, times=(0.5,), draws=1)
+        draws = [replace_seed(estimate, seed).launch(probe_batch).values[:, :, 0, 0] for seed in range(200)]
+        # every draw has another x_t as well; the exact score differs little between them
+        torch.testing.assert_close(torch.stack(draws).mean(0), exact, rtol=0.25, atol=0)
+
+    def test_no_gradient_no_hook_and_no_mode_is_left(self, probe_batch):
+        model = small_model(dropout=0.5).train()
+        a, b = (FogaVjp(model, times=(0.5,)).launch(probe_batch) for _ in range(2))
+        assert torch.equal(a.values, b.values)
+        assert model.training
+        assert all(p.grad is None for p in model.parameters())
+        assert all(not block._forward_hooks for block in model.blocks)
+
+
+def replace_seed(estimate: FogaVjp, seed: int) -> FogaVjp:
+    return FogaVjp(estimate.model, times=estimate.times, seed=seed)

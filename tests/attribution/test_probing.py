@@ -1,0 +1,208 @@
+"""Probes over fixed clips: spread over ranks, combined clip by clip, the same numbers on any number of them."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from agrepa_fast.attribution.foga import Measured, ProbeBatch, foga, official_foga
+from agrepa_fast.config import ModelConfig, UserError, load_config
+from agrepa_fast.data.shards import load_index
+from agrepa_fast.data.stream import collate
+from agrepa_fast.flow import clip_keys, reference_prefix
+from agrepa_fast.kernels import flow_mix
+from agrepa_fast.models.dit import AudioDiT
+from agrepa_fast.training import measure
+from agrepa_fast.training.measure import ClipProbe, FixedClips, official_probe, pooled_states, probe, storage_scores
+
+from ..testing import run_ranks, write_small_shards
+
+CONFIG = load_config(
+    "demo", ["probe.times=[0.3,0.7]", "probe.draws=2", "model.dim=16", "model.heads=2", "model.token_dim=16"]
+)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("measure") / "shards"
+    write_small_shards(folder)
+    return load_index(folder)
+
+
+@pytest.fixture
+def model(index):
+    return small_dit(index)
+
+
+def small_dit(index) -> AudioDiT:
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "depth": 3, "heads": 2, "token_dim": 16, "n_mels": index.n_mels, "vocab": index.vocab}
+    made = AudioDiT(ModelConfig(**sizes, position="rotary_conv", time_scale=1000.0))
+    for block in made.blocks:
+        torch.nn.init.normal_(block.modulation.weight, std=0.2)
+    return made
+
+
+def test_more_ranks_than_clips_are_refused(index):
+    with pytest.raises(UserError, match="2 val clips are fewer than the 3 ranks"):
+        FixedClips(index, "val", 1, 4, "cpu", 0, 3)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
+def test_every_clip_is_answered_for_once(world, static, index):
+    """static, what CUDA graphs need: full chunks, padded alike. Every rank has the same number of chunks."""
+    owned, shapes, chunks = [], set(), set()
+    for rank in range(world):
+        made = FixedClips(index, "train", 5, 4, "cpu", rank, world, static=static).batches(0.3)
+        chunks.add(len(made))
+        for batch, rows in made:
+            owned += [batch.places[row] for row in rows]
+            shapes.add((batch.mel.shape, batch.condition.tokens.shape, batch.condition.padded))
+    assert sorted(owned) == list(range(10))
+    assert len(chunks) == 1
+    assert len(shapes) == 1 or not static
+
+
+@pytest.mark.parametrize("options", [{}, {"measure": "foga-vjp"}, {"kind": "branch"}], ids=str)
+def test_ranks_add_up_to_one(options, index, model):
+    """Without a process group nothing is summed, so that each rank's share shows."""
+    one = ClipProbe(model, FixedClips(index, "train", 5, 4, "cpu"), CONFIG, **options).launch(7).read()
+    parts = [
+        ClipProbe(model, FixedClips(index, "train", 5, 2, "cpu", rank, 3), CONFIG, **options).launch(7).measured
+        for rank in range(3)
+    ]
+    for part in parts:
+        assert any(not clip.any() for clip in part.values.unbind(1))
+    torch.testing.assert_close(sum(part.values for part in parts), one.values, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(sum(part.floor for part in parts), one.floor, atol=1e-5, rtol=0)
+    assert one.step == 7
+    assert one.clips("audio") == 5
+
+
+def test_a_clips_place_decides_its_noise_and_its_scores(index, model):
+    clips = FixedClips(index, "train", 5, 4, "cpu")
+    scores = probe(model, clips, CONFIG)
+    place = 6  # the second audio clip, alone
+    batch = collate([clips.samples[place]], (place,), index)
+    reference = (0.5 * CONFIG.flow.max_reference * batch.condition.lengths).long().clamp(min=1)
+    condition = replace(batch.condition, reference=reference_prefix(batch.mel, reference))
+    alone = foga(model, ProbeBatch(batch.mel, condition, batch.domain, (place,)), times=(0.3, 0.7), draws=2)
+    torch.testing.assert_close(scores.values[:, place], alone.values[:, 0], atol=1e-5, rtol=1e-4)
+
+
+def test_the_floor_is_kept(index, model, monkeypatch):
+    part = Measured(torch.ones(3, 4, 2, 2), torch.full((4,), 0.25), torch.zeros(4, dtype=torch.bool))
+    monkeypatch.setattr(measure, "FogaProbe", lambda *_, **__: SimpleNamespace(launch=lambda batch: part))
+    clips = FixedClips(index, "val", 4, 4, "cpu")
+    assert probe(model, clips, CONFIG).floor.tolist() == [0.25] * 8
+
+
+def test_a_failure_is_raised_when_the_scores_are_read_and_names_the_clip(index, model):
+    clips = FixedClips(index, "train", 5, 4, "cpu")
+    torch.nn.init.zeros_(model.out.weight)
+    torch.nn.init.zeros_(model.out.bias)
+    pending = ClipProbe(model, clips, CONFIG).launch()
+    with pytest.raises(ValueError, match="probe clip 0: the model's velocity is zero"):
+        pending.read()
+
+
+def test_the_official_probe_takes_the_first_clip_of_each_domain(index, model):
+    clips = FixedClips(index, "train", 5, 4, "cpu")
+    scores = official_probe(model, clips, CONFIG, step=3)
+    assert scores.domain.tolist() == [0, 1]
+    assert scores.step == 3
+    for domain, place in ((0, 0), (1, 5)):
+        for batch, _ in clips.batches(CONFIG.flow.max_reference):
+            if place in batch.places:
+                row = slice(batch.places.index(place), batch.places.index(place) + 1)
+                one = ProbeBatch(batch.mel[row], batch.condition[row], batch.domain[row], (place,))
+        wanted = official_foga(model, one).values
+        got = scores.values[:, scores.domain == domain]
+        torch.testing.assert_close(got, wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize("recipe", ["corrected", "official"])
+def test_pooled_states_by_hand(recipe, index, model):
+    """One clip's states by a forward of its own, at FoG-A's x_t or at the clean mel; ranks add up to one."""
+    states = pooled_states(model, FixedClips(index, "train", 5, 4, "cpu"), CONFIG, 9, recipe=recipe)
+    parts = [
+        pooled_states(model, FixedClips(index, "train", 5, 3, "cpu", rank, 2), CONFIG, recipe=recipe)
+        for rank in range(2)
+    ]
+    torch.testing.assert_close(sum(part.hidden for part in parts), states.hidden, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(sum(part.teacher["audio"] for part in parts), states.teacher["audio"])
+    assert states.times == ((0.8,) if recipe == "official" else (0.3, 0.7))
+    clips, place = FixedClips(index, "train", 5, 4, "cpu"), 3
+    batch = next(batch for batch, _ in clips.batches(CONFIG.flow.max_reference) if place in batch.places)
+    row = batch.places.index(place)
+    for number, t in enumerate(states.times):
+        times = torch.full((len(batch.places),), t)
+        x_t = batch.mel
+        if recipe == "corrected":
+            x_t, _ = flow_mix(batch.mel, times, clip_keys(0, 0, batch.places, f"foga {t:g}"), CONFIG.flow.sigma)
+        hidden = model.eval()(x_t, times, batch.condition, capture=(2,)).hidden[2]
+        length = int(batch.condition.lengths[row])
+        torch.testing.assert_close(states.hidden[1, place, number], hidden[row, :length].mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(states.teacher["speech"][place], batch.teacher["speech"][row])
+    scores = storage_scores(states, {domain: torch.eye(16)[:5] for domain in index.domains}, ["ridge"])
+    assert (scores[0].measure, scores[0].step) == ("ridge", 9)
+
+
+def test_lasp_is_left_out_where_the_projections_do_not_fit(index, model):
+    states = pooled_states(model, FixedClips(index, "train", 8, 4, "cpu"), CONFIG)
+    fitting = {"speech": torch.randn(5, 16), "audio": torch.randn(7, 16)}
+    narrow = states._replace(condition=F.pad(states.condition, (0, 1)))
+    for given, projections, wanted in (
+        (states, fitting, ["ridge", "cka", "lasp"]),
+        (states, {"speech": fitting["speech"]}, ["ridge", "cka"]),
+        (narrow, fitting, ["ridge", "cka"]),
+    ):
+        assert [scores.measure for scores in storage_scores(given, projections)] == wanted
+    with pytest.raises(ValueError, match="D = 16, D_tok = 17"):
+        storage_scores(narrow, fitting, ["lasp"])
+
+
+FAILING_RANK = """
+import sys
+from pathlib import Path
+import torch
+from tests.attribution.test_probing import CONFIG, small_dit
+from agrepa_fast.data.shards import load_index
+from agrepa_fast.training.engine import start_ranks
+from agrepa_fast.training.measure import ClipProbe, FixedClips, pooled_states
+
+start_ranks()
+rank, index = torch.distributed.get_rank(), load_index(Path(sys.argv[1]))
+model, calls = small_dit(index), []
+
+def out_of_memory(*_):
+    calls.append(0)
+    if rank == 1 and len(calls) == 2:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+model.blocks[1].register_forward_pre_hook(out_of_memory)
+clips = FixedClips(index, "train", 5, 2, "cpu", rank, 2)
+probe = ClipProbe(model, clips, CONFIG)
+for measure in (lambda: probe.launch().read(), lambda: pooled_states(model, clips, CONFIG)):
+    calls.clear()
+    try:
+        measure()
+    except ValueError as error:
+        print("refused:", error, flush=True)
+total = torch.ones(1)
+torch.distributed.all_reduce(total)  # the ranks are still in step
+print("in step:", int(total), bool(probe.launch().read().values.all()), flush=True)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # left to the interpreter's exit, its threads now and then abort
+"""
+
+
+def test_a_rank_that_runs_out_of_memory_fails_the_probe_on_all(index, tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING_RANK)
+    outputs = run_ranks(2, tmp_path / "failing.py", str(index.folder))
+    for output in outputs:
+        assert output.count("refused: CUDA out of memory") == 2, output
+        assert "in step: 2 True" in output

@@ -1,0 +1,290 @@
+"""The strategy of a run: when layers are measured, when they are chosen, and that it survives a checkpoint."""
+
+import json
+from copy import deepcopy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn as nn
+
+from agrepa_fast.attribution.report import read_csv
+from agrepa_fast.attribution.selection import LayerSelection
+from agrepa_fast.config import UserError, load_config
+from agrepa_fast.data.shards import load_index
+from agrepa_fast.models.dit import AudioDiT
+from agrepa_fast.training import aligner as aligner_module
+from agrepa_fast.training.aligner import Aligner
+from agrepa_fast.training.choose import LayerChoice
+from agrepa_fast.training.measure import FixedClips
+
+from ..testing import write_small_shards
+
+DIMS = {"speech": 5, "audio": 7}
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("choose") / "shards"
+    write_small_shards(folder)
+    return load_index(folder)
+
+
+def small_config(*overrides: str):
+    base = ["model.dim=16", "model.depth=4", "model.heads=2", "model.token_dim=16", "align.k=1", "probe.times=[0.5]"]
+    base += ["probe.start_step=2", "probe.every=2", "probe.warmup_steps=6", "probe.storage_clips=8", "probe.clips=3"]
+    return load_config("demo", [*base, *overrides])
+
+
+class Choice:
+    """A LayerChoice over a small model that is awake, with what it said."""
+
+    def __init__(self, index, folder, *overrides: str):
+        self.config = small_config(*overrides)
+        torch.manual_seed(0)
+        model = AudioDiT(replace(self.config.model, n_mels=index.n_mels, vocab=index.vocab))
+        for block in model.blocks:
+            nn.init.normal_(block.modulation.weight, std=0.2)
+        self.model, self.said = model, []
+        self.aligner = Aligner(self.config, DIMS, torch.device("cpu"))
+        clips = FixedClips(index, "train", self.config.probe.clips, 4, "cpu")
+        self.choice = LayerChoice(self.config, model, self.aligner, clips, clips, self.said.append, folder)
+
+    def run(self, steps) -> list[int]:
+        """The steps after which something new is aligned."""
+        changes = []
+        for step in steps:
+            before = self.aligner.selection
+            self.choice.after_step(step)
+            if self.aligner.selection is not before:
+                changes.append(step)
+        return changes
+
+    def measured(self, folder) -> list[int]:
+        return sorted({int(row["step"]) for row in read_csv(folder / "attribution.csv")})
+
+
+def test_probes_are_read_one_step_later_and_the_set_is_frozen(index, tmp_path):
+    made = Choice(index, tmp_path)
+    assert made.run(range(1, 3)) == []
+    assert made.choice.pending is not None  # launched after step 2
+    assert made.measured(tmp_path) == []  # and not read
+    assert made.run(range(3, 13)) == [7]
+    assert made.measured(tmp_path) == [2, 4, 6]
+    assert made.aligner.selection.step == 6
+    saved = json.loads((tmp_path / "selection.json").read_text())
+    assert LayerSelection.from_dict(saved) == made.aligner.selection
+    assert [line.partition(":")[0] for line in made.said] == ["step 2", "step 4", "step 6"]
+    assert "rank correlation with the probe before: speech 1.00, audio 1.00" in made.said[1]
+
+
+def test_an_early_decision_says_what_it_saved(index, tmp_path):
+    made = Choice(index, tmp_path, "probe.confidence=0.1")
+    assert made.run(range(1, 13)) == [3]
+    assert made.measured(tmp_path) == [2]
+    assert "decided early, 2 probes saved" in made.said[0]
+
+
+def test_recent_probes_are_pooled_until_a_choice(index, tmp_path):
+    made = Choice(index, tmp_path, "probe.pool=2", "align.refresh=4", "train.steps=50")
+    made.run(range(1, 7))
+    assert [scores.step for scores in made.choice.probes] == [4]
+    made.run([7])
+    assert made.choice.probes == []
+    assert made.choice.last.step == 6
+    made.run(range(8, 12))
+    assert "rank correlation with the probe before" in made.said[-1]
+    assert made.aligner.selection.evidence["speech"]["step"] == 10
+
+
+def test_one_clip_is_never_sure_enough_to_decide_early(index, tmp_path):
+    made = Choice(index, tmp_path, "probe.confidence=0.01", "probe.clips=1")
+    assert made.run(range(1, 9)) == [7]
+    assert "with probability unknown" in made.said[0]
+
+
+def test_the_end_of_a_run_chooses_nothing(index, tmp_path):
+    made = Choice(index, tmp_path, "probe.clips=8")
+    made.run(range(1, 7))
+    assert made.choice.pending is not None
+    evidence = made.choice.finish(6)
+    assert made.aligner.selection is None
+    assert evidence["speech"]["step"] == 6
+    assert not (tmp_path / "selection.json").exists()
+
+
+def test_refresh_measures_again_and_stop_ends_it(index, tmp_path):
+    made = Choice(index, tmp_path, "align.refresh=3", "align.stop=14", "train.steps=50")
+    assert made.run(range(1, 21)) == [7, 10, 13]
+    assert made.measured(tmp_path) == [2, 4, 6, 9, 12]
+    assert "the same layers with new weights" in made.said[-1]
+    assert json.loads((tmp_path / "selection.json").read_text())["step"] == 12
+    assert made.aligner.layers(13) == (0, *made.aligner.selection.all_layers)
+    assert made.aligner.layers(14) == (0,)
+
+
+@pytest.mark.parametrize("strategy", ["foga", "foga-vjp", "lasp", "gradnorm"])
+def test_a_checkpoint_between_launch_and_reading_changes_nothing(strategy, index, tmp_path):
+    arguments = (f"align.strategy={strategy}", "probe.pool=2")
+    whole = Choice(index, tmp_path / "a", *arguments)
+    stopped = Choice(index, tmp_path / "b", *arguments)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    norms = torch.tensor([0.3, 0.1, 0.4, 0.2])
+    for step in range(1, 9):
+        for made in (whole, stopped):
+            made.choice._norms = norms + 0.01 * step
+            made.choice.after_step(step)
+        if step in (4, 6):  # a probe is under way
+            state = stopped.choice.state_dict()
+            said = stopped.said
+            stopped = Choice(index, tmp_path / "b", *arguments)
+            stopped.said += said
+            stopped.choice.load_state_dict(state)
+    assert stopped.aligner.selection == whole.aligner.selection
+    assert stopped.aligner.selection.strategy == strategy
+    assert stopped.said == whole.said
+    assert read_csv(tmp_path / "a" / "attribution.csv") == read_csv(tmp_path / "b" / "attribution.csv")
+
+
+def test_a_probe_that_fails_costs_nothing(index, tmp_path):
+    made = Choice(index, tmp_path)
+    made.model.blocks[1].ffn.fc2.bias.data.fill_(float("nan"))
+    before = torch.get_rng_state()
+    assert made.run(range(1, 4)) == []
+    assert made.said == [
+        "step 2: the probe failed and training goes on: probe clip 0, layer 1: the score is not finite"
+    ]
+    assert made.choice.probes == []
+    assert not list(tmp_path.iterdir())
+    assert made.model.training
+    assert torch.equal(torch.get_rng_state(), before)
+    made.model.blocks[1].ffn.fc2.bias.data.zero_()
+    assert made.run(range(4, 9)) == [7]
+
+
+def test_a_model_that_is_asleep_goes_on_warming_up(index, tmp_path):
+    made = Choice(index, tmp_path)
+    for block in made.model.blocks:
+        nn.init.zeros_(block.modulation.weight)
+    assert made.run(range(1, 12)) == []
+    assert "foga does not rank yet: speech: 0 of 4 layers" in made.said[-1]
+    for block in made.model.blocks:
+        nn.init.normal_(block.modulation.weight, std=0.2)
+    assert made.run(range(12, 16)) == [13]
+
+
+def test_the_end_of_a_run_measures_what_layers_contribute_and_store(index, tmp_path):
+    made = Choice(index, tmp_path, "align.strategy=none", "probe.clips=8")
+    made.choice.start(index.domains)
+    evidence = made.choice.finish(20)
+    assert evidence["speech"]["measure"] == "foga"
+    rows = read_csv(tmp_path / "attribution.csv")
+    assert {(row["measure"], row["step"]) for row in rows} == {(m, "20") for m in ("foga", "ridge", "cka", "lasp")}
+
+
+def test_gradnorm_counts_a_step_as_a_clip(index, tmp_path):
+    made = Choice(index, tmp_path, "align.strategy=gradnorm", "probe.pool=3", "align.k=2")
+    for step in range(1, 8):
+        made.choice._norms = torch.tensor([0.1, 0.4, 0.2, 0.3]) * step
+        made.choice.after_step(step)
+    selection = made.aligner.selection
+    assert selection.layers == {"speech": (2, 4), "audio": (2, 4)}
+    assert selection.evidence["audio"]["clips"] == 3
+    assert selection.evidence["audio"]["mean"] == pytest.approx([0.4, 1.6, 0.8, 1.2])  # steps 2, 4 and 6
+
+
+class TestHeads:
+    def aligner(self, monkeypatch, *overrides):
+        monkeypatch.setattr(aligner_module.dist, "get_world_size", lambda: 1)
+        return Aligner(small_config(*overrides), DIMS, torch.device("cpu"))
+
+    def batch(self):
+        torch.manual_seed(3)
+        teacher = {domain: torch.randn(4, dim) for domain, dim in DIMS.items()}
+        return SimpleNamespace(teacher=teacher, domain=torch.tensor([0, 1, 0, 1]))
+
+    def hidden(self):
+        torch.manual_seed(4)
+        return {layer: torch.randn(4, 16) for layer in range(5)}
+
+    def train(self, made, steps):
+        for step in steps:
+            losses = made.losses(self.hidden(), self.batch(), torch.rand(4), None, step)
+            sum(losses.values()).backward()
+            made.step(step)
+
+    def selection(self, speech, audio):
+        layers = {"speech": speech, "audio": audio}
+        return LayerSelection("foga", layers, {domain: (1 / len(k),) * len(k) for domain, k in layers.items()})
+
+    def test_heads_of_layers_that_stay_keep_weights_and_optimizer_state(self, monkeypatch):
+        made = self.aligner(monkeypatch)
+        made.select(self.selection((1, 2), (3,)))
+        self.train(made, range(3))
+        kept = made.heads.heads["speech_L2"]
+        weights = [p.detach().clone() for p in kept.parameters()]
+        moments = [made.optimizer.state[p]["exp_avg"].clone() for p in kept.parameters()]
+        made.select(self.selection((2, 4), (3, 4)))
+        assert set(made.heads.heads) == {"speech_L2", "speech_L4", "audio_L3", "audio_L4"}
+        assert made.heads.heads["speech_L2"] is kept
+        for parameter, weight, moment in zip(kept.parameters(), weights, moments, strict=True):
+            assert torch.equal(parameter, weight)
+            assert torch.equal(made.optimizer.state[parameter]["exp_avg"], moment)
+            assert made.optimizer.state[parameter]["step"] == 3
+        fresh = next(made.heads.heads["speech_L4"].parameters())
+        assert fresh not in made.optimizer.state
+        self.train(made, range(3, 5))
+        assert made.optimizer.state[fresh]["step"] == 2
+        assert made.optimizer.state[next(kept.parameters())]["step"] == 5
+
+    def test_state_comes_back_in_whatever_order_layers_were_chosen(self, monkeypatch):
+        made, other = self.aligner(monkeypatch), self.aligner(monkeypatch)
+        made.select(self.selection((1, 2), (3,)))
+        self.train(made, range(2))
+        made.select(self.selection((2, 4), (1,)))
+        self.train(made, range(2, 4))
+        other.load_state_dict(deepcopy(made.state_dict()))
+        for aligner in (made, other):
+            self.train(aligner, range(4, 6))
+        for a, b in zip(made.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_after_the_stop_heads_rest_and_bitc_goes_on(self, monkeypatch):
+        made = self.aligner(monkeypatch, "align.strategy=shallow", "align.stop=2")
+        made.select(self.selection((1,), (2,)))
+        self.train(made, range(2))
+        head, projection = next(made.heads.parameters()), made.bitc["speech"].weight
+        before = head.detach().clone(), projection.detach().clone()
+        losses = made.losses(self.hidden(), self.batch(), torch.rand(4), None, 2)
+        assert losses["align_loss"] == 0
+        self.train(made, range(2, 4))
+        assert torch.equal(head, before[0])
+        assert not torch.equal(projection, before[1])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["align.strategy=lasp", "model.token_dim=8"],
+            "align.strategy=lasp: BiT-C's projection fits layers only where",
+        ),
+        (["align.strategy=lasp", "align.bitc_audio=0"], "needs align.bitc_speech and align.bitc_audio above 0"),
+        (["align.strategy=shallow", "align.refresh=3"], "align.refresh: shallow measures nothing"),
+        (["align.strategy=gradnorm", "align.per_time=true"], "align.per_time: gradnorm has no score for each time"),
+        (["align.strategy=deep", "align.share=0.5"], "align.share: deep has no scores"),
+        (["align.share=1.5"], "align.share=1.5: must be in"),
+        (["align.stop=-1"], "align.stop=-1"),
+        (["align.stop=7"], "align.stop=7 comes before the layers are chosen"),
+        (["probe.times=[0.5,0.3]"], "must rise"),
+        (["probe.times=[0.5,0.5]"], "must rise"),
+        (["align.bitc_speech=-1"], "align.bitc_speech=-1.0: not below 0"),
+        (["probe.storage_clips=2"], "probe.storage_clips=2: at least 8"),
+        (["align.strategy=foga-vpj"], "did you mean 'foga-vjp'"),
+    ],
+)
+def test_settings_that_cannot_be(overrides, message):
+    with pytest.raises(UserError, match=message):
+        small_config(*overrides)

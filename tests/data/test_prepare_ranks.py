@@ -1,0 +1,240 @@
+"""agrepa prepare on several ranks: the same bytes as on one, whatever ends a run on the way, and on however many ranks
+it goes on. Ranks are processes where one is killed or a launcher starts them, and threads elsewhere."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from agrepa_fast.config import UserError
+from agrepa_fast.data import encode, prepare
+from agrepa_fast.data.encode import BATCH
+from agrepa_fast.data.prepare import prepare_folder
+from agrepa_fast.data.ranks import Ranks
+from agrepa_fast.data.shards import load_index
+from agrepa_fast.data.sources import folder_recordings
+from agrepa_fast.teachers.whisper import WhisperTeacher
+
+from ..testing import ROOT, start_ranks
+from .test_prepare import contents, settings, write_bad, write_corpus
+
+OVERRIDES = ("data.bucket_seconds=[1.0,1.1,1.8]", "data.teacher_rate=10", "data.shard_clips=4")
+CLIPS = 24
+
+# One rank of the command; an environment variable says after how many files (renamed into place) it is to end, and how.
+RANK = """
+import errno, os, signal, sys
+from pathlib import Path
+from agrepa_fast.cli import main
+left, replace = int(os.environ.get(f"FILES_{os.environ.get('RANK', '0')}", "0")), Path.replace
+def count(self, target):
+    global left
+    left -= 1
+    if left == 0 and os.environ["END"] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if left == 0:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+    return replace(self, target)
+Path.replace = count
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"), CLIPS)
+
+
+@pytest.fixture(scope="module")
+def single(whisper, corpus, tmp_path_factory):
+    """What one rank writes without an interruption."""
+    out = tmp_path_factory.mktemp("single") / "shards"
+    return prepare_folder(settings(whisper, *OVERRIDES), corpus, "speech", out)
+
+
+@pytest.fixture
+def command(whisper, corpus, tmp_path):
+    """Start `agrepa prepare folder` into tmp_path/out on some ranks; (exit code, output) of each."""
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    overrides = [f"data.speech_teacher={whisper}", "data.codebook=8", *OVERRIDES]
+
+    def run(ranks, end="", **files):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("END", end)
+            for rank, count in files.items():
+                patch.setenv(f"FILES_{rank[1:]}", str(count))
+            arguments = ["prepare", "folder", str(corpus), "--domain", "speech", "--out", str(tmp_path / "out")]
+            processes = start_ranks(ranks, script, *arguments, *overrides, cwd=tmp_path)
+            outputs = [process.communicate(timeout=240)[0] for process in processes]
+        return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+    return run
+
+
+def run_threads(world, action):
+    """action(ranks) on every rank, in threads that exchange what processes would through gloo; each one's result or
+    UserError."""
+    board, barrier, results, failed = [None] * world, threading.Barrier(world, timeout=120), [None] * world, set()
+
+    class Store:
+        set = staticmethod(lambda key, _: failed.add(key))
+        check = staticmethod(lambda keys: failed >= set(keys))
+
+    class Thread(Ranks):
+        def _exchange(self, value):
+            barrier.wait()
+            board[self.rank] = value
+            barrier.wait()
+            return list(board)
+
+        def _spread(self, value):
+            return self._exchange(value)[0]
+
+    def run(rank):
+        ranks = Thread(rank, world, Store)
+        try:
+            try:
+                results[rank] = action(ranks)
+            except Exception as error:
+                ranks.fail(error)
+                raise
+        except UserError as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def files_below(folder, pattern):
+    return len(list(folder.glob(pattern)))
+
+
+def places_of_mels(corpus, work):
+    """Places, among the recordings, of those whose mel is there."""
+    there = {path.name.rpartition("-")[0] for path in work.glob("*-mel-*/*/*.npz")}
+    return [place for place, r in enumerate(folder_recordings(corpus, "speech")) if r.name in there]
+
+
+def test_any_number_of_ranks_writes_the_same_bytes(single, whisper, corpus, tmp_path):
+    config, out = settings(whisper, *OVERRIDES), tmp_path / "out"
+    indices = run_threads(3, lambda ranks: prepare_folder(config, corpus, "speech", out, ranks))
+    assert [index.content for index in indices] == [single.content] * 3
+    assert contents(out) == contents(single.folder)
+
+
+def test_batches_do_not_depend_on_ranks_or_interruptions(whisper, corpus, tmp_path, monkeypatch):
+    """On GPUs a clip's numbers depend on the batch that it is in; on a CPU a teacher is made to."""
+    frames, write_work, written = WhisperTeacher.frames, encode.write_work, []
+
+    def of_batch(self, waves):
+        samples = sum(map(len, waves))
+        return [found + samples % 97 / 97 for found in frames(self, waves)]
+
+    def stops_amid_a_batch(file, **arrays):
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        written.append(file)
+        write_work(file, **arrays)
+
+    monkeypatch.setattr(WhisperTeacher, "frames", of_batch)
+    config, outs = settings(whisper), [tmp_path / name for name in ("single", "ranks", "resumed")]
+    prepare_folder(config, corpus, "speech", outs[0])
+    run_threads(3, lambda ranks: prepare_folder(config, corpus, "speech", outs[1], ranks))
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "write_work", stops_amid_a_batch)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_folder(config, corpus, "speech", outs[2])
+    run_threads(2, lambda ranks: prepare_folder(config, corpus, "speech", outs[2], ranks))
+    assert contents(outs[1]) == contents(outs[2]) == contents(outs[0])
+
+
+def test_shards_of_other_settings_are_never_taken_for_these(single, whisper, corpus, tmp_path, monkeypatch):
+    """Runs that end before the index leave more shards than there are to be and, of another teacher, shards of the same
+    names and sizes; notes of the first run for that teacher must not vouch for those of the second."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "write_index", lambda *_: 1 / 0)
+        for change in ("data.shard_clips=2", "data.val_share=0.1", f"data.speech_teacher={whisper}@1"):
+            with pytest.raises(ZeroDivisionError):
+                prepare_folder(settings(whisper, *OVERRIDES, change), corpus, "speech", out)
+    prepare_folder(settings(whisper, *OVERRIDES), corpus, "speech", out)
+    assert contents(out) == contents(single.folder)
+
+
+def test_interrupted_on_changing_numbers_of_ranks(command, single, whisper, corpus, tmp_path):
+    out, work = tmp_path / "out", tmp_path / "out" / ".work"
+    # Rank 1 of 2 finds the disk full at its 6th mel, and rank 0 has 12 to make: both end, in one line.
+    (code_0, said_0), (code_1, said_1) = command(2, "full", r1=6)
+    assert (code_0, code_1) == (2, 2)
+    lines = [line for said in (said_0, said_1) for line in said.splitlines() if line.startswith("agrepa prepare:")]
+    assert len(lines) == 1
+    assert "No space left on device" in lines[0]
+    assert "Traceback" not in said_0 + said_1
+    mels = files_below(work, "*-mel-*/*/*.npz")
+    assert 5 <= mels < CLIPS
+    # Rank 0, to which every other recording belongs, is killed after its last mel and two clips' teacher frames; rank 1
+    # does not wait for it.
+    own = [place for place in places_of_mels(corpus, work) if place % 2 == 0]
+    (code_0, _), (code_1, said_1) = command(2, "kill", r0=CLIPS // 2 - len(own) + 3)
+    assert (code_0, code_1) == (-signal.SIGKILL, 2)
+    assert "agrepa prepare: another rank has ended without a word" in said_1
+    assert "Traceback" not in said_1
+    assert files_below(work, "*-mel-*/*/*.npz") == CLIPS
+    frames = files_below(work, "*-teacher-*/*/*.frames.npz")
+    assert 2 <= frames < single.clips("train", "speech")
+    with pytest.raises(UserError, match=r"has no index\.json"):
+        load_index(out)
+    # One rank ends it, and has repeated nothing but the batch under way.
+    index = prepare_folder(settings(whisper, *OVERRIDES), corpus, "speech", out)
+    assert contents(out) == contents(single.folder)
+    report = json.loads((out / "prepare.json").read_text())["speech"]
+    assert (report["decode"]["clips"], report["decode"]["found"]) == (0, CLIPS)
+    assert report["teacher"]["found"] >= frames - BATCH + 1
+    assert index.content == single.content
+
+
+def test_launched_by_torchrun(single, whisper, corpus, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    prepare = ["-m", "agrepa_fast.cli", "prepare", "folder", str(corpus), "--domain", "speech", "--out", "out"]
+    overrides = [f"data.speech_teacher={whisper}", "data.codebook=8", *OVERRIDES]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, *prepare, *overrides], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert contents(tmp_path / "out") == contents(single.folder)
+    assert "speech: decode: 24 clips" in done.stdout
+    assert "on 2 ranks" in done.stdout
+
+
+def test_ranks_agree_on_what_is_wrong(whisper, tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", 12)
+    for kind in ("unreadable", "silent", "short", "nan"):
+        write_bad(corpus, kind)
+    out = tmp_path / "out"
+    errors = run_threads(3, lambda ranks: prepare_folder(settings(whisper), corpus, "speech", out, ranks))
+    assert {str(error).partition(":")[0] for error in errors} == {"4 of 16 speech recordings cannot be used"}
+    assert all(isinstance(error, UserError) for error in errors)
+
+
+def test_another_domain_does_not_lose_what_an_interrupted_one_has(whisper, corpus, tmp_path, monkeypatch):
+    config, out = settings(whisper, *OVERRIDES), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("agrepa_fast.data.prepare.TeacherStage", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare_folder(config, corpus, "speech", out)
+    prepare_folder(config, corpus, "audio", out)
+    assert files_below(out, ".work/speech-mel-*/*/*.npz") == CLIPS
+    assert files_below(out, ".work/audio-*") == 0
+    run_threads(3, lambda ranks: prepare_folder(config, corpus, "speech", out, ranks))
+    assert json.loads((out / "prepare.json").read_text())["speech"]["decode"]["found"] == CLIPS
+    assert not (out / ".work").exists()

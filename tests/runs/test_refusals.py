@@ -1,0 +1,99 @@
+"""What training refuses: one line, exit code 2, nothing written."""
+
+import shutil
+
+import pytest
+
+from ..testing import run_training, start_training
+
+
+def test_a_fault_that_rank_0_finds_stops_every_rank_with_one_line(preset, tmp_path):
+    shards = tmp_path / "shards"
+    shutil.copytree(preset.parent, shards)
+    (shards / "train-audio-0001.tar").unlink()
+    processes = start_training(2, "--preset", str(preset), f"data.path={shards}", cwd=tmp_path)
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert "train-audio-0001.tar is missing" in outputs[0]
+    assert "Traceback" not in "".join(outputs)
+    assert "agrepa train:" not in outputs[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(preset, tmp_path):
+    args = ("--preset", str(preset), "run.dir=run", "train.lr=1e30", "train.warmup_steps=0", "train.save_every=1")
+    output = run_training(1, *args, "train.log_every=5", cwd=tmp_path, wanted=2)
+    assert "lower train.lr" in output
+    assert "Traceback" not in output
+    for path in (tmp_path / "run" / "checkpoints").glob("step*"):
+        assert int(path.name[4:]) < 3
+
+
+class TestRefusals:
+    """One line, exit code 2, nothing written."""
+
+    def refused(self, preset, cwd, *arguments) -> str:
+        output = run_training(1, "--preset", str(preset), *arguments, cwd=cwd, wanted=2)
+        lines = [line for line in output.splitlines() if line.startswith("agrepa train: ")]
+        assert len(lines) == 1, output
+        assert "Traceback" not in output
+        return lines[0]
+
+    def test_a_run_folder_that_holds_another_run(self, preset, baseline):
+        before = (baseline / "metrics.jsonl").read_bytes()
+        assert "already holds a run" in self.refused(preset, baseline, f"run.dir={baseline}")
+        assert (baseline / "metrics.jsonl").read_bytes() == before
+
+    def test_another_architecture(self, preset, tmp_path):
+        run = ("run.dir=run", "train.steps=3", "align.strategy=none")
+        run_training(1, "--preset", str(preset), *run, cwd=tmp_path)
+        line = self.refused(preset, tmp_path, "run.dir=run", "--resume", "latest", "model.depth=5", "train.steps=9")
+        assert "another architecture: model.depth is 4" in line  # and the run is as it was:
+        line = self.refused(preset, tmp_path, "run.dir=run", "--resume", "latest", "train.batch_clips=4")
+        assert "train.batch_clips is 8 there and 4" in line
+        line = self.refused(preset, tmp_path, "run.dir=run", "--resume", "latest", "align.strategy=shallow")
+        assert "align.strategy is none there" in line
+        assert "no checkpoint 'step7'" in self.refused(preset, tmp_path, "run.dir=run", "--resume", "step7")
+
+    @pytest.mark.parametrize(
+        ("ds_config", "message"),
+        [
+            ("{", "is no JSON"),
+            ("[1]", "a JSON object is wanted"),
+            ('{"train_micro_batch_size_per_gpu": 3}', "3 contradicts the run's 8"),
+            ('{"bf16": {"enabled": true}}', "contradicts fp32 on cpu"),
+            ('{"fp16": {"enabled": true}}', "bf16 or fp32"),
+            ('{"optimizer": {"type": "Adam"}}', "remove it"),
+            ('{"bf16": true}', "an object is wanted"),
+            ('{"zero_optimization": {"stage": 9}}', "stage 9 is unknown"),
+            ('{"zero_optimization": {"stage": 1, "reduce_bucket_size": -5}}', "DeepSpeed refuses"),
+            ('{"zero_optimization": {"stage": 3, "reduce_bucket_size": -5}}', "DeepSpeed refuses"),
+        ],
+    )
+    def test_a_ds_config_that_is_wrong(self, ds_config, message, preset, tmp_path):
+        (tmp_path / "ds.json").write_text(ds_config)
+        assert message in self.refused(preset, tmp_path, "--ds_config", "ds.json")
+        assert {path.name for path in tmp_path.iterdir()} <= {"ds.json", "runs"}
+        assert not list(tmp_path.glob("runs/*/config.yaml"))
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--ds_config", "zero4.json"), "did you mean 'zero"),
+            (("train.batch_clips=1", "train.accumulation=2"), "at least 2 are needed"),
+            (
+                ("train.batch_frames=40", "train.accumulation=2"),
+                "allows 1 clips of 25 frames, fewer than ranks x train.accumulation = 2",
+            ),
+            (("data.path=nowhere",), "agrepa prepare"),
+            (("probe.clips=23",), "23 speech clips of the train split are wanted, 22 are there"),
+            (("model.vocab=99",), "model.vocab=99"),
+            (("--resume", "latest", "run.dir=nowhere"), "holds no run"),
+            (("data.hop_length=300",), "hop_length=256"),
+            (("data.audio_teacher=package:whisper-base",), "prepared with data.audio_teacher=openai/whisper-large-v3"),
+            (("eval.vocoder=package:hifigan",), "eval.vocoder"),
+            (("eval.vocoder=grifin-lim",), "did you mean 'griffin-lim'"),
+        ],
+    )
+    def test_a_setting_that_is_wrong(self, arguments, message, preset, tmp_path):
+        assert message in self.refused(preset, tmp_path, *arguments)
+        assert not list(tmp_path.iterdir())

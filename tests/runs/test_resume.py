@@ -1,0 +1,146 @@
+"""Exact resume, signals, interrupted saves, and starting from another run."""
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ..testing import assert_same_curve, metrics, run_training, start_training
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "stop", "extra"),
+    [
+        (0, 1, 1, ()),  # in the warm-up
+        (2, 2, 2, ()),  # the probe that decides is under way
+        (2, 2, 3, ()),  # after the choice
+        (3, 2, 3, ()),
+        (2, 2, 4, ("align.refresh=2", "train.steps=7")),  # a second choice is under way
+        (2, 1, 3, ("model.dropout=0.2",)),  # the state of the random generator comes back, too
+    ],
+)
+def test_resume_equals_the_uninterrupted_run(stage, ranks, stop, extra, preset, baseline, ds_configs, tmp_path):
+    args = ("--ds_config", ds_configs[stage], f"run.dir={tmp_path}/run")
+    first = ("--preset", str(preset), f"train.save_every={stop}", "train.keep=9", *extra)
+    run_training(ranks, *args, *first, cwd=tmp_path)
+    uninterrupted = metrics(tmp_path / "run")
+    ema_loss = json.loads((tmp_path / "run" / "summary.json").read_text())["val/flow_loss"]["ema"]
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "train/lo')  # what a kill leaves
+    run_training(ranks, *args, "--resume", f"step{stop:08d}", cwd=tmp_path)
+    resumed = metrics(tmp_path / "run")
+    assert resumed.keys() == uninterrupted.keys()
+    for step in resumed:
+        assert resumed[step] == pytest.approx(uninterrupted[step], abs=1e-6), step
+    resumed_summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert resumed_summary["val/flow_loss"]["ema"] == pytest.approx(ema_loss, abs=1e-6)
+    if not extra:
+        assert_same_curve(baseline, tmp_path / "run")
+    ended = sorted((tmp_path / "run" / "checkpoints").glob(f"step{max(resumed):08d}*"))
+    heads = [load_file(folder / "heads.safetensors") for folder in ended]
+    assert len(ended) == 2
+    assert heads[0].keys() == heads[1].keys()
+    for name in heads[0]:
+        torch.testing.assert_close(heads[1][name], heads[0][name], atol=1e-6, rtol=1e-5)
+    chosen = [json.loads((folder / "selection.json").read_text()) for folder in ended]
+    assert chosen[0]["layers"] == chosen[1]["layers"]
+    assert chosen[0]["step"] == chosen[1]["step"] == (6 if "align.refresh=2" in extra else 2)
+
+
+@pytest.mark.parametrize(
+    ("number", "stage", "extra"),
+    [
+        (signal.SIGTERM, 2, ("data.workers=1",)),
+        (signal.SIGUSR1, 3, ()),
+    ],
+)
+def test_a_signal_to_one_rank_stops_all_after_a_save(number, stage, extra, preset, ds_configs, tmp_path):
+    """A scheduler's warning: both ranks exit 0, and what was lost is nothing."""
+    args = ("--ds_config", ds_configs[stage], "--preset", str(preset), "train.steps=60", "train.val_every=60")
+    settings = ("probe.warmup_steps=4", "align.refresh=10", *extra)
+    run_training(2, *args, "run.dir=whole", *settings, cwd=tmp_path)
+    ranks = start_training(2, *args, "run.dir=stopped", *settings, cwd=tmp_path)
+    written = tmp_path / "stopped" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not (written.is_file() and written.read_text().count("\n") >= 5):
+        assert time.monotonic() < until
+        assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0]
+        time.sleep(0.02)
+    ranks[1].send_signal(number)
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert "stopped by a signal, saved" in outputs[0]
+    last = max(metrics(tmp_path / "stopped"))
+    assert last < 60
+    assert (tmp_path / "stopped" / "checkpoints" / "latest").read_text() == f"step{last:08d}"
+    assert not (tmp_path / "stopped" / "summary.json").exists()
+    run_training(2, "--ds_config", ds_configs[stage], "--resume", "latest", "run.dir=stopped", cwd=tmp_path)
+    assert_same_curve(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_an_error_of_our_own_ends_a_run_with_loader_processes(preset, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("a file where the folder of checkpoints should be")
+    args = ("--preset", str(preset), "run.dir=run", "data.workers=1", "align.strategy=none", "train.steps=3")
+    assert "Traceback" in run_training(1, *args, cwd=tmp_path, wanted=1)
+
+
+def test_a_run_starts_from_the_averaged_weights_of_another(preset, baseline, tmp_path):
+    args = ("--preset", str(preset), "run.dir=run", "train.steps=3", f"train.start_from={baseline}")
+    run_training(1, *args, cwd=tmp_path)
+    averaged = json.loads((baseline / "summary.json").read_text())["val/flow_loss"]["ema"]
+    assert metrics(tmp_path / "run")[0]["val/flow_loss"] == pytest.approx(averaged, abs=1e-6)
+    source = tmp_path / "source"
+    shutil.copytree(baseline, source)
+    args = ("--preset", str(preset), "run.dir=gone", "train.steps=4", f"train.start_from={source}")
+    run_training(1, *args, "train.save_every=2", "train.lr=1e-12", "align.lr=1e-12", cwd=tmp_path)
+    theirs, ours = (
+        load_file(next((run / "checkpoints").glob("step*")) / "heads.safetensors")
+        for run in (source, tmp_path / "gone")
+    )
+    torch.testing.assert_close(ours["bitc.speech.weight"], theirs["bitc.speech.weight"], atol=1e-6, rtol=0)
+    shutil.rmtree(source)  # a resume does not need it
+    run_training(1, "--resume", "step00000002", "run.dir=gone", cwd=tmp_path)
+    args = ("--preset", str(preset), f"run.dir={tmp_path}/other", f"train.start_from={baseline}", "model.dim=16")
+    output = run_training(1, *args, cwd=tmp_path, wanted=2)
+    assert "another architecture than this run's" in output
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_interrupted_save_loses_nothing(preset, tmp_path):
+    """A folder without its marker is removed, tags are never written twice, and old checkpoints are rotated away."""
+    args = ("--preset", str(preset), "run.dir=run", "align.strategy=random", "train.save_every=2")
+    run_training(1, *args, "train.steps=4", cwd=tmp_path)
+    folder = tmp_path / "run" / "checkpoints"
+    assert {path.name for path in folder.glob("step*")} == {"step00000002", "step00000004"}
+    (folder / "step00000004" / "checkpoint.json").unlink()
+    (folder / "latest").write_text("step00000002")  # the order of a save: the marker, then `latest`
+    run_training(1, "--resume", "latest", "run.dir=run", "train.save_every=3", cwd=tmp_path)
+    assert {path.name for path in folder.glob("step*")} == {"step00000003", "step00000004"}
+    assert (folder / "latest").read_text() == "step00000004"
+    run_training(1, "--resume", "step00000003", "run.dir=run", cwd=tmp_path)
+    assert {path.name for path in folder.glob("step*")} == {"step00000004", "step00000004-2"}
+    assert (folder / "latest").read_text() == "step00000004-2"
+
+
+def test_layers_are_chosen_early_once_the_choice_is_sure(preset, tmp_path):
+    """Pooled over two probes; a resume from before the choice makes the same one."""
+    arguments = ["--preset", str(preset), "run.dir=run", "probe.warmup_steps=4", "probe.pool=2", "train.save_every=1"]
+    out = run_training(1, *arguments, "probe.confidence=0.01", "train.keep=9", cwd=tmp_path)
+    assert "decided early, 3 probes saved" in out
+    selection = json.loads((tmp_path / "run" / "selection.json").read_text())
+    assert selection["step"] == 1
+    assert 0.01 < min(d["top_k_probability"] for d in selection["evidence"].values()) <= 1
+    arguments[2] = "run.dir=unsure"
+    out = run_training(1, *arguments, "train.keep=9", cwd=tmp_path)
+    assert "decided early" not in out
+    whole = json.loads((tmp_path / "unsure" / "selection.json").read_text())
+    assert whole["step"] == 4
+    shutil.rmtree(tmp_path / "unsure" / "checkpoints" / "step00000005")
+    (tmp_path / "unsure" / "selection.json").unlink()
+    run_training(1, *arguments, "train.keep=9", "--resume", "step00000003", cwd=tmp_path)
+    assert json.loads((tmp_path / "unsure" / "selection.json").read_text()) == whole

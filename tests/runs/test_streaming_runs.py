@@ -1,0 +1,151 @@
+"""Training from a URL in length buckets with clips that cannot be read: the same on 1 and 2 ranks; too many end it."""
+
+import hashlib
+import json
+
+import pytest
+
+from agrepa_fast.data.shards import read_index
+
+from ..data.server import serving
+from ..data.test_shards import on, rewrite
+from ..testing import metrics, run_ranks, run_training, write_small_shards
+
+ARGS = ("train.batch_frames=100", "train.steps=8", "align.strategy=fixed:2", "data.read_attempts=3")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Buckets of 13, 19 and 25 frames. Of those of the last one, speech is cut in its middle and audio has a NaN."""
+    folder = tmp_path_factory.mktemp("runs") / "shards"
+    write_small_shards(folder, (13, 19, 25))
+    index = read_index(folder)
+    last = {domain: index.shards("train", domain)[-1] for domain in index.domains}
+    key = last["audio"].path.read_bytes()[:100].partition(b".")[0].decode()
+    rewrite(last["audio"].path, on(f"{key}.mel.npy", lambda old: old[:-2] + b"\x00\x7e"))
+    content = last["speech"].path.read_bytes()
+    last["speech"].path.write_bytes(content[: len(content) // 2])
+    values = json.loads((folder / "index.json").read_text())
+    entry = next(entry for entry in values["shards"] if entry["file"] == last["audio"].path.name)
+    whole = last["audio"].path.read_bytes()
+    entry |= {"bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
+    (folder / "index.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_the_curve_is_the_same_on_2_ranks_whatever_the_server_and_the_shards_do(shards, tmp_path):
+    """Stage 0 on one rank against stage 3 on two, whose batches are 7, 4 or 3 clips; a server that fails now and then;
+    clips that are lost for good."""
+    args, found = ("--preset", str(shards / "preset.yaml"), *ARGS, "data.max_faults=0.3"), {}
+    for ranks, ds_config, workers in ((1, "zero0.json", 0), (2, "zero3.json", 1)):
+        with serving(shards) as server:
+            server.moods["train-speech-0000.tar"] = ["500", "die"]
+            server.moods["train-audio-0000.tar"] = ["short"]
+            run = tmp_path / f"on{ranks}"
+            more = (f"data.path={server.url}", f"data.workers={workers}", f"run.dir={run}", "--ds_config", ds_config)
+            output = run_training(ranks, *args, *more, cwd=tmp_path)
+        assert "global batches: 7 clips of up to 13 frames" in output
+        assert "dry run: " in output
+        faults = [json.loads(line) for line in (run / "faults.jsonl").read_text().splitlines()]
+        assert {fault["kind"] for fault in faults} == {"truncated", "not_finite"}
+        assert len({(fault["file"], fault["clip"]) for fault in faults}) == len(faults)
+        found[ranks] = metrics(run), {(fault["file"], fault["clip"], fault["kind"]) for fault in faults}
+        counted = [line for line in found[ranks][0].values() if "data/faults_truncated" in line]
+        assert counted[-1]["data/faults_truncated"] == sum(fault["kind"] == "truncated" for fault in faults)
+    (one, lost), (two, lost_too) = found[1], found[2]
+    assert lost == lost_too
+    assert one.keys() == two.keys() == set(range(9))
+    for step in one:
+        for name in (name for name in one[step] if "loss" in name):
+            assert one[step][name] == pytest.approx(two[step][name], abs=1e-5), (step, name)
+
+
+def test_more_faults_than_allowed_stop_all_ranks_with_one_line(shards, tmp_path):
+    with serving(shards) as server:
+        args = ("--preset", str(shards / "preset.yaml"), *ARGS, f"data.path={server.url}", "run.dir=run")
+        output = run_training(2, *args, cwd=tmp_path, wanted=2)
+    (line,) = [line for line in output.splitlines() if "agrepa train: " in line]
+    assert "of 44 training clips could not be read, more than data.max_faults=0.001 allows" in line
+    assert "Traceback" not in output
+    assert (tmp_path / "run" / "faults.jsonl").is_file()
+
+
+DRY_RUN = """
+import hashlib, sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from agrepa_fast.config import UserError, load_config
+from agrepa_fast.data.plan import BatchLayout, BatchPlan
+from agrepa_fast.data.shards import read_index
+from agrepa_fast.data.stream import train_batches
+from agrepa_fast.models.dit import AudioDiT
+from agrepa_fast.training import dry_run as module
+from agrepa_fast.training.engine import build_engine, find_ds_config, full_weights, resolve_ds_config, start_ranks
+
+device = start_ranks()
+rank = dist.get_rank()
+config = load_config(sys.argv[1], ["model.dropout=0.2", "train.batch_frames=100"])
+index = read_index(Path(sys.argv[1]).parent)
+config = replace(config, model=replace(config.model, n_mels=index.n_mels, vocab=index.vocab))
+layout = BatchLayout(None, 1, rank, 2)
+plan = BatchPlan.of(index, config, layout)
+
+
+def train(stage, dry):
+    values = find_ds_config(f"zero{stage}.json")
+    if stage == 3:
+        values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    torch.manual_seed(0)
+    engine = build_engine(AudioDiT(config.model), config, resolve_ds_config(values, config.train, layout, device))
+    batches = train_batches(index, config.data, layout, seed=0, center=True, plan=plan)
+    seen = []
+    for step in range(3):
+        if dry and step < 2:  # between steps, too: after the first there are moments and traces
+            before = torch.get_rng_state()
+            line = module.dry_run(engine, index, plan, layout, device)
+            assert line == "dry run: 4 clips of 13 frames a rank and micro-batch, the largest bucket", line
+            assert torch.equal(before, torch.get_rng_state())
+            assert all(p.grad is None or not p.grad.any() for p in engine.module.parameters())
+        batch = next(batches)
+        v = engine(batch.mel, torch.full((len(batch.keys),), 0.5), batch.condition).v
+        loss = batch.weight * (v - batch.mel).square().mean()
+        engine.backward(loss)
+        engine.step()
+        seen.append(loss.item())
+    weights = full_weights(engine)
+    return seen, hashlib.sha256(b"".join(weights[n].numpy().tobytes() for n in sorted(weights))).hexdigest(), engine
+
+
+for stage in (0, 1, 2, 3):
+    (*plain, _), (*dry, engine) = train(stage, False), train(stage, True)
+    assert plain == dry, (stage, plain, dry)
+    print("equal at stage", stage, flush=True)
+
+
+def out_of_memory(*_):
+    if rank == 1 or engine.zero_optimization_stage() == 3:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+module._forward_backward = out_of_memory
+for stage in (2, 3):
+    *_, engine = train(stage, False)
+    try:
+        module.dry_run(engine, index, plan, layout, device)
+    except UserError as error:
+        print("refused:", error, flush=True)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_the_dry_run_leaves_no_trace_at_any_stage_and_names_what_does_not_fit(shards, tmp_path):
+    (tmp_path / "dry.py").write_text(DRY_RUN)
+    for output in run_ranks(2, tmp_path / "dry.py", str(shards / "preset.yaml")):
+        assert [f"equal at stage {stage}" in output for stage in range(4)] == [True] * 4, output
+        assert output.count("refused: 4 clips of 13 frames a rank and micro-batch, the largest bucket, do not fit") == 2
+        assert "lower train.batch_frames" in output

@@ -1,0 +1,104 @@
+"""Training end to end: the same curve at every ZeRO stage and rank count."""
+
+import csv
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ..testing import assert_same_curve, attribution, metrics, run_training
+
+
+def test_baseline_aligns_after_the_warm_up_and_shows_its_work(baseline):
+    values = metrics(baseline)
+    assert [values[step]["train/align_loss"] > 0 for step in (1, 2, 3, 4, 5)] == [False] * 3 + [True] * 2
+    assert set(values) == {0, 1, 2, 3, 4, 5}
+    assert "val/flow_loss" in values[0]
+    assert "val/flow_loss" in values[5]
+    selection = json.loads((baseline / "selection.json").read_text())
+    assert selection["strategy"] == "foga"
+    assert selection["step"] == 2
+    assert all(len(layers) == 2 for layers in selection["layers"].values())
+    with (baseline / "attribution.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    measured = {(row["step"], row["measure"], row["layer"]) for row in rows}
+    wanted = [(str(step), "foga") for step in (1, 2, 5)] + [("5", "ridge"), ("5", "cka")]
+    assert measured == {(*probe, str(layer)) for probe in wanted for layer in (1, 2, 3, 4)}
+    summary = json.loads((baseline / "summary.json").read_text())
+    assert summary["vocoder"].startswith("Griffin-Lim")
+    assert summary["store_contribute_rank_correlation"].keys() == {"speech", "audio"}
+    for name in ("attribution", "loss", "mel", "layer_time", "stability", "store_contribute"):
+        assert (baseline / "plots" / f"{name}.png").stat().st_size > 5000
+    wavs = {f"{domain}-1-{kind}.wav" for domain in ("speech", "audio") for kind in ("truth", "sample")}
+    assert {path.name for path in (baseline / "samples").iterdir()} == wavs
+    assert list((baseline / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "extra"),
+    [
+        (3, 1, ()),
+        (1, 2, ()),
+        (2, 2, ()),
+        (3, 2, ()),
+        (3, 2, ("train.accumulation=4",)),  # one clip at a time: a rank has one domain, the other is absent
+        (2, 1, ("data.workers=2",)),
+    ],
+)
+def test_every_stage_and_rank_count_gives_the_same_curve(stage, ranks, extra, preset, baseline, ds_configs, tmp_path):
+    args = ("--ds_config", ds_configs[stage], "--preset", str(preset), f"run.dir={tmp_path}/run", *extra)
+    run_training(ranks, *args, cwd=tmp_path)
+    assert_same_curve(baseline, tmp_path / "run")
+    assert (tmp_path / "run" / "selection.json").is_file()
+
+
+@pytest.mark.parametrize("strategy", ["gradnorm", "foga-vjp"])
+def test_strategies_measure_the_same_at_every_stage(strategy, preset, ds_configs, tmp_path):
+    """Gradients of whole batches, gathered from partitions; a backward beside the engine's; pooled states."""
+    args = ("--preset", str(preset), f"align.strategy={strategy}", "model.token_dim=32")
+    runs = [(0, 1, ()), (2, 2, ("train.accumulation=2",)), (3, 2, ())]
+    for stage, ranks, extra in runs if strategy == "gradnorm" else [runs[0], runs[-1]]:
+        run = f"run.dir={tmp_path}/stage{stage}"
+        run_training(ranks, "--ds_config", ds_configs[stage], *args, run, *extra, cwd=tmp_path)
+        assert_same_curve(tmp_path / "stage0", tmp_path / f"stage{stage}")
+    selection = json.loads((tmp_path / "stage0" / "selection.json").read_text())
+    assert selection["strategy"] == strategy
+    assert metrics(tmp_path / "stage0")[5]["train/align_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layers"), [("none", {}), ("fixed:2,4", {"speech": [2, 4], "audio": [2, 4]}), ("shallow", None)]
+)
+def test_other_strategies_align_from_the_start_and_are_measured_at_the_end(strategy, layers, preset, tmp_path):
+    run_training(1, "--preset", str(preset), "run.dir=run", f"align.strategy={strategy}", "train.steps=3", cwd=tmp_path)
+    run = tmp_path / "run"
+    chosen = json.loads((run / "selection.json").read_text())
+    assert chosen["layers"] == ({"speech": [1, 2], "audio": [1, 2]} if layers is None else layers)
+    assert [metrics(run)[step]["train/align_loss"] > 0 for step in (1, 3)] == [strategy != "none"] * 2
+    assert {row[:2] for row in attribution(run)} == {("3", "foga"), ("3", "ridge"), ("3", "cka")}
+    assert (run / "plots" / "attribution.png").is_file()
+
+
+def test_gradient_norms_in_bf16_are_near_those_in_fp32(preset, ds_configs, tmp_path):
+    args, found = ("--preset", str(preset), "align.strategy=gradnorm", "train.steps=3"), {}
+    for stage, precision in ((0, "fp32"), (0, "bf16"), (3, "bf16")):
+        run = tmp_path / f"{precision}{stage}"
+        given = (f"run.dir={run}", f"train.precision={precision}", *args)
+        run_training(1, "--ds_config", ds_configs[stage], *given, cwd=tmp_path)
+        found[run.name] = [row[-1] for row in attribution(run) if row[:2] == ("1", "gradnorm")]
+    for name, norms in found.items():
+        assert norms == pytest.approx(found["fp320"], rel=0.05), name
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_bf16_trains_and_keeps_fp32_averages(stage, preset, baseline, ds_configs, tmp_path):
+    """What GPUs run, here on the CPU: close to fp32, and the exported weights are not rounded to bf16."""
+    args = ("--ds_config", ds_configs[stage], "--preset", str(preset), f"run.dir={tmp_path}/run")
+    run_training(1, *args, "train.precision=bf16", cwd=tmp_path)
+    assert_same_curve(baseline, tmp_path / "run", tolerance=0.1)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step*")
+    for name in ("model", "ema"):
+        weights = load_file(checkpoint / f"{name}.safetensors")["out.weight"]
+        assert weights.dtype == torch.float32
+        assert not torch.equal(weights, weights.bfloat16().float())

@@ -1,0 +1,140 @@
+"""probe, sample, doctor and prepare as a person types them."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from agrepa_fast.cli import main
+
+from ..testing import run_training, write_small_shards
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    preset = write_small_shards(folder / "shards")
+    args = ("--preset", str(preset), f"run.dir={folder}/run", "train.lr=0.01", "model.token_dim=32")
+    run_training(1, *args, cwd=folder)
+    return folder / "run"
+
+
+def refused(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_probe(run, tmp_path, capsys):
+    main(["probe", str(run), "--out", str(tmp_path / "new" / "probe"), "probe.times=[0.25,0.5]", "--live", "align.k=1"])
+    with (tmp_path / "new" / "probe" / "attribution.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["measure"], row["domain"], row["layer"], row["t"]) for row in rows} == {
+        (measure, domain, str(layer), t)
+        for measure in ("foga", "ridge", "cka", "lasp")
+        for domain in ("speech", "audio")
+        for layer in (1, 2, 3, 4)
+        for t in ("mean", "0.25", "0.5")
+    }
+    rows = [row for row in rows if row["measure"] == "foga"]
+    assert all(float(row["score"]) > 0 for row in rows)
+    selection = json.loads((tmp_path / "new" / "probe" / "selection.json").read_text())
+    best = {
+        domain: max((r for r in rows if r["domain"] == domain and r["t"] == "mean"), key=lambda r: float(r["score"]))
+        for domain in ("speech", "audio")
+    }
+    assert selection["layers"] == {domain: [int(row["layer"])] for domain, row in best.items()}
+    for name in ("attribution", "layer_time", "store_contribute", "stability"):
+        assert (tmp_path / "new" / "probe" / f"{name}.png").stat().st_size > 5000
+    out = capsys.readouterr().out
+    assert "L4" in out
+    assert "speech: rank correlation with foga: ridge" in out
+
+
+def test_official_recipe_is_named_and_scores_odd_layers_of_one_clip_a_domain(run, tmp_path):
+    main(["probe", str(run), "--recipe", "official", "--out", str(tmp_path), "align.k=1"])
+    with (tmp_path / "attribution.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["recipe"], row["t"]) for row in rows} == {("official", "mean"), ("official", "0.8")}
+    foga, lasp = ([row for row in rows if row["measure"] == measure] for measure in ("foga", "lasp"))
+    assert {row["layer"] for row in foga} == {"1", "3"}
+    assert {row["clips"] for row in foga} == {"1"}
+    assert {row["layer"] for row in lasp} == {"1", "2", "3", "4"}
+
+
+def test_estimate_beside_the_exact_scores(run, tmp_path, capsys):
+    main(["probe", str(run), "--out", str(tmp_path), "--measures", "foga,foga-vjp", "probe.draws=4"])
+    assert "rank correlation with foga: foga-vjp" in capsys.readouterr().out
+    with (tmp_path / "attribution.csv").open() as file:
+        assert {row["measure"] for row in csv.DictReader(file)} == {"foga", "foga-vjp"}
+
+
+def test_attention_and_ffn_apart(run, tmp_path, capsys):
+    main(["probe", str(run), "--kind", "branch", "--out", str(tmp_path)])
+    with (tmp_path / "attribution.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["layer"] for row in rows} == {f"{layer}.{part}" for layer in (1, 2, 3, 4) for part in ("attn", "ffn")}
+    assert "L3.ffn" in capsys.readouterr().out
+
+
+def test_sample(run, tmp_path):
+    import soundfile
+
+    main(["sample", str(run), "--clips", "2", "--out", str(tmp_path), "flow.steps=3"])
+    names = {f"{d}-{n}-{kind}.wav" for d in ("speech", "audio") for n in (1, 2) for kind in ("truth", "sample")}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"mel.png"}
+    for name in names:
+        wave, rate = soundfile.read(tmp_path / name)
+        assert rate == 16000
+        assert abs(wave).max() > 0
+
+
+def test_doctor(capsys):
+    main(["doctor"])
+    out = capsys.readouterr().out
+    for word in ("torch", "deepspeed", "kernels backend", "native", "CPU library", "demo shards"):
+        assert word in out
+
+
+class TestRefusals:
+    def test_no_checkpoint(self, run, tmp_path, capsys):
+        assert "is no checkpoint" in refused(capsys, "probe", tmp_path)
+        empty = tmp_path / "run"
+        (empty / "checkpoints").mkdir(parents=True)
+        assert "no checkpoint to resume" in refused(capsys, "sample", empty)
+
+    def test_a_checkpoint_of_another_architecture(self, run, tmp_path, capsys):
+        copy = tmp_path / "copy"
+        shutil.copytree(next((run / "checkpoints").glob("step*")), copy)
+        (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("dim: 32", "dim: 16"))
+        assert "another architecture than its config.yaml" in refused(capsys, "probe", copy)
+
+    def test_settings(self, run, capsys):
+        assert "did you mean 'clips'" in refused(capsys, "probe", run, "probe.clipz=3")
+        assert "cannot be overridden" in refused(capsys, "probe", run, "model.gelu=tanh")
+        assert "23 speech clips" in refused(capsys, "probe", run, "probe.clips=23")
+
+    def test_measures_that_do_not_fit(self, run, tmp_path, capsys):
+        assert "only foga" in refused(capsys, "probe", run, "--kind", "branch", "--measures", "cka")
+        assert "only foga" in refused(capsys, "probe", run, "--kind", "branch", "--recipe", "official")
+        assert "not cka, foga-vjp" in refused(
+            capsys, "probe", run, "--recipe", "official", "--measures", "cka,foga-vjp,lasp"
+        )
+        copy = tmp_path / "copy"
+        shutil.copytree(next((run / "checkpoints").glob("step*")), copy)
+        save_file({"heads.x": torch.zeros(1)}, copy / "heads.safetensors")
+        assert "there are none of audio, speech" in refused(capsys, "probe", copy, "--measures", "lasp")
+        (copy / "heads.safetensors").unlink()
+        assert "heads.safetensors is missing" in refused(capsys, "probe", copy)
+
+    def test_prepare(self, tmp_path, capsys):
+        assert "nowhere" in refused(
+            capsys, "prepare", "folder", tmp_path / "nowhere", "--domain", "speech", "--out", tmp_path
+        )

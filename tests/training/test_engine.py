@@ -1,0 +1,108 @@
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agrepa_fast.config import TrainConfig, UserError, load_config
+from agrepa_fast.data.stream import BatchLayout
+from agrepa_fast.models.dit import AudioDiT
+from agrepa_fast.training.engine import find_ds_config, lr_factor, resolve_ds_config
+
+from ..testing import ROOT, run_ranks
+
+
+def test_schedule_counts_optimizer_steps():
+    train = TrainConfig(steps=100, warmup_steps=10, final_lr=0.1)
+    assert lr_factor(train, 0) == pytest.approx(0.1)
+    assert lr_factor(train, 9) == pytest.approx(1.0)
+    assert lr_factor(train, 55) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
+    assert lr_factor(train, 100) == lr_factor(train, 1000) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_presets_are_filled_in_from_the_run(stage):
+    values = find_ds_config(f"zero{stage}.json")
+    layout = BatchLayout(16, 2, 0, 4)
+    resolved = resolve_ds_config(values, TrainConfig(clip_norm=0.5), layout, torch.device("cpu"))
+    assert resolved["train_micro_batch_size_per_gpu"] == 2
+    assert resolved["gradient_accumulation_steps"] == 2
+    assert resolved["train_batch_size"] == 16
+    assert resolved["gradient_clipping"] == 0.5
+    assert resolved["bf16"]["enabled"] is False
+    assert resolved["zero_optimization"]["stage"] == stage
+    on_gpu = resolve_ds_config(values, TrainConfig(), layout, torch.device("cuda"))
+    assert on_gpu["bf16"]["enabled"] is True
+    asked = resolve_ds_config(values, TrainConfig(precision="bf16"), layout, torch.device("cpu"))
+    assert asked["bf16"]["enabled"] is True
+
+
+@pytest.mark.parametrize(
+    ("ranks", "variants"),
+    [
+        (1, ["plain", "compiled"]),
+        (
+            2,
+            [
+                *("plain", "recomputed, partitioned", "offloaded", "offloaded, partitioned"),
+                *("dropout", "dropout, recomputed, partitioned"),
+            ],
+        ),
+    ],
+)
+def test_ways_to_compute_a_step_give_the_same_weights(ranks, variants, preset, tmp_path):
+    """Partitioned, recomputed, compiled, offloaded; what each is for is seen to happen. And the update ratio."""
+    run_ranks(ranks, ROOT / "tests/training/variants_on_ranks.py", str(preset), str(tmp_path), *variants)
+    everywhere = [json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in range(ranks)]
+    assert [found.pop("loaded", True) for found in everywhere] == [True] * ranks
+    for name, found in everywhere[0].items():
+        like = everywhere[0]["dropout" if "dropout" in name else "plain"]
+        weights, wanted = (load_file(tmp_path / run / "weights.safetensors") for run in (name, like["name"]))
+        assert weights.keys() == wanted.keys()
+        for key in wanted:
+            torch.testing.assert_close(weights[key], wanted[key], atol=5e-6, rtol=0)
+        assert found["losses"] == pytest.approx(like["losses"], abs=1e-5), name
+        assert found["ratio"] == pytest.approx(found["by_hand"], rel=1e-4), name
+        norm = torch.stack([weight.square().sum() for weight in weights.values()]).sum().sqrt().item()
+        assert found["norm"] == pytest.approx(norm, rel=1e-5), name
+        forwards = {"recomputed": 6, "compiled": 0}
+        assert found["forwards"] == next((n for what, n in forwards.items() if what in name), 3), name
+        assert (found["graphs"] > 0) == (name == "compiled")
+        assert found["breaks"] == 0
+    if "dropout" in variants:
+        assert everywhere[0]["dropout"]["losses"] != everywhere[0]["plain"]["losses"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of resident memory")
+def test_no_rank_holds_the_whole_model_under_zero3():
+    sizes = ("model.dim=512", "model.depth=16", "model.heads=8", "model.token_dim=512")
+    for output in run_ranks(2, ROOT / "benchmarks" / "build_memory.py", *sizes):
+        found = json.loads(output.splitlines()[-1])
+        assert found["whole_fp32"] == 4 * found["parameters"] > 3e8
+        assert 0.45 * found["whole_fp32"] < found["build"]["peak"] < 0.8 * found["whole_fp32"]
+
+
+def test_agrepa_xl_has_one_and_a_half_billion_parameters():
+    config = replace(load_config("agrepa-xl").model, n_mels=100, vocab=8192)
+    with torch.device("meta"):
+        model = AudioDiT(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_537_785_700
+
+
+def test_host_memory_is_offloaded_to_without_a_compiler_and_from_no_stage_0():
+    layout, train, cpu = BatchLayout(16, 1, 0, 1), TrainConfig(), torch.device("cpu")
+    for name in ("zero2_offload.json", "zero3_offload.json"):
+        assert resolve_ds_config(find_ds_config(name), train, layout, cpu)["zero_force_ds_cpu_optimizer"] is False
+    for zero, message in (
+        ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "use stage 1, 2 or 3"),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, "'nvme' is not supported"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resolve_ds_config({"zero_optimization": zero}, train, layout, cpu)
+    with pytest.raises(UserError, match=r"train\.compile: ZeRO-3"):
+        resolve_ds_config(find_ds_config("zero3.json"), TrainConfig(compile=True), layout, cpu)
+    with pytest.raises(UserError, match="check_grad_overflow"):
+        resolve_ds_config({"bf16": {"check_grad_overflow": False}}, train, layout, cpu)

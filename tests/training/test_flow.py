@@ -1,0 +1,104 @@
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from agrepa_fast.config import FlowConfig
+from agrepa_fast.flow import clip_keys, euler, flow_loss, reference_prefix, sample, sway_times, training_draws
+from agrepa_fast.kernels import philox_normal
+from agrepa_fast.models.dit import Velocity
+
+from ..conftest import small_batch
+
+
+def test_euler_on_a_linear_field_lands_on_the_known_point():
+    """dx/dt = -x: each Euler step multiplies by (1 - dt)."""
+    times = sway_times(31, -1.0)
+    wanted = math.prod(1 - float(b - a) for a, b in pairwise(times))
+    landed = euler(lambda x, t: -x, torch.tensor([3.0]), times)
+    assert landed.item() == pytest.approx(3 * wanted, rel=1e-5)
+    fine = euler(lambda x, t: -x, torch.tensor([3.0]), sway_times(4000, 0.0))
+    assert fine.item() == pytest.approx(3 * math.exp(-1), rel=1e-3)
+
+
+def test_sway_times():
+    times = sway_times(4, -1.0)
+    assert times.tolist() == pytest.approx([1 - math.cos(math.pi / 2 * t / 4) for t in range(5)], abs=1e-6)
+    assert sway_times(4, 0.0).tolist() == [0, 0.25, 0.5, 0.75, 1]
+
+
+class _Field(torch.nn.Module):
+    """A known velocity for every clip: `given` with its tokens, `free` without; moves straight, so Euler is exact."""
+
+    def __init__(self, given, free):
+        super().__init__()
+        self.given, self.free, self.calls = given, free, 0
+
+    def forward(self, x, t, condition):
+        self.calls += 1
+        rows = x.shape[0] // self.given.shape[0]
+        kept = condition.keep_tokens[:, None, None]
+        return Velocity(torch.where(kept, self.given.repeat(rows, 1, 1), self.free.repeat(rows, 1, 1)), {})
+
+
+def test_sampler_with_guidance_lands_on_the_guided_point():
+    mel, condition = small_batch()
+    keys = clip_keys(0, 0, range(3), "sample")
+    given, free = torch.randn_like(mel), torch.randn_like(mel)
+    field, flow = _Field(given, free), FlowConfig(steps=7, guidance=3.0, sigma=0.5)
+    landed = sample(field, condition, keys, flow)
+    start = 0.5 * philox_normal(keys, mel[0].numel()).view_as(mel)
+    torch.testing.assert_close(landed, start + free + 3 * (given - free), atol=1e-4, rtol=1e-4)
+    assert field.calls == 7  # both branches in one batch
+    plain = sample(
+        field, replace(condition, keep_tokens=torch.ones(3, dtype=torch.bool)), keys, replace(flow, guidance=1.0)
+    )
+    torch.testing.assert_close(plain, start + given, atol=1e-4, rtol=1e-4)
+
+
+def test_null_branch_keeps_the_reference(model):
+    seen = []
+    model.register_forward_hook(lambda m, args, out: seen.append(args[2]))
+    _, condition = small_batch()
+    sample(model, condition, clip_keys(0, 0, range(3), "sample"), FlowConfig(steps=1))
+    (both,) = seen
+    assert both.keep_tokens.tolist() == [True] * 3 + [False] * 3
+    assert both.keep_reference is None
+    assert torch.equal(both.reference, condition.reference.repeat(2, 1, 1))
+
+
+def test_loss_is_the_mean_square_over_valid_frames():
+    v, target, lengths = torch.randn(2, 6, 3), torch.randn(2, 6, 3), torch.tensor([6, 2])
+    v[1, 2:] = float("nan")
+    loss = flow_loss(v, target, lengths)
+    torch.testing.assert_close(loss[0], (v[0] - target[0]).square().mean())
+    torch.testing.assert_close(loss[1], (v[1, :2] - target[1, :2]).square().mean())
+
+
+def test_draws():
+    lengths = torch.full((4000,), 100)
+    keys = clip_keys(3, 7, range(4000), "draws")
+    draws = training_draws(FlowConfig(), lengths, keys)
+    assert draws.t.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert draws.keep_tokens.float().mean().item() == pytest.approx(0.9, abs=0.02)
+    assert draws.keep_reference.float().mean().item() == pytest.approx(0.9, abs=0.02)
+    assert draws.reference_lengths.min() == 1
+    assert draws.reference_lengths.max() == 30
+    assert len(set(draws.reference_lengths.tolist())) == 30
+    short = training_draws(FlowConfig(), torch.full((50,), 2), keys[:50])
+    assert set(short.reference_lengths.tolist()) == {1}
+
+
+def test_a_clips_draws_depend_on_seed_step_place_and_use_alone():
+    assert torch.equal(clip_keys(1, 2, range(8), "noise")[5:6], clip_keys(1, 2, [5], "noise"))
+    keys = {
+        int(clip_keys(a, b, [c], use)[0]) for a in (0, 1) for b in (0, 1) for c in (0, 1) for use in ("noise", "draws")
+    }
+    assert len(keys) == 16
+
+
+def test_reference_prefix():
+    mel = torch.ones(2, 4, 1)
+    assert reference_prefix(mel, torch.tensor([1, 3])).flatten(1).tolist() == [[1, 0, 0, 0], [1, 1, 1, 0]]

@@ -1,0 +1,150 @@
+"""CUDA graphs of the training step: on a CPU a stand-in with their rules takes their place, on a GPU they are real."""
+
+import pytest
+import torch
+
+from agrepa_fast.config import TrainConfig, UserError
+from agrepa_fast.data.stream import Batch
+from agrepa_fast.flow import clip_keys, flow_loss
+from agrepa_fast.kernels import flow_mix, philox_uniform
+from agrepa_fast.training import graphs
+
+from ..conftest import small_batch, small_model
+from ..testing import ROOT, assert_same_curve, start_ranks
+from .graphs_on_ranks import capture
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """What `captured` was called for; a capture is the operations of one call, on the same buffers, without Python."""
+    made = []
+
+    def count(call, pool):
+        made.append(pool)
+        return capture(call, pool)
+
+    monkeypatch.setattr(graphs, "captured", count)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
+    return made
+
+
+def batch(frames=37, seed=1) -> Batch:
+    mel, condition = small_batch((frames, 20, 11), frames, seed)
+    teacher = {"speech": torch.randn(3, 5, generator=torch.Generator().manual_seed(seed))}
+    return Batch(("a", "b", "c"), torch.tensor([0, 1, 0]), mel, condition, teacher, (0, 1, 2))
+
+
+class Step:
+    """A model with a head of its own, and the losses of a micro-batch."""
+
+    def __init__(self):
+        self.model, self.head = small_model(), torch.nn.Linear(32, 5)
+        self.aligns, self.calls = True, 0
+
+    def parameters(self):
+        return [*self.model.parameters(), *self.head.parameters()]
+
+    def losses(self, given: Batch, keys: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        self.calls += 1
+        t = philox_uniform(keys[0], 1)[:, 0]
+        x_t, target = flow_mix(given.mel, t, keys[1], 0.5)
+        out = self.model(x_t, t, given.condition, capture=(2,), pooled=True)
+        align = (self.head(out.hidden[2]) - given.teacher["speech"]).square().mean() if self.aligns else x_t.sum() * 0
+        clips = flow_loss(out.v, target, given.condition.lengths)
+        return {"flow_loss": clips.mean(), "align_loss": align}, clips
+
+
+def keys(step: int) -> torch.Tensor:
+    return torch.stack([clip_keys(0, step, range(3), use) for use in ("draws", "noise")])
+
+
+def gradients(step: Step, total: torch.Tensor) -> list[torch.Tensor | None]:
+    for parameter in step.parameters():
+        parameter.grad = None
+    (total * 0.5).backward()  # 0.5: the share of a micro-batch
+    return [None if p.grad is None else p.grad.clone() for p in step.parameters()]
+
+
+def assert_equals_eager(step: Step, graphed: graphs.GraphedLosses, given: Batch, number: int) -> None:
+    total, losses, clips = graphed(step.losses, given, keys(number), (step.aligns,))
+    replayed = gradients(step, total)
+    wanted, wanted_clips = step.losses(given, keys(number))
+    torch.testing.assert_close(clips, wanted_clips.detach(), atol=1e-6, rtol=1e-5)
+    assert losses.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(losses[name], wanted[name].detach(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(total, sum(wanted.values()), atol=1e-6, rtol=1e-5)
+    for mine, theirs in zip(replayed, gradients(step, sum(wanted.values())), strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_replays_give_the_losses_and_gradients_of_live_weights_and_new_batches(captures):
+    step, said = Step(), []
+    graphed = graphs.GraphedLosses(step.parameters, 2, said.append)
+    for number in range(3):
+        assert_equals_eager(step, graphed, batch(seed=number), number)
+        with torch.no_grad():
+            for parameter in step.parameters():  # an optimizer's step
+                parameter.mul_(1.1)
+    assert len(captures) == len(said) == 1
+    before = step.calls
+    graphed(step.losses, batch(), keys(9), (True,))
+    assert step.calls == before  # replayed: no Python of the losses
+
+
+def test_shapes_beyond_the_limit_run_as_they_come(captures):
+    step = Step()
+    graphed = graphs.GraphedLosses(step.parameters, 2, lambda line: None)
+    for number, frames in enumerate((37, 29, 33, 37, 29, 33)):
+        assert_equals_eager(step, graphed, batch(frames), number)
+    assert len(captures) == 2
+    assert captures[0] is captures[1]  # one pool
+
+
+def test_other_layers_or_moved_weights_are_captured_again(captures):
+    step = Step()
+    graphed = graphs.GraphedLosses(step.parameters, 2, lambda line: None)
+    assert_equals_eager(step, graphed, batch(), 0)
+    step.aligns = False
+    assert_equals_eager(step, graphed, batch(), 1)  # the head has no gradient, instead of zeros
+    step.model.blocks[1].ffn.fc1.weight.data = 2 * step.model.blocks[1].ffn.fc1.weight.data
+    assert_equals_eager(step, graphed, batch(), 2)
+    assert len(captures) == 3
+
+
+@pytest.mark.parametrize(("stage", "ranks", "extra"), [(0, 1, ()), (2, 2, ("train.accumulation=2",))])
+def test_training_with_graphs_gives_the_same_curve(stage, ranks, extra, preset, baseline, tmp_path):
+    """DeepSpeed gets every gradient through its own hooks; heads are made amid the run."""
+    given = ("--ds_config", f"zero{stage}.json", "--preset", str(preset), "run.dir=run", "train.graphs=1", *extra)
+    processes = start_ranks(ranks, ROOT / "tests/training/graphs_on_ranks.py", *given, cwd=tmp_path)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * ranks, outputs[0][-4000:]
+    assert outputs[0].count("captured, 1 of at most 1 CUDA graphs") == 2  # once with the heads of the layers chosen
+    assert_same_curve(baseline, tmp_path / "run")
+
+
+def test_a_cpu_and_zero_3_have_no_graphs():
+    for device, stage, where in (("cpu", 2, "on a cpu"), ("cuda", 3, "under ZeRO-3")):
+        with pytest.raises(UserError, match=f"train.graphs=2: there are no CUDA graphs {where}"):
+            graphs.check_graphs(TrainConfig(graphs=2), torch.device(device), stage)
+        graphs.check_graphs(TrainConfig(), torch.device(device), stage)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures on a GPU")
+def test_real_graphs():
+    step = Step()
+    step.model.cuda()
+    step.head.cuda()
+    graphed = graphs.GraphedLosses(step.parameters, 2, lambda line: None)
+    for number in range(4):
+        given, step_keys = batch((37, 29)[number % 2], number).to(torch.device("cuda")), keys(number).cuda()
+        total, losses, _ = graphed(step.losses, given, step_keys, (True,))
+        replayed, (wanted, _) = gradients(step, total), step.losses(given, step_keys)
+        torch.testing.assert_close(losses["flow_loss"], wanted["flow_loss"].detach(), atol=1e-5, rtol=1e-4)
+        for mine, theirs in zip(replayed, gradients(step, sum(wanted.values())), strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-3)
+        with torch.no_grad():
+            for parameter in step.parameters():
+                parameter.mul_(1.1)

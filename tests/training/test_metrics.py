@@ -1,0 +1,110 @@
+"""What metrics.jsonl says, against values worked out by hand; the profiler's window; W&B."""
+
+import gzip
+import json
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from agrepa_fast.config import TrainConfig, UserError, load_config
+from agrepa_fast.kernels import active_backend
+from agrepa_fast.training.compute import peak_flops, peak_tflops, step_flops
+from agrepa_fast.training.metrics import Metrics, read_metrics
+from agrepa_fast.training.tracker import Wandb, find_tracker
+
+from ..conftest import small_batch, small_model
+from ..testing import metrics, run_training
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's attention kernels are counted, too")
+@pytest.mark.parametrize("position", ["rotary_conv", "sinusoidal"])
+def test_flops_are_what_torch_counts_and_what_it_overlooks(position):
+    model = small_model(depth=3, position=position)
+    mel, condition = small_batch((37,))
+    with FlopCounterMode(display=False) as counter:
+        model(mel, torch.rand(1), condition)
+    attention = 3 * 2 * 2 * 37 * 37 * 32
+    fused = 3 * 2 * 37 * 32 * 128 * (active_backend() != "reference")  # linear_gelu is an op of ours
+    tokens = 2 * condition.tokens.shape[1] * 24 * 24  # left out, as step_flops says
+    assert step_flops(model.config, [37]) == 3 * (counter.get_total_flops() + attention + fused - tokens)
+    assert step_flops(model.config, [37, 20]) == step_flops(model.config, [37]) + step_flops(model.config, [20])
+
+
+def test_flops_of_the_paper_s_model():
+    config = replace(load_config("agrepa-a").model, n_mels=100, vocab=8192)
+    assert step_flops(config, [938]) == pytest.approx(1.96e12, rel=0.02)  # 24 blocks, 10 s
+
+
+def test_no_mfu_rather_than_a_false_one(monkeypatch):
+    assert peak_flops(TrainConfig(), torch.device("cpu")) is None
+    assert peak_flops(TrainConfig(peak_tflops=2.5), torch.device("cpu")) == 2.5e12
+    names = {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H100 PCIe": 756.0, "NVIDIA H200": 989.0, "Tesla V100": None}
+    for name, peak in {**names, "NVIDIA A100-SXM4-80GB": 312.0, "NVIDIA L40S": 362.0, "NVIDIA L4": 121.0}.items():
+        assert peak_tflops(name) == peak
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert peak_flops(TrainConfig(), torch.device("cuda")) == 989e12
+    assert peak_flops(TrainConfig(precision="fp32"), torch.device("cuda")) is None
+
+
+def test_means_and_rates_since_the_last_flush(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    made = Metrics(tmp_path, 0, 1, peak_flops=50.0)
+    for loss in (1.0, 4.0):
+        made.count(clips=8, frames=100, flops=40.0, wait=0.25)
+        made.add(loss=torch.tensor(loss))
+    made.count(clips=8, frames=100, flops=40.0, wait=0.5)
+    made.skip()
+    with made.pause():
+        clock[0] += 50
+    clock[0] += 4
+    values = made.flush(3, lr=0.1)
+    wanted = {"loss": 2.5, "clips_per_s": 6.0, "frames_per_s": 75.0, "data_wait": 0.25, "mfu": 0.6, "skipped": 1}
+    for name, value in wanted.items():
+        assert values[f"train/{name}"] == pytest.approx(value), name
+    assert values["train/lr"] == 0.1
+    assert 0.1 < values["train/peak_memory_gib"] < 100
+    made.skip()
+    clock[0] += 1
+    values = made.flush(4)
+    assert values["train/skipped"] == 1
+    assert values["train/clips_per_s"] == 0
+    assert "train/loss" not in values
+
+
+def test_a_run_writes_them_and_a_trace_of_the_steps_asked_for(preset, tmp_path):
+    settings = ("train.profile=[2,3]", "train.peak_tflops=0.001", "train.steps=4", "align.strategy=none")
+    run_training(1, "--ds_config", "zero0.json", "--preset", str(preset), "run.dir=run", *settings, cwd=tmp_path)
+    run = tmp_path / "run"
+    series = read_metrics(run / "metrics.jsonl")
+    for name in ("clips_per_s", "frames_per_s", "mfu", "grad_norm", "update_ratio", "peak_memory_gib"):
+        assert all(value > 0 for _, value in series[f"train/{name}"]), name
+        assert len(series[f"train/{name}"]) == 4
+    assert all(0 <= value < 1 for _, value in series["train/data_wait"])
+    assert all(values["train/skipped"] == 0 for step, values in metrics(run).items() if step)
+    (trace,) = (run / "profile").iterdir()
+    names = [event["name"] for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
+    assert sum(name == "Optimizer.step#AdamW.step" for name in names) == 2  # BiT-C's, once a step
+
+
+def test_wandb_is_asked_for_by_name_and_missed_in_one_line(tmp_path, monkeypatch):
+    find_tracker(TrainConfig())
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        find_tracker(TrainConfig(wandb="project"))
+
+
+def test_wandb_gets_every_line_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    tracker = Wandb(load_config("demo", ["train.wandb=project"]), tmp_path)
+    for step in (1, 2, 2):  # a resumed run writes a step again
+        tracker.write(step, {"train/loss": 0.5})
+    assert dict(tracker._run.summary)["train/loss"] == 0.5
+    tracker.close()
+    (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert written.stat().st_size > 0
