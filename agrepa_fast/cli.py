@@ -310,7 +310,7 @@ def _probe_any(args: argparse.Namespace) -> None:
 
 
 def _sample(args: argparse.Namespace) -> None:
-    from .data.vocoder import load_vocoder
+    from .audio.vocoder import load_vocoder
     from .training.samples import sample_clips, write_samples
 
     model, config, index, path, device = _load(args)

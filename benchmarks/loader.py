@@ -26,9 +26,9 @@ import torch
 from _bench import print_table, spread, write_json
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from agrepa_fast.audio.mel import LogMel, decode, resample
 from agrepa_fast.config import DOMAINS, DataConfig
 from agrepa_fast.data.clips import NOT_FEATURES
-from agrepa_fast.data.features import LogMel, decode, resample
 from agrepa_fast.data.plan import BatchLayout, BatchPlan
 from agrepa_fast.data.reading import OpenShard, split_clips
 from agrepa_fast.data.shards import SCHEMA, Index, Sample, load_index, write_index, write_shard

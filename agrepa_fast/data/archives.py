@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from ..audio.mel import SOUNDFILE_SUFFIXES
 from ..config import UserError
-from .features import SOUNDFILE_SUFFIXES
 from .recordings import Recording, Source, check_domain, key_of, printable
 
 # What people call these things, in members' json and in columns; the first that is there counts.

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..audio.mel import LogMel, resample
 from ..config import DataConfig, UserError
-from .features import LogMel, resample
 from .recordings import Recording
 from .stages import Job, work_file, write_work
 

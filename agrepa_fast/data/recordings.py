@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..audio.mel import decode
 from ..config import DOMAINS, UserError, nearest
-from .features import decode
 
 
 @dataclass(frozen=True, slots=True)

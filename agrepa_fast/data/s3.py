@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..audio.mel import import_torchaudio
 from ..config import UserError, nearest
 from ..teachers.base import batches_by_length, check_waves, weights_sha256
-from .features import import_torchaudio
 from .tokens import WaveTokenizer
 
 NAMES = ("speech_tokenizer_v1", "speech_tokenizer_v1_25hz", "speech_tokenizer_v2_25hz")

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from ..audio.mel import SOUNDFILE_SUFFIXES
 from ..config import DataConfig, UserError
-from .features import SOUNDFILE_SUFFIXES
 from .recordings import Recording, Source, check_domain, key_of, printable, read_text, safe, transcript_lines
 
 CREATIVE_COMMONS_BY_SA = "CC-BY-SA-3.0"

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..audio.mel import frame_count
 from ..config import DataConfig
 from .clips import Clip, ahead, digest
 from .encode import TeacherStage, teacher_entry, teacher_name
-from .features import frame_count
 from .shards import SPLITS, Sample, write_atomically, write_shard
 from .stages import Job, Stage, work_file, write_work
 from .tokenizing import Role, TokenStage, paired

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from ..audio.vocoder import Vocoder
 from ..config import DOMAINS, Config
 from ..data.shards import Index
 from ..data.stream import Batch, collate, fixed_clips
-from ..data.vocoder import Vocoder
 from ..flow import clip_keys, reference_prefix, sample
 
 

@@ -8,7 +8,7 @@ import time
 import torch
 
 from ..attribution.plots import plot_all
-from ..data.vocoder import Vocoder
+from ..audio.vocoder import Vocoder
 from ..kernels import active_backend
 from .engine import precision
 from .measure import FixedClips, validation_loss

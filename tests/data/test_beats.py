@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from agrepa_fast.audio.mel import import_torchaudio
 from agrepa_fast.config import UserError
-from agrepa_fast.data.features import import_torchaudio
 from agrepa_fast.teachers import load_teacher
 
 import_torchaudio()  # before speechbrain

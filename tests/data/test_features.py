@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from agrepa_fast.audio.mel import LogMel, decode, frame_count, resample
 from agrepa_fast.config import DataConfig, UserError, load_config
-from agrepa_fast.data.features import LogMel, decode, frame_count, resample
 
 CONFIGS = {"release": DataConfig(), "hifigan": load_config("demo").data}
 

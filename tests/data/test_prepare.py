@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from agrepa_fast.audio.mel import LogMel, decode, frame_count, resample
 from agrepa_fast.config import UserError, load_config
 from agrepa_fast.data import prepare, recordings, sources
-from agrepa_fast.data.features import LogMel, decode, frame_count, resample
 from agrepa_fast.data.prepare import prepare_demo, prepare_folder
 from agrepa_fast.data.reading import read_shard
 from agrepa_fast.data.shards import load_index

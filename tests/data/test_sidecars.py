@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from agrepa_fast.audio.mel import frame_count
 from agrepa_fast.cli import main
 from agrepa_fast.config import DataConfig, UserError
 from agrepa_fast.data import sidecars
 from agrepa_fast.data.encode import resample_frames
-from agrepa_fast.data.features import frame_count
 from agrepa_fast.data.prepare import prepare_folder
 from agrepa_fast.data.reading import read_shard
 from agrepa_fast.data.shards import file_sha256, load_index, matching_index, write_index

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from agrepa_fast.audio.mel import import_torchaudio
 from agrepa_fast.config import UserError
-from agrepa_fast.data.features import import_torchaudio
 from agrepa_fast.data.s3 import load_s3
 
 import_torchaudio()

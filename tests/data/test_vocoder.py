@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from agrepa_fast.audio import hifigan
+from agrepa_fast.audio.mel import LogMel, decode, frame_count, import_torchaudio, resample
+from agrepa_fast.audio.vocoder import VOCOS_HUB, inverse_mel, load_vocoder
 from agrepa_fast.config import DataConfig, UserError, load_config
-from agrepa_fast.data import hifigan
-from agrepa_fast.data.features import LogMel, decode, frame_count, import_torchaudio, resample
-from agrepa_fast.data.vocoder import VOCOS_HUB, inverse_mel, load_vocoder
 
 RELEASE = DataConfig()  # 24 kHz, 100 htk mels
 FRAMES = 80  # as many as HiFi-GAN's mels, so that a transposed mel has the same shape

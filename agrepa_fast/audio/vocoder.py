@@ -9,7 +9,7 @@ import torch
 
 from ..config import DataConfig, UserError, nearest
 from . import hifigan
-from .features import LogMel, import_torchaudio
+from .mel import LogMel, import_torchaudio
 
 VOCOS_HUB = "charactr/vocos-mel-24khz"
 _VOCOS_FILES = ("config.yaml", "pytorch_model.bin")
