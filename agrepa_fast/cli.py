@@ -207,7 +207,7 @@ def _source(args: argparse.Namespace):
 
 
 def _fit_tokens(args: argparse.Namespace) -> None:
-    from .data.vq_fit import fit_vq
+    from .tokenizers.vq_fit import fit_vq
 
     names = [field.name for field in dataclasses.fields(VqFitConfig)]
     fit_vq(args.path, VqFitConfig(**{name: getattr(args, name) for name in names}), args.out)

@@ -15,7 +15,7 @@ import pytest
 from agrepa_fast.config import DataConfig
 from agrepa_fast.data.clips import NOT_FEATURES
 from agrepa_fast.data.shards import SCHEMA, Sample, file_sha256, write_atomically, write_index, write_shard
-from agrepa_fast.data.tokens import Codebook, codebook_bytes
+from agrepa_fast.tokenizers.kmeans import Codebook, codebook_bytes
 
 ROOT = Path(__file__).parents[1]
 CLOCK = [f"train/{name}" for name in ("clips_per_s", "frames_per_s", "data_wait", "mfu", "peak_memory_gib")]

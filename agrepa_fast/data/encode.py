@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from ..config import DataConfig, UserError
+from ..tokenizers.kmeans import Codebook, FrameTokenizer, fit_frames
 from .clips import Clip, ahead, cut_wave, digest
 from .shards import SPLITS
 from .stages import Job, Stage, work_file, work_names, write_work
-from .tokens import Codebook, FrameTokenizer, fit_frames
 
 BATCH = 16  # clips per call of the teacher
 

@@ -25,8 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import DOMAINS, DataConfig, UserError
+from ..tokenizers.kmeans import read_code_mels
 from .storage import Place, ReadError, Remote, locate, read_object
-from .tokens import read_code_mels
 
 SCHEMA = 2
 SPLITS = ("train", "val")

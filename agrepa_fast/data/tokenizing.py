@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from ..config import DOMAINS, DataConfig, UserError
+from ..tokenizers.kmeans import FrameTokenizer, WaveTokenizer, tokens_of_frames
 from .clips import Clip, ahead, cut_wave, digest
 from .encode import batches_of, teacher_frames
 from .shards import SPLITS, file_sha256
 from .stages import Job, work_file, work_names, write_work
-from .tokens import FrameTokenizer, WaveTokenizer, tokens_of_frames
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def same_weights(one: dict, other: dict) -> bool:
 
 def load_tokenizer(spec: str, device: str = "cpu") -> FrameTokenizer | WaveTokenizer:
     """What vq:FILE or s3:NAME names."""
-    from .s3 import load_s3
-    from .vq import VqTokenizer
+    from ..tokenizers.s3 import load_s3
+    from ..tokenizers.vq import VqTokenizer
 
     kind, _, source = spec.partition(":")
     return VqTokenizer.load(Path(source), device) if kind == "vq" else load_s3(source, device)

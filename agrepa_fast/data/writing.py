@@ -15,12 +15,12 @@ import numpy as np
 
 from ..audio.mel import frame_count
 from ..config import DataConfig
+from ..tokenizers.kmeans import Codebook, CodeMels, codebook_bytes
 from .clips import Clip, ahead, digest
 from .encode import TeacherStage, teacher_entry, teacher_name
 from .shards import SPLITS, Sample, write_atomically, write_shard
 from .stages import Job, Stage, work_file, write_work
 from .tokenizing import Role, TokenStage, paired
-from .tokens import Codebook, CodeMels, codebook_bytes
 
 
 @dataclass(frozen=True)

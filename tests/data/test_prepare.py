@@ -18,7 +18,7 @@ from agrepa_fast.data import prepare, recordings, sources
 from agrepa_fast.data.prepare import prepare_demo, prepare_folder
 from agrepa_fast.data.reading import read_shard
 from agrepa_fast.data.shards import load_index
-from agrepa_fast.data.tokens import tokens_of_frames
+from agrepa_fast.tokenizers.kmeans import tokens_of_frames
 
 CODES = 8
 

@@ -6,7 +6,7 @@ import torch
 
 from agrepa_fast.audio.mel import import_torchaudio
 from agrepa_fast.config import UserError
-from agrepa_fast.data.s3 import load_s3
+from agrepa_fast.tokenizers.s3 import load_s3
 
 import_torchaudio()
 import s3tokenizer  # noqa: E402

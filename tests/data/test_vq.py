@@ -11,10 +11,10 @@ import torch
 
 from agrepa_fast import cli
 from agrepa_fast.config import UserError, VqFitConfig
-from agrepa_fast.data import vq, vq_fit
 from agrepa_fast.data.shards import file_sha256
-from agrepa_fast.data.vq import FrameCodec, VqTokenizer
-from agrepa_fast.data.vq_fit import _Frames, fit_vq
+from agrepa_fast.tokenizers import vq, vq_fit
+from agrepa_fast.tokenizers.vq import FrameCodec, VqTokenizer
+from agrepa_fast.tokenizers.vq_fit import _Frames, fit_vq
 
 DIM = 8
 

@@ -17,10 +17,10 @@ from agrepa_fast.data.reading import read_shard
 from agrepa_fast.data.shards import load_index, matching_index, write_index
 from agrepa_fast.data.stream import collate, fixed_clips
 from agrepa_fast.data.tokenizing import paired
-from agrepa_fast.data.vq import VqTokenizer
-from agrepa_fast.data.vq_fit import fit_vq
 from agrepa_fast.models.conditioning import TokenCondition
 from agrepa_fast.models.dit import AudioDiT
+from agrepa_fast.tokenizers.vq import VqTokenizer
+from agrepa_fast.tokenizers.vq_fit import fit_vq
 from agrepa_fast.training.build import fit_to_shards
 
 from ..conftest import small_batch, small_model

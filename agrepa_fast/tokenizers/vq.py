@@ -18,8 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..config import UserError
-from .shards import file_sha256
-from .tokens import FrameTokenizer
+from ..data.shards import file_sha256
+from .kmeans import FrameTokenizer
 
 FORMAT = "agrepa-vq-1"
 _AVERAGED = 15  # frames per code in the codebook's moving averages, RepCodec's (decay 0.8, 3 frames a code and step)

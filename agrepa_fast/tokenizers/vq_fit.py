@@ -19,12 +19,12 @@ import torch
 from tqdm import tqdm
 
 from ..config import DataConfig, UserError, VqFitConfig
+from ..data.clips import MAX_BAD, MAX_BAD_SHARE, ahead, cut_wave, digest, name_hash
+from ..data.recordings import Recording, Source
+from ..data.shards import write_atomically
+from ..data.sources import folder_recordings
 from ..flow import derive_seed
-from .clips import MAX_BAD, MAX_BAD_SHARE, ahead, cut_wave, digest, name_hash
-from .recordings import Recording, Source
-from .shards import write_atomically
-from .sources import folder_recordings
-from .tokens import Codebook, fit_frames
+from .kmeans import Codebook, fit_frames
 from .vq import FORMAT, FrameCodec, VqTokenizer, codec_bytes
 
 _WINDOW = 96  # frames, as RepCodec's
