@@ -176,9 +176,9 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _prepared(args: argparse.Namespace, ranks):
+    from .corpora.folder import demo_sources
     from .data.prepare import prepare
     from .data.sidecars import add_teacher
-    from .data.sources import demo_sources
     from .data.storage import writable
 
     config = load_config(args.preset, args.overrides)
@@ -193,10 +193,10 @@ def _prepared(args: argparse.Namespace, ranks):
 
 
 def _source(args: argparse.Namespace):
-    from .data.archives import webdataset_source
-    from .data.corpora import audioset_source, librispeech_source
-    from .data.sources import folder_source
-    from .data.tables import hf_source
+    from .corpora.folder import folder_source
+    from .corpora.huggingface import hf_source
+    from .corpora.librispeech import audioset_source, librispeech_source
+    from .corpora.webdataset import webdataset_source
 
     if args.kind == "hf":
         columns = {"audio": args.audio, "text": args.text, "label": args.label}

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..audio.mel import LogMel, resample
 from ..config import DataConfig, UserError
-from .recordings import Recording
+from ..corpora.recordings import Recording
 from .stages import Job, work_file, write_work
 
 MIN_PEAK = 1e-4  # a recording that stays below is silent

@@ -15,12 +15,12 @@ from functools import cache
 from pathlib import Path
 
 from ..config import DOMAINS, Config, DataConfig, UserError
+from ..corpora.folder import demo_sources, folder_source
+from ..corpora.recordings import Recording, Source
 from .clips import NOT_FEATURES, decode_stage, digest, name_hash, validation_groups
 from .encode import TeacherStage
 from .ranks import ONE, Ranks
-from .recordings import Recording, Source
 from .shards import INDEX, SCHEMA, Index, load_index, write_index
-from .sources import demo_sources, folder_source
 from .stages import WORK, Job, remove, write_report
 from .tokenizing import TokenStage, check_extra, check_tokens, domain_roles
 from .writing import ShardStage

@@ -19,10 +19,10 @@ import torch
 from tqdm import tqdm
 
 from ..config import DataConfig, UserError, VqFitConfig
+from ..corpora.folder import folder_recordings
+from ..corpora.recordings import Recording, Source
 from ..data.clips import MAX_BAD, MAX_BAD_SHARE, ahead, cut_wave, digest, name_hash
-from ..data.recordings import Recording, Source
 from ..data.shards import write_atomically
-from ..data.sources import folder_recordings
 from ..flow import derive_seed
 from .kmeans import Codebook, fit_frames
 from .vq import FORMAT, FrameCodec, VqTokenizer, codec_bytes

@@ -14,7 +14,9 @@ import soundfile
 
 from agrepa_fast.audio.mel import LogMel, decode, frame_count, resample
 from agrepa_fast.config import UserError, load_config
-from agrepa_fast.data import prepare, recordings, sources
+from agrepa_fast.corpora import folder as sources
+from agrepa_fast.corpora import recordings
+from agrepa_fast.data import prepare
 from agrepa_fast.data.prepare import prepare_demo, prepare_folder
 from agrepa_fast.data.reading import read_shard
 from agrepa_fast.data.shards import load_index

@@ -11,12 +11,12 @@ import threading
 import pytest
 
 from agrepa_fast.config import UserError
+from agrepa_fast.corpora.folder import folder_recordings
 from agrepa_fast.data import encode, prepare
 from agrepa_fast.data.encode import BATCH
 from agrepa_fast.data.prepare import prepare_folder
 from agrepa_fast.data.ranks import Ranks
 from agrepa_fast.data.shards import load_index
-from agrepa_fast.data.sources import folder_recordings
 from agrepa_fast.teachers.whisper import WhisperTeacher
 
 from ..testing import ROOT, start_ranks

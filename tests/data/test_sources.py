@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from agrepa_fast.config import UserError
-from agrepa_fast.data import clips, sources
-from agrepa_fast.data.recordings import Recording
+from agrepa_fast.corpora import folder as sources
+from agrepa_fast.corpora.recordings import Recording
+from agrepa_fast.data import clips
 
 
 def test_librispeech_transcripts_and_odd_names(tmp_path):

@@ -25,7 +25,7 @@ def demo() -> DataConfig:
 
 @pytest.fixture(scope="module")
 def speech() -> tuple[np.ndarray, int]:
-    from agrepa_fast.data.sources import PROMPTS
+    from agrepa_fast.corpora.folder import PROMPTS
 
     path = PROMPTS.fetch() / "usr/share/asterisk/sounds/en_US_f_Allison/vm-intro.g722"
     return decode(path, path.name)

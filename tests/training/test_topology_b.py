@@ -237,8 +237,8 @@ def settings(whisper, *more):
 @pytest.mark.parametrize("primary", ["kmeans", "own", "other"])
 def test_preparation_writes_both_tokens_whatever_teacher_they_are_of(primary, whisper, corpus, fitted, tmp_path):
     """`own` is of the domain's own teacher and costs no pass, `other` of another."""
+    from agrepa_fast.corpora.folder import folder_recordings
     from agrepa_fast.data.clips import cut_wave
-    from agrepa_fast.data.sources import folder_recordings
     from agrepa_fast.teachers import load_teacher
     from agrepa_fast.teachers.whisper import WhisperTeacher
 

@@ -7,8 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..config import UserError
-from .archives import GROUPS, LABELS, LICENCES, TEXTS, described
 from .recordings import Recording, Source, check_domain, file_stamp, safe
+from .webdataset import GROUPS, LABELS, LICENCES, TEXTS, described
 
 _ROWS = 10_000  # read at once for their descriptions
 
