@@ -177,9 +177,9 @@ def _prepare(args: argparse.Namespace) -> None:
 
 def _prepared(args: argparse.Namespace, ranks):
     from .corpora.folder import demo_sources
-    from .data.prepare import prepare
-    from .data.sidecars import add_teacher
     from .data.storage import writable
+    from .prepare.pipeline import prepare
+    from .prepare.sidecars import add_teacher
 
     config = load_config(args.preset, args.overrides)
     out = writable(args.out or config.data.path, "--out" if args.out else "data.path")

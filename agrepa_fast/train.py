@@ -103,7 +103,7 @@ def prepared_index(config: Config) -> Index:
 
     def prepare_and_check() -> None:
         if config.run.preset == "demo" and config.data.path == demo and not (Path(demo) / "index.json").is_file():
-            from agrepa_fast.data.prepare import prepare_demo
+            from agrepa_fast.prepare.pipeline import prepare_demo
 
             prepare_demo(config, Path(demo))
         matching_index(config.data)

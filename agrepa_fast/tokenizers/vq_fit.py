@@ -21,9 +21,9 @@ from tqdm import tqdm
 from ..config import DataConfig, UserError, VqFitConfig
 from ..corpora.folder import folder_recordings
 from ..corpora.recordings import Recording, Source
-from ..data.clips import MAX_BAD, MAX_BAD_SHARE, ahead, cut_wave, digest, name_hash
 from ..data.shards import write_atomically
 from ..flow import derive_seed
+from ..prepare.decode import MAX_BAD, MAX_BAD_SHARE, ahead, cut_wave, digest, name_hash
 from .kmeans import Codebook, fit_frames
 from .vq import FORMAT, FrameCodec, VqTokenizer, codec_bytes
 

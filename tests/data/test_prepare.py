@@ -16,10 +16,10 @@ from agrepa_fast.audio.mel import LogMel, decode, frame_count, resample
 from agrepa_fast.config import UserError, load_config
 from agrepa_fast.corpora import folder as sources
 from agrepa_fast.corpora import recordings
-from agrepa_fast.data import prepare
-from agrepa_fast.data.prepare import prepare_demo, prepare_folder
 from agrepa_fast.data.reading import read_shard
 from agrepa_fast.data.shards import load_index
+from agrepa_fast.prepare import pipeline as prepare
+from agrepa_fast.prepare.pipeline import prepare_demo, prepare_folder
 from agrepa_fast.tokenizers.kmeans import tokens_of_frames
 
 CODES = 8
@@ -182,7 +182,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from agrepa_fast.config import load_config
-from agrepa_fast.data.prepare import prepare_folder
+from agrepa_fast.prepare.pipeline import prepare_folder
 left, replace = [int(sys.argv[1])], Path.replace
 def count(self, target):
     left[0] -= 1

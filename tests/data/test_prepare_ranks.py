@@ -12,11 +12,12 @@ import pytest
 
 from agrepa_fast.config import UserError
 from agrepa_fast.corpora.folder import folder_recordings
-from agrepa_fast.data import encode, prepare
-from agrepa_fast.data.encode import BATCH
-from agrepa_fast.data.prepare import prepare_folder
 from agrepa_fast.data.ranks import Ranks
 from agrepa_fast.data.shards import load_index
+from agrepa_fast.prepare import pipeline as prepare
+from agrepa_fast.prepare import teacher_pass as encode
+from agrepa_fast.prepare.pipeline import prepare_folder
+from agrepa_fast.prepare.teacher_pass import BATCH
 from agrepa_fast.teachers.whisper import WhisperTeacher
 
 from ..testing import ROOT, start_ranks
@@ -229,7 +230,7 @@ def test_ranks_agree_on_what_is_wrong(whisper, tmp_path):
 def test_another_domain_does_not_lose_what_an_interrupted_one_has(whisper, corpus, tmp_path, monkeypatch):
     config, out = settings(whisper, *OVERRIDES), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("agrepa_fast.data.prepare.TeacherStage", lambda *_: 1 / 0)
+        patch.setattr("agrepa_fast.prepare.pipeline.TeacherStage", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare_folder(config, corpus, "speech", out)
     prepare_folder(config, corpus, "audio", out)

@@ -14,14 +14,14 @@ from agrepa_fast.audio.mel import frame_count
 from agrepa_fast.cli import main
 from agrepa_fast.config import DataConfig, UserError
 from agrepa_fast.corpora.folder import folder_source
-from agrepa_fast.data import sidecars
-from agrepa_fast.data.encode import resample_frames
-from agrepa_fast.data.prepare import prepare_folder
 from agrepa_fast.data.reading import read_shard
 from agrepa_fast.data.shards import file_sha256, load_index, matching_index, write_index
-from agrepa_fast.data.sidecars import add_teacher
 from agrepa_fast.data.stream import collate
 from agrepa_fast.data.verify import verify_folder
+from agrepa_fast.prepare import sidecars
+from agrepa_fast.prepare.pipeline import prepare_folder
+from agrepa_fast.prepare.sidecars import add_teacher
+from agrepa_fast.prepare.teacher_pass import resample_frames
 
 from .test_prepare import contents, read_all, settings, write_corpus
 from .test_prepare_ranks import run_threads

@@ -9,7 +9,7 @@ import pytest
 from agrepa_fast.config import UserError
 from agrepa_fast.corpora import folder as sources
 from agrepa_fast.corpora.recordings import Recording
-from agrepa_fast.data import clips
+from agrepa_fast.prepare import decode as clips
 
 
 def test_librispeech_transcripts_and_odd_names(tmp_path):

@@ -12,13 +12,13 @@ import torch
 from agrepa_fast import cli
 from agrepa_fast.attribution.foga import foga
 from agrepa_fast.config import DOMAINS, DataConfig, ModelConfig, UserError, VqFitConfig, load_config
-from agrepa_fast.data.prepare import prepare_folder
 from agrepa_fast.data.reading import read_shard
 from agrepa_fast.data.shards import load_index, matching_index, write_index
 from agrepa_fast.data.stream import collate, fixed_clips
-from agrepa_fast.data.tokenizing import paired
 from agrepa_fast.models.conditioning import TokenCondition
 from agrepa_fast.models.dit import AudioDiT
+from agrepa_fast.prepare.pipeline import prepare_folder
+from agrepa_fast.prepare.token_pass import paired
 from agrepa_fast.tokenizers.vq import VqTokenizer
 from agrepa_fast.tokenizers.vq_fit import fit_vq
 from agrepa_fast.training.build import fit_to_shards
@@ -238,7 +238,7 @@ def settings(whisper, *more):
 def test_preparation_writes_both_tokens_whatever_teacher_they_are_of(primary, whisper, corpus, fitted, tmp_path):
     """`own` is of the domain's own teacher and costs no pass, `other` of another."""
     from agrepa_fast.corpora.folder import folder_recordings
-    from agrepa_fast.data.clips import cut_wave
+    from agrepa_fast.prepare.decode import cut_wave
     from agrepa_fast.teachers import load_teacher
     from agrepa_fast.teachers.whisper import WhisperTeacher
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from ..config import DataConfig, UserError
+from ..data.shards import SPLITS
 from ..tokenizers.kmeans import Codebook, FrameTokenizer, fit_frames
-from .clips import Clip, ahead, cut_wave, digest
-from .shards import SPLITS
-from .stages import Job, Stage, work_file, work_names, write_work
+from .decode import Clip, ahead, cut_wave, digest
+from .job import Job, Stage, work_file, work_names, write_work
 
 BATCH = 16  # clips per call of the teacher
 

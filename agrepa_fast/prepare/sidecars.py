@@ -14,12 +14,12 @@ import numpy as np
 
 from ..config import Config, DataConfig, UserError
 from ..corpora.recordings import Recording, Source
-from .clips import ahead, cut_wave, digest
-from .encode import batches_of, target, teacher_entry, teacher_frames, teacher_name
-from .prepare import existing, finish, load_on_all, only_writer, same_setting, workers
-from .ranks import ONE, Ranks
-from .shards import Index, npy, pooled, remedy, write_tar
-from .stages import Job, Stage, work_file, write_work
+from ..data.ranks import ONE, Ranks
+from ..data.shards import Index, npy, pooled, remedy, write_tar
+from .decode import ahead, cut_wave, digest
+from .job import Job, Stage, work_file, write_work
+from .pipeline import existing, finish, load_on_all, only_writer, same_setting, workers
+from .teacher_pass import batches_of, target, teacher_entry, teacher_frames, teacher_name
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from pathlib import Path
 from ..config import DOMAINS, Config, DataConfig, UserError
 from ..corpora.folder import demo_sources, folder_source
 from ..corpora.recordings import Recording, Source
-from .clips import NOT_FEATURES, decode_stage, digest, name_hash, validation_groups
-from .encode import TeacherStage
-from .ranks import ONE, Ranks
-from .shards import INDEX, SCHEMA, Index, load_index, write_index
-from .stages import WORK, Job, remove, write_report
-from .tokenizing import TokenStage, check_extra, check_tokens, domain_roles
-from .writing import ShardStage
+from ..data.ranks import ONE, Ranks
+from ..data.shards import INDEX, SCHEMA, Index, load_index, write_index
+from .decode import NOT_FEATURES, decode_stage, digest, name_hash, validation_groups
+from .job import WORK, Job, remove, write_report
+from .teacher_pass import TeacherStage
+from .token_pass import TokenStage, check_extra, check_tokens, domain_roles
+from .write import ShardStage
 
 
 def prepare_demo(config: Config, out: Path, ranks: Ranks = ONE) -> Index:

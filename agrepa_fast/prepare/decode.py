@@ -18,7 +18,7 @@ import numpy as np
 from ..audio.mel import LogMel, resample
 from ..config import DataConfig, UserError
 from ..corpora.recordings import Recording
-from .stages import Job, work_file, write_work
+from .job import Job, work_file, write_work
 
 MIN_PEAK = 1e-4  # a recording that stays below is silent
 MAX_BAD_SHARE, MAX_BAD = 0.02, 3  # beyond both the folder is not what was meant

@@ -15,12 +15,12 @@ import numpy as np
 
 from ..audio.mel import frame_count
 from ..config import DataConfig
+from ..data.shards import SPLITS, Sample, write_atomically, write_shard
 from ..tokenizers.kmeans import Codebook, CodeMels, codebook_bytes
-from .clips import Clip, ahead, digest
-from .encode import TeacherStage, teacher_entry, teacher_name
-from .shards import SPLITS, Sample, write_atomically, write_shard
-from .stages import Job, Stage, work_file, write_work
-from .tokenizing import Role, TokenStage, paired
+from .decode import Clip, ahead, digest
+from .job import Job, Stage, work_file, write_work
+from .teacher_pass import TeacherStage, teacher_entry, teacher_name
+from .token_pass import Role, TokenStage, paired
 
 
 @dataclass(frozen=True)

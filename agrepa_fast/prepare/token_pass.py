@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from ..config import DOMAINS, DataConfig, UserError
+from ..data.shards import SPLITS, file_sha256
 from ..tokenizers.kmeans import FrameTokenizer, WaveTokenizer, tokens_of_frames
-from .clips import Clip, ahead, cut_wave, digest
-from .encode import batches_of, teacher_frames
-from .shards import SPLITS, file_sha256
-from .stages import Job, work_file, work_names, write_work
+from .decode import Clip, ahead, cut_wave, digest
+from .job import Job, work_file, work_names, write_work
+from .teacher_pass import batches_of, teacher_frames
 
 
 @dataclass(frozen=True)
