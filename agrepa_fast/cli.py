@@ -167,7 +167,7 @@ def _prepare(args: argparse.Namespace) -> None:
         if args.verify is None:
             index = _prepared(args, ranks)
         else:
-            from .data.verify import verify_folder
+            from .data.verifying import verify_folder
 
             index = verify_folder(args.verify, ranks)
         if ranks.rank == 0:
@@ -177,7 +177,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
 def _prepared(args: argparse.Namespace, ranks):
     from .corpora.folder import demo_sources
-    from .data.storage import writable
+    from .data.locations import writable
     from .prepare.pipeline import prepare
     from .prepare.sidecars import add_teacher
 
@@ -217,7 +217,7 @@ def _load(args: argparse.Namespace) -> tuple:
     """Model, its configuration with overrides, the shards, and the checkpoint's folder."""
     import torch
 
-    from .data.shards import matching_index
+    from .data.index import matching_index
     from .training.weights import load_model, resolve_checkpoint
 
     path = resolve_checkpoint(args.checkpoint)

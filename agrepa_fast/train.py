@@ -25,9 +25,9 @@ import torch.distributed as dist
 from agrepa_fast.attribution.report import drop_later_probes
 from agrepa_fast.audio.vocoder import load_vocoder
 from agrepa_fast.config import Config, UserError, load_config, save_config
+from agrepa_fast.data.batches import end_loaders, train_batches
+from agrepa_fast.data.index import Index, matching_index
 from agrepa_fast.data.plan import BatchLayout, BatchPlan
-from agrepa_fast.data.shards import Index, matching_index
-from agrepa_fast.data.stream import end_loaders, train_batches
 from agrepa_fast.models.dit import AudioDiT
 from agrepa_fast.training.aligner import Aligner
 from agrepa_fast.training.build import fit_to_shards, gathered, new_model

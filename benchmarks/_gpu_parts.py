@@ -307,7 +307,7 @@ def zero2(plan: Plan) -> Measured:
         yield "not measured", f"{' and '.join(missing)} not installed"
         return
     from agrepa_fast.config import Config, DataConfig, TrainConfig
-    from agrepa_fast.data.stream import Batch, BatchLayout
+    from agrepa_fast.data.batches import Batch, BatchLayout
     from agrepa_fast.training.aligner import Aligner
     from agrepa_fast.training.ema import Ema
     from agrepa_fast.training.engine import build_engine, find_ds_config, resolve_ds_config, start_ranks

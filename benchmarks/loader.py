@@ -28,10 +28,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from agrepa_fast.audio.mel import LogMel, decode, resample
 from agrepa_fast.config import DOMAINS, DataConfig
+from agrepa_fast.data.batches import collate, train_batches
+from agrepa_fast.data.index import SCHEMA, Index, Sample, load_index, write_index, write_shard
 from agrepa_fast.data.plan import BatchLayout, BatchPlan
 from agrepa_fast.data.reading import OpenShard, split_clips
-from agrepa_fast.data.shards import SCHEMA, Index, Sample, load_index, write_index, write_shard
-from agrepa_fast.data.stream import collate, train_batches
 from agrepa_fast.prepare.decode import NOT_FEATURES
 
 DATA = DataConfig()  # 24 kHz, 100 mels, hop 256

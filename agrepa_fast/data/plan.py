@@ -20,7 +20,7 @@ import numpy as np
 
 from ..config import DOMAINS, Config, UserError
 from ..flow import derive_seed
-from .shards import Index, Shard
+from .index import Index, Shard
 
 # A sequence of clips is read at so many places side by side, so that a rank, which has the same few places of each
 # batch, reads only its part of the shards. More of them would hold more shards in memory. The order depends on it.

@@ -14,8 +14,8 @@ from functools import lru_cache
 import numpy as np
 
 from ..config import UserError
-from .shards import Index, Sample, Shard, remedy
-from .storage import Place, ReadError, read_object
+from .index import Index, Sample, Shard, remedy
+from .locations import Place, ReadError, read_object
 
 KINDS = (  # of faults
     *("missing", "unreadable", "checksum", "truncated", "corrupt"),  # of shards and their members

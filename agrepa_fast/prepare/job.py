@@ -20,8 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import DataConfig
+from ..data.index import write_atomically
 from ..data.ranks import Ranks
-from ..data.shards import write_atomically
 
 WORK = ".work"
 REPORT = "prepare.json"  # how fast each stage was; not in index.json, which is the same whenever it is written

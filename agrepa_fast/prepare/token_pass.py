@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..config import DOMAINS, DataConfig, UserError
-from ..data.shards import SPLITS, file_sha256
+from ..data.index import SPLITS, file_sha256
 from ..tokenizers.kmeans import FrameTokenizer, WaveTokenizer, tokens_of_frames
 from .decode import Clip, ahead, cut_wave, digest
 from .job import Job, work_file, work_names, write_work

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..audio.mel import frame_count
 from ..config import DataConfig
-from ..data.shards import SPLITS, Sample, write_atomically, write_shard
+from ..data.index import SPLITS, Sample, write_atomically, write_shard
 from ..tokenizers.kmeans import Codebook, CodeMels, codebook_bytes
 from .decode import Clip, ahead, digest
 from .job import Job, Stage, work_file, write_work

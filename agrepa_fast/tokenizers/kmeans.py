@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..config import UserError
-from ..data.storage import Place, read_object
+from ..data.locations import Place, read_object
 
 FIT_FRAMES_PER_CODE = 256  # more frames than this per code do not move k-means' centroids
 MAX_FIT_FRAMES = 2**18  # 1.3 GB of 1280-d frames

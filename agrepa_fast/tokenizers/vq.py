@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..config import UserError
-from ..data.shards import file_sha256
+from ..data.index import file_sha256
 from .kmeans import FrameTokenizer
 
 FORMAT = "agrepa-vq-1"

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..config import DataConfig, UserError, VqFitConfig
 from ..corpora.folder import folder_recordings
 from ..corpora.recordings import Recording, Source
-from ..data.shards import write_atomically
+from ..data.index import write_atomically
 from ..flow import derive_seed
 from ..prepare.decode import MAX_BAD, MAX_BAD_SHARE, ahead, cut_wave, digest, name_hash
 from .kmeans import Codebook, fit_frames

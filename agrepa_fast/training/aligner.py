@@ -9,7 +9,7 @@ from ..alignment.heads import AlignmentHeads, BitcProjections
 from ..alignment.objectives import alignment_loss, bitc_loss
 from ..attribution.selection import LayerSelection
 from ..config import Config
-from ..data.stream import Batch
+from ..data.batches import Batch
 from .engine import all_sum, lr_factor
 
 

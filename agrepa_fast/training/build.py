@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from ..config import Config, UserError
-from ..data.shards import Index
+from ..data.index import Index
 from ..models.dit import AudioDiT
 from .engine import deepspeed_refusals, zero_stage
 

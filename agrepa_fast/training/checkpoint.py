@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..config import Config, UserError, load_config, save_config
-from ..data.shards import Index
+from ..data.index import Index
 from ..flow import derive_seed
 from .choose import LayerChoice
 from .ema import Ema

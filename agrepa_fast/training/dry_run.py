@@ -3,8 +3,8 @@
 import torch
 
 from ..config import UserError
+from ..data.index import Index
 from ..data.plan import BatchLayout, BatchPlan
-from ..data.shards import Index
 from ..flow import flow_loss
 from ..models.conditioning import Condition
 from .engine import LocalError, first_failure

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from ..config import PRESETS, Config, TrainConfig, UserError, nearest
-from ..data.stream import BatchLayout
+from ..data.batches import BatchLayout
 from ..kernels import active_backend
 
 _NEVER = 2**62  # DeepSpeed's own progress lines: the run has a bar

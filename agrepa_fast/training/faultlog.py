@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from ..config import UserError
+from ..data.index import Index
 from ..data.reading import Fault
-from ..data.shards import Index
 from .engine import all_gather, all_sum
 from .metrics import Metrics
 

@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from ..attribution.foga import captured
 from ..config import TrainConfig, UserError
-from ..data.stream import Batch
+from ..data.batches import Batch
 
 Losses = dict[str, torch.Tensor]
 Compute = Callable[[Batch, torch.Tensor], tuple[Losses, torch.Tensor]]

@@ -26,8 +26,8 @@ from ..attribution.scores import STORAGE, LayerScores
 from ..attribution.storage import PooledStates, cka, lasp, ridge
 from ..attribution.vjp import FogaVjp
 from ..config import DOMAINS, Config, UserError
-from ..data.shards import Index, Sample
-from ..data.stream import Batch, collate, fixed_clips
+from ..data.batches import Batch, collate, fixed_clips
+from ..data.index import Index, Sample
 from ..flow import clip_keys, flow_loss
 from ..kernels import flow_mix
 from .engine import all_sum, first_failure

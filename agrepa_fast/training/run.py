@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from ..config import Config, UserError
-from ..data.shards import Index
-from ..data.stream import Batch
+from ..data.batches import Batch
+from ..data.index import Index
 from ..flow import clip_keys, flow_loss, reference_prefix, training_draws
 from ..kernels import flow_mix
 from .choose import LayerChoice

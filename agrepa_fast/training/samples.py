@@ -8,8 +8,8 @@ import torch.nn as nn
 
 from ..audio.vocoder import Vocoder
 from ..config import DOMAINS, Config
-from ..data.shards import Index
-from ..data.stream import Batch, collate, fixed_clips
+from ..data.batches import Batch, collate, fixed_clips
+from ..data.index import Index
 from ..flow import clip_keys, reference_prefix, sample
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from agrepa_fast.attribution.foga import Measured, ProbeBatch, foga, official_foga
 from agrepa_fast.config import ModelConfig, UserError, load_config
-from agrepa_fast.data.shards import load_index
-from agrepa_fast.data.stream import collate
+from agrepa_fast.data.batches import collate
+from agrepa_fast.data.index import load_index
 from agrepa_fast.flow import clip_keys, reference_prefix
 from agrepa_fast.kernels import flow_mix
 from agrepa_fast.models.dit import AudioDiT
@@ -170,7 +170,7 @@ import sys
 from pathlib import Path
 import torch
 from tests.attribution.test_probing import CONFIG, small_dit
-from agrepa_fast.data.shards import load_index
+from agrepa_fast.data.index import load_index
 from agrepa_fast.training.engine import start_ranks
 from agrepa_fast.training.measure import ClipProbe, FixedClips, pooled_states
 

@@ -12,7 +12,7 @@ import torch.nn as nn
 from agrepa_fast.attribution.report import read_csv
 from agrepa_fast.attribution.selection import LayerSelection
 from agrepa_fast.config import UserError, load_config
-from agrepa_fast.data.shards import load_index
+from agrepa_fast.data.index import load_index
 from agrepa_fast.models.dit import AudioDiT
 from agrepa_fast.training import aligner as aligner_module
 from agrepa_fast.training.aligner import Aligner

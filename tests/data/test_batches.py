@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from agrepa_fast.config import DOMAINS, DataConfig, UserError
-from agrepa_fast.data import stream
+from agrepa_fast.data import batches as stream
+from agrepa_fast.data.batches import Background, ClipReader, collate, fixed_clips, train_batches
+from agrepa_fast.data.index import load_index, read_index
 from agrepa_fast.data.plan import BatchLayout, BatchPlan, ClipOrder
 from agrepa_fast.data.reading import ClipError, Fault
-from agrepa_fast.data.shards import load_index, read_index
-from agrepa_fast.data.stream import Background, ClipReader, collate, fixed_clips, train_batches
 
 from ..testing import write_small_shards
 from .test_shards import on, rewrite

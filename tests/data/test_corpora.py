@@ -9,7 +9,7 @@ import soundfile
 from agrepa_fast.cli import main
 from agrepa_fast.config import UserError
 from agrepa_fast.corpora.librispeech import audioset_source, librispeech_source
-from agrepa_fast.data.shards import load_index
+from agrepa_fast.data.index import load_index
 
 from .test_prepare import read_all, tone
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from agrepa_fast.config import DOMAINS, UserError
+from agrepa_fast.data.index import Shard
 from agrepa_fast.data.plan import BatchLayout, BatchPlan, ClipOrder, batch_domains
-from agrepa_fast.data.shards import Shard
 
 COUNTS = (8, 8, 8, 3)
 

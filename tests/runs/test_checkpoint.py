@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from agrepa_fast.config import Config, UserError
-from agrepa_fast.data.shards import load_index
+from agrepa_fast.data.index import load_index
 from agrepa_fast.training import checkpoint, universal
 from agrepa_fast.training.weights import damage, find_checkpoint, resolve_checkpoint
 
@@ -265,7 +265,7 @@ from types import SimpleNamespace
 import deepspeed, torch
 import torch.distributed as dist
 from agrepa_fast import Config, load_config
-from agrepa_fast.data.shards import load_index
+from agrepa_fast.data.index import load_index
 from agrepa_fast.training import checkpoint
 from agrepa_fast.training.ema import Ema
 from agrepa_fast.training.engine import full_weights, masters, start_ranks

@@ -13,8 +13,8 @@ from agrepa_fast.attribution.foga import ProbeBatch, foga
 from agrepa_fast.attribution.report import append_csv
 from agrepa_fast.attribution.selection import LayerSelection, select_layers
 from agrepa_fast.config import FlowConfig, load_config
-from agrepa_fast.data.shards import load_index
-from agrepa_fast.data.stream import BatchLayout, DataConfig, collate, train_batches
+from agrepa_fast.data.batches import BatchLayout, DataConfig, collate, train_batches
+from agrepa_fast.data.index import load_index
 from agrepa_fast.flow import clip_keys, euler, flow_loss, reference_prefix, sample, sway_times, training_draws
 from agrepa_fast.kernels import flow_mix
 from agrepa_fast.models.dit import Velocity

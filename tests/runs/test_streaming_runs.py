@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from agrepa_fast.data.shards import read_index
+from agrepa_fast.data.index import read_index
 
 from ..data.server import serving
 from ..data.test_shards import on, rewrite
@@ -80,8 +80,8 @@ import torch.distributed as dist
 
 from agrepa_fast.config import UserError, load_config
 from agrepa_fast.data.plan import BatchLayout, BatchPlan
-from agrepa_fast.data.shards import read_index
-from agrepa_fast.data.stream import train_batches
+from agrepa_fast.data.index import read_index
+from agrepa_fast.data.batches import train_batches
 from agrepa_fast.models.dit import AudioDiT
 from agrepa_fast.training import dry_run as module
 from agrepa_fast.training.engine import build_engine, find_ds_config, full_weights, resolve_ds_config, start_ranks

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from agrepa_fast.config import TrainConfig, UserError
-from agrepa_fast.data.stream import Batch
+from agrepa_fast.data.batches import Batch
 from agrepa_fast.flow import clip_keys, flow_loss
 from agrepa_fast.kernels import flow_mix, philox_uniform
 from agrepa_fast.training import graphs

@@ -10,9 +10,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import UserError
+from .index import SPLITS, Index, Sample, Shard, file_fault, index_files, read_index
 from .ranks import ONE, Ranks
 from .reading import read_shard
-from .shards import SPLITS, Index, Sample, Shard, file_fault, index_files, read_index
 
 MAX_LINES = 20
 _CLOSE = 1e-6  # relative: sums of the same numbers in another order

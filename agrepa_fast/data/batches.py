@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..config import DOMAINS, DataConfig, UserError
 from ..models.conditioning import Condition
+from .index import Index, Sample, Shard, remedy
 from .plan import BatchLayout, BatchPlan, ClipOrder, Place
 from .reading import ClipError, Fault, OpenShard, read_shard
-from .shards import Index, Sample, Shard, remedy
 
 _loaders: list[multiprocessing.Process] = []
 _READERS = 4  # threads that read ahead

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ..config import DOMAINS, DataConfig, UserError
 from ..tokenizers.kmeans import read_code_mels
-from .storage import Place, ReadError, Remote, locate, read_object
+from .locations import Place, ReadError, Remote, locate, read_object
 
 SCHEMA = 2
 SPLITS = ("train", "val")
