@@ -159,7 +159,7 @@ def _measures(text: str) -> list[str]:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    from .data.ranks import launched
+    from .ranks import launched
 
     if (args.verify is None) == (args.kind is None):
         raise UserError("name a source of recordings (agrepa prepare --help lists them), or --verify PATH")

@@ -10,8 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import UserError
+from ..ranks import ONE, Ranks
 from .index import SPLITS, Index, Sample, Shard, file_fault, index_files, read_index
-from .ranks import ONE, Ranks
 from .reading import read_shard
 
 MAX_LINES = 20

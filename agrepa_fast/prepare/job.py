@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..config import DataConfig
 from ..data.index import write_atomically
-from ..data.ranks import Ranks
+from ..ranks import Ranks
 
 WORK = ".work"
 REPORT = "prepare.json"  # how fast each stage was; not in index.json, which is the same whenever it is written

@@ -18,7 +18,7 @@ from ..config import DOMAINS, Config, DataConfig, UserError
 from ..corpora.folder import demo_sources, folder_source
 from ..corpora.recordings import Recording, Source
 from ..data.index import INDEX, SCHEMA, Index, load_index, write_index
-from ..data.ranks import ONE, Ranks
+from ..ranks import ONE, Ranks
 from .decode import NOT_FEATURES, decode_stage, digest, name_hash, validation_groups
 from .job import WORK, Job, remove, write_report
 from .teacher_pass import TeacherStage

@@ -15,7 +15,7 @@ import numpy as np
 from ..config import Config, DataConfig, UserError
 from ..corpora.recordings import Recording, Source
 from ..data.index import Index, npy, pooled, remedy, write_tar
-from ..data.ranks import ONE, Ranks
+from ..ranks import ONE, Ranks
 from .decode import ahead, cut_wave, digest
 from .job import Job, Stage, work_file, write_work
 from .pipeline import existing, finish, load_on_all, only_writer, same_setting, workers

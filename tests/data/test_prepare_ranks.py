@@ -13,11 +13,11 @@ import pytest
 from agrepa_fast.config import UserError
 from agrepa_fast.corpora.folder import folder_recordings
 from agrepa_fast.data.index import load_index
-from agrepa_fast.data.ranks import Ranks
 from agrepa_fast.prepare import pipeline as prepare
 from agrepa_fast.prepare import teacher_pass as encode
 from agrepa_fast.prepare.pipeline import prepare_folder
 from agrepa_fast.prepare.teacher_pass import BATCH
+from agrepa_fast.ranks import Ranks
 from agrepa_fast.teachers.whisper import WhisperTeacher
 
 from ..testing import ROOT, start_ranks
