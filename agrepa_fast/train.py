@@ -30,22 +30,11 @@ from agrepa_fast.data.index import Index, matching_index
 from agrepa_fast.data.plan import BatchLayout, BatchPlan
 from agrepa_fast.models.dit import AudioDiT
 from agrepa_fast.training.aligner import Aligner
-from agrepa_fast.training.build import fit_to_shards, gathered, new_model
 from agrepa_fast.training.checkpoint import Checkpoints
 from agrepa_fast.training.choose import LayerChoice
 from agrepa_fast.training.compute import peak_flops
 from agrepa_fast.training.dry_run import rehearse
-from agrepa_fast.training.ema import Ema
 from agrepa_fast.training.endings import claim, explain, limit_waiting
-from agrepa_fast.training.engine import (
-    LocalError,
-    agree,
-    build_engine,
-    find_ds_config,
-    resolve_ds_config,
-    start_ranks,
-    zero_stage,
-)
 from agrepa_fast.training.graphs import check_graphs
 from agrepa_fast.training.measure import FixedClips, storage_clips
 from agrepa_fast.training.metrics import Metrics
@@ -59,6 +48,17 @@ from agrepa_fast.training.weights import (
     load_weights,
     resolve_checkpoint,
     weights_file,
+)
+from agrepa_fast.zero.construction import fit_to_shards, gathered, new_model
+from agrepa_fast.zero.ema import Ema
+from agrepa_fast.zero.engine import (
+    LocalError,
+    agree,
+    build_engine,
+    find_ds_config,
+    resolve_ds_config,
+    start_ranks,
+    zero_stage,
 )
 
 

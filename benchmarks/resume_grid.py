@@ -48,7 +48,7 @@ def work(jobs: list[dict]) -> None:
 
     import agrepa_fast.train
     from agrepa_fast import load_config
-    from agrepa_fast.training.engine import start_ranks as join
+    from agrepa_fast.zero.engine import start_ranks as join
 
     join()
     dist.destroy_process_group = lambda: None

@@ -10,7 +10,7 @@ from ..alignment.objectives import alignment_loss, bitc_loss
 from ..attribution.selection import LayerSelection
 from ..config import Config
 from ..data.batches import Batch
-from .engine import all_sum, lr_factor
+from ..zero.engine import all_sum, lr_factor
 
 
 class Aligner:

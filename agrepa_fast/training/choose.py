@@ -10,8 +10,8 @@ from ..attribution.scores import LayerScores
 from ..attribution.selection import LayerSelection, NotRankableError, select_as, unmeasured_selection
 from ..attribution.storage import lasp
 from ..config import DOMAINS, Config
+from ..zero.engine import gradient_norms
 from .aligner import Aligner
-from .engine import gradient_norms
 from .measure import ClipProbe, FixedClips, PendingScores, pooled_states, storage_scores
 
 

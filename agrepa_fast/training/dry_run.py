@@ -7,7 +7,7 @@ from ..data.index import Index
 from ..data.plan import BatchLayout, BatchPlan
 from ..flow import flow_loss
 from ..models.conditioning import Condition
-from .engine import LocalError, first_failure
+from ..zero.engine import LocalError, first_failure
 
 
 def rehearse(

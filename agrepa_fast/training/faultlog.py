@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ..config import UserError
 from ..data.index import Index
 from ..data.reading import Fault
-from .engine import all_gather, all_sum
+from ..zero.engine import all_gather, all_sum
 from .metrics import Metrics
 
 FILE = "faults.jsonl"

@@ -30,7 +30,7 @@ from ..data.batches import Batch, collate, fixed_clips
 from ..data.index import Index, Sample
 from ..flow import clip_keys, flow_loss
 from ..kernels import flow_mix
-from .engine import all_sum, first_failure
+from ..zero.engine import all_sum, first_failure
 
 
 class FixedClips:

@@ -15,15 +15,15 @@ from ..data.batches import Batch
 from ..data.index import Index
 from ..flow import clip_keys, flow_loss, reference_prefix, training_draws
 from ..kernels import flow_mix
+from ..zero.ema import Ema
+from ..zero.engine import LocalError, lr_factor
+from ..zero.update_ratio import update_ratio
 from .choose import LayerChoice
 from .compute import step_flops
-from .ema import Ema
-from .engine import LocalError, lr_factor
 from .faultlog import FaultLog
 from .graphs import GraphedLosses, Losses
 from .measure import FixedClips, validation_loss
 from .metrics import Metrics
-from .norms import update_ratio
 from .profile import ProfileWindow
 from .skips import SkipGuard, guarded, poison
 

@@ -4,7 +4,7 @@ import signal
 
 import torch
 
-from .engine import all_sum
+from ..zero.engine import all_sum
 from .measure import record, to_host
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

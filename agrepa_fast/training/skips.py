@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from ..config import UserError
-from .engine import all_gather
+from ..zero.engine import all_gather
+from ..zero.update_ratio import weight_norm
 from .metrics import Metrics
-from .norms import weight_norm
 
 FILE = "skipped.jsonl"
 _NAMED = 8  # clips in the log line; skipped.jsonl has them all

@@ -10,7 +10,7 @@ import torch
 from ..attribution.plots import plot_all
 from ..audio.vocoder import Vocoder
 from ..kernels import active_backend
-from .engine import precision
+from ..zero.engine import precision
 from .measure import FixedClips, validation_loss
 from .metrics import plot_loss, read_metrics
 from .run import Run

@@ -115,7 +115,7 @@ def load_model(path: str | Path, *, live: bool = False) -> tuple[AudioDiT, Confi
 def load_weights(model: AudioDiT, weights: Path, wanted: str) -> None:
     """Fill the model from a safetensors file, one weight at a time, partitioned or not; every rank must call it. Raises
     UserError naming the first weight that is not as in `wanted`, and for a file that is none."""
-    from .build import gathered, whole_shape
+    from ..zero.construction import gathered, whole_shape
 
     parameters = dict(model.named_parameters())
     with _open(weights) as file, torch.no_grad():

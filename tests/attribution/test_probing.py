@@ -171,7 +171,7 @@ from pathlib import Path
 import torch
 from tests.attribution.test_probing import CONFIG, small_dit
 from agrepa_fast.data.index import load_index
-from agrepa_fast.training.engine import start_ranks
+from agrepa_fast.zero.engine import start_ranks
 from agrepa_fast.training.measure import ClipProbe, FixedClips, pooled_states
 
 start_ranks()

@@ -25,8 +25,8 @@ from agrepa_fast.data.index import INDEX, Shard, load_index
 from agrepa_fast.data.reading import read_shard
 from agrepa_fast.fetch import fetch_apt, fetch_pip
 from agrepa_fast.teachers import load_teacher
-from agrepa_fast.training.engine import find_ds_config, resolve_ds_config
 from agrepa_fast.training.weights import find_checkpoint
+from agrepa_fast.zero.engine import find_ds_config, resolve_ds_config
 
 from ..testing import run_training, write_small_shards
 from .test_fetch import cache, no_client, put_deb, tar_member  # noqa: F401

@@ -15,8 +15,9 @@ import torch
 
 from agrepa_fast.config import Config, UserError
 from agrepa_fast.data.index import load_index
-from agrepa_fast.training import checkpoint, universal
+from agrepa_fast.training import checkpoint
 from agrepa_fast.training.weights import damage, find_checkpoint, resolve_checkpoint
+from agrepa_fast.zero import recut as universal
 
 from ..testing import assert_same_curve, metrics, run_ranks, run_training
 
@@ -267,9 +268,9 @@ import torch.distributed as dist
 from agrepa_fast import Config, load_config
 from agrepa_fast.data.index import load_index
 from agrepa_fast.training import checkpoint
-from agrepa_fast.training.ema import Ema
-from agrepa_fast.training.engine import full_weights, masters, start_ranks
-from agrepa_fast.training.universal import cut
+from agrepa_fast.zero.ema import Ema
+from agrepa_fast.zero.engine import full_weights, masters, start_ranks
+from agrepa_fast.zero.recut import cut
 
 start_ranks()
 for stage in (0, 1, 2, 3):

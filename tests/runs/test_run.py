@@ -19,10 +19,10 @@ from agrepa_fast.flow import clip_keys, euler, flow_loss, reference_prefix, samp
 from agrepa_fast.kernels import flow_mix
 from agrepa_fast.models.dit import Velocity
 from agrepa_fast.training import aligner as aligner_module
-from agrepa_fast.training.engine import lr_factor
 from agrepa_fast.training.measure import FixedClips, validation_loss
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
+from agrepa_fast.zero.engine import lr_factor
 
 from ..conftest import small_batch, small_model
 from ..testing import run_training, write_small_shards

@@ -14,10 +14,10 @@ from agrepa_fast.data.index import load_index
 from agrepa_fast.train import build_model, fit_to_shards
 from agrepa_fast.training.aligner import Aligner
 from agrepa_fast.training.choose import LayerChoice
-from agrepa_fast.training.ema import Ema
-from agrepa_fast.training.engine import build_engine, masters, resolve_ds_config
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
+from agrepa_fast.zero.ema import Ema
+from agrepa_fast.zero.engine import build_engine, masters, resolve_ds_config
 
 CPU = torch.device("cpu")
 

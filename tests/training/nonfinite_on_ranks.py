@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from agrepa_fast.config import UserError
-from agrepa_fast.training.engine import lr_factor, start_ranks
+from agrepa_fast.zero.engine import lr_factor, start_ranks
 from tests.training.in_process import ds_values, make_run, state
 
 BAD = 1  # the step (from 0) that is spoilt

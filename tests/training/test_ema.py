@@ -1,6 +1,6 @@
 import torch
 
-from agrepa_fast.training.ema import Ema
+from agrepa_fast.zero.ema import Ema
 
 
 class Engine:

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from agrepa_fast.config import load_config
-from agrepa_fast.training.build import new_model
-from agrepa_fast.training.engine import full_weights, masters, start_ranks
-from agrepa_fast.training.norms import update_ratio, weight_norm
 from agrepa_fast.training.weights import load_weights
+from agrepa_fast.zero.construction import new_model
+from agrepa_fast.zero.engine import full_weights, masters, start_ranks
+from agrepa_fast.zero.update_ratio import update_ratio, weight_norm
 from tests.training.in_process import ds_values, make_run
 
 RECOMPUTE, COMPILE = "train.activation_checkpointing=true", "train.compile=true"

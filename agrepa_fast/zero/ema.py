@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from .engine import masters, publish_masters
-from .universal import Whole, cut
+from .recut import Whole, cut
 
 
 class Ema:

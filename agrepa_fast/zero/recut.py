@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..config import UserError
-from .build import whole_shape
+from .construction import whole_shape
 from .engine import agree, master_parameters, masters, publish_masters
 
 Whole = Callable[[str], torch.Tensor]  # name of a parameter -> its whole tensor, fp32 on the CPU
