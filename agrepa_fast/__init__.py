@@ -11,11 +11,11 @@ from .attribution.foga import ProbeBatch, ablate, foga
 from .attribution.gates import count_block_forwards, multi_gate
 from .attribution.scores import LayerScores
 from .attribution.selection import LayerSelection, NotRankableError, select_layers
+from .checkpoints.weights import load_model
 from .config import Config, UserError, load_config
 from .models.block import GatedDiTBlock
 from .models.conditioning import Condition
 from .models.dit import AudioDiT, Velocity
-from .training.weights import load_model
 
 __version__ = "0.1.0"
 

@@ -217,8 +217,8 @@ def _load(args: argparse.Namespace) -> tuple:
     """Model, its configuration with overrides, the shards, and the checkpoint's folder."""
     import torch
 
+    from .checkpoints.weights import load_model, resolve_checkpoint
     from .data.index import matching_index
-    from .training.weights import load_model, resolve_checkpoint
 
     path = resolve_checkpoint(args.checkpoint)
     model, saved = load_model(path, live=args.live)
@@ -237,8 +237,8 @@ def _probe(args: argparse.Namespace) -> None:
         raise UserError("name a checkpoint, or --model MODULE:FACTORY with --blocks PATH")
 
     from .attribution.selection import select_as
+    from .checkpoints.weights import load_projections, step_of
     from .training.measure import measure_model
-    from .training.weights import load_projections, step_of
 
     model, config, index, path, device = _load(args)
     measures = args.measures
@@ -328,7 +328,7 @@ def _beside(checkpoint: Path, what: str) -> Path:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from .training.weights import export, resolve_checkpoint, step_of
+    from .checkpoints.weights import export, resolve_checkpoint, step_of
 
     path = resolve_checkpoint(args.checkpoint)
     export(path, args.out, live=args.live)

@@ -24,13 +24,20 @@ import torch.distributed as dist
 
 from agrepa_fast.attribution.report import drop_later_probes
 from agrepa_fast.audio.vocoder import load_vocoder
+from agrepa_fast.checkpoints.save import Checkpoints
+from agrepa_fast.checkpoints.weights import (
+    find_checkpoint,
+    load_projections,
+    load_weights,
+    resolve_checkpoint,
+    weights_file,
+)
 from agrepa_fast.config import Config, UserError, load_config, save_config
 from agrepa_fast.data.batches import end_loaders, train_batches
 from agrepa_fast.data.index import Index, matching_index
 from agrepa_fast.data.plan import BatchLayout, BatchPlan
 from agrepa_fast.models.dit import AudioDiT
 from agrepa_fast.training.aligner import Aligner
-from agrepa_fast.training.checkpoint import Checkpoints
 from agrepa_fast.training.choose import LayerChoice
 from agrepa_fast.training.compute import peak_flops
 from agrepa_fast.training.dry_run import rehearse
@@ -42,13 +49,6 @@ from agrepa_fast.training.run import Run
 from agrepa_fast.training.signals import StopRequest
 from agrepa_fast.training.summary import finish
 from agrepa_fast.training.tracker import find_tracker, open_tracker
-from agrepa_fast.training.weights import (
-    find_checkpoint,
-    load_projections,
-    load_weights,
-    resolve_checkpoint,
-    weights_file,
-)
 from agrepa_fast.zero.construction import fit_to_shards, gathered, new_model
 from agrepa_fast.zero.ema import Ema
 from agrepa_fast.zero.engine import (

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from agrepa_fast.training.weights import find_checkpoint
+from agrepa_fast.checkpoints.weights import find_checkpoint
 from tests.testing import metrics, start_ranks, write_small_shards
 
 LIMITS = {"fp32": 1e-5, "bf16": 2e-3}

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from agrepa_fast.checkpoints.weights import load_weights
 from agrepa_fast.config import load_config
-from agrepa_fast.training.weights import load_weights
 from agrepa_fast.zero.construction import new_model
 from agrepa_fast.zero.engine import full_weights, masters, start_ranks
 from agrepa_fast.zero.update_ratio import update_ratio, weight_norm

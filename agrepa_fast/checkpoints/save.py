@@ -26,12 +26,12 @@ from safetensors.torch import load_file, save_file
 from ..config import Config, UserError, load_config, save_config
 from ..data.index import Index
 from ..flow import derive_seed
+from ..training.choose import LayerChoice
 from ..zero.ema import Ema
 from ..zero.engine import first_failure, full_weights
 from ..zero.recut import FOLDER as UNIVERSAL
 from ..zero.recut import counters, load_recut, whole_file, without_pickle
-from .choose import LayerChoice
-from .mirror import Mirror
+from .upload import Mirror
 from .weights import MARKER, checkpoints, marker
 
 _MAY_CHANGE = {  # on a resume; so may eval.*
