@@ -238,7 +238,7 @@ def _probe(args: argparse.Namespace) -> None:
 
     from .attribution.selection import select_as
     from .checkpoints.weights import load_projections, step_of
-    from .training.measure import measure_model
+    from .probing.probe import measure_model
 
     model, config, index, path, device = _load(args)
     measures = args.measures

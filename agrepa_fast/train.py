@@ -37,13 +37,13 @@ from agrepa_fast.data.batches import end_loaders, train_batches
 from agrepa_fast.data.index import Index, matching_index
 from agrepa_fast.data.plan import BatchLayout, BatchPlan
 from agrepa_fast.models.dit import AudioDiT
+from agrepa_fast.probing.probe import FixedClips, storage_clips
+from agrepa_fast.probing.schedule import LayerChoice
 from agrepa_fast.training.aligner import Aligner
-from agrepa_fast.training.choose import LayerChoice
 from agrepa_fast.training.compute import peak_flops
 from agrepa_fast.training.dry_run import rehearse
 from agrepa_fast.training.endings import claim, explain, limit_waiting
 from agrepa_fast.training.graphs import check_graphs
-from agrepa_fast.training.measure import FixedClips, storage_clips
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
 from agrepa_fast.training.signals import StopRequest

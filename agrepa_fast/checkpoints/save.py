@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from ..config import Config, UserError, load_config, save_config
 from ..data.index import Index
 from ..flow import derive_seed
-from ..training.choose import LayerChoice
+from ..probing.schedule import LayerChoice
 from ..zero.ema import Ema
 from ..zero.engine import first_failure, full_weights
 from ..zero.recut import FOLDER as UNIVERSAL

@@ -15,14 +15,14 @@ from ..data.batches import Batch
 from ..data.index import Index
 from ..flow import clip_keys, flow_loss, reference_prefix, training_draws
 from ..kernels import flow_mix
+from ..probing.probe import FixedClips, validation_loss
+from ..probing.schedule import LayerChoice
 from ..zero.ema import Ema
 from ..zero.engine import LocalError, lr_factor
 from ..zero.update_ratio import update_ratio
-from .choose import LayerChoice
 from .compute import step_flops
 from .faultlog import FaultLog
 from .graphs import GraphedLosses, Losses
-from .measure import FixedClips, validation_loss
 from .metrics import Metrics
 from .profile import ProfileWindow
 from .skips import SkipGuard, guarded, poison

@@ -4,8 +4,8 @@ import signal
 
 import torch
 
+from ..probing.probe import record, to_host
 from ..zero.engine import all_sum
-from .measure import record, to_host
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

@@ -10,8 +10,8 @@ import torch
 from ..attribution.plots import plot_all
 from ..audio.vocoder import Vocoder
 from ..kernels import active_backend
+from ..probing.probe import FixedClips, validation_loss
 from ..zero.engine import precision
-from .measure import FixedClips, validation_loss
 from .metrics import plot_loss, read_metrics
 from .run import Run
 from .samples import sample_clips, write_samples

@@ -14,8 +14,8 @@ from agrepa_fast.data.index import load_index
 from agrepa_fast.flow import clip_keys, reference_prefix
 from agrepa_fast.kernels import flow_mix
 from agrepa_fast.models.dit import AudioDiT
-from agrepa_fast.training import measure
-from agrepa_fast.training.measure import ClipProbe, FixedClips, official_probe, pooled_states, probe, storage_scores
+from agrepa_fast.probing import probe as measure
+from agrepa_fast.probing.probe import ClipProbe, FixedClips, official_probe, pooled_states, probe, storage_scores
 
 from ..testing import run_ranks, write_small_shards
 
@@ -172,7 +172,7 @@ import torch
 from tests.attribution.test_probing import CONFIG, small_dit
 from agrepa_fast.data.index import load_index
 from agrepa_fast.zero.engine import start_ranks
-from agrepa_fast.training.measure import ClipProbe, FixedClips, pooled_states
+from agrepa_fast.probing.probe import ClipProbe, FixedClips, pooled_states
 
 start_ranks()
 rank, index = torch.distributed.get_rank(), load_index(Path(sys.argv[1]))

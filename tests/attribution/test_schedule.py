@@ -14,10 +14,10 @@ from agrepa_fast.attribution.selection import LayerSelection
 from agrepa_fast.config import UserError, load_config
 from agrepa_fast.data.index import load_index
 from agrepa_fast.models.dit import AudioDiT
+from agrepa_fast.probing.probe import FixedClips
+from agrepa_fast.probing.schedule import LayerChoice
 from agrepa_fast.training import aligner as aligner_module
 from agrepa_fast.training.aligner import Aligner
-from agrepa_fast.training.choose import LayerChoice
-from agrepa_fast.training.measure import FixedClips
 
 from ..testing import write_small_shards
 

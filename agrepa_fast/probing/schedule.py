@@ -10,9 +10,9 @@ from ..attribution.scores import LayerScores
 from ..attribution.selection import LayerSelection, NotRankableError, select_as, unmeasured_selection
 from ..attribution.storage import lasp
 from ..config import DOMAINS, Config
+from ..training.aligner import Aligner
 from ..zero.engine import gradient_norms
-from .aligner import Aligner
-from .measure import ClipProbe, FixedClips, PendingScores, pooled_states, storage_scores
+from .probe import ClipProbe, FixedClips, PendingScores, pooled_states, storage_scores
 
 
 class LayerChoice:
