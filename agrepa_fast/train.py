@@ -22,6 +22,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
+from agrepa_fast.alignment.aligner import Aligner
 from agrepa_fast.attribution.report import drop_later_probes
 from agrepa_fast.audio.vocoder import load_vocoder
 from agrepa_fast.checkpoints.save import Checkpoints
@@ -39,7 +40,6 @@ from agrepa_fast.data.plan import BatchLayout, BatchPlan
 from agrepa_fast.models.dit import AudioDiT
 from agrepa_fast.probing.probe import FixedClips, storage_clips
 from agrepa_fast.probing.schedule import LayerChoice
-from agrepa_fast.training.aligner import Aligner
 from agrepa_fast.training.compute import peak_flops
 from agrepa_fast.training.dry_run import rehearse
 from agrepa_fast.training.endings import claim, explain, limit_waiting

@@ -306,9 +306,9 @@ def zero2(plan: Plan) -> Measured:
     if missing:
         yield "not measured", f"{' and '.join(missing)} not installed"
         return
+    from agrepa_fast.alignment.aligner import Aligner
     from agrepa_fast.config import Config, DataConfig, TrainConfig
     from agrepa_fast.data.batches import Batch, BatchLayout
-    from agrepa_fast.training.aligner import Aligner
     from agrepa_fast.training.run import Run
     from agrepa_fast.zero.ema import Ema
     from agrepa_fast.zero.engine import build_engine, find_ds_config, resolve_ds_config, start_ranks

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn as nn
 
+from agrepa_fast.alignment import aligner as aligner_module
+from agrepa_fast.alignment.aligner import Aligner
 from agrepa_fast.attribution.report import read_csv
 from agrepa_fast.attribution.selection import LayerSelection
 from agrepa_fast.config import UserError, load_config
@@ -16,8 +18,6 @@ from agrepa_fast.data.index import load_index
 from agrepa_fast.models.dit import AudioDiT
 from agrepa_fast.probing.probe import FixedClips
 from agrepa_fast.probing.schedule import LayerChoice
-from agrepa_fast.training import aligner as aligner_module
-from agrepa_fast.training.aligner import Aligner
 
 from ..testing import write_small_shards
 

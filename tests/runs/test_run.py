@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agrepa_fast.alignment import aligner as aligner_module
 from agrepa_fast.attribution.foga import ProbeBatch, foga
 from agrepa_fast.attribution.report import append_csv
 from agrepa_fast.attribution.selection import LayerSelection, select_layers
@@ -19,7 +20,6 @@ from agrepa_fast.flow import clip_keys, euler, flow_loss, reference_prefix, samp
 from agrepa_fast.kernels import flow_mix
 from agrepa_fast.models.dit import Velocity
 from agrepa_fast.probing.probe import FixedClips, validation_loss
-from agrepa_fast.training import aligner as aligner_module
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
 from agrepa_fast.zero.engine import lr_factor

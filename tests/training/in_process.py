@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from agrepa_fast.alignment.aligner import Aligner
 from agrepa_fast.attribution.selection import LayerSelection
 from agrepa_fast.config import PRESETS, load_config
 from agrepa_fast.data.batches import BatchLayout, train_batches
 from agrepa_fast.data.index import load_index
 from agrepa_fast.probing.schedule import LayerChoice
 from agrepa_fast.train import build_model, fit_to_shards
-from agrepa_fast.training.aligner import Aligner
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
 from agrepa_fast.zero.ema import Ema

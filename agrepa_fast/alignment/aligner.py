@@ -5,12 +5,12 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 
-from ..alignment.heads import AlignmentHeads, BitcProjections
-from ..alignment.objectives import alignment_loss, bitc_loss
 from ..attribution.selection import LayerSelection
 from ..config import Config
 from ..data.batches import Batch
 from ..zero.engine import all_sum, lr_factor
+from .heads import AlignmentHeads, BitcProjections
+from .objectives import alignment_loss, bitc_loss
 
 
 class Aligner:
