@@ -274,8 +274,8 @@ def _probe(args: argparse.Namespace) -> None:
 
 def _report_probe(measured: list, selection, out: Path, k: int) -> None:
     """The table, attribution.csv and plots of a probe."""
-    from .attribution.plots import plot_all
     from .attribution.report import append_csv, print_tables
+    from .reporting.plots import plot_all
 
     out.mkdir(parents=True, exist_ok=True)
     for scores in measured:
@@ -311,7 +311,7 @@ def _probe_any(args: argparse.Namespace) -> None:
 
 def _sample(args: argparse.Namespace) -> None:
     from .audio.vocoder import load_vocoder
-    from .training.samples import sample_clips, write_samples
+    from .reporting.samples import sample_clips, write_samples
 
     model, config, index, path, device = _load(args)
     vocoder = load_vocoder(config.eval.vocoder, config.data, "cpu")

@@ -8,8 +8,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from scipy.stats import spearmanr
 
-from agrepa_fast.attribution import plots
-from agrepa_fast.attribution.plots import (
+from agrepa_fast.attribution.report import COLOURS, COLUMNS
+from agrepa_fast.reporting import plots
+from agrepa_fast.reporting.plots import (
     _layer_time,
     _stability,
     _store_contribute,
@@ -24,7 +25,6 @@ from agrepa_fast.attribution.plots import (
     times_of,
     top_k,
 )
-from agrepa_fast.attribution.report import COLOURS, COLUMNS
 
 NAN = float("nan")
 

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agrepa_fast.config import TrainConfig, UserError, load_config
 from agrepa_fast.kernels import active_backend
+from agrepa_fast.reporting.tracker import Wandb, find_tracker
 from agrepa_fast.training.compute import peak_flops, peak_tflops, step_flops
 from agrepa_fast.training.metrics import Metrics, read_metrics
-from agrepa_fast.training.tracker import Wandb, find_tracker
 
 from ..conftest import small_batch, small_model
 from ..testing import metrics, run_training

@@ -7,13 +7,13 @@ import time
 
 import torch
 
-from ..attribution.plots import plot_all
 from ..audio.vocoder import Vocoder
 from ..kernels import active_backend
 from ..probing.probe import FixedClips, validation_loss
+from ..training.metrics import plot_loss, read_metrics
+from ..training.run import Run
 from ..zero.engine import precision
-from .metrics import plot_loss, read_metrics
-from .run import Run
+from .plots import plot_all
 from .samples import sample_clips, write_samples
 
 

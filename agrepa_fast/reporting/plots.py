@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..attribution.report import COLOURS, NAMES, UNITS, read_csv
+from ..attribution.scores import CONTRIBUTION, STORAGE, rank_correlation
+from ..attribution.selection import LayerSelection
 from ..config import DOMAINS
-from .report import COLOURS, NAMES, UNITS, read_csv
-from .scores import CONTRIBUTION, STORAGE, rank_correlation
-from .selection import LayerSelection
 
 STORED = {  # Okabe-Ito, none of them a domain's
     "lasp": {"color": "#000000", "marker": "o", "mfc": "none"},
