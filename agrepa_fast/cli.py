@@ -274,7 +274,7 @@ def _probe(args: argparse.Namespace) -> None:
 
 def _report_probe(measured: list, selection, out: Path, k: int) -> None:
     """The table, attribution.csv and plots of a probe."""
-    from .attribution.report import append_csv, print_tables
+    from .attribution.csv import append_csv, print_tables
     from .reporting.plots import plot_all
 
     out.mkdir(parents=True, exist_ok=True)

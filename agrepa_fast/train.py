@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from agrepa_fast.alignment.aligner import Aligner
-from agrepa_fast.attribution.report import drop_later_probes
+from agrepa_fast.attribution.csv import drop_later_probes
 from agrepa_fast.audio.vocoder import load_vocoder
 from agrepa_fast.checkpoints.save import Checkpoints
 from agrepa_fast.checkpoints.weights import (

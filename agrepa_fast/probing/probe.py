@@ -23,7 +23,7 @@ from ..attribution.foga import (
     undisturbed,
 )
 from ..attribution.scores import STORAGE, LayerScores
-from ..attribution.storage import PooledStates, cka, lasp, ridge
+from ..attribution.stored import PooledStates, cka, lasp, ridge
 from ..attribution.vjp import FogaVjp
 from ..config import DOMAINS, Config, UserError
 from ..data.batches import Batch, collate, fixed_clips

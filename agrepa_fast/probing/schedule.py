@@ -6,10 +6,10 @@ from dataclasses import asdict, replace
 import torch
 
 from ..alignment.aligner import Aligner
-from ..attribution.report import append_csv
+from ..attribution.csv import append_csv
 from ..attribution.scores import LayerScores
 from ..attribution.selection import LayerSelection, NotRankableError, select_as, unmeasured_selection
-from ..attribution.storage import lasp
+from ..attribution.stored import lasp
 from ..config import DOMAINS, Config
 from ..zero.engine import gradient_norms
 from .probe import ClipProbe, FixedClips, PendingScores, pooled_states, storage_scores

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..attribution.report import COLOURS, NAMES, UNITS, read_csv
+from ..attribution.csv import COLOURS, NAMES, UNITS, read_csv
 from ..attribution.scores import CONTRIBUTION, STORAGE, rank_correlation
 from ..attribution.selection import LayerSelection
 from ..config import DOMAINS

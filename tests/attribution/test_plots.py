@@ -8,7 +8,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from scipy.stats import spearmanr
 
-from agrepa_fast.attribution.report import COLOURS, COLUMNS
+from agrepa_fast.attribution.csv import COLOURS, COLUMNS
 from agrepa_fast.reporting import plots
 from agrepa_fast.reporting.plots import (
     _layer_time,

@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from agrepa_fast.alignment import aligner as aligner_module
 from agrepa_fast.alignment.aligner import Aligner
-from agrepa_fast.attribution.report import read_csv
+from agrepa_fast.attribution.csv import read_csv
 from agrepa_fast.attribution.selection import LayerSelection
 from agrepa_fast.config import UserError, load_config
 from agrepa_fast.data.index import load_index

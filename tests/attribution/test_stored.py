@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.linalg import lstsq
 
-from agrepa_fast.attribution.storage import PENALTIES, PooledStates, cka, lasp, ridge
+from agrepa_fast.attribution.stored import PENALTIES, PooledStates, cka, lasp, ridge
 from agrepa_fast.config import DOMAINS
 
 # The measures compute in float64 and return fp32; pseudo-values are multiplied by the number of clips.

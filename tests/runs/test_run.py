@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from agrepa_fast.alignment import aligner as aligner_module
+from agrepa_fast.attribution.csv import append_csv
 from agrepa_fast.attribution.foga import ProbeBatch, foga
-from agrepa_fast.attribution.report import append_csv
 from agrepa_fast.attribution.selection import LayerSelection, select_layers
 from agrepa_fast.config import FlowConfig, load_config
 from agrepa_fast.data.batches import BatchLayout, DataConfig, collate, train_batches
