@@ -42,13 +42,13 @@ from agrepa_fast.probing.probe import FixedClips, storage_clips
 from agrepa_fast.probing.schedule import LayerChoice
 from agrepa_fast.reporting.summary import finish
 from agrepa_fast.reporting.tracker import find_tracker, open_tracker
-from agrepa_fast.training.compute import peak_flops
+from agrepa_fast.training.captured_step import check_graphs
 from agrepa_fast.training.dry_run import rehearse
 from agrepa_fast.training.endings import claim, explain, limit_waiting
-from agrepa_fast.training.graphs import check_graphs
+from agrepa_fast.training.flops import peak_flops
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
-from agrepa_fast.training.signals import StopRequest
+from agrepa_fast.training.stop import StopRequest
 from agrepa_fast.zero.construction import fit_to_shards, gathered, new_model
 from agrepa_fast.zero.ema import Ema
 from agrepa_fast.zero.engine import (

@@ -20,12 +20,12 @@ from ..probing.schedule import LayerChoice
 from ..zero.ema import Ema
 from ..zero.engine import LocalError, lr_factor
 from ..zero.update_ratio import update_ratio
-from .compute import step_flops
+from .captured_step import GraphedLosses, Losses
 from .faultlog import FaultLog
-from .graphs import GraphedLosses, Losses
+from .flops import step_flops
 from .metrics import Metrics
+from .nonfinite import SkipGuard, guarded, poison
 from .profile import ProfileWindow
-from .skips import SkipGuard, guarded, poison
 
 
 @dataclass

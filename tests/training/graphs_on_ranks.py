@@ -6,7 +6,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from agrepa_fast import train
-from agrepa_fast.training import graphs
+from agrepa_fast.training import captured_step as graphs
 
 
 def capture(call, pool, warmup=2):

@@ -7,7 +7,7 @@ from agrepa_fast.config import TrainConfig, UserError
 from agrepa_fast.data.batches import Batch
 from agrepa_fast.flow import clip_keys, flow_loss
 from agrepa_fast.kernels import flow_mix, philox_uniform
-from agrepa_fast.training import graphs
+from agrepa_fast.training import captured_step as graphs
 
 from ..conftest import small_batch, small_model
 from ..testing import ROOT, assert_same_curve, start_ranks

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from agrepa_fast.config import TrainConfig, UserError, load_config
 from agrepa_fast.kernels import active_backend
 from agrepa_fast.reporting.tracker import Wandb, find_tracker
-from agrepa_fast.training.compute import peak_flops, peak_tflops, step_flops
+from agrepa_fast.training.flops import peak_flops, peak_tflops, step_flops
 from agrepa_fast.training.metrics import Metrics, read_metrics
 
 from ..conftest import small_batch, small_model
