@@ -13,9 +13,9 @@ from .attribution.scores import LayerScores
 from .attribution.selection import LayerSelection, NotRankableError, select_layers
 from .checkpoints.weights import load_model
 from .config import Config, UserError, load_config
-from .models.block import GatedDiTBlock
-from .models.conditioning import Condition
-from .models.dit import AudioDiT, Velocity
+from .models.audio_dit.block import GatedDiTBlock
+from .models.audio_dit.conditioning import Condition
+from .models.audio_dit.dit import AudioDiT, Velocity
 
 __version__ = "0.1.0"
 

@@ -14,7 +14,7 @@ import torch
 
 from .config import FlowConfig
 from .kernels import philox_normal, philox_uniform, valid_frames
-from .models.conditioning import Condition
+from .models.audio_dit.conditioning import Condition
 
 
 def clip_keys(seed: int, step: int, places: Iterable[int], stream: str) -> torch.Tensor:

@@ -37,7 +37,7 @@ from agrepa_fast.config import Config, UserError, load_config, save_config
 from agrepa_fast.data.batches import end_loaders, train_batches
 from agrepa_fast.data.index import Index, matching_index
 from agrepa_fast.data.plan import BatchLayout, BatchPlan
-from agrepa_fast.models.dit import AudioDiT
+from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.probing.probe import FixedClips, storage_clips
 from agrepa_fast.probing.schedule import LayerChoice
 from agrepa_fast.reporting.summary import finish

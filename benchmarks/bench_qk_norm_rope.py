@@ -5,7 +5,7 @@ from _bench import Op, bench_op
 
 from agrepa_fast.kernels import qk_norm_rope
 from agrepa_fast.kernels.qk_norm_rope import qk_norm_rope_ref
-from agrepa_fast.models.conditioning import rotary_tables
+from agrepa_fast.models.audio_dit.conditioning import rotary_tables
 
 HEAD = 64
 

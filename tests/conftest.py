@@ -16,8 +16,8 @@ if not torch.cuda.is_available():
 
 from agrepa_fast.attribution.foga import ProbeBatch
 from agrepa_fast.config import ModelConfig
-from agrepa_fast.models.conditioning import Condition
-from agrepa_fast.models.dit import AudioDiT
+from agrepa_fast.models.audio_dit.conditioning import Condition
+from agrepa_fast.models.audio_dit.dit import AudioDiT
 
 from .testing import ROOT, run_training, write_small_shards, write_small_whisper
 

@@ -15,7 +15,7 @@ import torch.nn as nn
 from ..config import DOMAINS
 from ..flow import clip_keys, reference_prefix
 from ..kernels import flow_mix, velocity_change
-from ..models.conditioning import Condition
+from ..models.audio_dit.conditioning import Condition
 from .gates import SAME_ROWS, multi_gate, prefix_order, single_ablations
 from .scores import LayerScores
 

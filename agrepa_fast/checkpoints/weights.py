@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..config import Config, UserError, load_config, save_config
-from ..models.dit import AudioDiT
+from ..models.audio_dit.dit import AudioDiT
 
 MARKER = "checkpoint.json"
 EXPORT = "export.json"

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..config import DOMAINS, DataConfig, UserError
-from ..models.conditioning import Condition
+from ..models.audio_dit.conditioning import Condition
 from .index import Index, Sample, Shard, remedy
 from .plan import BatchLayout, BatchPlan, ClipOrder, Place
 from .reading import ClipError, Fault, OpenShard, read_shard

@@ -6,7 +6,7 @@ from ..config import UserError
 from ..data.index import Index
 from ..data.plan import BatchLayout, BatchPlan
 from ..flow import flow_loss
-from ..models.conditioning import Condition
+from ..models.audio_dit.conditioning import Condition
 from ..zero.engine import LocalError, first_failure
 
 

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from ..config import Config, UserError
 from ..data.index import Index
-from ..models.dit import AudioDiT
+from ..models.audio_dit.dit import AudioDiT
 from .engine import deepspeed_refusals, zero_stage
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from agrepa_fast.kernels import force_backend, qk_norm_rope
-from agrepa_fast.models.conditioning import rotary_tables
+from agrepa_fast.models.audio_dit.conditioning import rotary_tables
 
 from .accuracy import DEVICE, assert_as_accurate, assert_repeatable, fused_backends
 

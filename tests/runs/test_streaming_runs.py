@@ -82,7 +82,7 @@ from agrepa_fast.config import UserError, load_config
 from agrepa_fast.data.plan import BatchLayout, BatchPlan
 from agrepa_fast.data.index import read_index
 from agrepa_fast.data.batches import train_batches
-from agrepa_fast.models.dit import AudioDiT
+from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.training import dry_run as module
 from agrepa_fast.zero.engine import build_engine, find_ds_config, full_weights, resolve_ds_config, start_ranks
 

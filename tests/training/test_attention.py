@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from agrepa_fast.models import attention
-from agrepa_fast.models.attention import attend, segment_bounds
+from agrepa_fast.models.audio_dit import attention
+from agrepa_fast.models.audio_dit.attention import attend, segment_bounds
 
 
 def varlen_by_segments(q, k, v, bounds_q, bounds_k, longest_q, longest_k, dropout_p=0.0):

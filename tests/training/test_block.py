@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from agrepa_fast import GatedDiTBlock
 from agrepa_fast.kernels import force_backend
-from agrepa_fast.models.conditioning import rotary_tables
+from agrepa_fast.models.audio_dit.conditioning import rotary_tables
 
 from ..kernels.accuracy import DEVICE, assert_as_accurate, assert_repeatable, fused_backends
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from agrepa_fast.models.conditioning import TokenCondition, interpolate_tokens, sinusoids
+from agrepa_fast.models.audio_dit.conditioning import TokenCondition, interpolate_tokens, sinusoids
 
 from ..conftest import small_batch
 

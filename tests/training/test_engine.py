@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from agrepa_fast.config import TrainConfig, UserError, load_config
 from agrepa_fast.data.batches import BatchLayout
-from agrepa_fast.models.dit import AudioDiT
+from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.zero.engine import find_ds_config, lr_factor, resolve_ds_config
 
 from ..testing import ROOT, run_ranks

@@ -15,8 +15,8 @@ from agrepa_fast.config import DOMAINS, DataConfig, ModelConfig, UserError, VqFi
 from agrepa_fast.data.batches import collate, fixed_clips
 from agrepa_fast.data.index import load_index, matching_index, write_index
 from agrepa_fast.data.reading import read_shard
-from agrepa_fast.models.conditioning import TokenCondition
-from agrepa_fast.models.dit import AudioDiT
+from agrepa_fast.models.audio_dit.conditioning import TokenCondition
+from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.prepare.pipeline import prepare_folder
 from agrepa_fast.prepare.token_pass import paired
 from agrepa_fast.tokenizers.vq import VqTokenizer

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..kernels import valid_frames
+from ...kernels import valid_frames
 
 try:
     from flash_attn import flash_attn_varlen_func

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..kernels import valid_frames
+from ...kernels import valid_frames
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..config import ModelConfig
+from ...config import ModelConfig
 from .block import GatedDiTBlock
 from .conditioning import Condition, TimeEmbedding, TokenCondition, keep_clips, rotary_tables, sinusoids, zero_padding
 

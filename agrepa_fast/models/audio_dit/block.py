@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..kernels import ada_norm, gated_residual, linear_gelu, qk_norm_rope
+from ...kernels import ada_norm, gated_residual, linear_gelu, qk_norm_rope
 from .attention import attend
 
 INITS = ("adaln_zero", "release")
