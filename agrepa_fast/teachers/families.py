@@ -34,7 +34,7 @@ def load_encoder(
     from transformers import AutoFeatureExtractor
 
     from .encoder import EncoderTeacher
-    from .windows import AstTeacher, ClapTeacher, WindowTeacher
+    from .fixed_window import AstTeacher, ClapTeacher, WindowTeacher
 
     kind = config.model_type
     if kind not in MODEL_TYPES:
