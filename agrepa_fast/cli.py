@@ -5,7 +5,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from .config import DOMAINS, Config, UserError, VqFitConfig, load_config, nearest
+from .config import DOMAINS, Config, VqFitConfig, load_config
+from .errors import UserError, nearest
 
 SOURCES = {  # of `agrepa prepare`: what it is, and what its path is called
     "demo": ("fetch the demo corpus and prepare it", None),

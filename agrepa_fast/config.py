@@ -8,29 +8,18 @@ package.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+
+from .errors import UserError, nearest
 
 PRESETS = Path(__file__).with_name("presets")
 DOMAINS = ("speech", "audio")
 MEASURED = ("foga", "foga-vjp", "gradnorm", "lasp")  # strategies that rank layers by what a probe finds
 STRATEGIES = (*MEASURED, "fixed", "shallow", "deep", "random", "none")
 WEIGHTINGS = ("normalized", "equal", "raw2x")
-
-
-class UserError(Exception):
-    """What a person can put right: one line that names the thing and the remedy. Commands print it and exit with code
-    2."""
-
-
-def nearest(name: str, known) -> str:
-    """ "; did you mean 'x'?" when one of `known` is close to `name`, and the list of all of them otherwise."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
 def _check(condition: bool, message: str) -> None:

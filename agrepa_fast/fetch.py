@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import UserError
+from .errors import UserError
 
 _POLL_SECONDS = 0.25
 _AR_MAGIC = b"!<arch>\n"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from .config import UserError
+from .errors import UserError
 
 _PATIENCE = timedelta(hours=12)  # a rank may wait for the others at the end of a stage
 _POLL_SECONDS = 1.0

@@ -33,10 +33,11 @@ from agrepa_fast.checkpoints.weights import (
     resolve_checkpoint,
     weights_file,
 )
-from agrepa_fast.config import Config, UserError, load_config, save_config
+from agrepa_fast.config import Config, load_config, save_config
 from agrepa_fast.data.batches import end_loaders, train_batches
 from agrepa_fast.data.index import Index, matching_index
 from agrepa_fast.data.plan import BatchLayout, BatchPlan
+from agrepa_fast.errors import LocalError, UserError
 from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.probing.probe import FixedClips, storage_clips
 from agrepa_fast.probing.schedule import LayerChoice
@@ -51,15 +52,7 @@ from agrepa_fast.training.run import Run
 from agrepa_fast.training.stop import StopRequest
 from agrepa_fast.zero.construction import fit_to_shards, gathered, new_model
 from agrepa_fast.zero.ema import Ema
-from agrepa_fast.zero.engine import (
-    LocalError,
-    agree,
-    build_engine,
-    find_ds_config,
-    resolve_ds_config,
-    start_ranks,
-    zero_stage,
-)
+from agrepa_fast.zero.engine import agree, build_engine, find_ds_config, resolve_ds_config, start_ranks, zero_stage
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..config import WEIGHTINGS, AlignConfig, UserError, nearest
+from ..config import WEIGHTINGS, AlignConfig
+from ..errors import UserError, nearest
 from .scores import STORAGE, LayerScores
 
 ABOVE_FLOOR = 3.0  # a layer counts as measured when its score clears this multiple of the floor by two standard errors

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..config import DataConfig, UserError
+from ..config import DataConfig
+from ..errors import UserError
 
 SOUNDFILE_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 MEL_FLOOR = 1e-5  # smallest mel magnitude; log of it is -11.5

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ..config import DataConfig, UserError, nearest
+from ..config import DataConfig
+from ..errors import UserError, nearest
 from . import hifigan
 from .mel import LogMel, import_torchaudio
 

@@ -23,8 +23,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..config import Config, UserError, load_config, save_config
+from ..config import Config, load_config, save_config
 from ..data.index import Index
+from ..errors import UserError
 from ..flow import derive_seed
 from ..probing.schedule import LayerChoice
 from ..zero.ema import Ema

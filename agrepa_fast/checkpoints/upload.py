@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from ..config import UserError
+from ..errors import UserError
 from .weights import MARKER, NAMES, checkpoints
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "attribution.csv", "selection.json")  # what a resume reads beside

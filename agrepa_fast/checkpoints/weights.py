@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ..config import Config, UserError, load_config, save_config
+from ..config import Config, load_config, save_config
+from ..errors import UserError
 from ..models.audio_dit.dit import AudioDiT
 
 MARKER = "checkpoint.json"

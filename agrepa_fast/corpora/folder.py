@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from ..audio.mel import SOUNDFILE_SUFFIXES
-from ..config import DataConfig, UserError
+from ..config import DataConfig
+from ..errors import UserError
 from .recordings import Recording, Source, check_domain, key_of, printable, read_text, safe, transcript_lines
 
 CREATIVE_COMMONS_BY_SA = "CC-BY-SA-3.0"

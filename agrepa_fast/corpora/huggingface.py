@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ..config import UserError
+from ..errors import UserError
 from .recordings import Recording, Source, check_domain, file_stamp, safe
 from .webdataset import GROUPS, LABELS, LICENCES, TEXTS, described
 

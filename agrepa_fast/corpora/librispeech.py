@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..audio.mel import SOUNDFILE_SUFFIXES
-from ..config import UserError
+from ..errors import UserError
 from .recordings import Recording, Source, printable, read_text, safe, transcript_lines
 
 _EVALUATION = ("dev", "test", "eval")  # subsets that published results are measured on

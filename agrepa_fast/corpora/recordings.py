@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ..audio.mel import decode
-from ..config import DOMAINS, UserError, nearest
+from ..config import DOMAINS
+from ..errors import UserError, nearest
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from ..audio.mel import SOUNDFILE_SUFFIXES
-from ..config import UserError
+from ..errors import UserError
 from .recordings import Recording, Source, check_domain, key_of, printable
 
 # What people call these things, in members' json and in columns; the first that is there counts.

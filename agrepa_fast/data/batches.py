@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ..config import DOMAINS, DataConfig, UserError
+from ..config import DOMAINS, DataConfig
+from ..errors import UserError
 from ..models.audio_dit.conditioning import Condition
 from .index import Index, Sample, Shard, remedy
 from .plan import BatchLayout, BatchPlan, ClipOrder, Place

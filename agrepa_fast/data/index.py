@@ -24,7 +24,8 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from ..config import DOMAINS, DataConfig, UserError
+from ..config import DOMAINS, DataConfig
+from ..errors import UserError
 from ..tokenizers.kmeans import read_code_mels
 from .locations import Place, ReadError, Remote, locate, read_object
 

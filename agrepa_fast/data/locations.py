@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from ..config import UserError
+from ..errors import UserError
 
 BACK_OFF = 0.5  # seconds before the second attempt; doubles from one to the next
 LONGEST_WAIT = 30.0

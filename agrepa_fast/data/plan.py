@@ -18,7 +18,8 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from ..config import DOMAINS, Config, UserError
+from ..config import DOMAINS, Config
+from ..errors import UserError
 from ..flow import derive_seed
 from .index import Index, Shard
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..config import UserError
+from ..errors import UserError
 from .index import Index, Sample, Shard, remedy
 from .locations import Place, ReadError, read_object
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..config import UserError
+from ..errors import UserError
 from ..ranks import ONE, Ranks
 from .index import SPLITS, Index, Sample, Shard, file_fault, index_files, read_index
 from .reading import read_shard

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from ..audio.mel import LogMel, resample
-from ..config import DataConfig, UserError
+from ..config import DataConfig
 from ..corpora.recordings import Recording
+from ..errors import UserError
 from .job import Job, work_file, write_work
 
 MIN_PEAK = 1e-4  # a recording that stays below is silent

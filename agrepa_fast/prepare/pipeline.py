@@ -14,10 +14,11 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
-from ..config import DOMAINS, Config, DataConfig, UserError
+from ..config import DOMAINS, Config, DataConfig
 from ..corpora.folder import demo_sources, folder_source
 from ..corpora.recordings import Recording, Source
 from ..data.index import INDEX, SCHEMA, Index, load_index, write_index
+from ..errors import UserError
 from ..ranks import ONE, Ranks
 from .decode import NOT_FEATURES, decode_stage, digest, name_hash, validation_groups
 from .job import WORK, Job, remove, write_report

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import Config, DataConfig, UserError
+from ..config import Config, DataConfig
 from ..corpora.recordings import Recording, Source
 from ..data.index import Index, npy, pooled, remedy, write_tar
+from ..errors import UserError
 from ..ranks import ONE, Ranks
 from .decode import ahead, cut_wave, digest
 from .job import Job, Stage, work_file, write_work

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import DataConfig, UserError
+from ..config import DataConfig
 from ..data.index import SPLITS
+from ..errors import UserError
 from ..tokenizers.kmeans import Codebook, FrameTokenizer, fit_frames
 from .decode import Clip, ahead, cut_wave, digest
 from .job import Job, Stage, work_file, work_names, write_work

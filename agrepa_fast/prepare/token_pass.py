@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..config import DOMAINS, DataConfig, UserError
+from ..config import DOMAINS, DataConfig
 from ..data.index import SPLITS, file_sha256
+from ..errors import UserError
 from ..tokenizers.kmeans import FrameTokenizer, WaveTokenizer, tokens_of_frames
 from .decode import Clip, ahead, cut_wave, digest
 from .job import Job, work_file, work_names, write_work

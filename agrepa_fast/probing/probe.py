@@ -25,9 +25,10 @@ from ..attribution.foga import (
 from ..attribution.scores import STORAGE, LayerScores
 from ..attribution.stored import PooledStates, cka, lasp, ridge
 from ..attribution.vjp import FogaVjp
-from ..config import DOMAINS, Config, UserError
+from ..config import DOMAINS, Config
 from ..data.batches import Batch, collate, fixed_clips
 from ..data.index import Index, Sample
+from ..errors import UserError
 from ..flow import clip_keys, flow_loss
 from ..kernels import flow_mix
 from ..zero.engine import all_sum, first_failure

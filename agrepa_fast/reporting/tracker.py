@@ -3,7 +3,8 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from ..config import Config, TrainConfig, UserError
+from ..config import Config, TrainConfig
+from ..errors import UserError
 
 
 def find_tracker(train: TrainConfig) -> None:

@@ -21,7 +21,7 @@ gives 5 frames a second, too few for tokens; the third layer gives 50 and needs 
 import re
 from pathlib import Path
 
-from ..config import UserError
+from ..errors import UserError
 from .base import Teacher, split_layer
 
 __all__ = ["Teacher", "load_teacher"]

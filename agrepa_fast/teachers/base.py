@@ -11,7 +11,7 @@ from pickle import UnpicklingError
 import numpy as np
 import torch
 
-from ..config import UserError
+from ..errors import UserError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _MAY_LACK = ("decoder.", "masked_spec_embed")  # a Whisper's decoder, wav2vec 2.0's training mask: not used here

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..config import UserError
+from ..errors import UserError
 from .base import Teacher, batches_by_length, check_layer, check_waves, put_on, slug, weights_sha256, why
 
 _BANDS, _WINDOW, _HOP = 128, 400, 160  # of the filter bank: mel bands, samples, samples

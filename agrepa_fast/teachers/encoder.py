@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..config import UserError
+from ..errors import UserError
 from .base import Teacher, batches_by_length, check_layer, check_waves, put_on, slug, weights_sha256
 
 MASKS = ("attention_mask", "input_features_mask", "padding_mask")  # what encoders call the mask of what is not padding

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..config import UserError
+from ..errors import UserError
 from .base import Teacher, load_weights, quiet
 
 # By config.model_type; tests/data/test_encoders.py has one of each encoder.

@@ -7,7 +7,7 @@ cover the clip are kept. Longer clips are cut into windows, at whole frames.
 import numpy as np
 import torch
 
-from ..config import UserError
+from ..errors import UserError
 from .base import batches_by_length, check_waves
 from .encoder import EncoderTeacher
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import UserError, nearest
+from ..errors import UserError, nearest
 from ..fetch import build_folder, cache_dir, fetch_pip
 from .ctranslate2 import read_variables, whisper_encoder
 

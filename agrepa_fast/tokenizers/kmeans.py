@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..config import UserError
 from ..data.locations import Place, read_object
+from ..errors import UserError
 
 FIT_FRAMES_PER_CODE = 256  # more frames than this per code do not move k-means' centroids
 MAX_FIT_FRAMES = 2**18  # 1.3 GB of 1280-d frames

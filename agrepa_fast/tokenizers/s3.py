@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..audio.mel import import_torchaudio
-from ..config import UserError, nearest
+from ..errors import UserError, nearest
 from ..teachers.base import batches_by_length, check_waves, weights_sha256
 from .kmeans import WaveTokenizer
 

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..config import DataConfig, UserError, VqFitConfig
+from ..config import DataConfig, VqFitConfig
 from ..corpora.folder import folder_recordings
 from ..corpora.recordings import Recording, Source
 from ..data.index import write_atomically
+from ..errors import UserError
 from ..flow import derive_seed
 from ..prepare.decode import MAX_BAD, MAX_BAD_SHARE, ahead, cut_wave, digest, name_hash
 from .kmeans import Codebook, fit_frames

@@ -12,8 +12,9 @@ import torch
 import torch.nn as nn
 
 from ..attribution.foga import captured
-from ..config import TrainConfig, UserError
+from ..config import TrainConfig
 from ..data.batches import Batch
+from ..errors import UserError
 
 Losses = dict[str, torch.Tensor]
 Compute = Callable[[Batch, torch.Tensor], tuple[Losses, torch.Tensor]]

@@ -2,12 +2,12 @@
 
 import torch
 
-from ..config import UserError
 from ..data.index import Index
 from ..data.plan import BatchLayout, BatchPlan
+from ..errors import LocalError, UserError
 from ..flow import flow_loss
 from ..models.audio_dit.conditioning import Condition
-from ..zero.engine import LocalError, first_failure
+from ..zero.engine import first_failure
 
 
 def rehearse(

@@ -11,7 +11,7 @@ from typing import TextIO
 
 import torch.distributed as dist
 
-from ..config import UserError
+from ..errors import UserError
 
 _claimed: list[TextIO] = []  # open as long as the process lives
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..config import UserError
 from ..data.index import Index
 from ..data.reading import Fault
+from ..errors import UserError
 from ..zero.engine import all_gather, all_sum
 from .metrics import Metrics
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..config import UserError
+from ..errors import UserError
 from ..zero.engine import all_gather
 from ..zero.update_ratio import weight_norm
 from .metrics import Metrics

@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 import torch.nn as nn
 
-from ..config import Config, UserError
+from ..config import Config
 from ..data.index import Index
+from ..errors import UserError
 from ..models.audio_dit.dit import AudioDiT
 from .engine import deepspeed_refusals, zero_stage
 

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from ..config import PRESETS, Config, TrainConfig, UserError, nearest
+from ..config import PRESETS, Config, TrainConfig
 from ..data.batches import BatchLayout
+from ..errors import UserError, nearest
 from ..kernels import active_backend
 
 _NEVER = 2**62  # DeepSpeed's own progress lines: the run has a bar
@@ -58,10 +59,6 @@ def start_ranks() -> torch.device:
         torch.cuda.set_device(device)
     deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=_PATIENCE, verbose=False)
     return device
-
-
-class LocalError(UserError):
-    """A UserError that this rank alone ran into, while the others are fine."""
 
 
 def agree(action: Callable[[], object]) -> None:

@@ -17,7 +17,7 @@ from pickle import UnpicklingError
 import torch
 import torch.distributed as dist
 
-from ..config import UserError
+from ..errors import UserError
 from .construction import whole_shape
 from .engine import agree, master_parameters, masters, publish_masters
 

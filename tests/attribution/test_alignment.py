@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from agrepa_fast.alignment.heads import AlignmentHeads, BitcProjections
 from agrepa_fast.alignment.objectives import alignment_loss, bitc_loss
 from agrepa_fast.attribution.selection import LayerSelection, unmeasured_selection
-from agrepa_fast.config import AlignConfig, UserError
+from agrepa_fast.config import AlignConfig
+from agrepa_fast.errors import UserError
 
 from ..conftest import small_batch
 

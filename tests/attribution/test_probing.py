@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from agrepa_fast.attribution.foga import Measured, ProbeBatch, foga, official_foga
-from agrepa_fast.config import ModelConfig, UserError, load_config
+from agrepa_fast.config import ModelConfig, load_config
 from agrepa_fast.data.batches import collate
 from agrepa_fast.data.index import load_index
+from agrepa_fast.errors import UserError
 from agrepa_fast.flow import clip_keys, reference_prefix
 from agrepa_fast.kernels import flow_mix
 from agrepa_fast.models.audio_dit.dit import AudioDiT

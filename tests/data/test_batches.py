@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from agrepa_fast.config import DOMAINS, DataConfig, UserError
+from agrepa_fast.config import DOMAINS, DataConfig
 from agrepa_fast.data import batches as stream
 from agrepa_fast.data.batches import Background, ClipReader, collate, fixed_clips, train_batches
 from agrepa_fast.data.index import load_index, read_index
 from agrepa_fast.data.plan import BatchLayout, BatchPlan, ClipOrder
 from agrepa_fast.data.reading import ClipError, Fault
+from agrepa_fast.errors import UserError
 
 from ..testing import write_small_shards
 from .test_shards import on, rewrite

@@ -7,9 +7,9 @@ import pytest
 import soundfile
 
 from agrepa_fast.cli import main
-from agrepa_fast.config import UserError
 from agrepa_fast.corpora.librispeech import audioset_source, librispeech_source
 from agrepa_fast.data.index import load_index
+from agrepa_fast.errors import UserError
 
 from .test_prepare import read_all, tone
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from agrepa_fast.audio.mel import import_torchaudio
-from agrepa_fast.config import UserError
+from agrepa_fast.errors import UserError
 from agrepa_fast.teachers import load_teacher
 
 from .audio_families import FAMILIES

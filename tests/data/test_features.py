@@ -6,7 +6,8 @@ import pytest
 import soundfile
 
 from agrepa_fast.audio.mel import LogMel, decode, frame_count, resample
-from agrepa_fast.config import DataConfig, UserError, load_config
+from agrepa_fast.config import DataConfig, load_config
+from agrepa_fast.errors import UserError
 
 CONFIGS = {"release": DataConfig(), "hifigan": load_config("demo").data}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from agrepa_fast.config import UserError
+from agrepa_fast.errors import UserError
 from agrepa_fast.fetch import build_folder, cache_dir, fetch_apt, fetch_pip
 
 APT = (

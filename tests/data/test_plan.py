@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from agrepa_fast.config import DOMAINS, UserError
+from agrepa_fast.config import DOMAINS
 from agrepa_fast.data.index import Shard
 from agrepa_fast.data.plan import BatchLayout, BatchPlan, ClipOrder, batch_domains
+from agrepa_fast.errors import UserError
 
 COUNTS = (8, 8, 8, 3)
 

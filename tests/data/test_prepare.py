@@ -13,11 +13,12 @@ import pytest
 import soundfile
 
 from agrepa_fast.audio.mel import LogMel, decode, frame_count, resample
-from agrepa_fast.config import UserError, load_config
+from agrepa_fast.config import load_config
 from agrepa_fast.corpora import folder as sources
 from agrepa_fast.corpora import recordings
 from agrepa_fast.data.index import load_index
 from agrepa_fast.data.reading import read_shard
+from agrepa_fast.errors import UserError
 from agrepa_fast.prepare import pipeline as prepare
 from agrepa_fast.prepare.pipeline import prepare_demo, prepare_folder
 from agrepa_fast.tokenizers.kmeans import tokens_of_frames

@@ -10,9 +10,9 @@ import threading
 
 import pytest
 
-from agrepa_fast.config import UserError
 from agrepa_fast.corpora.folder import folder_recordings
 from agrepa_fast.data.index import load_index
+from agrepa_fast.errors import UserError
 from agrepa_fast.prepare import pipeline as prepare
 from agrepa_fast.prepare import teacher_pass as encode
 from agrepa_fast.prepare.pipeline import prepare_folder

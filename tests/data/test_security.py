@@ -20,10 +20,11 @@ from agrepa_fast.audio.mel import import_torchaudio
 from agrepa_fast.audio.vocoder import load_vocoder
 from agrepa_fast.checkpoints.weights import find_checkpoint
 from agrepa_fast.cli import main
-from agrepa_fast.config import DataConfig, TrainConfig, UserError, load_config
+from agrepa_fast.config import DataConfig, TrainConfig, load_config
 from agrepa_fast.data.batches import BatchLayout
 from agrepa_fast.data.index import INDEX, Shard, load_index
 from agrepa_fast.data.reading import read_shard
+from agrepa_fast.errors import UserError
 from agrepa_fast.fetch import fetch_apt, fetch_pip
 from agrepa_fast.teachers import load_teacher
 from agrepa_fast.zero.engine import find_ds_config, resolve_ds_config

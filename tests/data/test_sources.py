@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agrepa_fast.config import UserError
 from agrepa_fast.corpora import folder as sources
 from agrepa_fast.corpora.recordings import Recording
+from agrepa_fast.errors import UserError
 from agrepa_fast.prepare import decode as clips
 
 

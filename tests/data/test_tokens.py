@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from agrepa_fast.audio.mel import import_torchaudio
-from agrepa_fast.config import UserError
+from agrepa_fast.errors import UserError
 from agrepa_fast.tokenizers.s3 import load_s3
 
 import_torchaudio()

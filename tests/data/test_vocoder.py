@@ -9,7 +9,8 @@ import torch
 from agrepa_fast.audio import hifigan
 from agrepa_fast.audio.mel import LogMel, decode, frame_count, import_torchaudio, resample
 from agrepa_fast.audio.vocoder import VOCOS_HUB, inverse_mel, load_vocoder
-from agrepa_fast.config import DataConfig, UserError, load_config
+from agrepa_fast.config import DataConfig, load_config
+from agrepa_fast.errors import UserError
 
 RELEASE = DataConfig()  # 24 kHz, 100 htk mels
 FRAMES = 80  # as many as HiFi-GAN's mels, so that a transposed mel has the same shape

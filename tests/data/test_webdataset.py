@@ -8,10 +8,10 @@ import tarfile
 
 import pytest
 
-from agrepa_fast.config import UserError
 from agrepa_fast.corpora.huggingface import hf_source
 from agrepa_fast.corpora.librispeech import audioset_source, librispeech_source
 from agrepa_fast.corpora.webdataset import webdataset_source
+from agrepa_fast.errors import UserError
 
 from .test_corpora import (
     RATE,

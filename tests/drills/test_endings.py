@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from agrepa_fast.config import UserError, load_config, save_config
+from agrepa_fast.config import load_config, save_config
+from agrepa_fast.errors import UserError
 from agrepa_fast.training import metrics
 from agrepa_fast.training.endings import claim, explain
 from agrepa_fast.training.metrics import Metrics, read_metrics

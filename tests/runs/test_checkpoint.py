@@ -15,8 +15,9 @@ import torch
 
 from agrepa_fast.checkpoints import save as checkpoint
 from agrepa_fast.checkpoints.weights import damage, find_checkpoint, resolve_checkpoint
-from agrepa_fast.config import Config, UserError
+from agrepa_fast.config import Config
 from agrepa_fast.data.index import load_index
+from agrepa_fast.errors import UserError
 from agrepa_fast.zero import recut as universal
 
 from ..testing import assert_same_curve, metrics, run_ranks, run_training

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from agrepa_fast.config import UserError
+from agrepa_fast.errors import UserError
 from agrepa_fast.zero.engine import lr_factor, start_ranks
 from tests.training.in_process import ds_values, make_run, state
 

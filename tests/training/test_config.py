@@ -1,6 +1,7 @@
 import pytest
 
-from agrepa_fast.config import UserError, load_config, preset_names, save_config
+from agrepa_fast.config import load_config, preset_names, save_config
+from agrepa_fast.errors import UserError
 
 
 @pytest.mark.parametrize("name", preset_names())

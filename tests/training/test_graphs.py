@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from agrepa_fast.config import TrainConfig, UserError
+from agrepa_fast.config import TrainConfig
 from agrepa_fast.data.batches import Batch
+from agrepa_fast.errors import UserError
 from agrepa_fast.flow import clip_keys, flow_loss
 from agrepa_fast.kernels import flow_mix, philox_uniform
 from agrepa_fast.training import captured_step as graphs

@@ -11,10 +11,11 @@ import torch
 
 from agrepa_fast import cli
 from agrepa_fast.attribution.foga import foga
-from agrepa_fast.config import DOMAINS, DataConfig, ModelConfig, UserError, VqFitConfig, load_config
+from agrepa_fast.config import DOMAINS, DataConfig, ModelConfig, VqFitConfig, load_config
 from agrepa_fast.data.batches import collate, fixed_clips
 from agrepa_fast.data.index import load_index, matching_index, write_index
 from agrepa_fast.data.reading import read_shard
+from agrepa_fast.errors import UserError
 from agrepa_fast.models.audio_dit.conditioning import TokenCondition
 from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.prepare.pipeline import prepare_folder
