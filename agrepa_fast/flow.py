@@ -3,9 +3,8 @@
 Everything random is drawn per clip from a key, so a step does not depend on how its batch is spread over ranks.
 """
 
-import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -15,18 +14,6 @@ import torch
 from .config import FlowConfig
 from .kernels import philox_normal, philox_uniform, valid_frames
 from .models.audio_dit.conditioning import Condition
-
-
-def clip_keys(seed: int, step: int, places: Iterable[int], stream: str) -> torch.Tensor:
-    """(C,) int64 keys of independent random streams, one for each (seed, step, place in the global batch, use)."""
-
-    return torch.tensor([derive_seed(seed, step, int(place), stream) for place in places], dtype=torch.int64)
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A signed 64-bit seed that depends on its parts alone."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 class Draws(NamedTuple):

@@ -12,8 +12,9 @@ from agrepa_fast.alignment.heads import AlignmentHeads
 from agrepa_fast.alignment.objectives import alignment_loss
 from agrepa_fast.attribution.foga import captured
 from agrepa_fast.config import FlowConfig, ModelConfig
-from agrepa_fast.flow import clip_keys, flow_loss, reference_prefix, training_draws
+from agrepa_fast.flow import flow_loss, reference_prefix, training_draws
 from agrepa_fast.kernels import flow_mix
+from agrepa_fast.seeds import clip_keys
 
 FLOW = FlowConfig()
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from ..attribution.selection import LayerSelection
-from ..flow import derive_seed
+from ..seeds import derive_seed
 
 
 class AlignmentHeads(nn.Module):

@@ -13,9 +13,10 @@ import torch
 import torch.nn as nn
 
 from ..config import DOMAINS
-from ..flow import clip_keys, reference_prefix
+from ..flow import reference_prefix
 from ..kernels import flow_mix, velocity_change
 from ..models.audio_dit.conditioning import Condition
+from ..seeds import clip_keys
 from .gates import SAME_ROWS, multi_gate, prefix_order, single_ablations
 from .scores import LayerScores
 

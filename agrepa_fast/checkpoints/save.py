@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from ..config import Config, load_config, save_config
 from ..data.index import Index
 from ..errors import UserError
-from ..flow import derive_seed
 from ..probing.schedule import LayerChoice
+from ..seeds import derive_seed
 from ..zero.ema import Ema
 from ..zero.engine import first_failure, full_weights
 from ..zero.recut import FOLDER as UNIVERSAL

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..config import DOMAINS, Config
 from ..errors import UserError
-from ..flow import derive_seed
+from ..seeds import derive_seed
 from .index import Index, Shard
 
 # A sequence of clips is read at so many places side by side, so that a rank, which has the same few places of each

@@ -29,8 +29,9 @@ from ..config import DOMAINS, Config
 from ..data.batches import Batch, collate, fixed_clips
 from ..data.index import Index, Sample
 from ..errors import UserError
-from ..flow import clip_keys, flow_loss
+from ..flow import flow_loss
 from ..kernels import flow_mix
+from ..seeds import clip_keys
 from ..zero.engine import all_sum, first_failure
 
 

@@ -10,7 +10,8 @@ from ..audio.vocoder import Vocoder
 from ..config import DOMAINS, Config
 from ..data.batches import Batch, collate, fixed_clips
 from ..data.index import Index
-from ..flow import clip_keys, reference_prefix, sample
+from ..flow import reference_prefix, sample
+from ..seeds import clip_keys
 
 
 def sample_clips(

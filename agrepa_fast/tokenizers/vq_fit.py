@@ -23,8 +23,8 @@ from ..corpora.folder import folder_recordings
 from ..corpora.recordings import Recording, Source
 from ..data.index import write_atomically
 from ..errors import UserError
-from ..flow import derive_seed
 from ..prepare.decode import MAX_BAD, MAX_BAD_SHARE, ahead, cut_wave, digest, name_hash
+from ..seeds import derive_seed
 from .kmeans import Codebook, fit_frames
 from .vq import FORMAT, FrameCodec, VqTokenizer, codec_bytes
 

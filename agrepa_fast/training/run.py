@@ -14,10 +14,11 @@ from ..config import Config
 from ..data.batches import Batch
 from ..data.index import Index
 from ..errors import LocalError, UserError
-from ..flow import clip_keys, flow_loss, reference_prefix, training_draws
+from ..flow import flow_loss, reference_prefix, training_draws
 from ..kernels import flow_mix
 from ..probing.probe import FixedClips, validation_loss
 from ..probing.schedule import LayerChoice
+from ..seeds import clip_keys
 from ..zero.ema import Ema
 from ..zero.engine import lr_factor
 from ..zero.update_ratio import update_ratio

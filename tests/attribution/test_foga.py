@@ -11,8 +11,8 @@ from agrepa_fast.attribution.foga import ProbeBatch
 from agrepa_fast.attribution.scores import LayerScores
 from agrepa_fast.attribution.selection import NotRankableError
 from agrepa_fast.attribution.vjp import FogaVjp
-from agrepa_fast.flow import clip_keys
 from agrepa_fast.kernels import flow_mix, philox_normal
+from agrepa_fast.seeds import clip_keys
 
 from ..conftest import small_batch, small_model
 

@@ -12,11 +12,12 @@ from agrepa_fast.config import ModelConfig, load_config
 from agrepa_fast.data.batches import collate
 from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
-from agrepa_fast.flow import clip_keys, reference_prefix
+from agrepa_fast.flow import reference_prefix
 from agrepa_fast.kernels import flow_mix
 from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.probing import probe as measure
 from agrepa_fast.probing.probe import ClipProbe, FixedClips, official_probe, pooled_states, probe, storage_scores
+from agrepa_fast.seeds import clip_keys
 
 from ..testing import run_ranks, write_small_shards
 

@@ -16,10 +16,11 @@ from agrepa_fast.attribution.selection import LayerSelection, select_layers
 from agrepa_fast.config import FlowConfig, load_config
 from agrepa_fast.data.batches import BatchLayout, DataConfig, collate, train_batches
 from agrepa_fast.data.index import load_index
-from agrepa_fast.flow import clip_keys, euler, flow_loss, reference_prefix, sample, sway_times, training_draws
+from agrepa_fast.flow import euler, flow_loss, reference_prefix, sample, sway_times, training_draws
 from agrepa_fast.kernels import flow_mix
 from agrepa_fast.models.audio_dit.dit import Velocity
 from agrepa_fast.probing.probe import FixedClips, validation_loss
+from agrepa_fast.seeds import clip_keys
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
 from agrepa_fast.zero.engine import lr_factor

@@ -6,8 +6,9 @@ import torch
 from agrepa_fast.config import TrainConfig
 from agrepa_fast.data.batches import Batch
 from agrepa_fast.errors import UserError
-from agrepa_fast.flow import clip_keys, flow_loss
+from agrepa_fast.flow import flow_loss
 from agrepa_fast.kernels import flow_mix, philox_uniform
+from agrepa_fast.seeds import clip_keys
 from agrepa_fast.training import captured_step as graphs
 
 from ..conftest import small_batch, small_model
