@@ -10,8 +10,8 @@ from _bench import Results
 from agrepa_fast import AudioDiT, Condition, LayerSelection
 from agrepa_fast.alignment.heads import AlignmentHeads
 from agrepa_fast.alignment.objectives import alignment_loss
-from agrepa_fast.attribution.foga import captured
 from agrepa_fast.config import FlowConfig, ModelConfig
+from agrepa_fast.device import captured
 from agrepa_fast.flow import flow_loss, reference_prefix, training_draws
 from agrepa_fast.kernels import flow_mix
 from agrepa_fast.seeds import clip_keys

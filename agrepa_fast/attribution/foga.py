@@ -3,7 +3,7 @@
 AG-REPA (arXiv 2603.01006): FoG-A_k = E[ ||v without block k - v|| / (||v|| + eps) ], no gradient, kept per domain.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import lru_cache
@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 
 from ..config import DOMAINS
+from ..device import captured
 from ..flow import reference_prefix
 from ..kernels import flow_mix, velocity_change
 from ..models.audio_dit.conditioning import Condition
@@ -171,28 +172,6 @@ class _Program:
     def _plain(self) -> None:
         v = self.probe.model(self.x_t, self.t, self.condition).v.float()
         self.floor.copy_(velocity_change(v[None], self.base, self.condition.lengths))
-
-
-def captured(call: Callable[[], None], pool, warmup: int = 2) -> Callable[[], None]:
-    """A function that replays `call` as one CUDA graph, captured after `warmup` runs on a stream of their own. Raises
-    ValueError when it cannot be captured, out of memory included."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(warmup):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL's watchdog may call CUDA
-            call()
-    except RuntimeError as error:
-        torch.cuda.set_stream(here)  # a capture that fails to end leaves its own
-        why = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"the probe cannot be captured ({why}): probe.graph=false runs it without CUDA graphs"
-        ) from error
-    return graph.replay
 
 
 def model_blocks(model: nn.Module, kind: str = "block") -> list[nn.Module]:

@@ -28,6 +28,7 @@ from ..attribution.vjp import FogaVjp
 from ..config import DOMAINS, Config
 from ..data.batches import Batch, collate, fixed_clips
 from ..data.index import Index, Sample
+from ..device import record, to_host
 from ..errors import UserError
 from ..flow import flow_loss
 from ..kernels import flow_mix
@@ -198,23 +199,6 @@ def survivable(model: nn.Module) -> tuple[type[Exception], ...]:
     inside a forward leaves the others waiting for its partitions."""
     partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     return (ValueError,) if partitioned else (ValueError, torch.OutOfMemoryError)
-
-
-def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the host; from a GPU it is only queued, into pinned memory."""
-    if not tensor.is_cuda:
-        return tensor.clone()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
-
-
-def record(device: torch.device) -> torch.cuda.Event | None:
-    """An event after what is queued on a GPU by now; None on a CPU, where nothing is."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event
 
 
 def probe(

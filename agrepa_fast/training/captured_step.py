@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn as nn
 
-from ..attribution.foga import captured
 from ..config import TrainConfig
 from ..data.batches import Batch
+from ..device import captured
 from ..errors import UserError
 
 Losses = dict[str, torch.Tensor]

@@ -4,7 +4,7 @@ import signal
 
 import torch
 
-from ..probing.probe import record, to_host
+from ..device import record, to_host
 from ..zero.engine import all_sum
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
