@@ -38,6 +38,7 @@ from agrepa_fast.data.batches import end_loaders, train_batches
 from agrepa_fast.data.index import Index, matching_index
 from agrepa_fast.data.plan import BatchLayout, BatchPlan
 from agrepa_fast.errors import LocalError, UserError
+from agrepa_fast.files import claim
 from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.probing.probe import FixedClips, storage_clips
 from agrepa_fast.probing.schedule import LayerChoice
@@ -45,7 +46,7 @@ from agrepa_fast.reporting.summary import finish
 from agrepa_fast.reporting.tracker import find_tracker, open_tracker
 from agrepa_fast.training.captured_step import check_graphs
 from agrepa_fast.training.dry_run import rehearse
-from agrepa_fast.training.endings import claim, explain, limit_waiting
+from agrepa_fast.training.endings import explain, limit_waiting
 from agrepa_fast.training.flops import peak_flops
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from agrepa_fast.config import DataConfig
-from agrepa_fast.data.index import SCHEMA, Sample, file_sha256, write_atomically, write_index, write_shard
+from agrepa_fast.data.index import SCHEMA, Sample, write_index, write_shard
+from agrepa_fast.files import file_sha256, write_atomically
 from agrepa_fast.prepare.decode import NOT_FEATURES
 from agrepa_fast.tokenizers.kmeans import Codebook, codebook_bytes
 

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from ..config import DOMAINS, DataConfig
 from ..errors import UserError
+from ..files import _part, file_sha256, write_atomically
 from ..tokenizers.kmeans import read_code_mels
 from .locations import Place, ReadError, Remote, locate, read_object
 
@@ -33,7 +33,6 @@ SCHEMA = 2
 SPLITS = ("train", "val")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # no "/", nothing hidden, no URL
 INDEX = "index.json"
-_PROCESS = uuid.uuid4().hex[:8]
 
 
 @dataclass(frozen=True)
@@ -297,11 +296,6 @@ def file_fault(folder: Path, entry: dict, checksum: bool) -> str | None:
     return None
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def write_shard(path: Path, samples: Iterable[Sample], teacher: str) -> dict:
     """Write one tar atomically. Returns what index.json says of it: file, clips, frames, bytes, sha256."""
     clips = frames = 0
@@ -362,18 +356,6 @@ def npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file is the old one or the new one, never a part."""
-    part = _part(path)
-    part.write_bytes(content)
-    part.replace(path)
-
-
-def _part(path: Path) -> Path:
-    """Where a file is written before it has its name; no other process's place, should one live on unnoticed."""
-    return path.with_name(f".{path.name}.{_PROCESS}.part")
 
 
 def write_index(folder: Path, content: dict) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import DataConfig
-from ..data.index import write_atomically
+from ..files import write_atomically
 from ..ranks import Ranks
 
 WORK = ".work"

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ..config import DOMAINS, DataConfig
-from ..data.index import SPLITS, file_sha256
+from ..data.index import SPLITS
 from ..errors import UserError
+from ..files import file_sha256
 from ..tokenizers.kmeans import FrameTokenizer, WaveTokenizer, tokens_of_frames
 from .decode import Clip, ahead, cut_wave, digest
 from .job import Job, work_file, work_names, write_work

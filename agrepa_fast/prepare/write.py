@@ -15,7 +15,8 @@ import numpy as np
 
 from ..audio.mel import frame_count
 from ..config import DataConfig
-from ..data.index import SPLITS, Sample, write_atomically, write_shard
+from ..data.index import SPLITS, Sample, write_shard
+from ..files import write_atomically
 from ..tokenizers.kmeans import Codebook, CodeMels, codebook_bytes
 from .decode import Clip, ahead, digest
 from .job import Job, Stage, work_file, write_work

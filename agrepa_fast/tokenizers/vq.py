@@ -17,8 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..data.index import file_sha256
 from ..errors import UserError
+from ..files import file_sha256
 from .kmeans import FrameTokenizer
 
 FORMAT = "agrepa-vq-1"

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from ..config import DataConfig, VqFitConfig
 from ..corpora.folder import folder_recordings
 from ..corpora.recordings import Recording, Source
-from ..data.index import write_atomically
 from ..errors import UserError
+from ..files import write_atomically
 from ..prepare.decode import MAX_BAD, MAX_BAD_SHARE, ahead, cut_wave, digest, name_hash
 from ..seeds import derive_seed
 from .kmeans import Codebook, fit_frames

@@ -15,10 +15,11 @@ from agrepa_fast.cli import main
 from agrepa_fast.config import DataConfig
 from agrepa_fast.corpora.folder import folder_source
 from agrepa_fast.data.batches import collate
-from agrepa_fast.data.index import file_sha256, load_index, matching_index, write_index
+from agrepa_fast.data.index import load_index, matching_index, write_index
 from agrepa_fast.data.reading import read_shard
 from agrepa_fast.data.verifying import verify_folder
 from agrepa_fast.errors import UserError
+from agrepa_fast.files import file_sha256
 from agrepa_fast.prepare import sidecars
 from agrepa_fast.prepare.pipeline import prepare_folder
 from agrepa_fast.prepare.sidecars import add_teacher
