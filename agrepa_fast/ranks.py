@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from .errors import UserError
 
 _PATIENCE = timedelta(hours=12)  # a rank may wait for the others at the end of a stage
@@ -185,3 +188,44 @@ def _connected(ignore: bool = False) -> Iterator[None]:
         if not ignore:
             reason = " ".join(str(error).split())[:120]
             raise _Lost(f"another rank has ended without a word ({reason}): {_AGAIN}") from error
+
+
+def agree(action: Callable[[], object]) -> None:
+    """Run `action` on rank 0; when it raises UserError, every rank raises it."""
+    message = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except UserError as error:
+            message = [str(error)]
+    dist.broadcast_object_list(message)
+    if message[0] is not None:
+        raise UserError(message[0])
+
+
+def all_sum(values: torch.Tensor) -> torch.Tensor:
+    """`values` summed over ranks, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def all_max(values: torch.Tensor) -> torch.Tensor:
+    """The largest of each value over ranks, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def all_gather(value: object) -> list:
+    """`value` of every rank, on every rank. Every rank must call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def first_failure(message: str | None) -> str | None:
+    """The message of the first rank that has one, on every rank. Every rank must call it."""
+    return next((text for text in all_gather(message) if text is not None), None)

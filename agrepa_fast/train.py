@@ -42,6 +42,7 @@ from agrepa_fast.files import claim
 from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.probing.probe import FixedClips, storage_clips
 from agrepa_fast.probing.schedule import LayerChoice
+from agrepa_fast.ranks import agree
 from agrepa_fast.reporting.summary import finish
 from agrepa_fast.reporting.tracker import find_tracker, open_tracker
 from agrepa_fast.training.captured_step import check_graphs
@@ -53,7 +54,7 @@ from agrepa_fast.training.run import Run
 from agrepa_fast.training.stop import StopRequest
 from agrepa_fast.zero.construction import fit_to_shards, gathered, new_model
 from agrepa_fast.zero.ema import Ema
-from agrepa_fast.zero.engine import agree, build_engine, find_ds_config, resolve_ds_config, start_ranks, zero_stage
+from agrepa_fast.zero.engine import build_engine, find_ds_config, resolve_ds_config, start_ranks, zero_stage
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from ..attribution.selection import LayerSelection
 from ..config import Config
 from ..data.batches import Batch
-from ..zero.engine import all_sum, lr_factor
+from ..ranks import all_sum
+from ..zero.engine import lr_factor
 from .heads import AlignmentHeads, BitcProjections
 from .objectives import alignment_loss, bitc_loss
 

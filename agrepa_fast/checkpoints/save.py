@@ -27,9 +27,10 @@ from ..config import Config, load_config, save_config
 from ..data.index import Index
 from ..errors import UserError
 from ..probing.schedule import LayerChoice
+from ..ranks import first_failure
 from ..seeds import derive_seed
 from ..zero.ema import Ema
-from ..zero.engine import first_failure, full_weights
+from ..zero.engine import full_weights
 from ..zero.recut import FOLDER as UNIVERSAL
 from ..zero.recut import counters, load_recut, whole_file, without_pickle
 from .upload import Mirror

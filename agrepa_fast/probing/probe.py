@@ -32,8 +32,8 @@ from ..device import record, to_host
 from ..errors import UserError
 from ..flow import flow_loss
 from ..kernels import flow_mix
+from ..ranks import all_sum, first_failure
 from ..seeds import clip_keys
-from ..zero.engine import all_sum, first_failure
 
 
 class FixedClips:

@@ -7,7 +7,7 @@ from ..data.plan import BatchLayout, BatchPlan
 from ..errors import LocalError, UserError
 from ..flow import flow_loss
 from ..models.audio_dit.conditioning import Condition
-from ..zero.engine import first_failure
+from ..ranks import first_failure
 
 
 def rehearse(

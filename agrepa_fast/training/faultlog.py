@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ..data.index import Index
 from ..data.reading import Fault
 from ..errors import UserError
-from ..zero.engine import all_gather, all_sum
+from ..ranks import all_gather, all_sum
 from .metrics import Metrics
 
 FILE = "faults.jsonl"

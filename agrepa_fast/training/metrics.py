@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..zero.engine import all_max, all_sum
+from ..ranks import all_max, all_sum
 
 _GB = 2**30
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
-from ..zero.engine import all_gather
+from ..ranks import all_gather
 from ..zero.update_ratio import weight_norm
 from .metrics import Metrics
 

@@ -5,7 +5,7 @@ import signal
 import torch
 
 from ..device import record, to_host
-from ..zero.engine import all_sum
+from ..ranks import all_sum
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

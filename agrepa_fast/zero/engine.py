@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -59,19 +59,6 @@ def start_ranks() -> torch.device:
         torch.cuda.set_device(device)
     deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=_PATIENCE, verbose=False)
     return device
-
-
-def agree(action: Callable[[], object]) -> None:
-    """Run `action` on rank 0; when it raises UserError, every rank raises it."""
-    message = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except UserError as error:
-            message = [str(error)]
-    dist.broadcast_object_list(message)
-    if message[0] is not None:
-        raise UserError(message[0])
 
 
 def _free_port() -> str:
@@ -300,31 +287,3 @@ def full_weights(engine) -> dict[str, torch.Tensor]:
 def _whole(engine, stage: int) -> list[torch.Tensor | None]:
     """The masters where they are whole parameters, in the model's order."""
     return masters(engine) if stage == 0 else [None] * len(list(engine.module.parameters()))
-
-
-def all_sum(values: torch.Tensor) -> torch.Tensor:
-    """`values` summed over ranks, in place."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def all_max(values: torch.Tensor) -> torch.Tensor:
-    """The largest of each value over ranks, in place."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values
-
-
-def all_gather(value: object) -> list:
-    """`value` of every rank, on every rank. Every rank must call it."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def first_failure(message: str | None) -> str | None:
-    """The message of the first rank that has one, on every rank. Every rank must call it."""
-    return next((text for text in all_gather(message) if text is not None), None)

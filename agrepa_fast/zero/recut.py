@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
+from ..ranks import agree
 from .construction import whole_shape
-from .engine import agree, master_parameters, masters, publish_masters
+from .engine import master_parameters, masters, publish_masters
 
 Whole = Callable[[str], torch.Tensor]  # name of a parameter -> its whole tensor, fp32 on the CPU
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from .engine import all_sum, masters
+from ..ranks import all_sum
+from .engine import masters
 
 _CHUNK = 1 << 24  # elements worked on at once: bounds what the norms need beside the weights
 
