@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -484,3 +485,11 @@ def save_config(config: Config, path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")  # a kill must not leave a run without its configuration
     temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     temporary.replace(path)
+
+
+def lr_factor(train: TrainConfig, step: int) -> float:
+    """Share of train.lr at an optimizer step: linear warm-up, then cosine decay to train.final_lr."""
+    if step < train.warmup_steps:
+        return (step + 1) / train.warmup_steps
+    progress = min(1.0, (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps))
+    return train.final_lr + (1 - train.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -47,14 +47,15 @@ from agrepa_fast.reporting.summary import finish
 from agrepa_fast.reporting.tracker import find_tracker, open_tracker
 from agrepa_fast.training.captured_step import check_graphs
 from agrepa_fast.training.dry_run import rehearse
-from agrepa_fast.training.endings import explain, limit_waiting
+from agrepa_fast.training.endings import explain
 from agrepa_fast.training.flops import peak_flops
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
 from agrepa_fast.training.stop import StopRequest
 from agrepa_fast.zero.construction import fit_to_shards, gathered, new_model
+from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config, zero_stage
 from agrepa_fast.zero.ema import Ema
-from agrepa_fast.zero.engine import build_engine, find_ds_config, resolve_ds_config, start_ranks, zero_stage
+from agrepa_fast.zero.engine import build_engine, limit_waiting, start_ranks
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -310,8 +310,9 @@ def zero2(plan: Plan) -> Measured:
     from agrepa_fast.config import Config, DataConfig, TrainConfig
     from agrepa_fast.data.batches import Batch, BatchLayout
     from agrepa_fast.training.run import Run
+    from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config
     from agrepa_fast.zero.ema import Ema
-    from agrepa_fast.zero.engine import build_engine, find_ds_config, resolve_ds_config, start_ranks
+    from agrepa_fast.zero.engine import build_engine, start_ranks
 
     s = plan.sizes
     os.environ.setdefault("LOCAL_RANK", "0")

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from agrepa_fast.config import load_config
 from agrepa_fast.data.batches import BatchLayout
 from agrepa_fast.zero.construction import new_model, whole_shape
+from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config
 from agrepa_fast.zero.ema import Ema
-from agrepa_fast.zero.engine import build_engine, find_ds_config, resolve_ds_config, start_ranks
+from agrepa_fast.zero.engine import build_engine, start_ranks
 
 
 def resident(field: str) -> int:

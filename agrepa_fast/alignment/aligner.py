@@ -6,10 +6,9 @@ import torch
 import torch.distributed as dist
 
 from ..attribution.selection import LayerSelection
-from ..config import Config
+from ..config import Config, lr_factor
 from ..data.batches import Batch
 from ..ranks import all_sum
-from ..zero.engine import lr_factor
 from .heads import AlignmentHeads, BitcProjections
 from .objectives import alignment_loss, bitc_loss
 

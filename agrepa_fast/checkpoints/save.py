@@ -30,7 +30,7 @@ from ..probing.schedule import LayerChoice
 from ..ranks import first_failure
 from ..seeds import derive_seed
 from ..zero.ema import Ema
-from ..zero.engine import full_weights
+from ..zero.masters import full_weights
 from ..zero.recut import FOLDER as UNIVERSAL
 from ..zero.recut import counters, load_recut, whole_file, without_pickle
 from .upload import Mirror

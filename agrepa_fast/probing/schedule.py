@@ -11,7 +11,7 @@ from ..attribution.scores import LayerScores
 from ..attribution.selection import LayerSelection, NotRankableError, select_as, unmeasured_selection
 from ..attribution.stored import lasp
 from ..config import DOMAINS, Config
-from ..zero.engine import gradient_norms
+from ..zero.masters import gradient_norms
 from .probe import ClipProbe, FixedClips, PendingScores, pooled_states, storage_scores
 
 

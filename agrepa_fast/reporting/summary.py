@@ -12,7 +12,7 @@ from ..kernels import active_backend
 from ..probing.probe import FixedClips, validation_loss
 from ..training.metrics import plot_loss, read_metrics
 from ..training.run import Run
-from ..zero.engine import precision
+from ..zero.ds_config import precision
 from .plots import plot_all
 from .samples import sample_clips, write_samples
 

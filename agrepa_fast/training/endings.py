@@ -1,17 +1,7 @@
 """How a run ends that nobody asked to end: one process a folder, a bound on waiting for a rank that is gone, and a line
 that says what happened."""
 
-from datetime import timedelta
-
 import torch.distributed as dist
-
-
-def limit_waiting(minutes: float) -> None:
-    """From here on, a collective that some rank does not come to fails after so many minutes, in every group."""
-    from torch.distributed.distributed_c10d import _set_pg_timeout, _world
-
-    for group in _world.pg_map:
-        _set_pg_timeout(timedelta(minutes=minutes), group)
 
 
 def explain(error: Exception) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ..config import ModelConfig, TrainConfig
-from ..zero.engine import precision
+from ..zero.ds_config import precision
 
 # Dense bf16 TFLOP/s of tensor cores, from NVIDIA's data sheets; the first name that is part of the device's counts.
 _PEAKS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import Config
+from ..config import Config, lr_factor
 from ..data.batches import Batch
 from ..data.index import Index
 from ..errors import LocalError, UserError
@@ -20,7 +20,6 @@ from ..probing.probe import FixedClips, validation_loss
 from ..probing.schedule import LayerChoice
 from ..seeds import clip_keys
 from ..zero.ema import Ema
-from ..zero.engine import lr_factor
 from ..zero.update_ratio import update_ratio
 from .captured_step import GraphedLosses, Losses
 from .faultlog import FaultLog

@@ -11,7 +11,8 @@ from ..config import Config
 from ..data.index import Index
 from ..errors import UserError
 from ..models.audio_dit.dit import AudioDiT
-from .engine import deepspeed_refusals, zero_stage
+from .ds_config import zero_stage
+from .engine import deepspeed_refusals
 
 
 def fit_to_shards(config: Config, index: Index) -> Config:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .engine import masters, publish_masters
+from .masters import masters, publish_masters
 from .recut import Whole, cut
 
 

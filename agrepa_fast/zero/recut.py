@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ..errors import UserError
 from ..ranks import agree
 from .construction import whole_shape
-from .engine import master_parameters, masters, publish_masters
+from .masters import master_parameters, masters, publish_masters
 
 Whole = Callable[[str], torch.Tensor]  # name of a parameter -> its whole tensor, fp32 on the CPU
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ..ranks import all_sum
-from .engine import masters
+from .masters import masters
 
 _CHUNK = 1 << 24  # elements worked on at once: bounds what the norms need beside the weights
 

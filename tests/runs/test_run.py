@@ -13,7 +13,7 @@ from agrepa_fast.alignment import aligner as aligner_module
 from agrepa_fast.attribution.csv import append_csv
 from agrepa_fast.attribution.foga import ProbeBatch, foga
 from agrepa_fast.attribution.selection import LayerSelection, select_layers
-from agrepa_fast.config import FlowConfig, load_config
+from agrepa_fast.config import FlowConfig, load_config, lr_factor
 from agrepa_fast.data.batches import BatchLayout, DataConfig, collate, train_batches
 from agrepa_fast.data.index import load_index
 from agrepa_fast.flow import euler, flow_loss, reference_prefix, sample, sway_times, training_draws
@@ -23,7 +23,6 @@ from agrepa_fast.probing.probe import FixedClips, validation_loss
 from agrepa_fast.seeds import clip_keys
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
-from agrepa_fast.zero.engine import lr_factor
 
 from ..conftest import small_batch, small_model
 from ..testing import run_training, write_small_shards

@@ -16,8 +16,10 @@ from agrepa_fast.probing.schedule import LayerChoice
 from agrepa_fast.train import build_model, fit_to_shards
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
+from agrepa_fast.zero.ds_config import resolve_ds_config
 from agrepa_fast.zero.ema import Ema
-from agrepa_fast.zero.engine import build_engine, masters, resolve_ds_config
+from agrepa_fast.zero.engine import build_engine
+from agrepa_fast.zero.masters import masters
 
 CPU = torch.device("cpu")
 

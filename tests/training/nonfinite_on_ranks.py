@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from agrepa_fast.config import lr_factor
 from agrepa_fast.errors import UserError
-from agrepa_fast.zero.engine import lr_factor, start_ranks
+from agrepa_fast.zero.engine import start_ranks
 from tests.training.in_process import ds_values, make_run, state
 
 BAD = 1  # the step (from 0) that is spoilt

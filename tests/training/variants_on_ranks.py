@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from agrepa_fast.checkpoints.weights import load_weights
 from agrepa_fast.config import load_config
 from agrepa_fast.zero.construction import new_model
-from agrepa_fast.zero.engine import full_weights, masters, start_ranks
+from agrepa_fast.zero.engine import start_ranks
+from agrepa_fast.zero.masters import full_weights, masters
 from agrepa_fast.zero.update_ratio import update_ratio, weight_norm
 from tests.training.in_process import ds_values, make_run
 
