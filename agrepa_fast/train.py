@@ -45,14 +45,14 @@ from agrepa_fast.probing.schedule import LayerChoice
 from agrepa_fast.ranks import agree
 from agrepa_fast.reporting.summary import finish
 from agrepa_fast.reporting.tracker import find_tracker, open_tracker
+from agrepa_fast.training.builder import fit_to_shards
 from agrepa_fast.training.captured_step import check_graphs
 from agrepa_fast.training.dry_run import rehearse
-from agrepa_fast.training.endings import explain
 from agrepa_fast.training.flops import peak_flops
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
 from agrepa_fast.training.stop import StopRequest
-from agrepa_fast.zero.construction import fit_to_shards, gathered, new_model
+from agrepa_fast.zero.construction import gathered, new_model
 from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config, zero_stage
 from agrepa_fast.zero.ema import Ema
 from agrepa_fast.zero.engine import build_engine, limit_waiting, start_ranks
@@ -267,3 +267,19 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def explain(error: Exception) -> str:
+    """One line for an error that is nobody's input: which process is gone, where the error says so."""
+    text = " ".join(str(error).split())
+    if text.startswith("DataLoader worker"):
+        return (
+            f"a loader process ended ({text}): memory that ran out is the usual reason, lower data.workers; "
+            "--resume latest goes on from the last checkpoint"
+        )
+    if "gloo" in text or isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return (
+            "another rank ended, or does not answer; its own output says why. --resume latest goes on from the last "
+            "checkpoint"
+        )
+    return f"{type(error).__name__}: {text[:300]}"

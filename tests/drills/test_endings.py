@@ -12,8 +12,8 @@ import pytest
 from agrepa_fast.config import load_config, save_config
 from agrepa_fast.errors import UserError
 from agrepa_fast.files import claim
+from agrepa_fast.train import explain
 from agrepa_fast.training import metrics
-from agrepa_fast.training.endings import explain
 from agrepa_fast.training.metrics import Metrics, read_metrics
 
 from ..testing import ROOT, run_ranks

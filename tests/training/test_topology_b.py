@@ -22,7 +22,7 @@ from agrepa_fast.prepare.pipeline import prepare_folder
 from agrepa_fast.prepare.token_pass import paired
 from agrepa_fast.tokenizers.vq import VqTokenizer
 from agrepa_fast.tokenizers.vq_fit import fit_vq
-from agrepa_fast.zero.construction import fit_to_shards
+from agrepa_fast.training.builder import fit_to_shards
 
 from ..conftest import small_batch, small_model
 from ..testing import EXTRA_CODES, run_training, write_small_shards
