@@ -40,7 +40,7 @@ from agrepa_fast.data.plan import BatchLayout, BatchPlan
 from agrepa_fast.errors import LocalError, UserError
 from agrepa_fast.files import claim
 from agrepa_fast.models.audio_dit.dit import AudioDiT
-from agrepa_fast.probing.probe import FixedClips, storage_clips
+from agrepa_fast.probing.fixed_clips import FixedClips, storage_clips
 from agrepa_fast.probing.schedule import LayerChoice
 from agrepa_fast.ranks import agree
 from agrepa_fast.reporting.summary import finish

@@ -4,130 +4,27 @@ Every rank runs the same number of forwards (ZeRO-3 gathers weights in each), an
 the clip, so the numbers are the same on any number of ranks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 from ..attribution.foga import (
-    OFFICIAL_TIME,
     FogaProbe,
     Measured,
     ProbeBatch,
-    noised,
     official_foga,
     part_names,
-    probe_condition,
-    undisturbed,
 )
 from ..attribution.scores import STORAGE, LayerScores
-from ..attribution.stored import PooledStates, cka, lasp, ridge
 from ..attribution.vjp import FogaVjp
-from ..config import DOMAINS, Config
-from ..data.batches import Batch, collate, fixed_clips
-from ..data.index import Index, Sample
+from ..config import Config
+from ..data.index import Index
 from ..device import record, to_host
-from ..errors import UserError
-from ..flow import flow_loss
-from ..kernels import flow_mix
 from ..ranks import all_sum, first_failure
-from ..seeds import clip_keys
-
-
-class FixedClips:
-    """The first clips of every domain of a split, in chunks for this rank.
-
-    static: all chunks have the same shape, for CUDA graphs. center: as collate. Raises UserError when there are fewer
-    clips than ranks.
-    """
-
-    def __init__(
-        self,
-        index: Index,
-        split: str,
-        per_domain: int,
-        chunk: int,
-        device,
-        rank: int = 0,
-        world: int = 1,
-        *,
-        static: bool = False,
-        center: bool = True,
-    ):
-        self.index, self.chunk, self.rank, self.world = index, chunk, rank, world
-        self.device = torch.device(device)
-        self.static, self.center = static, center
-        self.samples: list[Sample] = [s for d in index.domains for s in fixed_clips(index, split, d, per_domain)]
-        self.domain = torch.tensor([DOMAINS.index(sample.domain) for sample in self.samples])
-        self._made: dict[float, list[tuple[Batch, list[int]]]] = {}
-        if len(self) < world:
-            raise UserError(
-                f"{len(self)} {split} clips are fewer than the {world} ranks that share them: raise probe.clips and "
-                "eval.clips"
-            )
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def batches(self, max_reference: float) -> list[tuple[Batch, list[int]]]:
-        """This rank's chunks, on the device, and which rows of each it answers for; rows beyond its share repeat a clip
-        and are dropped."""
-        if max_reference not in self._made:
-            self._made[max_reference] = list(self._make(max_reference))
-        return self._made[max_reference]
-
-    def _make(self, max_reference: float) -> Iterator[tuple[Batch, list[int]]]:
-        share, chunk = -(-len(self) // self.world), self.chunk
-        rows = share
-        if self.static:
-            chunks = -(-share // chunk)
-            chunk = -(-share // chunks)  # as even as they can be: what fills up a chunk is computed for nothing
-            rows = chunks * chunk
-        mine = [self.rank * share + i for i in range(rows)]
-        last = min((self.rank + 1) * share, len(self)) - 1
-        least = {}
-        if self.static:
-            least = {"frames": max(s.frames for s in self.samples), "tokens": max(len(s.tokens) for s in self.samples)}
-        padded = len({sample.frames for sample in self.samples}) > 1
-        for start in range(0, rows, chunk):
-            places = mine[start : start + chunk]
-            owned = [row for row, place in enumerate(places) if place <= last]
-            places = [min(place, len(self) - 1) for place in places]
-            samples = [self.samples[place] for place in places]
-            batch = collate(samples, tuple(places), self.index, center=self.center, **least).to(self.device)
-            condition = probe_condition(batch.mel, batch.condition, max_reference)
-            yield replace(batch, condition=replace(condition, padded=padded) if self.static else condition), owned
-
-
-def _with_bar(clips: FixedClips, config: Config, what: str, progress: bool) -> Iterator[tuple[Batch, list[int]]]:
-    batches = clips.batches(config.flow.max_reference)
-    return iter(tqdm(batches, desc=what, unit="chunk", disable=not progress, leave=False))
-
-
-@torch.no_grad()
-def validation_loss(model: nn.Module, clips: FixedClips, config: Config, *, progress: bool = False) -> dict[str, float]:
-    """Flow loss at fixed times and noise: mean over all clips, and of each domain. Every rank must call it."""
-    times = config.eval.times
-    losses = torch.zeros(len(clips), device=clips.device)
-    training = model.training
-    model.eval()
-    for batch, owned in _with_bar(clips, config, "validation", progress):
-        for number, t in enumerate(times):
-            keys = clip_keys(0, number, batch.places, "validation").to(clips.device)
-            t_clips = torch.full((len(batch.keys),), t, device=clips.device)
-            x_t, target = flow_mix(batch.mel, t_clips, keys, config.flow.sigma)
-            v = model(x_t, t_clips, batch.condition).v
-            loss = flow_loss(v, target, batch.condition.lengths) / len(times)
-            for row in owned:
-                losses[batch.places[row]] += loss[row]
-    model.train(training)
-    losses = all_sum(losses).cpu()
-    result = {"val/flow_loss": losses.mean().item()}
-    for name in clips.index.domains:
-        result[f"val/flow_loss_{name}"] = losses[clips.domain == DOMAINS.index(name)].mean().item()
-    return result
+from .fixed_clips import FixedClips, _with_bar, storage_clips
+from .stored import _check_lasp, pooled_states, storage_scores
 
 
 @dataclass(frozen=True)
@@ -230,73 +127,6 @@ def official_probe(model: nn.Module, clips: FixedClips, config: Config, step: in
     return replace(parts[-1].joined_with(parts[:-1]), step=step)
 
 
-@torch.no_grad()
-def pooled_states(
-    model: nn.Module,
-    clips: FixedClips,
-    config: Config,
-    step: int | None = None,
-    *,
-    recipe: str = "corrected",
-    progress: bool = False,
-) -> PooledStates:
-    """The time-means of every layer and of the token condition, beside the teacher, for all clips: what LASP, ridge and
-    CKA need. The same on every rank, and every rank must call it; when it fails on one, all raise ValueError. x_t as
-    FoG-A's; recipe "official": the clean mel, at t = 0.8."""
-    times = (OFFICIAL_TIME,) if recipe == "official" else tuple(config.probe.times)
-    layers, count, sizes = range(len(model.blocks) + 1), len(clips), config.model
-    hidden = torch.zeros(len(layers) - 1, count, len(times), sizes.dim, device=clips.device)
-    condition = torch.zeros(count, sizes.token_dim, device=clips.device)
-    dims = {domain: clips.index.teacher(domain).dim for domain in clips.index.domains}
-    teacher = {domain: torch.zeros(count, dim, device=clips.device) for domain, dim in dims.items()}
-    failure = None
-    with undisturbed(model):
-        for batch, owned in _with_bar(clips, config, "what layers store", progress):
-            try:
-                for number, t in enumerate(times):
-                    given = ProbeBatch(batch.mel, batch.condition, batch.domain, batch.places)
-                    x_t = batch.mel if recipe == "official" else noised(given, t, config.flow.sigma, 0, 0)
-                    t_clips = batch.mel.new_full((len(batch.keys),), t)
-                    pooled = model(x_t, t_clips, batch.condition, capture=tuple(layers), pooled=True).hidden
-                    for row in owned:
-                        place = batch.places[row]
-                        hidden[:, place, number] = torch.stack([pooled[layer][row].float() for layer in layers[1:]])
-                        condition[place] = pooled[0][row]
-            except survivable(model) as error:
-                failure = failure or str(error)
-            for row in owned:
-                for domain, vectors in batch.teacher.items():
-                    teacher[domain][batch.places[row]] = vectors[row]
-    if (failure := first_failure(failure)) is not None:
-        raise ValueError(failure)
-    hidden, condition = (all_sum(values).cpu() for values in (hidden, condition))
-    teacher = {domain: all_sum(vectors).cpu() for domain, vectors in teacher.items()}
-    return PooledStates(hidden, condition, teacher, clips.domain, times, step)
-
-
-def storage_scores(
-    states: PooledStates,
-    projections: dict[str, torch.Tensor],
-    measures: Sequence[str] | None = None,
-    *,
-    recipe: str = "corrected",
-) -> list[LayerScores]:
-    """What layers store of the teacher. measures: of ridge, cka and lasp; None: those that fit the states, LASP where
-    BiT-C's projections are as wide as the layers and there is one for every domain. Raises ValueError as they do."""
-    domains = {DOMAINS[number] for number in states.domain.tolist()}
-    if measures is None:
-        fits = states.hidden.shape[-1] == states.condition.shape[-1] and set(projections) >= domains
-        enough = min(int((states.domain == DOMAINS.index(domain)).sum()) for domain in domains) >= 8
-        ours = enough and recipe == "corrected"  # the release has neither
-        measures = [*(("ridge", "cka") if ours else ()), *(("lasp",) if fits else ())]
-    made = {
-        "ridge": lambda: ridge(states),
-        "cka": lambda: cka(states),
-        "lasp": lambda: lasp(states, projections, recipe=recipe),
-    }
-    return [made[measure]() for measure in measures]
-
-
 def measure_model(
     model: nn.Module,
     index: Index,
@@ -328,20 +158,3 @@ def measure_model(
         states = pooled_states(model, clips, config, step, recipe=recipe, progress=True)
         found += storage_scores(states, projections, stored, recipe=recipe)
     return found
-
-
-def _check_lasp(config: Config, index: Index, projections: dict[str, torch.Tensor]) -> None:
-    """Before anything is computed: whether BiT-C's projections can be asked about layers."""
-    if missing := set(index.domains) - projections.keys():
-        raise ValueError(f"lasp asks BiT-C's projections, and there are none of {', '.join(sorted(missing))}")
-    if config.model.dim != config.model.token_dim:
-        raise ValueError(
-            f"lasp: BiT-C's projections take {config.model.token_dim} channels (model.token_dim), layers have "
-            f"{config.model.dim} (model.dim)"
-        )
-
-
-def storage_clips(index: Index, config: Config, device, rank: int = 0, world: int = 1) -> FixedClips:
-    """The clips that say what layers store: probe.storage_clips per domain, or as many as there are."""
-    count = min(config.probe.storage_clips, *(index.clips("train", domain) for domain in index.domains))
-    return FixedClips(index, "train", count, config.probe.chunk, device, rank, world, center=config.align.center)

@@ -12,7 +12,9 @@ from ..attribution.selection import LayerSelection, NotRankableError, select_as,
 from ..attribution.stored import lasp
 from ..config import DOMAINS, Config
 from ..zero.masters import gradient_norms
-from .probe import ClipProbe, FixedClips, PendingScores, pooled_states, storage_scores
+from .fixed_clips import FixedClips
+from .probe import ClipProbe, PendingScores
+from .stored import pooled_states, storage_scores
 
 
 class LayerChoice:

@@ -9,7 +9,8 @@ import torch
 
 from ..audio.vocoder import Vocoder
 from ..kernels import active_backend
-from ..probing.probe import FixedClips, validation_loss
+from ..probing.fixed_clips import FixedClips
+from ..probing.validation import validation_loss
 from ..training.metrics import plot_loss, read_metrics
 from ..training.run import Run
 from ..zero.ds_config import precision

@@ -16,8 +16,9 @@ from ..data.index import Index
 from ..errors import LocalError, UserError
 from ..flow import flow_loss, reference_prefix, training_draws
 from ..kernels import flow_mix
-from ..probing.probe import FixedClips, validation_loss
+from ..probing.fixed_clips import FixedClips
 from ..probing.schedule import LayerChoice
+from ..probing.validation import validation_loss
 from ..seeds import clip_keys
 from ..zero.ema import Ema
 from ..zero.update_ratio import update_ratio

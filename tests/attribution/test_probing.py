@@ -16,7 +16,9 @@ from agrepa_fast.flow import reference_prefix
 from agrepa_fast.kernels import flow_mix
 from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.probing import probe as measure
-from agrepa_fast.probing.probe import ClipProbe, FixedClips, official_probe, pooled_states, probe, storage_scores
+from agrepa_fast.probing.fixed_clips import FixedClips
+from agrepa_fast.probing.probe import ClipProbe, official_probe, probe
+from agrepa_fast.probing.stored import pooled_states, storage_scores
 from agrepa_fast.seeds import clip_keys
 
 from ..testing import run_ranks, write_small_shards

@@ -17,7 +17,7 @@ from agrepa_fast.config import load_config
 from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
 from agrepa_fast.models.audio_dit.dit import AudioDiT
-from agrepa_fast.probing.probe import FixedClips
+from agrepa_fast.probing.fixed_clips import FixedClips
 from agrepa_fast.probing.schedule import LayerChoice
 
 from ..testing import write_small_shards

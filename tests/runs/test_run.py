@@ -19,7 +19,8 @@ from agrepa_fast.data.index import load_index
 from agrepa_fast.flow import euler, flow_loss, reference_prefix, sample, sway_times, training_draws
 from agrepa_fast.kernels import flow_mix
 from agrepa_fast.models.audio_dit.dit import Velocity
-from agrepa_fast.probing.probe import FixedClips, validation_loss
+from agrepa_fast.probing.fixed_clips import FixedClips
+from agrepa_fast.probing.validation import validation_loss
 from agrepa_fast.seeds import clip_keys
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
