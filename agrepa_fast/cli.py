@@ -275,8 +275,9 @@ def _probe(args: argparse.Namespace) -> None:
 
 def _report_probe(measured: list, selection, out: Path, k: int) -> None:
     """The table, attribution.csv and plots of a probe."""
-    from .attribution.csv import append_csv, print_tables
+    from .attribution.csv import append_csv
     from .reporting.plots import plot_all
+    from .reporting.tables import print_tables
 
     out.mkdir(parents=True, exist_ok=True)
     for scores in measured:

@@ -11,9 +11,10 @@ from ..audio.vocoder import Vocoder
 from ..kernels import active_backend
 from ..probing.fixed_clips import FixedClips
 from ..probing.validation import validation_loss
-from ..training.metrics import plot_loss, read_metrics
+from ..training.metrics import read_metrics
 from ..training.run import Run
 from ..zero.ds_config import precision
+from .loss import plot_loss
 from .plots import plot_all
 from .samples import sample_clips, write_samples
 
