@@ -26,7 +26,6 @@ from tqdm import tqdm
 from ..config import DOMAINS, DataConfig
 from ..errors import UserError
 from ..files import _part, file_sha256, write_atomically
-from ..tokenizers.kmeans import read_code_mels
 from .locations import Place, ReadError, Remote, locate, read_object
 
 SCHEMA = 2
@@ -360,3 +359,10 @@ def npy(array: np.ndarray) -> bytes:
 
 def write_index(folder: Path, content: dict) -> None:
     write_atomically(folder / INDEX, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_code_mels(place: Place) -> np.ndarray:
+    """(codes, n_mels) float32, the mean log-mel of each code."""
+    from safetensors.numpy import load
+
+    return load(read_object(place))["mel"]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..data.locations import Place, read_object
 from ..errors import UserError
 
 FIT_FRAMES_PER_CODE = 256  # more frames than this per code do not move k-means' centroids
@@ -121,10 +120,3 @@ def codebook_bytes(codebook: Codebook | None, mels: np.ndarray) -> bytes:
 
     tensors = {"mel": np.ascontiguousarray(mels)}
     return save(tensors if codebook is None else {"centroids": codebook.centroids, **tensors})
-
-
-def read_code_mels(place: Place) -> np.ndarray:
-    """(codes, n_mels) float32, the mean log-mel of each code."""
-    from safetensors.numpy import load
-
-    return load(read_object(place))["mel"]
