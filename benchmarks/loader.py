@@ -26,7 +26,8 @@ import torch
 from _bench import print_table, spread, write_json
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from agrepa_fast.audio.mel import LogMel, decode, resample
+from agrepa_fast.audio.mel import LogMel
+from agrepa_fast.audio.waves import decode, resample
 from agrepa_fast.config import DOMAINS, DataConfig
 from agrepa_fast.data.batches import collate, train_batches
 from agrepa_fast.data.index import SCHEMA, Index, Sample, load_index, write_index, write_shard

@@ -117,7 +117,7 @@ def write_small_whisper(folder: Path) -> Path:
     """A random Whisper of width 32 and two layers, as transformers saves it."""
     import torch
 
-    from agrepa_fast.audio.mel import import_torchaudio
+    from agrepa_fast.audio.waves import import_torchaudio
 
     import_torchaudio()  # transformers imports it
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel

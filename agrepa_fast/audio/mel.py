@@ -4,98 +4,13 @@ Waves are never normalised to a peak or a loudness: how loud a recording is belo
 such as HiFi-GAN expect the level of the recording.
 """
 
-import io
-import sys
-import types
-from fractions import Fraction
-from functools import lru_cache
-from pathlib import Path
-
 import numpy as np
 import torch
 
 from ..config import DataConfig
-from ..errors import UserError
+from .waves import import_torchaudio
 
-SOUNDFILE_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 MEL_FLOOR = 1e-5  # smallest mel magnitude; log of it is -11.5
-_MAX_RATIO_TERM = 2048  # bounds the resampling kernel: 44101 -> 22050 Hz taken exactly would need 4 GB
-
-
-def import_torchaudio():
-    """torchaudio, also beside a CPU build of torch."""
-    if torch.version.cuda is None and "torchaudio" not in sys.modules:
-        # The wheel is a CUDA build whose native part fails to load without libc10_cuda; what we use is pure Python.
-        stub = types.ModuleType("torchaudio._extension")
-        stub._IS_TORCHAUDIO_EXT_AVAILABLE = False
-        stub._IS_ALIGN_AVAILABLE = False
-        stub.fail_if_no_align = lambda function: function
-        sys.modules["torchaudio._extension"] = stub
-    import torchaudio
-
-    return torchaudio
-
-
-def decode(
-    source: str | Path | bytes,
-    name: str,
-    start: float = 0.0,
-    seconds: float | None = None,
-) -> tuple[np.ndarray, int]:
-    """A recording as (wave, rate): wave (samples,) float32 mono (channels averaged), rate in Hz.
-
-    `source` is a path or the file's bytes, `name` its file name: the suffix .g722 selects PyAV (G.722 has no header to
-    tell it by), anything else goes to soundfile (wav, flac, mp3, ogg, opus). `start` and `seconds` read a part of it.
-    Raises UserError when it cannot be decoded.
-    """
-    if name.lower().endswith(".g722"):
-        return _decode_g722(source, name, start, seconds)
-    import soundfile
-
-    try:
-        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as file:
-            rate = file.samplerate
-            file.seek(min(round(start * rate), file.frames))
-            channels = file.read(
-                -1 if seconds is None else round(seconds * rate),
-                dtype="float32",
-                always_2d=True,
-            )
-    except soundfile.LibsndfileError as error:
-        raise UserError(f"{name}: cannot be decoded ({error.error_string}); remove it or convert it to wav") from error
-    return channels.mean(axis=1, dtype=np.float32), rate
-
-
-def _decode_g722(source: str | Path | bytes, name: str, start: float, seconds: float | None) -> tuple[np.ndarray, int]:
-    import av
-
-    try:
-        with av.open(
-            io.BytesIO(source) if isinstance(source, bytes) else str(source),
-            format="g722",
-        ) as container:
-            rate = container.streams.audio[0].rate
-            pieces = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]  # mono, 16-bit
-    except av.error.FFmpegError as error:
-        raise UserError(f"{name}: cannot be decoded ({error.strerror}); remove it or convert it to wav") from error
-    wave = np.concatenate(pieces).astype(np.float32) / 32768 if pieces else np.zeros(0, np.float32)
-    first = round(start * rate)
-    return wave[first : None if seconds is None else first + round(seconds * rate)], rate
-
-
-def resample(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
-    """wave (samples,) float32 at `from_rate` Hz -> (ceil(samples * to / from),) at `to_rate` Hz, by windowed sinc."""
-    # Exact for usual rates; an odd one such as 44101 Hz becomes the nearest ratio of small numbers, at most 0.05 % or
-    # a cent off.
-    ratio = Fraction(to_rate, from_rate).limit_denominator(_MAX_RATIO_TERM)
-    if ratio == 1:
-        return wave
-    return _resampler(ratio.denominator, ratio.numerator)(torch.from_numpy(wave)).numpy()
-
-
-@lru_cache(maxsize=32)
-def _resampler(from_rate: int, to_rate: int) -> torch.nn.Module:
-    return import_torchaudio().transforms.Resample(from_rate, to_rate)
 
 
 def frame_count(samples: int, data: DataConfig) -> int:

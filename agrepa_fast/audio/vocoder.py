@@ -10,7 +10,8 @@ import torch
 from ..config import DataConfig
 from ..errors import UserError, nearest
 from . import hifigan
-from .mel import LogMel, import_torchaudio
+from .mel import LogMel
+from .waves import import_torchaudio
 
 VOCOS_HUB = "charactr/vocos-mel-24khz"
 _VOCOS_FILES = ("config.yaml", "pytorch_model.bin")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..audio.mel import SOUNDFILE_SUFFIXES
+from ..audio.waves import SOUNDFILE_SUFFIXES
 from ..config import DataConfig
 from ..errors import UserError
 from .recordings import Recording, Source, check_domain, key_of, printable, read_text, safe, transcript_lines

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..audio.mel import SOUNDFILE_SUFFIXES
+from ..audio.waves import SOUNDFILE_SUFFIXES
 from ..errors import UserError
 from .recordings import Recording, Source, printable, read_text, safe, transcript_lines
 

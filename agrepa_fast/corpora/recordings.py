@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..audio.mel import decode
+from ..audio.waves import decode
 from ..config import DOMAINS
 from ..errors import UserError, nearest
 

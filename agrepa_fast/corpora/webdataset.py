@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from ..audio.mel import SOUNDFILE_SUFFIXES
+from ..audio.waves import SOUNDFILE_SUFFIXES
 from ..errors import UserError
 from .recordings import Recording, Source, check_domain, key_of, printable
 

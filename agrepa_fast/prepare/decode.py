@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..audio.mel import LogMel, resample
+from ..audio.mel import LogMel
+from ..audio.waves import resample
 from ..config import DataConfig
 from ..corpora.recordings import Recording
 from ..errors import UserError

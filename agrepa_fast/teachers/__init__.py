@@ -36,7 +36,7 @@ def load_teacher(spec: str, device: str = "cpu", dtype: str = "fp32") -> Teacher
     pytorch_model.bin with weights_only; code that comes with a model is never run. Raises UserError, in one line with
     the remedy, when there is no such model, layer or network, and for a model that cannot be a teacher.
     """
-    from ..audio.mel import import_torchaudio
+    from ..audio.waves import import_torchaudio
 
     import_torchaudio()  # transformers imports it too, and without the mend that fails beside a CPU build of torch
     from transformers import AutoConfig

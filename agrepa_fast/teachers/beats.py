@@ -89,7 +89,7 @@ def load_beats(spec: str, base: str, layer: int | None, device: str = "cpu", dty
 
 
 def _model(spec: str, settings: object, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-    from ..audio.mel import import_torchaudio
+    from ..audio.waves import import_torchaudio
 
     import_torchaudio()
     try:

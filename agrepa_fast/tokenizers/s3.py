@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..audio.mel import import_torchaudio
+from ..audio.waves import import_torchaudio
 from ..errors import UserError, nearest
 from ..teachers.base import batches_by_length, check_waves, weights_sha256
 from .kmeans import WaveTokenizer

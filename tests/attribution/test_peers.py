@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from agrepa_fast import count_block_forwards, multi_gate
 from agrepa_fast.attribution.gates import find_blocks, single_ablations
-from agrepa_fast.audio.mel import import_torchaudio
+from agrepa_fast.audio.waves import import_torchaudio
 from agrepa_fast.cli import main
 
 import_torchaudio()  # the peers import it; beside a CPU build of torch that needs a stand-in first

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from agrepa_fast.audio.mel import LogMel, decode, frame_count, resample
+from agrepa_fast.audio.mel import LogMel, frame_count
+from agrepa_fast.audio.waves import decode, resample
 from agrepa_fast.config import DataConfig, load_config
 from agrepa_fast.errors import UserError
 

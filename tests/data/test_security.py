@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from agrepa_fast.audio.mel import import_torchaudio
 from agrepa_fast.audio.vocoder import load_vocoder
+from agrepa_fast.audio.waves import import_torchaudio
 from agrepa_fast.checkpoints.weights import find_checkpoint
 from agrepa_fast.cli import main
 from agrepa_fast.config import DataConfig, TrainConfig, load_config

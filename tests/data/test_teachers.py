@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from agrepa_fast.audio.mel import decode, import_torchaudio, resample
+from agrepa_fast.audio.waves import decode, import_torchaudio, resample
 from agrepa_fast.errors import UserError
 from agrepa_fast.teachers import load_teacher
 from agrepa_fast.teachers.ctranslate2 import read_variables, whisper_encoder

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from agrepa_fast.audio.mel import import_torchaudio
+from agrepa_fast.audio.waves import import_torchaudio
 from agrepa_fast.errors import UserError
 from agrepa_fast.tokenizers.s3 import load_s3
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from agrepa_fast.audio import hifigan
-from agrepa_fast.audio.mel import LogMel, decode, frame_count, import_torchaudio, resample
+from agrepa_fast.audio.mel import LogMel, frame_count
 from agrepa_fast.audio.vocoder import VOCOS_HUB, inverse_mel, load_vocoder
+from agrepa_fast.audio.waves import decode, import_torchaudio, resample
 from agrepa_fast.config import DataConfig, load_config
 from agrepa_fast.errors import UserError
 
