@@ -177,7 +177,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _prepared(args: argparse.Namespace, ranks):
-    from .corpora.folder import demo_sources
+    from .corpora.demo import demo_sources
     from .data.locations import writable
     from .prepare.pipeline import prepare
     from .prepare.sidecars import add_teacher
@@ -194,9 +194,10 @@ def _prepared(args: argparse.Namespace, ranks):
 
 
 def _source(args: argparse.Namespace):
+    from .corpora.audioset import audioset_source
     from .corpora.folder import folder_source
     from .corpora.huggingface import hf_source
-    from .corpora.librispeech import audioset_source, librispeech_source
+    from .corpora.librispeech import librispeech_source
     from .corpora.webdataset import webdataset_source
 
     if args.kind == "hf":

@@ -118,3 +118,15 @@ def read_text(path: str | Path) -> str:
 def transcript_lines(path: str | Path) -> dict[str, str]:
     """Utterance -> text, from LibriSpeech's lines `utterance TEXT`."""
     return {name: text for name, _, text in (line.partition(" ") for line in read_text(path).splitlines())}
+
+
+_EVALUATION = ("dev", "test", "eval")  # subsets that published results are measured on
+
+
+def _without_evaluation(domain: str, subsets: list[Path]) -> list[Path]:
+    """Nobody who names a whole corpus means to train on what results are measured on."""
+    kept = [subset for subset in subsets if not subset.name.startswith(_EVALUATION)]
+    if kept and len(kept) < len(subsets):
+        left_out = ", ".join(subset.name for subset in subsets if subset not in kept)
+        print(f"{domain}: {left_out} left out, for evaluation; to prepare one, name it as the path")
+    return kept or subsets

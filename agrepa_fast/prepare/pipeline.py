@@ -15,7 +15,8 @@ from functools import cache
 from pathlib import Path
 
 from ..config import DOMAINS, Config, DataConfig
-from ..corpora.folder import demo_sources, folder_source
+from ..corpora.demo import demo_sources
+from ..corpora.folder import folder_source
 from ..corpora.recordings import Recording, Source
 from ..data.index import INDEX, SCHEMA, Index, load_index, write_index
 from ..errors import UserError

@@ -7,7 +7,8 @@ import pytest
 import soundfile
 
 from agrepa_fast.cli import main
-from agrepa_fast.corpora.librispeech import audioset_source, librispeech_source
+from agrepa_fast.corpora.audioset import audioset_source
+from agrepa_fast.corpora.librispeech import librispeech_source
 from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
 

@@ -386,7 +386,7 @@ def test_packaged_whisper_is_the_model_it_says():
 def test_packaged_whisper_tells_sounds_apart():
     """Nearest neighbours among bass drum, tabla and ambience samples have the same label (measured: 0.90; the mean
     log-mel reaches 0.78, Whisper's last layer 0.66, chance 0.37)."""
-    from agrepa_fast.corpora.folder import SAMPLES
+    from agrepa_fast.corpora.demo import SAMPLES
 
     folder = SAMPLES.fetch() / "usr/share/sonic-pi/samples"
     files = [f for kind in ("bd", "tabla", "ambi") for f in sorted(folder.glob(f"{kind}_*.flac"))]

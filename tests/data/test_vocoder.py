@@ -27,7 +27,7 @@ def demo() -> DataConfig:
 
 @pytest.fixture(scope="module")
 def speech() -> tuple[np.ndarray, int]:
-    from agrepa_fast.corpora.folder import PROMPTS
+    from agrepa_fast.corpora.demo import PROMPTS
 
     path = PROMPTS.fetch() / "usr/share/asterisk/sounds/en_US_f_Allison/vm-intro.g722"
     return decode(path, path.name)

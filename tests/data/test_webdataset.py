@@ -8,8 +8,9 @@ import tarfile
 
 import pytest
 
+from agrepa_fast.corpora.audioset import audioset_source
 from agrepa_fast.corpora.huggingface import hf_source
-from agrepa_fast.corpora.librispeech import audioset_source, librispeech_source
+from agrepa_fast.corpora.librispeech import librispeech_source
 from agrepa_fast.corpora.webdataset import webdataset_source
 from agrepa_fast.errors import UserError
 
