@@ -1,4 +1,4 @@
-"""."""
+"""CUDA graphs, copies to the host that nothing waits for, and events."""
 
 from collections.abc import Callable
 

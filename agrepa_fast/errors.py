@@ -1,4 +1,4 @@
-"""."""
+"""Errors that a user can put right, and the nearest known name for one that is misspelt."""
 
 import difflib
 

@@ -1,4 +1,4 @@
-"""."""
+"""Files that are whole or absent, their hashes, and the lock of a folder."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""."""
+"""Keys of random draws: they depend on the run's seed, the step and the clip, never on the rank."""
 
 import hashlib
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""."""
+"""Decode and resample recordings."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""."""
+"""AudioSet, from its csv files and the audio of its segments."""
 
 import csv
 import os

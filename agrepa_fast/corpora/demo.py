@@ -1,4 +1,4 @@
-"""."""
+"""The demo corpus: recordings in Debian packages."""
 
 import gzip
 import hashlib

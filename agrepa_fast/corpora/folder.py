@@ -1,4 +1,4 @@
-"""Where recordings come from: the demo corpus (Debian packages) and folders of audio files."""
+"""Recordings in a folder of audio files."""
 
 import os
 from pathlib import Path

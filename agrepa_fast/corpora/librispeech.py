@@ -1,4 +1,4 @@
-"""Public corpora in the layouts people have them in: LibriSpeech and AudioSet."""
+"""LibriSpeech, in the layout it is published in."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,9 +1,10 @@
-"""."""
+"""The clips that validation and probes use, the same at every step and on any number of ranks."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+import torch.nn as nn
 from tqdm import tqdm
 
 from ..attribution.foga import probe_condition
@@ -87,3 +88,10 @@ def storage_clips(index: Index, config: Config, device, rank: int = 0, world: in
     """The clips that say what layers store: probe.storage_clips per domain, or as many as there are."""
     count = min(config.probe.storage_clips, *(index.clips("train", domain) for domain in index.domains))
     return FixedClips(index, "train", count, config.probe.chunk, device, rank, world, center=config.align.center)
+
+
+def survivable(model: nn.Module) -> tuple[type[Exception], ...]:
+    """What a probe may fail of on one rank while the others go on. Not of memory under ZeRO-3: there, a rank that stops
+    inside a forward leaves the others waiting for its partitions."""
+    partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return (ValueError,) if partitioned else (ValueError, torch.OutOfMemoryError)

@@ -1,4 +1,4 @@
-"""Validation loss and layer probes over fixed clips, spread over ranks and combined clip by clip.
+"""Layer probes over fixed clips, spread over ranks and combined clip by clip.
 
 Every rank runs the same number of forwards (ZeRO-3 gathers weights in each), and a clip's result depends on nothing but
 the clip, so the numbers are the same on any number of ranks.
@@ -23,7 +23,7 @@ from ..config import Config
 from ..data.index import Index
 from ..device import record, to_host
 from ..ranks import all_sum, first_failure
-from .fixed_clips import FixedClips, _with_bar, storage_clips
+from .fixed_clips import FixedClips, _with_bar, storage_clips, survivable
 from .stored import _check_lasp, pooled_states, storage_scores
 
 
@@ -89,13 +89,6 @@ class ClipProbe:
             values, floor, clips.domain, tuple(probe.times), step=step, measure=self.measure, names=self.names
         )
         return PendingScores(Measured(values.view(shape), floor, silent), failures, ready, scores, failure)
-
-
-def survivable(model: nn.Module) -> tuple[type[Exception], ...]:
-    """What a probe may fail of on one rank while the others go on. Not of memory under ZeRO-3: there, a rank that stops
-    inside a forward leaves the others waiting for its partitions."""
-    partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    return (ValueError,) if partitioned else (ValueError, torch.OutOfMemoryError)
 
 
 def probe(

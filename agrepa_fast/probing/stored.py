@@ -1,4 +1,4 @@
-"""."""
+"""Measure what layers store of the teacher, over fixed clips."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,7 @@ from ..attribution.stored import PooledStates, cka, lasp, ridge
 from ..config import DOMAINS, Config
 from ..data.index import Index
 from ..ranks import all_sum, first_failure
-from .fixed_clips import FixedClips, _with_bar
-from .probe import survivable
+from .fixed_clips import FixedClips, _with_bar, survivable
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""."""
+"""Validation loss over fixed clips, times and noise."""
 
 import torch
 import torch.nn as nn

@@ -1,4 +1,4 @@
-"""."""
+"""Plot the loss curves of metrics.jsonl."""
 
 from pathlib import Path
 

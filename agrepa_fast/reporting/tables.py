@@ -1,4 +1,4 @@
-"""."""
+"""Tables of scores for the terminal."""
 
 from collections.abc import Sequence
 

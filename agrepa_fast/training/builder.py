@@ -1,4 +1,4 @@
-"""."""
+"""Build what a run needs, from its configuration and shards."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""."""
+"""Read a ds_config, check it against the run, and fill in its "auto" values."""
 
 import json
 from pathlib import Path

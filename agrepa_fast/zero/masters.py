@@ -1,4 +1,4 @@
-"""."""
+"""DeepSpeed's fp32 master weights and gradients, at every ZeRO stage."""
 
 from collections.abc import Sequence
 

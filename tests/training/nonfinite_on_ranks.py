@@ -1,4 +1,4 @@
-"""One rank of test_nonfinite: python nonfinite_on_ranks.py PRESET FOLDER. Steps that are not finite, on the last rank alone."""
+"""One rank of test_nonfinite: `python nonfinite_on_ranks.py PRESET FOLDER`, steps not finite on the last rank alone."""
 
 import json
 import sys
