@@ -21,7 +21,7 @@ from ..testing import ROOT, run_ranks
 CLAIM = """
 import os, sys
 from pathlib import Path
-from agrepa_fast.training.endings import claim
+from agrepa_fast.files import claim
 claim(Path(sys.argv[1]))
 child = os.fork()
 if child == 0:
@@ -36,7 +36,8 @@ import os, signal, time
 import torch
 import torch.distributed as dist
 from datetime import timedelta
-from agrepa_fast.training.endings import explain, limit_waiting
+from agrepa_fast.train import explain
+from agrepa_fast.zero.engine import limit_waiting
 
 dist.init_process_group("gloo", timeout=timedelta(hours=12))
 other = dist.new_group()

@@ -268,9 +268,10 @@ import deepspeed, torch
 import torch.distributed as dist
 from agrepa_fast import Config, load_config
 from agrepa_fast.data.index import load_index
-from agrepa_fast.training import checkpoint
+from agrepa_fast.checkpoints import save as checkpoint
 from agrepa_fast.zero.ema import Ema
-from agrepa_fast.zero.engine import full_weights, masters, start_ranks
+from agrepa_fast.zero.engine import start_ranks
+from agrepa_fast.zero.masters import full_weights, masters
 from agrepa_fast.zero.recut import cut
 
 start_ranks()

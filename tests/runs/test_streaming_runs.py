@@ -84,7 +84,9 @@ from agrepa_fast.data.index import read_index
 from agrepa_fast.data.batches import train_batches
 from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.training import dry_run as module
-from agrepa_fast.zero.engine import build_engine, find_ds_config, full_weights, resolve_ds_config, start_ranks
+from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config
+from agrepa_fast.zero.engine import build_engine, start_ranks
+from agrepa_fast.zero.masters import full_weights
 
 device = start_ranks()
 rank = dist.get_rank()
