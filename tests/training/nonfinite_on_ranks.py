@@ -1,4 +1,5 @@
-"""One rank of test_nonfinite: python nonfinite_on_ranks.py PRESET FOLDER. Steps that are not finite, on the last rank alone."""
+"""One rank of test_nonfinite: python nonfinite_on_ranks.py PRESET FOLDER. The last rank alone has steps that are not
+finite."""
 
 import json
 import sys
