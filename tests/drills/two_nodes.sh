@@ -13,7 +13,7 @@
 # runs/two_nodes.
 set -euo pipefail
 how=${1:?hostfile, torchrun or slurm}
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 work=$PWD/runs/two_nodes
 rm -rf "$work"
 mkdir -p "$work"
