@@ -1,4 +1,4 @@
-"""The ranks of a run as processes that are watched, frozen and killed. What faults.py and soak.py share."""
+"""Start the ranks of a run as processes, watch them, freeze and kill them. All drills use this."""
 
 import json
 import os
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from _bench import ROOT
 
-from tests.testing import free_port
+from ..testing import ROOT, free_port, metrics
 
-BOUND = 60.0  # seconds after which a process that should have ended is said to hang
+BOUND = 60.0  # seconds within which a process must end
+TOLERANCE = 1e-5  # largest difference of a loss or gradient norm between two runs that should be equal
 _LOADER = "pt_data_worker"  # PyTorch's name for a DataLoader's processes
 
 
@@ -30,35 +30,35 @@ class Job:
     launched: bool
 
     def ranks(self) -> list[int]:
-        """Process ids in the order of ranks; of a launcher's ranks those that there are already."""
+        """Return the process ids in the order of ranks. A launcher that is still starting has fewer."""
         if not self.launched:
             return [process.pid for process in self.started]
-        found = {}
+        pids = {}
         for process in _descendants(self.started[0].pid):
             with suppress(psutil.Error):
                 rank = process.environ().get("RANK")
                 if rank is not None and process.name() != _LOADER and "RANK" not in process.parent().environ():
-                    found[int(rank)] = process.pid
-        return [found[rank] for rank in sorted(found)]
+                    pids[int(rank)] = process.pid
+        return [pids[rank] for rank in sorted(pids)]
 
     def loaders(self, rank: int) -> list[int]:
-        """Process ids of a rank's loader processes."""
+        """Return the process ids of a rank's loader processes."""
         return [process.pid for process in _descendants(self.ranks()[rank]) if _name(process) == _LOADER]
 
     def alive(self) -> bool:
         return all(process.poll() is None for process in self.started)
 
-    def until(self, condition: Callable[[], object], seconds: float = 180.0) -> None:
-        """Look every millisecond. RuntimeError, with the outputs, when a process ends before or the time is over."""
+    def wait_until(self, condition: Callable[[], object], seconds: float = 180.0) -> None:
+        """Check `condition` every millisecond until it holds. Raises RuntimeError with the outputs when a process ends
+        first, or after `seconds`."""
         over = time.monotonic() + seconds
         while not condition():
             if not self.alive() or time.monotonic() > over:
-                raise RuntimeError("what was waited for did not come:\n" + "\n".join(self.outputs()))
+                raise RuntimeError("the condition did not come about:\n" + "\n".join(self.outputs()))
             time.sleep(0.001)
 
-    def end(self, seconds: float = BOUND) -> list[int | None]:
-        """Exit codes of what was started; None where a process was still there after `seconds`. What is left then is
-        the caller's to kill."""
+    def wait(self, seconds: float = BOUND) -> list[int | None]:
+        """Return the exit codes of the started processes; None for a process that still runs after `seconds`."""
         over = time.monotonic() + seconds
         codes: list[int | None] = []
         for process in self.started:
@@ -68,33 +68,46 @@ class Job:
                 codes.append(None)
         return codes
 
-    def left(self) -> list[int]:
-        """Process ids of what still runs in the sessions of what was started: each was started in one of its own."""
-        leaders = {process.pid for process in self.started}
-        return [p.pid for p in psutil.process_iter() if _session(p) in leaders and _name(p) is not None]
+    def finish(self) -> None:
+        """Wait for an undisturbed run to end. Raises RuntimeError with the outputs when it fails."""
+        codes = self.wait(300)
+        self.kill()
+        if any(codes):
+            raise RuntimeError(f"exit codes {codes}:\n" + "\n".join(output[-3000:] for output in self.outputs()))
 
-    def wait_until_left(self, seconds: float) -> bool:
-        """Whether everything has ended by itself within so many seconds."""
+    def remaining(self) -> list[int]:
+        """Return the ids of all processes of this job that still run, loader processes and orphans included."""
+        sessions = {process.pid for process in self.started}  # each was started in a session of its own
+        return [p.pid for p in psutil.process_iter() if _session(p) in sessions and _name(p) is not None]
+
+    def wait_for_remaining(self, seconds: float) -> bool:
+        """Return whether all processes of this job ended by themselves within `seconds`."""
         over = time.monotonic() + seconds
-        while self.left():
+        while self.remaining():
             if time.monotonic() > over:
                 return False
             time.sleep(0.05)
         return True
 
     def kill(self) -> None:
-        """SIGKILL to everything that is left."""
-        kill(self.left())
+        """Send SIGKILL to all processes of this job that still run."""
+        kill(self.remaining())
         for process in self.started:
             process.wait()
 
     def outputs(self) -> list[str]:
         return [log.read_text(errors="replace") for log in self.logs]
 
+    def last_words(self) -> str:
+        """Return the line with which this engine said why it ended; "" when it printed none."""
+        outputs = "\n".join(self.outputs()).replace("\r", "\n")
+        lines = re.findall(r"agrepa train: .*|step \d+: stopped by a signal.*", outputs)
+        return min(lines, key=lambda line: "another rank ended" in line, default="")
+
 
 def start(ranks: int, *arguments: str, cwd: Path, launched: bool = False, logs: Path | None = None) -> Job:
-    """A run of agrepa_fast/train.py in `cwd`; its ranks are started directly, or by the deepspeed launcher. `logs`: the
-    folder for their outputs (default: cwd)."""
+    """Start agrepa_fast/train.py in `cwd`: its ranks directly, or through the deepspeed launcher. Their outputs go to
+    files in `logs` (default: cwd)."""
     script = str(ROOT / "agrepa_fast" / "train.py")
     shared = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     port = free_port()
@@ -106,11 +119,11 @@ def start(ranks: int, *arguments: str, cwd: Path, launched: bool = False, logs: 
         group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         commands = [[sys.executable, script, *arguments]] * ranks
         environments = [shared | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    folder, written, started = logs or cwd, [], []
+    folder, files, started = logs or cwd, [], []
     folder.mkdir(parents=True, exist_ok=True)
     for number, (command, environment) in enumerate(zip(commands, environments, strict=True)):
-        written.append(folder / (f"launcher-{port}.log" if launched else f"rank{number}-{port}.log"))
-        with written[-1].open("w") as log:
+        files.append(folder / (f"launcher-{port}.log" if launched else f"rank{number}-{port}.log"))
+        with files[-1].open("w") as log:
             started.append(
                 subprocess.Popen(
                     command,
@@ -122,7 +135,7 @@ def start(ranks: int, *arguments: str, cwd: Path, launched: bool = False, logs: 
                     start_new_session=True,
                 )
             )
-    return Job(started, written, launched)
+    return Job(started, files, launched)
 
 
 def _descendants(pid: int) -> list[psutil.Process]:
@@ -132,7 +145,7 @@ def _descendants(pid: int) -> list[psutil.Process]:
 
 
 def _name(process: psutil.Process) -> str | None:
-    """Its name; None for one that has ended."""
+    """Return a process's name; None for one that has ended."""
     with suppress(psutil.Error):
         return None if process.status() == psutil.STATUS_ZOMBIE else process.name()
     return None
@@ -145,14 +158,14 @@ def _session(process: psutil.Process) -> int | None:
 
 
 def kill(pids: Iterable[int], number: signal.Signals = signal.SIGKILL) -> None:
-    """A signal to each of them; one that has ended already is none of our business."""
+    """Send a signal to processes, of which some may have ended."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
 def freeze(pids: Iterable[int]) -> None:
-    """SIGSTOP, and wait until they stand still."""
+    """Send SIGSTOP to processes and wait until they stand still."""
     kill(pids, signal.SIGSTOP)
     for pid in pids:
         while _state(pid) in "RSD":
@@ -166,13 +179,13 @@ def _state(pid: int) -> str:
         return "gone"
 
 
-def in_slices(pids: list[int], found: Callable[[], object], over: Callable[[], bool], slice_s: float = 1e-4) -> object:
-    """Let the processes run in slices of time until found() returns something while they stand still, and leave them
-    standing; or until over(), and let them go on. Returns what found() did, or None."""
-    with _first_on_its_core():
+def run_in_slices(pids: list[int], look: Callable[[], object], over: Callable[[], bool], slice_s: float = 1e-4):
+    """Let processes run for `slice_s` at a time and call look() in between, until it returns something. Returns that,
+    with the processes frozen; or None, with the processes running, once over() holds."""
+    with _realtime_priority():
         while True:
             freeze(pids)
-            if (seen := found()) is not None:
+            if (seen := look()) is not None:
                 return seen
             kill(pids, signal.SIGCONT)
             if over():
@@ -183,8 +196,8 @@ def in_slices(pids: list[int], found: Callable[[], object], over: Callable[[], b
 
 
 @contextmanager
-def _first_on_its_core():
-    """Real-time priority, where it may be had: on a busy machine the processes would run on while this one waits."""
+def _realtime_priority():
+    """Real-time priority if permitted: on a busy machine the watched processes would run on while this one waits."""
     before = os.sched_getscheduler(0)
     with suppress(PermissionError):
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
@@ -194,44 +207,48 @@ def _first_on_its_core():
         os.sched_setscheduler(0, before, os.sched_param(0))
 
 
-def steps_done(run: Path) -> int:
-    """The last step that metrics.jsonl has a whole line of; -1 before the first."""
-    file = run / "metrics.jsonl"
-    if not file.is_file():
-        return -1
-    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return max((json.loads(line)["step"] for line in lines), default=-1)
-
-
-def read_losses(run: Path) -> dict[int, float]:
-    """Step -> training loss, of the whole lines of metrics.jsonl."""
-    file = run / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-    values = [json.loads(line) for line in lines if line.endswith("\n")]
-    return {value["step"]: value["train/loss"] for value in values if "train/loss" in value}
-
-
-def saved_step(run: Path) -> int | None:
-    """The step that `--resume latest` would go on from; None before the first checkpoint."""
-    latest = run / "checkpoints" / "latest"
-    if not latest.is_file():
-        return None
-    return json.loads((latest.parent / latest.read_text().strip() / "checkpoint.json").read_text())["step"]
-
-
-def last_words(job: Job) -> str:
-    """Our own line of a rank that failed or stopped, of the one that knows more; "" when none printed one."""
-    outputs = "\n".join(job.outputs()).replace("\r", "\n")
-    lines = re.findall(r"agrepa train: .*|step \d+: stopped by a signal.*", outputs)
-    return min(lines, key=lambda line: "another rank ended" in line, default="")
-
-
 @contextmanager
 def small_disk(folder: Path, size: int):
-    """A tmpfs of `size` bytes at `folder` inside a `with`, which gets a function that makes room on it. Needs root."""
+    """Mount a tmpfs of `size` bytes at `folder` for as long as the `with` lasts; yields a function that makes room on
+    it. Needs root."""
     folder.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
     try:
         yield lambda: subprocess.run(["mount", "-o", "remount,size=1g", str(folder)], check=True)
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def read_steps(run: Path) -> list[dict]:
+    """Return the whole lines of a run's metrics.jsonl, which the run may be writing."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def last_step(run: Path) -> int:
+    """Return the last step in metrics.jsonl; -1 before the first."""
+    return max((line["step"] for line in read_steps(run)), default=-1)
+
+
+def saved_step(run: Path) -> int | None:
+    """Return the step from which `--resume latest` continues; None before the first checkpoint."""
+    latest = run / "checkpoints" / "latest"
+    if not latest.is_file():
+        return None
+    return json.loads((latest.parent / latest.read_text().strip() / "checkpoint.json").read_text())["step"]
+
+
+def curve_difference(run: Path, other: Path, after: int = -1, kinds: tuple[str, ...] = ("loss", "norm")) -> float:
+    """Return the largest difference between two runs of any loss or gradient norm of the steps after `after`; infinity
+    when the runs have different steps or names."""
+    a, b = (
+        {
+            (step, name): value
+            for step, values in metrics(folder).items()
+            for name, value in values.items()
+            if step > after and name.endswith(kinds)
+        }
+        for folder in (run, other)
+    )
+    return max(abs(a[key] - b[key]) for key in a) if a and a.keys() == b.keys() else float("inf")
