@@ -2,8 +2,8 @@
 
 import gc
 import importlib.util
-import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ import bench_velocity_change
 import torch
 import torch.nn.functional as F
 from _baselines import TeacherStandIn, row_gates, sequential_velocities
-from _bench import Phases, compare, time_interleaved, time_phases
+from _bench import ROOT, Phases, compare, time_interleaved, time_phases
 from _training import OurStep, ReleasedStep, Sizes, awake_model, graphed, random_clips
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -32,6 +32,15 @@ from agrepa_fast.attribution.foga import FogaProbe, ProbeBatch
 from agrepa_fast.attribution.gates import single_ablations
 from agrepa_fast.kernels import force_backend, velocity_change
 
+OPERATIONS = (
+    bench_ada_norm,
+    bench_gated_residual,
+    bench_qk_norm_rope,
+    bench_linear_gelu,
+    bench_align_loss,
+    bench_velocity_change,
+    bench_flow_mix,
+)
 Measured = Iterator[tuple[str, object]]
 
 
@@ -48,11 +57,11 @@ class Plan:
     whisper: tuple[int, int, int] = (32, 1280, 1500)  # depth, width, frames
     beats: tuple[int, int, int] = (12, 768, 496)
     wide: tuple[int, int] = (1664, 30)  # width and depth of 1.5B parameters
-    grids: tuple[str, ...] = (
-        *("ada_norm", "gated_residual", "qk_norm_rope", "linear_gelu", "align_loss", "velocity_change", "flow_mix"),
-        "block",
+    accuracy: tuple[str, ...] = (  # files of tests/
+        *(f"kernels/test_{module.OP.name}" for module in OPERATIONS),
+        "training/test_block",
     )
-    grid_limit: int | None = None
+    accuracy_cases: str = "triton"  # what pytest -k takes
 
     @property
     def cuda(self) -> bool:
@@ -73,8 +82,8 @@ DRY = Plan(
     whisper=(1, 64, 8),
     beats=(1, 64, 8),
     wide=(128, 3),
-    grids=("ada_norm",),
-    grid_limit=2,
+    accuracy=("kernels/test_ada_norm",),
+    accuracy_cases="triton and test_repeatable",
 )
 
 
@@ -106,26 +115,23 @@ def ceilings(plan: Plan) -> Measured:
 
 
 def accuracy(plan: Plan) -> Measured:
-    """The tests' accuracy grids, compiled instead of interpreted. Compiling takes most of the time, so the files run
-    side by side, in several shares where there are cores for it."""
-    shares = max(1, (os.cpu_count() or 1) // len(plan.grids))
-    limit = [] if plan.grid_limit is None else ["--limit", str(plan.grid_limit)]
-    running = {name: [_start_grid(name, share, shares, limit) for share in range(shares)] for name in plan.grids}
-    for name, processes in running.items():
-        passed, failed = 0, {}
-        for process in processes:
-            out, err = process.communicate()
-            if process.returncode:
-                failed[f"exit code {process.returncode}"] = (err.strip().splitlines() or ["no message"])[-1]
-                continue
-            share = json.loads(out.strip().splitlines()[-1])
-            passed, failed = passed + share["passed"], failed | share["failed"]
-        yield name, {"passed": passed, "failed": failed}
-
-
-def _start_grid(name: str, share: int, shares: int, limit: list[str]) -> subprocess.Popen:
-    command = [sys.executable, str(Path(__file__).with_name("_grids.py")), name, "--share", str(share), str(shares)]
-    return subprocess.Popen([*command, *limit], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """Run the accuracy tests of tests/ with compiled kernels instead of interpreted ones. Compiling takes most of the
+    time, so the files run side by side, each on its share of the cores."""
+    if importlib.util.find_spec("xdist") is None:
+        raise ModuleNotFoundError("the accuracy tests need pytest and pytest-xdist: pip install -e '.[test]'")
+    workers = (os.cpu_count() or 1) // len(plan.accuracy) if plan.cuda else 0  # 0: in pytest's own process
+    command = [sys.executable, "-m", "pytest", "-n", str(workers), "-rf", "--tb=no", "-k", plan.accuracy_cases]
+    running = {
+        name: subprocess.Popen([*command, f"tests/{name}.py"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for name in plan.accuracy
+    }
+    for name, process in running.items():
+        output, _ = process.communicate()
+        passed = re.search(r"(\d+) passed", output)
+        failed = [line.removeprefix("FAILED ") for line in output.splitlines() if line.startswith("FAILED ")]
+        if not passed and not failed:  # nothing ran
+            failed = [f"exit code {process.returncode}: {output.strip()[-300:]}"]
+        yield name, {"passed": int(passed[1]) if passed else 0, "failed": failed}
 
 
 def sdpa(plan: Plan) -> Measured:
@@ -156,11 +162,10 @@ def sdpa(plan: Plan) -> Measured:
 
 def ops(plan: Plan) -> Measured:
     """Every operation, fused against torch.compile and eager, and the bandwidth of the largest at 60k tokens."""
-    gated = bench_gated_residual
-    dim, frames, _ = plan.shape
+    gated, (dim, frames, _) = bench_gated_residual, plan.shape
     yield "gated_residual 60k", compare(gated.OP, (dim, frames, plan.large_batch), plan.sizes.repeats, plan.compiler)
-    modules = (bench_ada_norm, gated, bench_qk_norm_rope, bench_linear_gelu, bench_velocity_change, bench_flow_mix)
-    for op in (gated.CHAIN, *(module.OP for module in modules)):
+    measured_here = (module.OP for module in OPERATIONS if module is not bench_align_loss)
+    for op in (gated.CHAIN, *measured_here):
         _free()
         yield op.name, compare(op, plan.shape, plan.sizes.repeats, plan.compiler)
 

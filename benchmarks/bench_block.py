@@ -130,25 +130,6 @@ def measure(shape: tuple[int, int, int], repeats: int, compiler: str = "inductor
     return results, right
 
 
-# method, base, wanted: performance.md, "Goals on a CPU" and goal 3
-CPU_GOALS = (("ours", "released", 1.15), ("ours", "torch.compile", 1.0))
-GPU_GOALS = (
-    ("ours", "torch.compile", 1.04),
-    ("ours", "torch.compile, default SDPA", 1.10),
-    ("ours", "eager, default SDPA", 1.2),
-)
-
-
-def goals(results: dict) -> list[tuple[str, str, str, str]]:
-    """(what, measured, wanted, verdict) of the goals that one shape's results answer."""
-    rows = []
-    for method, base, wanted in GPU_GOALS if torch.cuda.is_available() else CPU_GOALS:
-        got = ratio(results, base, method)
-        verdict = "not measured" if got is None else "met" if got >= wanted else "missed"
-        rows.append((f"block over {base}", "" if got is None else f"{got:.3f}x", f"{wanted:.2f}x", verdict))
-    return rows
-
-
 def rows(label: str, results: dict) -> list[tuple]:
     made = []
     for name, result in results.items():
@@ -182,20 +163,18 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--profile", action="store_true", help="print where each method's time goes")
     args = arguments.parse_args()
-    results, table, verdicts = {}, [], []
+    results, table = {}, []
     for shape in args.shapes:
         label = ", ".join(map(str, shape))
         results[label], timed = measure(shape, args.repeats, args.compiler)
         table += rows(label, results[label])
-        verdicts += [(label, *row) for row in goals(results[label])]
         if args.profile:
             for name, method in timed.items():
                 print_profile(f"{label}: {name}", method)
         del timed
     print_table(f"{BLOCKS} blocks, forward + backward", HEADER, table)
-    print_table("goals", ("d, T, B", "what", "measured", "wanted", ""), verdicts)
     settings = {"blocks": BLOCKS, "repeats": args.repeats, "compiler": args.compiler}
-    made = {"settings": settings, "results": results, "goals": verdicts}
+    made = {"settings": settings, "results": results}
     out = args.out or RESULTS / f"bench_block_{'gpu' if torch.cuda.is_available() else 'cpu'}.json"
     print("\nwrote", write_json("bench_block", made, out))
     if any("wrong" in result["ours"] for result in results.values()):

@@ -37,7 +37,6 @@ from agrepa_fast.prepare.decode import NOT_FEATURES
 
 DATA = DataConfig()  # 24 kHz, 100 mels, hop 256
 FRAMES, TOKENS, TEACHER, BATCH = 938, 500, 1280, 16
-GOAL = 900  # clips/s of a process
 
 
 def write_corpus(folder: Path, clips: int, shard_clips: int) -> Index:
@@ -243,8 +242,6 @@ def main() -> None:
     }
     rows = [(name, f"{times:.2f}") for name, times in reads.items()]
     print_table("reads of a shard in an epoch, 2048 shards of 64 clips", ("loader processes", "reads"), rows)
-    best = results["cached, folder"][args.workers[0]]["clips_per_s"]
-    print(f"\ngoal {GOAL} cached clips/s a process: {'reached' if best >= GOAL else 'missed'}, {best:.0f}")
     settings = {"clips": args.clips, "shard_clips": args.shard_clips, "seconds": args.seconds, "batch": BATCH}
     found = {"load_average_at_start": load, "results": results, "milliseconds": milliseconds, "reads": reads}
     print("wrote", write_json("loader", {"settings": settings, **found}, args.out))

@@ -6,8 +6,7 @@ Dims:     M rows (all leading dimensions of x), K input width, E output width.
 Shapes:   x (..., K); weight (E, K), any row stride; bias (E,) or None; z = x W^T (M, E), without the bias; y (..., E).
 Numerics: the GEMMs in the input's dtype with fp32 accumulators; bias, GELU and its derivative in fp32; db from fp32
           partial sums per chunk of rows; no atomics, deterministic.
-Traffic:  beside the GEMMs, forward 2 M E elements (z, y), backward 3 (dy, z, dz). The epilogue kernel saves the
-          forward's reading of z; which shapes take it is measured, and stands in EPILOGUE.
+Traffic:  beside the GEMMs, forward 2 M E elements (z, y), backward 3 (dy, z, dz).
 """
 
 import torch
@@ -16,11 +15,9 @@ import torch.nn.functional as F
 from . import _native
 from ._backend import backend_of, tl, triton
 from ._library import define, differentiate
-from ._rows import check_tensor, unit_stride
+from ._rows import check_tensor
 
 _APPROXIMATE = {"erf": "none", "tanh": "tanh"}
-# (device capability, K, E) where the GEMM with epilogue was measured to be the faster one. None was yet.
-EPILOGUE: frozenset[tuple[tuple[int, int], int, int]] = frozenset()
 _CHUNK = 64  # rows whose bias gradients are summed in registers; fixed: same bits every time
 _TILE = {"BLOCK": 1024, "ROWS": 2, "num_warps": 4}  # 128 bits a load, of the bias too; 16 elements a thread
 
@@ -107,37 +104,6 @@ def _gelu_bwd_kernel(
     tl.store(dbias_ptr + piece + e, tl.sum(dbias, axis=0), mask=e < D)
 
 
-@triton.jit
-def _linear_gelu_kernel(
-    x_ptr, weight_ptr, bias_ptr, z_ptr, y_ptr, rows, x_m, weight_e,
-    K: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, PRECISION: tl.constexpr, TANH: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
-    # Programs go down GROUP row tiles before they go on to the next columns: both operands stay in L2.
-    row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(D, BLOCK_E)
-    band = tl.program_id(0) // (GROUP * column_tiles)
-    height = tl.minimum(row_tiles - band * GROUP, GROUP)
-    place = tl.program_id(0) % (GROUP * column_tiles)
-    m = (band * GROUP + place % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    e = place // height * BLOCK_E + tl.arange(0, BLOCK_E)
-    k = tl.arange(0, BLOCK_K)
-    x_rows = x_ptr + m.to(tl.int64)[:, None] * x_m
-    weight_rows = weight_ptr + e.to(tl.int64)[:, None] * weight_e
-    sums = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        inside = (start + k < K)[None, :]
-        x = tl.load(x_rows + (start + k)[None, :], mask=(m < rows)[:, None] & inside, other=0.0)
-        weight = tl.load(weight_rows + (start + k)[None, :], mask=(e < D)[:, None] & inside, other=0.0)
-        sums = tl.dot(x, tl.trans(weight), sums, input_precision=PRECISION)
-    mask = (m < rows)[:, None] & (e < D)[None, :]
-    offsets = m.to(tl.int64)[:, None] * D + e[None, :]
-    if KEEP:
-        tl.store(z_ptr + offsets, sums.to(z_ptr.dtype.element_ty), mask=mask)
-    if BIAS:
-        sums += tl.load(bias_ptr + e, mask=e < D, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + offsets, _gelu(sums, TANH).to(y_ptr.dtype.element_ty), mask=mask)
-
-
 def gelu_rows(z: torch.Tensor, bias: torch.Tensor | None, tanh: bool, y: torch.Tensor) -> None:
     """y = gelu(z + bias) of contiguous z (groups, M, E), bias (groups, E); y may be z."""
     groups, rows, width = z.shape
@@ -165,48 +131,17 @@ def gelu_rows_backward(
     return dbias.sum(1)
 
 
-def _one_kernel(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tanh: bool, keep: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """y and z from the GEMM with epilogue."""
-    x, (width, inner) = unit_stride(x), weight.shape
-    y, z = _outputs(x, weight, bias, tanh, keep)
-    grid = (triton.cdiv(x.shape[0], 128) * triton.cdiv(width, 128),)
-    _linear_gelu_kernel[grid](
-        x, weight, x if bias is None else bias, z if keep else y, y, x.shape[0], x.stride(0), weight.stride(0),
-        K=inner, D=width, BLOCK_M=128, BLOCK_E=128, BLOCK_K=128 // x.element_size(), GROUP=8,
-        PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
-        TANH=tanh, BIAS=bias is not None, KEEP=keep, num_warps=8, num_stages=4,
-    )  # fmt: skip
-    return y, z
-
-
 def _outputs(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    tanh: bool,
-    keep: bool,
-    epilogue: bool | None = None,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tanh: bool, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = x.shape[0], weight.shape[0]
     return x.new_empty(shape), x.new_empty(shape if keep else (0,))
 
 
 def _forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    tanh: bool,
-    keep: bool,
-    epilogue: bool | None = None,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tanh: bool, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y (M, E), and z if it is to be kept for the backward. `epilogue` forces one of the two ways on Triton; None takes
-    what EPILOGUE says."""
-    if epilogue is None:
-        epilogue = x.is_cuda and (torch.cuda.get_device_capability(x.device), *weight.shape[::-1]) in EPILOGUE
-    if epilogue:
-        return _one_kernel(x, weight, bias, tanh, keep)
+    """y (M, E), and z if it is to be kept for the backward."""
     z = torch.mm(x, weight.t())
     y = z.new_empty(z.shape) if keep else z
     gelu_rows(z.unsqueeze(0), bias, tanh, y)
@@ -228,7 +163,7 @@ def _backward(
 
 
 _linear_gelu = define(
-    "linear_gelu(Tensor x, Tensor weight, Tensor? bias, bool tanh, bool keep, bool? epilogue=None) -> (Tensor, Tensor)",
+    "linear_gelu(Tensor x, Tensor weight, Tensor? bias, bool tanh, bool keep) -> (Tensor, Tensor)",
     _forward,
     _outputs,
 )
@@ -238,7 +173,7 @@ _linear_gelu_backward = define(
 
 
 def _save(ctx, inputs, output) -> None:
-    x, weight, bias, ctx.tanh, *_ = inputs
+    x, weight, bias, ctx.tanh, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, output[1])
@@ -246,12 +181,12 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dy, _dz) -> tuple[torch.Tensor | None, ...]:
     if dy is None:
-        return (None,) * 6
+        return (None,) * 5
     x, weight, bias, z = ctx.saved_tensors
     dz, dbias = _linear_gelu_backward(dy, z, bias, ctx.tanh)
     dx = dz @ weight if ctx.needs_input_grad[0] else None
     dweight = dz.t() @ x if ctx.needs_input_grad[1] else None
-    return dx, dweight, None if bias is None else dbias, None, None, None
+    return dx, dweight, None if bias is None else dbias, None, None
 
 
 differentiate("linear_gelu", _differentiate, _save)

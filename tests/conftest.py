@@ -61,7 +61,7 @@ def small_batch(lengths: tuple[int, ...] = (37, 20, 11), frames: int = FRAMES, s
 
 @pytest.fixture(autouse=True)
 def _default_device(request):
-    """Tests of a backend make their tensors on the GPU where there is one, as benchmarks/_grids.py does."""
+    """Tests of a backend make their tensors on the GPU if there is one (benchmarks/gpu_suite.py runs them there)."""
     if "backend" in request.fixturenames and torch.cuda.is_available():
         with torch.device("cuda"):
             yield

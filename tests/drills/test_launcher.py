@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from ..testing import ROOT, free_port, write_small_shards
 
 
@@ -17,6 +19,7 @@ def launch(cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.drill
 def test_two_ranks_train_and_a_refusal_keeps_its_exit_code(tmp_path):
     preset = write_small_shards(tmp_path / "shards")
     done = launch(tmp_path, "--ds_config", "zero2.json", "--preset", str(preset), "run.dir=run")

@@ -17,7 +17,6 @@ import bench_ada_norm  # noqa: E402
 import bench_block  # noqa: E402
 import gpu_suite  # noqa: E402
 from _bench import compare  # noqa: E402
-from _goals import goals, verdict  # noqa: E402
 
 QUICK = ["--repeats", "2", "--compiler", "aot_eager"]
 
@@ -52,7 +51,6 @@ def test_the_block(program, tmp_path, capsys):
     results = written["results"]["128, 9, 1"]
     assert list(results)[:4] == ["released", "eager", "torch.compile", "ours"]
     assert results["released"]["over_released"] == 1
-    assert all(goal[-1] in ("met", "missed") for goal in written["goals"])
     assert "ours, three forwards and backwards" in capsys.readouterr().out
 
 
@@ -87,13 +85,12 @@ def test_dry_run_of_the_gpu_suite(tmp_path):
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert results.keys() == gpu_suite.LIMITS.keys()
     assert all(result["status"] == "ok" for result in results.values())
-    assert results["accuracy"]["ada_norm"] == {"passed": 2, "failed": {}}
+    assert results["accuracy"]["kernels/test_ada_norm"] == {"passed": 1, "failed": []}
     assert results["foga"]["block_forwards"] == 3 * 4 // 2
     assert results["foga"]["stacked max score difference"] < 1e-5
     for operation in (*results["ops"].values(), *results["alignment"].values()):
         if isinstance(operation, dict) and "fused" in operation:
             assert "wrong" not in operation["fused"]
-    assert "goals of performance.md" in done.stdout
 
 
 def test_without_a_gpu_the_suite_says_so():
@@ -112,33 +109,3 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(monkeypatch):
     assert [part["status"].partition(",")[0] for part in ran.values()] == ["ok", "failed", "ok"]
     assert "Error" in ran["foga"]["log"][-1]
     assert gpu_suite.run_parts(["ceilings"], True, 0.1)["ceilings"]["status"] == "stopped after 0 s"
-
-
-def test_goals_are_read_off_the_results():
-    def timing(seconds):
-        return {"both": {"median_s": seconds}, "forward": {"gb_per_s": 2700}, "backward": {"gb_per_s": 2000}}
-
-    methods = {"torch.compile": 1.05, "torch.compile, default SDPA": 1.09, "eager, default SDPA": 1.3, "ours": 1.0}
-    results = {
-        "ceilings": {"copy_60k_tokens_gb_per_s": 3000},
-        "ops": {"gated_residual 60k": {"fused": timing(1)}},
-        "block": {"1024x938x16": {name: timing(seconds) for name, seconds in methods.items()}},
-        "step": {"ours B16": {"median_s": 0.08, "tflop_per_s": 400}, "graphed B16": {"median_s": 0.1}},
-        "foga": {"block_forwards": 300, "prefix-shared": {"median_s": 0.04}, "stacked": {"median_s": 0.076}},
-        "released": {"whisper, run's precision": {"median_s": 0.08}},
-    }
-    read = {what: verdict(*rest) for _, what, *rest in goals(results)}
-    wanted = {
-        "gated_residual forward, 60k tokens, % of copy": ("90", "met, and the stretch"),
-        "gated_residual backward, 60k tokens, % of copy": ("66.7", "missed"),
-        "block over torch.compile": ("1.05", "met"),
-        "block over torch.compile, default SDPA": ("1.09", "missed"),
-        "step, % MFU of 989": ("40.4", "met"),
-        "FoG-A block forwards": ("300", "met, and the stretch"),
-        "FoG-A over stacked gates": ("1.9", "met"),
-        "FoG-A over sequential, 2 clips": ("", "not measured"),
-        "a probe every 200 steps, % of wall time": ("0.25", "met, and the stretch"),
-        "cached over online bf16 teachers, speech only": ("2", "met, and the stretch"),
-        "CUDA-graphed step over eager, B = 16": ("0.8", "missed"),
-    }
-    assert {what: (read[what][0], read[what][-1]) for what in wanted} == wanted

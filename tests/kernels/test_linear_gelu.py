@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from agrepa_fast.kernels import _native, force_backend, linear_gelu
-from agrepa_fast.kernels._backend import backend_of
 
 from .accuracy import DEVICE, assert_as_accurate, assert_repeatable, fused_backends
 
@@ -31,40 +30,12 @@ def call_with(gelu):
     return lambda x, weight, bias: linear_gelu(x, weight.chunk(2, dim=-1)[1], bias, gelu)  # rows of a wider tensor
 
 
-def epilogue_with(gelu):
-    """As call_with, with the way through the GEMM with epilogue forced."""
-
-    def call(x, weight, bias):
-        if backend_of(x) == "reference":
-            return call_with(gelu)(x, weight, bias)
-        rows = x.flatten(0, 1)
-        y, _ = torch.ops.agrepa.linear_gelu(rows, weight.chunk(2, dim=-1)[1], bias, gelu == "tanh", True, True)
-        return y.view(*x.shape[:-1], -1)
-
-    return call
-
-
 @pytest.mark.parametrize("backend", fused_backends())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gelu", FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_as_accurate_as_the_reference(shape, gelu, dtype, backend):
     assert_as_accurate(call_with(gelu), *inputs(*shape, dtype), backend)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gelu", FORMS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_epilogue_is_as_accurate_as_the_reference(shape, gelu, dtype):
-    assert_as_accurate(epilogue_with(gelu), *inputs(*shape, dtype), "triton")
-
-
-def test_the_epilogue_past_a_band_of_8_row_tiles_and_past_64_of_k():
-    x, weight, bias = (torch.randn(*s, device=DEVICE) for s in ((1100, 70), (130, 70), (130,)))
-    with force_backend("triton"):
-        y, z = torch.ops.agrepa.linear_gelu(x, weight, bias, False, True, True)
-    torch.testing.assert_close(z, x @ weight.T, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(y, F.gelu(F.linear(x, weight, bias)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the CPU library")
@@ -92,21 +63,19 @@ def test_far_out_and_at_zero(gelu, backend):
     torch.testing.assert_close(slope.double(), torch.autograd.grad(wanted.sum(), exact)[0], rtol=1e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize(
-    ("call", "backend"), [*((call_with("erf"), b) for b in fused_backends()), (epilogue_with("tanh"), "triton")]
-)
-def test_without_a_bias(call, backend):
+@pytest.mark.parametrize("backend", fused_backends())
+def test_without_a_bias(backend):
     tensors, gradients = inputs(2, 77, 24, 265, torch.float32)
     del tensors["bias"]
-    assert_as_accurate(lambda x, weight: call(x, weight, None), tensors, gradients, backend)
+    assert_as_accurate(lambda x, weight: call_with("erf")(x, weight, None), tensors, gradients, backend)
 
 
-@pytest.mark.parametrize(("backend", "epilogue"), [*((b, False) for b in fused_backends()), ("triton", True)])
-def test_what_the_backward_needs_is_kept_only_for_it(backend, epilogue):
+@pytest.mark.parametrize("backend", fused_backends())
+def test_what_the_backward_needs_is_kept_only_for_it(backend):
     x, weight, bias = (torch.randn(*s, device=DEVICE) for s in ((37, 24), (265, 24), (265,)))
     with force_backend(backend):
-        y, z = torch.ops.agrepa.linear_gelu(x, weight, bias, False, True, epilogue)
-        alone, nothing = torch.ops.agrepa.linear_gelu(x, weight, bias, False, False, epilogue)
+        y, z = torch.ops.agrepa.linear_gelu(x, weight, bias, False, True)
+        alone, nothing = torch.ops.agrepa.linear_gelu(x, weight, bias, False, False)
     assert torch.equal(y, alone)
     assert nothing.numel() == 0
     torch.testing.assert_close(z, x @ weight.T)

@@ -1,4 +1,5 @@
-"""One rank of test_nonfinite: `python nonfinite_on_ranks.py PRESET FOLDER`, steps not finite on the last rank alone."""
+"""One rank of test_nonfinite: python nonfinite_on_ranks.py PRESET FOLDER. The last rank alone has steps that are not
+finite."""
 
 import json
 import sys
@@ -9,8 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from agrepa_fast.config import lr_factor
-from agrepa_fast.errors import UserError
+from agrepa_fast.config import UserError, lr_factor
 from agrepa_fast.zero.engine import start_ranks
 from tests.training.in_process import ds_values, make_run, state
 

@@ -80,7 +80,7 @@ def test_ways_to_compute_a_step_give_the_same_weights(ranks, variants, preset, t
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of resident memory")
 def test_no_rank_holds_the_whole_model_under_zero3():
     sizes = ("model.dim=512", "model.depth=16", "model.heads=8", "model.token_dim=512")
-    for output in run_ranks(2, ROOT / "benchmarks" / "build_memory.py", *sizes):
+    for output in run_ranks(2, ROOT / "tests" / "drills" / "build_memory.py", *sizes):
         found = json.loads(output.splitlines()[-1])
         assert found["whole_fp32"] == 4 * found["parameters"] > 3e8
         assert 0.45 * found["whole_fp32"] < found["build"]["peak"] < 0.8 * found["whole_fp32"]

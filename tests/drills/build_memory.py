@@ -1,4 +1,4 @@
-"""Memory of each rank while a model is built: deepspeed --num_gpus 2 benchmarks/build_memory.py
+"""Memory of each rank while a model is built: deepspeed --num_gpus 2 tests/drills/build_memory.py
 
 Shows that under ZeRO-3 no rank ever holds the whole model. Prints one JSON line a rank, sizes in bytes.
 """

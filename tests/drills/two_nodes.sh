@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# examples/hostfile and examples/train.slurm, run on one machine: two network namespaces with host names of their own, a
-# virtual cable between them, stand for two machines with a shared file system. One rank on each, on the CPU. The curves
-# must equal that of one machine to 1e-5. This shows that the examples start, stop and go on as written; it is no
-# measurement of a network, and no GPU is in it.
+# Run examples/hostfile and examples/train.slurm on one machine. Two network namespaces with their own host names and a
+# virtual cable between them stand for two machines with a shared file system; each runs one rank on the CPU. The curves
+# must equal that of one machine to 1e-5. This shows that the examples start, stop and resume as written. It measures no
+# network, and uses no GPU.
 #
 #     apt-get install openssh-server pdsh iproute2 slurm-wlm
-#     examples/two_nodes.sh hostfile     # deepspeed --hostfile, through pdsh and an sshd in each namespace
-#     examples/two_nodes.sh torchrun     # torchrun --nnodes 2, started in each namespace
-#     examples/two_nodes.sh slurm        # sbatch, slurmctld and two slurmd, with a time limit that interrupts the run
+#     tests/drills/two_nodes.sh hostfile     # deepspeed --hostfile, through pdsh and an sshd in each namespace
+#     tests/drills/two_nodes.sh torchrun     # torchrun --nnodes 2, started in each namespace
+#     tests/drills/two_nodes.sh slurm        # sbatch, slurmctld and two slurmd; a signal interrupts the run once
 #
-# As root, in the checkout, with the virtual environment active. Everything is removed at the end, but for the runs in
+# Run as root, in the checkout, with the virtual environment active. It removes everything at the end, except the runs in
 # runs/two_nodes.
 set -euo pipefail
 how=${1:?hostfile, torchrun or slurm}
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 work=$PWD/runs/two_nodes
 rm -rf "$work"
 mkdir -p "$work"
@@ -119,17 +119,15 @@ same_curve() {
     python - "$work/one" "$1" << 'EOF'
 import sys
 from pathlib import Path
-from tests.testing import metrics
-one, two = ({(step, name): value for step, values in metrics(Path(run)).items() for name, value in values.items()
-             if name.endswith(("loss", "norm"))} for run in sys.argv[1:])
-assert one and one.keys() == two.keys(), "other steps"
-worst = max(abs(one[key] - two[key]) for key in one)
-print(f"{max(one)[0]} steps: the largest difference of a loss or gradient norm to one machine is {worst:.1e}")
-sys.exit(worst > 1e-5)
+from tests.drills.harness import TOLERANCE, curve_difference, last_step
+one, two = map(Path, sys.argv[1:])
+worst = curve_difference(one, two)
+print(f"{last_step(two)} steps: the largest difference of a loss or gradient norm from one machine is {worst:.1e}")
+sys.exit(not worst <= TOLERANCE)
 EOF
 }
 
-python -c "import sys; from pathlib import Path; from tests.testing import write_small_shards; write_small_shards(Path(sys.argv[1]))" "$work/shards"
+python -c "from pathlib import Path; from tests.testing import write_small_shards; write_small_shards(Path('$work/shards'))"
 GLOO_SOCKET_IFNAME=lo python "${train[@]}" "run.dir=$work/one" "${settings[@]}"
 lay_cable
 case $how in
