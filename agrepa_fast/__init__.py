@@ -12,7 +12,8 @@ from .attribution.gates import count_block_forwards, multi_gate
 from .attribution.scores import LayerScores
 from .attribution.selection import LayerSelection, NotRankableError, select_layers
 from .checkpoints.weights import load_model
-from .config import Config, load_config
+from .config import Config
+from .config_file import load_config
 from .errors import UserError
 from .models.audio_dit.block import GatedDiTBlock
 from .models.audio_dit.conditioning import Condition

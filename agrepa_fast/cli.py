@@ -5,8 +5,10 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from .config import DOMAINS, Config, VqFitConfig, load_config
+from .config import DOMAINS, Config
+from .config_file import load_config
 from .errors import UserError, nearest
+from .tokenizers.vq_config import VqFitConfig
 
 SOURCES = {  # of `agrepa prepare`: what it is, and what its path is called
     "demo": ("fetch the demo corpus and prepare it", None),

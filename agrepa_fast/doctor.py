@@ -7,7 +7,7 @@ import platform
 import shutil
 from pathlib import Path
 
-from .config import load_config
+from .config_file import load_config
 from .fetch import cache_dir
 from .kernels import active_backend, native_isa
 

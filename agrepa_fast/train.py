@@ -33,7 +33,8 @@ from agrepa_fast.checkpoints.weights import (
     resolve_checkpoint,
     weights_file,
 )
-from agrepa_fast.config import Config, load_config, save_config
+from agrepa_fast.config import Config
+from agrepa_fast.config_file import load_config, save_config
 from agrepa_fast.data.batches import end_loaders, train_batches
 from agrepa_fast.data.index import Index, matching_index
 from agrepa_fast.data.plan import BatchLayout, BatchPlan

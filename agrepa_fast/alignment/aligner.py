@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 
 from ..attribution.selection import LayerSelection
-from ..config import Config, lr_factor
+from ..config import Config
 from ..data.batches import Batch
+from ..lr_schedule import lr_factor
 from ..ranks import all_sum
 from .heads import AlignmentHeads, BitcProjections
 from .objectives import alignment_loss, bitc_loss

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 
+from ..config import TIMES
 from ..kernels import philox_normal
-from .foga import TIMES, Measured, ProbeBatch, noised, probe_keys, undisturbed
+from .foga import Measured, ProbeBatch, noised, probe_keys, undisturbed
 
 
 class FogaVjp:

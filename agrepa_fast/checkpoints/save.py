@@ -23,7 +23,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..config import Config, load_config, save_config
+from ..config import Config
+from ..config_file import load_config, save_config
 from ..data.index import Index
 from ..errors import UserError
 from ..probing.schedule import LayerChoice

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ..config import Config, load_config, save_config
+from ..config import Config
+from ..config_file import load_config, save_config
 from ..errors import UserError
 from ..models.audio_dit.dit import AudioDiT
 

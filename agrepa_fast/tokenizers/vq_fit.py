@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..config import DataConfig, VqFitConfig
+from ..config import DataConfig
 from ..corpora.folder import folder_recordings
 from ..corpora.recordings import Recording, Source
 from ..errors import UserError
@@ -27,6 +27,7 @@ from ..prepare.decode import MAX_BAD, MAX_BAD_SHARE, ahead, cut_wave, digest, na
 from ..seeds import derive_seed
 from .kmeans import Codebook, fit_frames
 from .vq import FORMAT, FrameCodec, VqTokenizer, codec_bytes
+from .vq_config import VqFitConfig
 
 _WINDOW = 96  # frames, as RepCodec's
 _CHUNK = 16  # recordings per call of the teacher

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
-from ..config import Config, lr_factor
+from ..config import Config
 from ..data.batches import Batch
 from ..data.index import Index
 from ..errors import LocalError, UserError
 from ..flow import flow_loss, reference_prefix, training_draws
 from ..kernels import flow_mix
+from ..lr_schedule import lr_factor
 from ..probing.fixed_clips import FixedClips
 from ..probing.schedule import LayerChoice
 from ..probing.validation import validation_loss

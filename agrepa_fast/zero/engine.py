@@ -10,9 +10,10 @@ from datetime import timedelta
 import torch
 import torch.nn as nn
 
-from ..config import Config, lr_factor
+from ..config import Config
 from ..errors import UserError
 from ..kernels import active_backend
+from ..lr_schedule import lr_factor
 from .ds_config import _offloads, zero_stage
 from .masters import masters
 

@@ -8,7 +8,8 @@ import torch
 
 from agrepa_fast.attribution.foga import ProbeBatch, foga
 from agrepa_fast.audio.mel import LogMel, frame_count
-from agrepa_fast.config import DataConfig, load_config
+from agrepa_fast.config import DataConfig
+from agrepa_fast.config_file import load_config
 from agrepa_fast.kernels import flow_mix, philox_normal
 from agrepa_fast.models.audio_dit.conditioning import interpolate_tokens, sinusoids
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from agrepa_fast.attribution.foga import Measured, ProbeBatch, foga, official_foga
-from agrepa_fast.config import ModelConfig, load_config
+from agrepa_fast.config import ModelConfig
+from agrepa_fast.config_file import load_config
 from agrepa_fast.data.batches import collate
 from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError

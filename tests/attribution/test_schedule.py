@@ -13,7 +13,7 @@ from agrepa_fast.alignment import aligner as aligner_module
 from agrepa_fast.alignment.aligner import Aligner
 from agrepa_fast.attribution.csv import read_csv
 from agrepa_fast.attribution.selection import LayerSelection
-from agrepa_fast.config import load_config
+from agrepa_fast.config_file import load_config
 from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
 from agrepa_fast.models.audio_dit.dit import AudioDiT

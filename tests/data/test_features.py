@@ -7,7 +7,8 @@ import soundfile
 
 from agrepa_fast.audio.mel import LogMel, frame_count
 from agrepa_fast.audio.waves import decode, resample
-from agrepa_fast.config import DataConfig, load_config
+from agrepa_fast.config import DataConfig
+from agrepa_fast.config_file import load_config
 from agrepa_fast.errors import UserError
 
 CONFIGS = {"release": DataConfig(), "hifigan": load_config("demo").data}

@@ -14,7 +14,7 @@ import soundfile
 
 from agrepa_fast.audio.mel import LogMel, frame_count
 from agrepa_fast.audio.waves import decode, resample
-from agrepa_fast.config import load_config
+from agrepa_fast.config_file import load_config
 from agrepa_fast.corpora import folder as sources
 from agrepa_fast.corpora import recordings
 from agrepa_fast.data.index import load_index
@@ -183,7 +183,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from agrepa_fast.config import load_config
+from agrepa_fast.config_file import load_config
 from agrepa_fast.prepare.pipeline import prepare_folder
 left, replace = [int(sys.argv[1])], Path.replace
 def count(self, target):

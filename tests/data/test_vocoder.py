@@ -10,7 +10,8 @@ from agrepa_fast.audio import hifigan
 from agrepa_fast.audio.mel import LogMel, frame_count
 from agrepa_fast.audio.vocoder import VOCOS_HUB, inverse_mel, load_vocoder
 from agrepa_fast.audio.waves import decode, import_torchaudio, resample
-from agrepa_fast.config import DataConfig, load_config
+from agrepa_fast.config import DataConfig
+from agrepa_fast.config_file import load_config
 from agrepa_fast.errors import UserError
 
 RELEASE = DataConfig()  # 24 kHz, 100 htk mels

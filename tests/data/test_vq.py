@@ -10,11 +10,11 @@ import soundfile
 import torch
 
 from agrepa_fast import cli
-from agrepa_fast.config import VqFitConfig
 from agrepa_fast.errors import UserError
 from agrepa_fast.files import file_sha256
 from agrepa_fast.tokenizers import vq, vq_fit
 from agrepa_fast.tokenizers.vq import FrameCodec, VqTokenizer
+from agrepa_fast.tokenizers.vq_config import VqFitConfig
 from agrepa_fast.tokenizers.vq_fit import _Frames, fit_vq
 
 DIM = 8

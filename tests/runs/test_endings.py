@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from agrepa_fast.config import load_config, save_config
+from agrepa_fast.config_file import load_config, save_config
 from agrepa_fast.errors import UserError
 from agrepa_fast.files import claim
 from agrepa_fast.train import explain

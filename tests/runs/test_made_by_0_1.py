@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from agrepa_fast import load_model
 from agrepa_fast.cli import main
-from agrepa_fast.config import UserError, load_config
+from agrepa_fast.config_file import load_config
+from agrepa_fast.errors import UserError
 
 from ..testing import metrics, run_training
 

@@ -13,11 +13,13 @@ from agrepa_fast.alignment import aligner as aligner_module
 from agrepa_fast.attribution.csv import append_csv
 from agrepa_fast.attribution.foga import ProbeBatch, foga
 from agrepa_fast.attribution.selection import LayerSelection, select_layers
-from agrepa_fast.config import FlowConfig, load_config, lr_factor
+from agrepa_fast.config import FlowConfig
+from agrepa_fast.config_file import load_config
 from agrepa_fast.data.batches import BatchLayout, DataConfig, collate, train_batches
 from agrepa_fast.data.index import load_index
 from agrepa_fast.flow import euler, flow_loss, reference_prefix, sample, sway_times, training_draws
 from agrepa_fast.kernels import flow_mix
+from agrepa_fast.lr_schedule import lr_factor
 from agrepa_fast.models.audio_dit.dit import Velocity
 from agrepa_fast.probing.fixed_clips import FixedClips
 from agrepa_fast.probing.validation import validation_loss

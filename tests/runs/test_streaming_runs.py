@@ -78,7 +78,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from agrepa_fast.config import UserError, load_config
+from agrepa_fast.config import UserError
+from agrepa_fast.config_file import load_config
 from agrepa_fast.data.plan import BatchLayout, BatchPlan
 from agrepa_fast.data.index import read_index
 from agrepa_fast.data.batches import train_batches

@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from agrepa_fast.alignment.aligner import Aligner
 from agrepa_fast.attribution.selection import LayerSelection
-from agrepa_fast.config import PRESETS, load_config
+from agrepa_fast.config import PRESETS
+from agrepa_fast.config_file import load_config
 from agrepa_fast.data.batches import BatchLayout, train_batches
 from agrepa_fast.data.index import load_index
 from agrepa_fast.probing.schedule import LayerChoice

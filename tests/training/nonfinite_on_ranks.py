@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from agrepa_fast.config import UserError, lr_factor
+from agrepa_fast.errors import UserError
+from agrepa_fast.lr_schedule import lr_factor
 from agrepa_fast.zero.engine import start_ranks
 from tests.training.in_process import ds_values, make_run, state
 

@@ -1,6 +1,6 @@
 import pytest
 
-from agrepa_fast.config import load_config, preset_names, save_config
+from agrepa_fast.config_file import load_config, preset_names, save_config
 from agrepa_fast.errors import UserError
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agrepa_fast.config import TrainConfig, load_config, lr_factor
+from agrepa_fast.config import TrainConfig
+from agrepa_fast.config_file import load_config
 from agrepa_fast.data.batches import BatchLayout
 from agrepa_fast.errors import UserError
+from agrepa_fast.lr_schedule import lr_factor
 from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from agrepa_fast.config import TrainConfig, load_config
+from agrepa_fast.config import TrainConfig
+from agrepa_fast.config_file import load_config
 from agrepa_fast.errors import UserError
 from agrepa_fast.kernels import active_backend
 from agrepa_fast.reporting.tracker import Wandb, find_tracker

@@ -11,7 +11,8 @@ import torch
 
 from agrepa_fast import cli
 from agrepa_fast.attribution.foga import foga
-from agrepa_fast.config import DOMAINS, DataConfig, ModelConfig, VqFitConfig, load_config
+from agrepa_fast.config import DOMAINS, DataConfig, ModelConfig
+from agrepa_fast.config_file import load_config
 from agrepa_fast.data.batches import collate, fixed_clips
 from agrepa_fast.data.index import load_index, matching_index, write_index
 from agrepa_fast.data.reading import read_shard
@@ -21,6 +22,7 @@ from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.prepare.pipeline import prepare_folder
 from agrepa_fast.prepare.token_pass import paired
 from agrepa_fast.tokenizers.vq import VqTokenizer
+from agrepa_fast.tokenizers.vq_config import VqFitConfig
 from agrepa_fast.tokenizers.vq_fit import fit_vq
 from agrepa_fast.training.builder import fit_to_shards
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from agrepa_fast.checkpoints.weights import load_weights
-from agrepa_fast.config import load_config
+from agrepa_fast.config_file import load_config
 from agrepa_fast.zero.construction import new_model
 from agrepa_fast.zero.engine import start_ranks
 from agrepa_fast.zero.masters import full_weights, masters

@@ -1,0 +1,141 @@
+"""Read and write configurations: presets, yaml files and `section.field=value` overrides."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .config import PRESETS, Config
+from .errors import UserError, nearest
+from .settings import setting_names
+
+_SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+
+# Settings of earlier versions: the value that this version always has, if there is one, and what to do instead.
+_REMOVED: dict[str, tuple[Callable[[dict], object], str]] = {
+    "data.win_length": (lambda data: data.get("n_fft", 1024), "windows are data.n_fft samples long"),
+    "data.f_min": (lambda data: 0.0, "mel bands start at 0 Hz"),
+    "align.share_confidence": (lambda align: 0.9, "align.share is reached with 90 % confidence"),
+    "probe.max_rows": (lambda probe: None, "lower probe.chunk to bound a probe's memory"),
+    "train.attention_cost": (lambda train: None, "train.batch_frames takes it from the model's FLOPs"),
+    "eval.samples": (lambda values: 1, "`agrepa sample RUN --clips N` makes more samples"),
+}
+
+
+def preset_names() -> list[str]:
+    """Return the names that load_config takes besides files."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the configuration of a preset or a yaml file, with `section.field=value` overrides.
+
+    Raises UserError for an unknown preset, section or setting, a value of the wrong type or out of bounds, and a
+    setting of an earlier version that this one cannot honour.
+    """
+    path = PRESETS / f"{source}.yaml"
+    if not path.is_file():
+        path = Path(source)
+        if path.suffix not in (".yaml", ".yml") or not path.is_file():
+            raise UserError(f"preset {str(source)!r} is unknown: {nearest(str(source), preset_names())}")
+    for override in overrides:
+        _check_override(override)
+    sections: dict[str, dict] = {name: {} for name in _SECTIONS}
+    sections["run"]["preset"] = path.stem
+    for values in (_read_file(path), _read_overrides(overrides)):
+        for name, settings in values.items():
+            sections[name] |= settings
+    return Config(**{name: _SECTIONS[name](**values) for name, values in sections.items()})
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration. A kill leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(config_yaml(config))
+    temporary.replace(path)
+
+
+def config_yaml(config: Config) -> str:
+    """Return the configuration as load_config reads it."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def settings_that_differ(saved: Config, config: Config) -> list[tuple[str, object, object]]:
+    """Return name, saved value and value of each setting that a resume must leave as it was saved, and that differs."""
+    differing = []
+    for section in dataclasses.fields(Config):
+        before, after = getattr(saved, section.name), getattr(config, section.name)
+        for field in dataclasses.fields(before):
+            old, new = getattr(before, field.name), getattr(after, field.name)
+            if old != new and not field.metadata["resume"]:
+                differing.append((f"{section.name}.{field.name}", old, new))
+    return differing
+
+
+def _read_file(path: Path) -> dict[str, dict]:
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        content = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not OmegaConf.is_dict(content):
+        raise UserError(f"{path}: sections with fields are wanted, not a {type(OmegaConf.to_object(content)).__name__}")
+    return _checked(content, str(path))
+
+
+def _read_overrides(overrides: Sequence[str]) -> dict[str, dict]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    text = " ".join(overrides)
+    try:
+        return _checked(OmegaConf.from_dotlist(list(overrides)), text)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{text}: {' '.join(str(error).split())}") from error
+
+
+def _checked(content, where: str) -> dict[str, dict]:
+    """Return the sections of omegaconf's `content` as dicts, without removed settings. where: a file or overrides."""
+    from omegaconf import OmegaConf
+
+    sections = OmegaConf.to_container(content, resolve=False)
+    # omegaconf would resolve it: ${oc.env:NAME} is a variable of the environment.
+    if "${" in json.dumps(sections, default=str):
+        raise UserError(f"{where}: ${{…}} is not expanded: write the value")
+    for name, values in sections.items():
+        if name not in _SECTIONS:
+            raise UserError(f"{where}: section {name!r} is unknown: {nearest(str(name), _SECTIONS)}")
+        if values is None:
+            sections[name] = {}
+        elif not isinstance(values, dict):
+            raise UserError(f"{where}: section {name!r} has the value {values!r}, not settings")
+        else:
+            sections[name] = {field: value for field, value in values.items() if not _is_removed(name, field, values)}
+    return sections
+
+
+def _is_removed(section: str, field: str, values: dict) -> bool:
+    """Whether a setting is one of an earlier version, with the value that this version implies."""
+    name = f"{section}.{field}"
+    if name not in _REMOVED:
+        return False
+    implied, instead = _REMOVED[name]
+    if values[field] != implied(values):
+        raise UserError(f"{name}={values[field]} is no longer a setting: {instead}")
+    return True
+
+
+def _check_override(override: str) -> None:
+    name, equals, _ = override.partition("=")
+    section, dot, field = name.partition(".")
+    if not (equals and dot):
+        raise UserError(f"{override!r} is no override: write section.field=value")
+    if section not in _SECTIONS:
+        raise UserError(f"section {section!r} is unknown: {nearest(section, _SECTIONS)}")
+    if name not in _REMOVED and field not in setting_names(_SECTIONS[section]):
+        raise UserError(f"{name} is unknown: {nearest(field, setting_names(_SECTIONS[section]))}")
