@@ -115,19 +115,18 @@ def _checked(content, where: str) -> dict[str, dict]:
         elif not isinstance(values, dict):
             raise UserError(f"{where}: section {name!r} has the value {values!r}, not settings")
         else:
-            sections[name] = {field: value for field, value in values.items() if not _is_removed(name, field, values)}
+            sections[name] = without_removed(name, values)
     return sections
 
 
-def _is_removed(section: str, field: str, values: dict) -> bool:
-    """Whether a setting is one of an earlier version, with the value that this version implies."""
-    name = f"{section}.{field}"
-    if name not in _REMOVED:
-        return False
-    implied, instead = _REMOVED[name]
-    if values[field] != implied(values):
-        raise UserError(f"{name}={values[field]} is no longer a setting: {instead}")
-    return True
+def without_removed(section: str, values: dict) -> dict:
+    """Return a section's values without settings of earlier versions that have the value which this one implies. Raises
+    UserError for one that has another."""
+    for field, value in values.items():
+        implied, instead = _REMOVED.get(f"{section}.{field}", (None, None))
+        if implied is not None and value != implied(values):
+            raise UserError(f"{section}.{field}={value} is no longer a setting: {instead}")
+    return {field: value for field, value in values.items() if f"{section}.{field}" not in _REMOVED}
 
 
 def _check_override(override: str) -> None:

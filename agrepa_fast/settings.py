@@ -107,7 +107,7 @@ def _allowed(hint: object) -> str:
         return _either([str(part) for part in parts])
     if origin is list:
         text = _allowed(parts[0])
-        return f"each {text}" if text else ""
+        return f"each {text.removeprefix('must be ')}" if text else ""
     if origin is Annotated:
         text = _allowed(parts[0])
         bounds = {}

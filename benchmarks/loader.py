@@ -28,12 +28,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from agrepa_fast.audio.mel import LogMel
 from agrepa_fast.audio.waves import decode, resample
-from agrepa_fast.config import DOMAINS, DataConfig
+from agrepa_fast.config import DOMAINS, DataConfig, ShardConfig
 from agrepa_fast.data.batches import collate, train_batches
 from agrepa_fast.data.index import SCHEMA, Index, Sample, load_index, write_index, write_shard
 from agrepa_fast.data.plan import BatchLayout, BatchPlan
 from agrepa_fast.data.reading import OpenShard, split_clips
-from agrepa_fast.prepare.decode import NOT_FEATURES
+from agrepa_fast.settings import setting_names
 
 DATA = DataConfig()  # 24 kHz, 100 mels, hop 256
 FRAMES, TOKENS, TEACHER, BATCH = 938, 500, 1280, 16
@@ -43,7 +43,7 @@ def write_corpus(folder: Path, clips: int, shard_clips: int) -> Index:
     """Two domains of `clips` training clips each."""
     draw = np.random.default_rng(0)
     settings = asdict(DATA)
-    features = {name: value for name, value in settings.items() if name not in NOT_FEATURES}
+    features = {name: settings[name] for name in setting_names(ShardConfig)}
     content = {"schema": SCHEMA, "features": features, "domains": {}, "shards": []}
     for number, domain in enumerate(DOMAINS):
         first = number * DATA.codebook

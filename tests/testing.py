@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agrepa_fast.config import DataConfig
+from agrepa_fast.config import DataConfig, ShardConfig
 from agrepa_fast.data.index import SCHEMA, Sample, write_index, write_shard
 from agrepa_fast.files import file_sha256, write_atomically
-from agrepa_fast.prepare.decode import NOT_FEATURES
+from agrepa_fast.settings import setting_names
 from agrepa_fast.tokenizers.kmeans import Codebook, codebook_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def write_small_shards(folder: Path, buckets: tuple[int, ...] = (25,), extra: bo
     settings = asdict(DataConfig(sample_rate=16000, n_mels=8, f_max=8000.0, codebook=CODES))
     if extra:
         settings |= {"extra_tokens": "vq:none", "extra_codebook": EXTRA_CODES}
-    features = {name: value for name, value in settings.items() if name not in NOT_FEATURES}
+    features = {name: settings[name] for name in setting_names(ShardConfig)}
     content = {"schema": SCHEMA, "features": features, "domains": {}, "shards": []}
     for number, (domain, dim) in enumerate(TEACHER_DIMS.items()):
         train = [_sample(draw, domain, dim, number * CODES, i) for i in range(22)]

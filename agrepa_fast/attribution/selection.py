@@ -111,9 +111,12 @@ def select_layers(
     return LayerSelection(scores.measure, layers, mean, scores.step or 0, evidence, **by_time)
 
 
+SHARE_CONFIDENCE = 0.9  # how sure align.share has to be, by bootstrap over clips
+
+
 def select_as(align: AlignConfig, scores: LayerScores) -> LayerSelection:
     """select_layers with a run's settings."""
-    options = {"share": align.share, "confidence": align.share_confidence, "per_time": align.per_time}
+    options = {"share": align.share, "confidence": SHARE_CONFIDENCE, "per_time": align.per_time}
     return select_layers(scores, align.k, align.weighting, **options)
 
 

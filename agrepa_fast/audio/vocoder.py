@@ -137,10 +137,8 @@ def _vocos_mel(name: str, config: Path) -> dict:
     return {
         "sample_rate": sample_rate,
         "n_fft": n_fft,
-        "win_length": n_fft,
         "hop_length": mel.get("hop_length", 256),
         "n_mels": mel.get("n_mels", 100),
-        "f_min": 0.0,
         "f_max": sample_rate / 2,
         "mel_scale": "htk",
         "mel_norm": None,
@@ -153,7 +151,7 @@ def _griffin_lim(data: DataConfig, device: str, because: str = "") -> Vocoder:
     torchaudio = import_torchaudio()
     filters = LogMel(data).mel.mel_scale.fb.to(device)  # (bins, n_mels)
     inverse = torch.linalg.pinv(filters)
-    window = torch.hann_window(data.win_length, device=device)
+    window = torch.hann_window(data.n_fft, device=device)
 
     def synthesize(log_mel: torch.Tensor) -> torch.Tensor:
         magnitude = inverse_mel(log_mel.exp(), filters, inverse)
@@ -164,7 +162,7 @@ def _griffin_lim(data: DataConfig, device: str, because: str = "") -> Vocoder:
                 window,
                 data.n_fft,
                 data.hop_length,
-                data.win_length,
+                data.n_fft,
                 power=1.0,
                 n_iter=_GRIFFIN_LIM_ITERATIONS,
                 momentum=0.99,

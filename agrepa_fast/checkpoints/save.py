@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..config import Config
-from ..config_file import load_config, save_config
+from ..config_file import load_config, save_config, settings_that_differ
 from ..data.index import Index
 from ..errors import UserError
 from ..probing.schedule import LayerChoice
@@ -36,29 +36,6 @@ from ..zero.recut import FOLDER as UNIVERSAL
 from ..zero.recut import counters, load_recut, whole_file, without_pickle
 from .upload import Mirror
 from .weights import MARKER, checkpoints, marker
-
-_MAY_CHANGE = {  # on a resume; so may eval.*
-    *(
-        "run.dir",
-        "data.path",
-        "data.workers",
-        "data.read_timeout",
-        "data.read_attempts",
-        "data.max_faults",
-        "probe.chunk",
-        "probe.graph",
-        "probe.max_rows",
-        "train.steps",
-        "train.accumulation",
-    ),
-    *("train.save_every", "train.val_every", "train.log_every", "train.keep", "train.keep_best", "train.copy_to"),
-    *("train.max_skipped", "train.patience", "train.activation_checkpointing", "train.compile", "train.graphs"),
-    *("train.peak_tflops", "train.profile", "train.wandb"),
-}
-
-
-def _fields(config: Config) -> list[tuple[str, str]]:
-    return [(section.name, field.name) for section in fields(config) for field in fields(getattr(config, section.name))]
 
 
 class _Writer:
@@ -225,15 +202,11 @@ class Checkpoints:
             self.mirror.close()
 
     def _check_settings(self, path: Path) -> None:
-        saved, config = load_config(path / "config.yaml"), self.config
-        for section, name in _fields(config):
-            there, here = getattr(getattr(saved, section), name), getattr(getattr(config, section), name)
-            if there != here and f"{section}.{name}" not in _MAY_CHANGE and section != "eval":
-                what = "another architecture: " if section == "model" else ""
-                raise UserError(
-                    f"{path}: {what}{section}.{name} is {there} there and {here} in this run: leave it as it "
-                    "was, or start a new run"
-                )
+        for name, saved, value in settings_that_differ(load_config(path / "config.yaml"), self.config):
+            what = "another architecture: " if name.startswith("model.") else ""
+            raise UserError(
+                f"{path}: {what}{name} is {saved} there and {value} in this run: leave it as it was, or start a new run"
+            )
 
     def _layout(self, engine) -> dict:
         """What DeepSpeed's own files depend on: they are read again under the same, and re-cut under any other."""

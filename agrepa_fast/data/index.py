@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import DOMAINS, DataConfig
+from ..config_file import without_removed
 from ..errors import UserError
 from ..files import _part, file_sha256, write_atomically
 from .locations import Place, ReadError, Remote, locate, read_object
@@ -241,7 +242,7 @@ def matching_index(data: DataConfig) -> Index:
     with other settings than `data`'s, or without such a teacher. Of local files the sizes are checked, of
     others nothing."""
     index = load_index(locate(data.path, data.read_timeout, data.read_attempts), verify=False)
-    for name, there in index.features.items():
+    for name, there in without_removed("data", index.features).items():
         if there != getattr(data, name):
             _refuse(index, name, there, getattr(data, name))
     chosen = {}

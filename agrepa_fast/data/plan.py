@@ -198,11 +198,11 @@ class BatchPlan:
 
     @classmethod
     def of(cls, index: Index, config: Config, layout: BatchLayout) -> Self:
-        """The plan of a run. train.attention_cost, unless given, is the FLOPs of attention for each pair of frames over
-        those of the linear layers for each frame: 4 D, for scores and values, over (8 + 4 ffn_mult) D^2, for the four
-        projections and the two FFN layers, = 1 / ((2 + ffn_mult) D)."""
+        """Return the plan of a run. The cost of attention is its FLOPs per pair of frames over those of the linear
+        layers per frame: 4 D, for scores and values, over (8 + 4 ffn_mult) D^2, for the four projections and the two
+        FFN layers, = 1 / ((2 + ffn_mult) D)."""
         train, model = config.train, config.model
-        cost = 1 / ((2 + model.ffn_mult) * model.dim) if train.attention_cost is None else train.attention_cost
+        cost = 1 / ((2 + model.ffn_mult) * model.dim)
         size = {"clips": train.batch_clips} if train.batch_frames is None else {"budget": train.batch_frames}
         options = {**size, "attention_cost": cost, "least": layout.parts, "fixed_shapes": train.graphs > 0}
         return cls(index, config.data.speech_share, config.run.seed, **options)

@@ -9,7 +9,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,19 +17,13 @@ import numpy as np
 
 from ..audio.mel import LogMel
 from ..audio.waves import resample
-from ..config import DataConfig
+from ..config import DataConfig, MelConfig, values_of
 from ..corpora.recordings import Recording
 from ..errors import UserError
 from .job import Job, work_file, write_work
 
 MIN_PEAK = 1e-4  # a recording that stays below is silent
 MAX_BAD_SHARE, MAX_BAD = 0.02, 3  # beyond both the folder is not what was meant
-# Settings that may change without new shards, those of the teachers, which shards may have several of, among them.
-NOT_FEATURES = ("path", "speech_teacher", "audio_teacher", "teacher_rate", "teacher_precision")
-NOT_FEATURES += ("speech_share", "workers", "max_faults", "read_timeout", "read_attempts")
-NOT_FEATURES += ("speech_tokens", "audio_tokens")  # of one domain, hence in its entry
-# Settings that no mel depends on.
-_NOT_MEL = (*NOT_FEATURES, "codebook", "extra_tokens", "extra_codebook", "val_share", "shard_clips", "bucket_seconds")
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,7 @@ class Clip:
 def decode_stage(job: Job, recordings: list[Recording]) -> tuple[list[Clip], list[dict]]:
     """Decode the recordings, each rank its part. Returns all usable clips in the recordings' order, and the others."""
     data = job.data
-    settings = [value for name, value in asdict(data).items() if name not in _NOT_MEL]
+    settings = list(values_of(MelConfig, data).values())
     folder = job.folder("mel", digest(settings))
     task = partial(_decode_one, data=data, folder=folder, log_mel=LogMel(data))
     own, found = job.ranks.own(recordings), []

@@ -10,18 +10,18 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
-from ..config import DOMAINS, Config, DataConfig
+from ..config import DOMAINS, Config, DataConfig, ShardConfig, values_of
+from ..config_file import without_removed
 from ..corpora.demo import demo_sources
 from ..corpora.folder import folder_source
 from ..corpora.recordings import Recording, Source
 from ..data.index import INDEX, SCHEMA, Index, load_index, write_index
 from ..errors import UserError
 from ..ranks import ONE, Ranks
-from .decode import NOT_FEATURES, decode_stage, digest, name_hash, validation_groups
+from .decode import decode_stage, digest, name_hash, validation_groups
 from .job import WORK, Job, remove, write_report
 from .teacher_pass import TeacherStage
 from .token_pass import TokenStage, check_extra, check_tokens, domain_roles
@@ -91,12 +91,13 @@ def finish(out: Path, content: dict, throughput: dict[str, dict], results: str) 
 def existing(data: DataConfig, out: Path, sources: list[Source], teachers: bool = True) -> dict:
     """The content of out's index, or an empty one. UserError when its settings, its recordings or, with `teachers`, its
     teachers are others."""
-    settings = {name: value for name, value in asdict(data).items() if name not in NOT_FEATURES}
+    settings = values_of(ShardConfig, data)
     if not (out / INDEX).is_file():
         return {"schema": SCHEMA, "features": settings, "domains": {}, "shards": []}
     content = load_index(out, verify=False).content
+    features = without_removed("data", content["features"])
     for name, value in settings.items():
-        same_setting(out, name, content["features"].get(name), value)
+        same_setting(out, name, features.get(name), value)
     check_extra(out, data, content)
     for source in sources:
         there = content["domains"].get(source.domain)

@@ -62,7 +62,7 @@ class ClipProbe:
         if measure == "foga-vjp":
             self.one_batch = FogaVjp(model, **options)
         else:
-            self.one_batch = FogaProbe(model, kind=kind, max_rows=probe.max_rows, graph=clips.static, **options)
+            self.one_batch = FogaProbe(model, kind=kind, graph=clips.static, **options)
 
     def launch(self, step: int | None = None, *, progress: bool = False) -> PendingScores:
         """Queue a probe. Every rank must call it; it runs the same forwards on each, and on a GPU nothing is waited

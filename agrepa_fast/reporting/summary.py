@@ -29,9 +29,7 @@ def finish(run: Run, val_clips: FixedClips, vocoder: Vocoder | None, started: fl
         with run.timed("validation"):
             averaged = validation_loss(run.engine.module, val_clips, config, progress=run.rank == 0)
         with run.timed("samples"):
-            batch, sampled = sample_clips(
-                run.engine.module, run.index, config, config.eval.samples, run.device, progress=run.rank == 0
-            )
+            batch, sampled = sample_clips(run.engine.module, run.index, config, 1, run.device, progress=run.rank == 0)
     if run.rank != 0:
         return
     with run.timed("samples"):

@@ -281,7 +281,7 @@ class TestHeads:
         (["align.stop=7"], "align.stop=7 comes before the layers are chosen"),
         (["probe.times=[0.5,0.3]"], "must rise"),
         (["probe.times=[0.5,0.5]"], "must rise"),
-        (["align.bitc_speech=-1"], "align.bitc_speech=-1.0: not below 0"),
+        (["align.bitc_speech=-1"], "align.bitc_speech=-1: must not be negative"),
         (["probe.storage_clips=2"], "probe.storage_clips=2: at least 8"),
         (["align.strategy=foga-vpj"], "did you mean 'foga-vjp'"),
     ],

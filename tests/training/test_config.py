@@ -1,6 +1,9 @@
+from dataclasses import fields
+
 import pytest
 
-from agrepa_fast.config_file import load_config, preset_names, save_config
+from agrepa_fast.config import Config
+from agrepa_fast.config_file import load_config, preset_names, save_config, settings_that_differ
 from agrepa_fast.errors import UserError
 
 
@@ -42,12 +45,19 @@ def test_overrides_are_typed():
         ("probe.times=[0.0]", "between 0 and 1"),
         ("probe.warmup_steps=400", "leaves no step to align"),
         ("data.f_max=12000.0", "at most half"),
-        ("train.betas=[0.9,1.5]", "two in [0, 1)"),
+        ("train.betas=[0.9,1.5]", "2 values, each in [0, 1)"),
+        ("train.betas=[0.9]", "2 values"),
+        ("train.steps=2.5", "a whole number is wanted"),
+        ("train.compile=maybe", "true or false is wanted"),
+        ("train.peak_tflops=0", "must be positive, or null"),
+        ("train.lr=.nan", "must be positive"),
+        ("data.mel_norm=htk", "slaney, or null"),
         ("train.weight_decay=-1", "must not be negative"),
         ("align.lr=0", "must be positive"),
         ("model.dim=0", "at least 1"),
         ("train.betas=[0.9", "train.betas"),
-        ("data.win_length=2048", "data.n_fft=1024"),
+        ("data.win_length=2048", "no longer a setting: windows are data.n_fft samples long"),
+        ("probe.max_rows=64", "no longer a setting: lower probe.chunk"),
         ("data.hop_length=0", "at least 1"),
         ("flow.sigma=0", "must be positive"),
     ],
@@ -57,6 +67,33 @@ def test_bad_values_get_one_line_that_names_them(override, message):
         load_config("demo", [override])
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_settings_of_earlier_versions_load_with_the_value_that_is_implied_now(tmp_path):
+    path = tmp_path / "old.yaml"
+    path.write_text("data: {n_fft: 512, win_length: 512, f_min: 0.0}\nprobe: {max_rows: null}\neval: {samples: 1}\n")
+    assert load_config(path).data.n_fft == 512
+    path.write_text("data: {n_fft: 512, win_length: 400}\n")
+    with pytest.raises(UserError, match="win_length=400 is no longer a setting"):
+        load_config(path)
+
+
+def test_every_setting_says_what_it_means():
+    for part in fields(Config):
+        for setting in fields(part.default_factory):
+            assert setting.metadata["meaning"], f"{part.name}.{setting.name}"
+
+
+def test_a_resume_may_change_what_no_number_depends_on():
+    saved = load_config("demo")
+    names = {
+        name for name, _, _ in settings_that_differ(saved, load_config("demo", ["train.steps=900", "eval.clips=3"]))
+    }
+    assert names == set()
+    differing = settings_that_differ(
+        saved, load_config("demo", ["train.lr=1e-3", "data.workers=1", "data.val_share=0.2"])
+    )
+    assert differing == [("data.val_share", 0.1, 0.2), ("train.lr", 2e-3, 1e-3)]
 
 
 def test_unknown_preset_suggests_the_nearest():
