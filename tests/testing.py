@@ -17,8 +17,6 @@ from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.prepare.decode import NOT_FEATURES
 from agrepa_fast.tokenizers.kmeans import Codebook, codebook_bytes
 
-from .ranks import ROOT, free_port, run_ranks, run_training, start_ranks, start_training  # noqa: F401
-
 FRAMES, MEL_BINS, VOCAB = 37, 12, 30  # of the small model and batch
 CLOCK = [f"train/{name}" for name in ("clips_per_s", "frames_per_s", "data_wait", "mfu", "peak_memory_gib")]
 N_MELS, CODES, EXTRA_CODES, TEACHER_DIMS = 8, 6, 9, {"speech": 5, "audio": 7}
