@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import _bench  # noqa: F401 (puts the checkout on sys.path)
+import _results  # noqa: F401 (puts the checkout on sys.path)
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

@@ -23,7 +23,9 @@ import bench_velocity_change
 import torch
 import torch.nn.functional as F
 from _baselines import TeacherStandIn, row_gates, sequential_velocities
-from _bench import ROOT, Phases, compare, time_interleaved, time_phases
+from _bench import compare
+from _results import ROOT
+from _timing import Phases, time_interleaved, time_phases
 from _training import OurStep, ReleasedStep, Sizes, awake_model, graphed, random_clips
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

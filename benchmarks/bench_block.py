@@ -16,21 +16,9 @@ import sys
 import torch
 import torch.nn as nn
 from _baselines import PlainBlock, ReleasedBlock
-from _bench import (
-    BASELINE,
-    FUSED,
-    RESULTS,
-    Phases,
-    Results,
-    cast,
-    milliseconds,
-    parser,
-    print_table,
-    ratio,
-    time_phases,
-    why_wrong,
-    write_json,
-)
+from _bench import BASELINE, FUSED, Results, cast, parser, ratio, why_wrong
+from _results import RESULTS, print_table, write_json
+from _timing import Phases, milliseconds, time_phases
 
 from agrepa_fast import GatedDiTBlock
 from agrepa_fast.kernels import force_backend

@@ -1,23 +1,18 @@
-"""Compile every Triton kernel for GPUs that are not here, by its real launch code, and hold what it costs to limits.
-
-The public operations run on CPU tensors, forced onto the Triton path, forward and backward, under a stub driver that
-compiles each launch for sm_80, sm_90 and sm_100 instead of starting it. Limits: compile_limits.json, by Triton version.
-
-Main path: loads from tensors of at least a clip's mel, T x 100 elements, so from every (N, T, D). What is smaller
-(statistics of a row, a condition's modulation, rotary tables, pooled states) may be narrower; it is listed all the
-same. Loads and spills are read from the SASS; which argument a load reads from, it has from the PTX instructions of the
-same source line.
+"""Compile every Triton kernel for GPUs that are not here, by its real launch code, and compare its cost with limits.
 
     python benchmarks/compile_kernels.py [--archs 80 90 100] [--dims 256 1024 1152 1664] [--ops ada_norm ...] [--out F]
+
+The public operations run on CPU tensors, forced onto the Triton path, forward and backward. A stub driver compiles each
+launch for sm_80, sm_90 and sm_100 instead of starting it. compile_limits.json holds the limits per Triton version.
+
+The main path is every load from a tensor of at least T x 100 elements, a clip's mel: all (N, T, D) tensors. Loads from
+smaller tensors (statistics, modulations, rotary tables, pooled states) may be narrower and are printed apart.
 """
 
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +23,8 @@ os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
 
 import torch
 import triton
-from _bench import RESULTS, write_json
+from _results import RESULTS, write_json
+from _sass import costs
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
@@ -48,10 +44,9 @@ from agrepa_fast.kernels import (
 )
 from agrepa_fast.kernels._library import OPERATORS
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 LIMITS = Path(__file__).with_name("compile_limits.json")
-N, T, HEAD, MELS = 16, 938, 64, 100  # the batch of performance.md
-LARGE = T * MELS
+N, T, HEAD, MELS = 16, 938, 64, 100  # the batch of a training step on one GPU: 16 clips of 10 s
+LARGE = T * MELS  # elements of a tensor on the main path
 LINE = "{:>3} {:>4}  {:30} {:28} {:>4} {:>6} {:>6} {:>9}  {}"
 ARCHS, DIMS = (80, 90, 100), (256, 1024, 1152, 1664)
 
@@ -61,7 +56,7 @@ def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def modulations(width: int) -> tuple[torch.Tensor, ...]:
-    """The six views that GatedDiTBlock takes of one packed modulation."""
+    """Return the six views that GatedDiTBlock takes of one packed modulation."""
     return leaf(N, 6, width).unbind(-2)
 
 
@@ -77,7 +72,7 @@ def run_ada_norm(width: int) -> None:
 
 
 def run_gated_residual(width: int) -> None:
-    """Amid the block and at its end, as in training; then as the probe and alignment run it."""
+    """Run it inside the block and at its end, as training does; then as the probe and alignment do."""
     _, _, scale, shift, gate1, gate2 = modulations(width)
     lengths, m = torch.full((N,), T), torch.empty(N)
     h, f = leaf(N, T, width), leaf(N, T, width)
@@ -105,7 +100,7 @@ def run_linear_gelu(width: int) -> None:
 
 
 def run_align_loss(width: int) -> None:
-    """Three layers, the width of Whisper-large-v3; heads in fp32 as in training."""
+    """Run three layers against a teacher of Whisper-large-v3's width; heads are fp32 as in training."""
     layers, teacher = 3, 1280
     heads = [
         leaf(layers, *shape, dtype=torch.float32) for shape in ((width, width), (width,), (teacher, width), (teacher,))
@@ -118,7 +113,7 @@ def run_align_loss(width: int) -> None:
 
 
 def run_velocity_change(width: int) -> None:
-    """24 variants of two clips."""
+    """Run 24 variants of two clips."""
     variants, base = torch.empty(24, 2, T, MELS, dtype=torch.bfloat16), torch.empty(2, T, MELS, dtype=torch.bfloat16)
     velocity_change(variants, base, torch.full((2,), T))
 
@@ -127,7 +122,7 @@ def run_flow_mix(width: int) -> None:
     flow_mix(torch.empty(N, T, MELS), torch.empty(N), torch.arange(N))
 
 
-# operation -> what runs it forward and backward at width d
+# operation -> function that runs it forward and backward at width d
 CASES: dict[str, Callable[[int], None]] = {
     "ada_norm": run_ada_norm,
     "gated_residual": run_gated_residual,
@@ -140,7 +135,7 @@ CASES: dict[str, Callable[[int], None]] = {
 
 
 class Stub:
-    """Just enough of a driver for Triton to specialise arguments and compile."""
+    """The part of a driver that Triton needs to specialise arguments and compile."""
 
     def __init__(self, arch: int):
         self.target = GPUTarget("cuda", arch, 32)
@@ -149,7 +144,7 @@ class Stub:
         return self.target
 
     def get_current_device(self):
-        return self.target.arch  # compiled kernels are kept by device alone: with one number, sm_80's would be reused
+        return self.target.arch  # Triton caches kernels by device: one number would reuse sm_80's for sm_90
 
     def get_current_stream(self, device=None):
         return 0
@@ -159,7 +154,7 @@ class Stub:
 
 
 class WithoutProducts(TorchDispatchMode):
-    """Matrix products return uninitialised results: they take seconds on a CPU, and no value matters here."""
+    """Inside it, matrix products return uninitialised results: they take seconds on a CPU, and no value matters."""
 
     PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 
@@ -176,17 +171,17 @@ class WithoutProducts(TorchDispatchMode):
 
 @dataclass
 class Launched:
-    """A compiled kernel and how it was launched."""
+    """A compiled kernel and its launch."""
 
     name: str
     variant: str  # the switches that are on
     kernel: CompiledKernel
-    sizes: dict[str, int]  # elements of its tensor arguments, the most of all launches
+    sizes: dict[str, int]  # tensor argument -> elements, the most of all launches
 
 
 @contextmanager
 def recording(arch: int) -> Iterator[dict[str, Launched]]:
-    """Inside it, launches compile for this architecture; yields what they fill, one entry a compiled kernel."""
+    """Inside it, launches compile for this architecture. Yields the dict that they fill, an entry per kernel."""
     launched, run = {}, JITFunction.run
 
     def compile_only(self, *args, grid, warmup=False, **options):
@@ -206,89 +201,8 @@ def recording(arch: int) -> Iterator[dict[str, Launched]]:
         JITFunction.run = run
 
 
-def tool(name: str, *args: str) -> str:
-    return subprocess.run([str(TOOLS / name), *args], capture_output=True, text=True, check=True).stdout
-
-
-def ptx_loads(ptx: str, arguments: list[str]) -> dict[tuple[str, int], set[str]]:
-    """(file, line) -> the arguments from which the global loads of that source line read, found by following each
-    address back to the kernel's parameters."""
-    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', ptx, re.M))
-    sources: dict[str, set[str]] = {}  # register -> the registers and parameters it is computed from
-    loads, place = [], None
-    for statement in re.split(r"[;\n]", ptx):
-        if location := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", statement):
-            place = (Path(files[location[1]]).name, int(location[2]))
-            continue
-        instruction = re.match(r"\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)\s+(\{[^}]*\}|\[[^\]]*\]|[^,]+),(.*)", statement)
-        if not instruction:
-            continue
-        operation, result, operands = instruction.groups()
-        if operation.startswith(("ld.global", "cp.async")):
-            loads.append((place, re.search(r"\[\s*(%\w+)", operands)[1]))
-        elif not operation.startswith(("ld.shared", "st.")):
-            found = set(re.findall(r"%r\w*|\w+_param_\d+", operands))
-            for register in re.findall(r"%r\w*", result):
-                sources.setdefault(register, set()).update(found)
-    by_line: dict[tuple[str, int], set[str]] = {}
-    for place, address in loads:
-        reached, pending = set(), [address]
-        while pending:
-            name = pending.pop()
-            if name not in reached:
-                reached.add(name)
-                pending.extend(sources.get(name, ()))
-        parameters = (re.search(r"_param_(\d+)$", name) for name in reached)
-        indices = [int(match[1]) for match in parameters if match]
-        by_line.setdefault(place, set()).update(arguments[i] for i in indices if i < len(arguments))
-    return by_line
-
-
-def bits_of(suffix: str) -> int:
-    """Width of a SASS load from its modifiers, such as .E.128 or .E.U16."""
-    sizes = [int(size) for size in re.findall(r"\.(?:[US])?(8|16|64|128|256)\b", suffix)]
-    return sizes[0] if sizes else 32
-
-
-def sass_loads(sass: str) -> list[tuple[tuple[str, int] | None, int]]:
-    """Source line and width of every global load."""
-    loads, place = [], None
-    for line in sass.splitlines():
-        if location := re.search(r'//## File "([^"]+)", line (\d+)', line):
-            place = (Path(location[1]).name, int(location[2]))
-        elif load := re.search(r"\bLDG(?:STS)?((?:\.\w+)*)\b", line):
-            loads.append((place, bits_of(load[1])))
-    return loads
-
-
-def resources(kernel: CompiledKernel, sizes: dict[str, int]) -> dict:
-    """Registers, shared bytes, spills and load widths of a compiled kernel; `sizes` are the elements of its
-    tensor arguments."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage, sass = tool("cuobjdump", "--dump-resource-usage", file.name), tool("nvdisasm", "-g", "-c", file.name)
-    arguments = [name for name, kind in kernel.src.signature.items() if kind != "constexpr"]
-    read_by = ptx_loads(kernel.asm["ptx"], arguments)
-    main, others = [], {}
-    for place, bits in sass_loads(sass):
-        tensors = {name for name in read_by.get(place, sizes) if name in sizes}  # a place unknown to PTX: the main path
-        if any(sizes[name] >= LARGE for name in tensors):
-            main.append(bits)
-        else:
-            for name in tensors:
-                others[name] = min(bits, others.get(name, bits))
-    return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "shared": kernel.metadata.shared,
-        "spills": len(re.findall(r"\b(?:STL|LDL)(?:\.\w+)*\b", sass)),
-        "main_load_bits": min(main, default=None),
-        "other_load_bits": others,
-    }
-
-
 def compile_case(operation: str, width: int, arch: int) -> tuple[list[dict], str | None]:
-    """What each kernel that the operation launches, forward and backward, costs; and why it went no further."""
+    """Return a row of costs per kernel that the operation launches, forward and backward, and the error if one came."""
     error = None
     with recording(arch) as launched, force_backend("triton"), WithoutProducts():
         try:
@@ -301,11 +215,12 @@ def compile_case(operation: str, width: int, arch: int) -> tuple[list[dict], str
     for one in launched.values():
         place = {"operation": operation, "arch": one.kernel.metadata.target.arch, "d": width}
         kind = {"kernel": one.name, "variant": one.variant}
-        rows.append(place | kind | resources(one.kernel, one.sizes))
+        rows.append(place | kind | costs(one.kernel, one.sizes, LARGE))
     return rows, error
 
 
 def broken_limits(row: dict, limits: dict) -> list[str]:
+    """Return a message per limit that a row of costs breaks."""
     wide = limits["main_load_bits"].get(str(row["d"]), 0)
     registers = limits["registers"].get(row["kernel"])
     broken = []
@@ -321,7 +236,7 @@ def broken_limits(row: dict, limits: dict) -> list[str]:
 
 
 def limits_of(version: str) -> dict:
-    """The limits of this Triton version (major.minor). Raises ValueError when there are none."""
+    """Return the limits of this Triton version (major.minor). Raises ValueError if there are none."""
     limits = json.loads(LIMITS.read_text())
     series = ".".join(version.split(".")[:2])
     if series not in limits:
@@ -329,13 +244,33 @@ def limits_of(version: str) -> dict:
     return limits[series]
 
 
-def main() -> int:
+def summary(rows: list[dict]) -> dict[str, dict[str, dict]]:
+    """Return per architecture and operation: number of kernels, most registers, most spills, narrowest load in bits of
+    the main path at each width, and narrowest other load."""
+    made: dict[str, dict[str, dict]] = {}
+    for arch, operation in dict.fromkeys((row["arch"], row["operation"]) for row in rows):
+        group = [row for row in rows if (row["arch"], row["operation"]) == (arch, operation)]
+        main: dict[int, int] = {}
+        for row in group:
+            if row["main_load_bits"] is not None:
+                main[row["d"]] = min(row["main_load_bits"], main.get(row["d"], row["main_load_bits"]))
+        made.setdefault(f"sm_{arch}", {})[operation] = {
+            "kernels": len(group),
+            "registers": max(row["registers"] for row in group),
+            "spills": max(row["spills"] for row in group),
+            "main_load_bits": main,
+            "other_load_bits": min((bits for row in group for bits in row["other_load_bits"].values()), default=None),
+        }
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--archs", type=int, nargs="+", default=ARCHS)
     parser.add_argument("--dims", type=int, nargs="+", default=DIMS)
     parser.add_argument("--ops", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--out", default=RESULTS / "compile_kernels.json")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     limits, results, failures = limits_of(triton.__version__), [], 0
     print(LINE.format("sm", "d", "kernel", "variant", "regs", "shared", "spills", "main load", "other loads"))
@@ -348,12 +283,11 @@ def main() -> int:
             others = ", ".join(f"{name} {bits}" for name, bits in sorted(row["other_load_bits"].items()))
             places = (row[name] for name in ("arch", "d", "kernel", "variant", "registers", "shared", "spills"))
             print(LINE.format(*places, row["main_load_bits"] or "-", others))
-            row["broken"] = broken_limits(row, limits)
-            failures += len(row["broken"])
-            for broken in row["broken"]:
+            for broken in broken_limits(row, limits):
+                failures += 1
                 print(f"    BROKEN: {broken}")
         results += compiled
-    path = write_json("compile_kernels", {"triton": triton.__version__, "kernels": results}, args.out)
+    path = write_json("compile_kernels", {"broken_limits": failures, **summary(results)}, args.out)
     print(f"{len(results)} kernels compiled, {failures} limits broken; {path}")
     return 1 if failures else 0
 

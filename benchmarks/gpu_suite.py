@@ -22,7 +22,9 @@ from pathlib import Path
 
 import bench_block
 import torch
-from _bench import OP_HEADER, RESULTS, device_name, milliseconds, op_rows, print_table, write_json
+from _bench import OP_HEADER, op_rows
+from _results import RESULTS, device_name, print_table, write_json
+from _timing import milliseconds
 
 RESERVE = 5  # seconds below which a part is not started
 LOG_LINES = 15

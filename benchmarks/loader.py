@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _bench import print_table, spread, write_json
+from _results import print_table, write_json
+from _timing import spread
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from agrepa_fast.audio.mel import LogMel

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from _bench import peak_memory_mib, time_interleaved, write_json
+from _results import write_json
+from _timing import peak_memory_mib, time_interleaved
 from rich.console import Console
 from rich.table import Table
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from _bench import write_json
+from _results import write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -45,12 +45,13 @@ def main() -> None:
     table = Table(title="demo preset: validation flow loss by strategy")
     for column in ("strategy", "seed", "step 0", "end", "end, EMA", "speech", "audio", "clips/s", "train s", "layers"):
         table.add_column(column)
-    results = []
+    results = {}
     for seed in args.seeds:
         for strategy in args.strategies:
             summary = run(strategy, seed, args.overrides)
-            results.append(summary | {"seed": seed})
             losses, by_domain = summary["val/flow_loss"], summary["val/flow_loss_by_domain"]
+            kept = {"clips_per_s": summary["clips_per_s"], "layers": summary["selection"]}
+            results[f"{strategy}, seed {seed}"] = losses | by_domain | kept
             cells = [losses["first"], losses["last"], losses["ema"], by_domain["speech"], by_domain["audio"]]
             table.add_row(
                 strategy,

@@ -1,4 +1,4 @@
-"""What several tests share: small models and batches, always with padding and an odd number of frames."""
+"""Fixtures that tests of several folders share."""
 
 import json
 import os
@@ -15,48 +15,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 
 from agrepa_fast.attribution.foga import ProbeBatch
-from agrepa_fast.config import ModelConfig
-from agrepa_fast.models.audio_dit.conditioning import Condition
 from agrepa_fast.models.audio_dit.dit import AudioDiT
 
-from .testing import ROOT, run_training, write_small_shards, write_small_whisper
-
-FRAMES, N_MELS, VOCAB = 37, 12, 30
-
-
-def small_model(depth: int = 4, *, position: str = "rotary_conv", awake: bool = True, **fields) -> AudioDiT:
-    """A random AudioDiT; `awake` gives the zero-initialised modulations values, so that every block does something."""
-    torch.manual_seed(0)
-    config = ModelConfig(
-        dim=32,
-        depth=depth,
-        heads=2,
-        position=position,
-        token_dim=24,
-        token_scale=5.0,
-        time_scale=1000.0,
-        n_mels=N_MELS,
-        vocab=VOCAB,
-        **fields,
-    )
-    model = AudioDiT(config)
-    if awake:
-        for block in model.blocks:
-            torch.nn.init.normal_(block.modulation.weight, std=0.2)
-            torch.nn.init.normal_(block.modulation.bias, std=0.2)
-    return model
-
-
-def small_batch(lengths: tuple[int, ...] = (37, 20, 11), frames: int = FRAMES, seed: int = 1):
-    """(mel (C, T, n_mels), Condition) with random content, references and padding that is zero."""
-    draw = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor(lengths)
-    mask = (torch.arange(frames) < lengths[:, None])[..., None]
-    mel = torch.randn(len(lengths), frames, N_MELS, generator=draw) * mask
-    tokens = torch.randint(0, VOCAB, (len(lengths), 9), generator=draw)
-    token_lengths = (lengths * 9 // frames).clamp(min=2)
-    reference = mel * (torch.arange(frames) < lengths[:, None] // 4)[..., None]
-    return mel, Condition(tokens, token_lengths, reference, lengths)
+from .ranks import ROOT, run_training
+from .testing import small_batch, small_model, write_small_shards, write_small_whisper
 
 
 @pytest.fixture(autouse=True)

@@ -1,24 +1,23 @@
-"""Small shards in the real format, and training runs over them in processes of their own."""
+"""What several tests share: small models, batches and shards in the real format, and comparisons of runs."""
 
 import csv
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from agrepa_fast.config import DataConfig, ShardConfig
+from agrepa_fast.config import DataConfig, ModelConfig, ShardConfig
 from agrepa_fast.data.index import SCHEMA, Sample, write_index, write_shard
 from agrepa_fast.files import file_sha256, write_atomically
+from agrepa_fast.models.audio_dit.conditioning import Condition
+from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.settings import setting_names
 from agrepa_fast.tokenizers.kmeans import Codebook, codebook_bytes
 
-ROOT = Path(__file__).parents[1]
+FRAMES, MEL_BINS, VOCAB = 37, 12, 30  # of the small model and batch
 CLOCK = [f"train/{name}" for name in ("clips_per_s", "frames_per_s", "data_wait", "mfu", "peak_memory_gib")]
 N_MELS, CODES, EXTRA_CODES, TEACHER_DIMS = 8, 6, 9, {"speech": 5, "audio": 7}
 
@@ -31,6 +30,41 @@ probe: {start_step: 1, every: 1, warmup_steps: 2, clips: 3, storage_clips: 8, ti
 train: {steps: 5, batch_clips: 8, lr: 2.0e-3, warmup_steps: 2, log_every: 1, val_every: 5, save_every: 100}
 eval: {clips: 3, times: [0.5], vocoder: griffin-lim}
 """
+
+
+def small_model(depth: int = 4, *, position: str = "rotary_conv", awake: bool = True, **fields) -> AudioDiT:
+    """A random AudioDiT; `awake` gives the zero-initialised modulations values, so that every block does something."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        dim=32,
+        depth=depth,
+        heads=2,
+        position=position,
+        token_dim=24,
+        token_scale=5.0,
+        time_scale=1000.0,
+        n_mels=MEL_BINS,
+        vocab=VOCAB,
+        **fields,
+    )
+    model = AudioDiT(config)
+    if awake:
+        for block in model.blocks:
+            torch.nn.init.normal_(block.modulation.weight, std=0.2)
+            torch.nn.init.normal_(block.modulation.bias, std=0.2)
+    return model
+
+
+def small_batch(lengths: tuple[int, ...] = (37, 20, 11), frames: int = FRAMES, seed: int = 1):
+    """(mel (C, T, n_mels), Condition) with random content, references and padding that is zero."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor(lengths)
+    mask = (torch.arange(frames) < lengths[:, None])[..., None]
+    mel = torch.randn(len(lengths), frames, MEL_BINS, generator=draw) * mask
+    tokens = torch.randint(0, VOCAB, (len(lengths), 9), generator=draw)
+    token_lengths = (lengths * 9 // frames).clamp(min=2)
+    reference = mel * (torch.arange(frames) < lengths[:, None] // 4)[..., None]
+    return mel, Condition(tokens, token_lengths, reference, lengths)
 
 
 def write_small_shards(folder: Path, buckets: tuple[int, ...] = (25,), extra: bool = False) -> Path:
@@ -115,8 +149,6 @@ def _sample(draw: np.random.Generator, domain: str, dim: int, first_token: int, 
 
 def write_small_whisper(folder: Path) -> Path:
     """A random Whisper of width 32 and two layers, as transformers saves it."""
-    import torch
-
     from agrepa_fast.audio.waves import import_torchaudio
 
     import_torchaudio()  # transformers imports it
@@ -130,56 +162,6 @@ def write_small_whisper(folder: Path) -> Path:
     model.save_pretrained(folder)
     WhisperFeatureExtractor().save_pretrained(folder)
     return folder
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def start_training(ranks: int, *arguments: str, cwd: Path) -> list[subprocess.Popen]:
-    """The ranks of one run, started directly: the launcher takes seconds more."""
-    return start_ranks(ranks, ROOT / "agrepa_fast" / "train.py", *arguments, cwd=cwd)
-
-
-def start_ranks(ranks: int, script: Path, *arguments: str, cwd: Path) -> list[subprocess.Popen]:
-    shared = {
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, str(script), *arguments],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=cwd,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-
-
-def run_ranks(ranks: int, script: Path, *arguments: str) -> list[str]:
-    """Run a script on every rank, check the exit codes, return what each printed."""
-    processes = start_ranks(ranks, script, *arguments, cwd=script.parent)
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
-    return outputs
-
-
-def run_training(ranks: int, *arguments: str, cwd: Path, wanted: int = 0) -> str:
-    """Run to the end, check every rank's exit code, return rank 0's output."""
-    processes = start_training(ranks, *arguments, cwd=cwd)
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == wanted, output[-4000:]
-    return outputs[0]
 
 
 def metrics(run: Path) -> dict[int, dict[str, float]]:

@@ -11,7 +11,7 @@ from agrepa_fast.attribution.selection import LayerSelection, unmeasured_selecti
 from agrepa_fast.config import AlignConfig
 from agrepa_fast.errors import UserError
 
-from ..conftest import small_batch
+from ..testing import small_batch
 
 SELECTION = LayerSelection("foga", {"speech": (1, 3), "audio": (2,)}, {"speech": (0.75, 0.25), "audio": (1.0,)})
 DIMS = {"speech": 5, "audio": 7}

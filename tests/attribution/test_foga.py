@@ -14,7 +14,7 @@ from agrepa_fast.attribution.vjp import FogaVjp
 from agrepa_fast.kernels import flow_mix, philox_normal
 from agrepa_fast.seeds import clip_keys
 
-from ..conftest import small_batch, small_model
+from ..testing import small_batch, small_model
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from agrepa_fast.config_file import load_config
 from agrepa_fast.kernels import flow_mix, philox_normal
 from agrepa_fast.models.audio_dit.conditioning import interpolate_tokens, sinusoids
 
-from ..conftest import small_batch, small_model
+from ..testing import small_batch, small_model
 
 
 def test_path_scales_the_noise_by_one_half():

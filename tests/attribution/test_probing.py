@@ -22,7 +22,8 @@ from agrepa_fast.probing.probe import ClipProbe, official_probe, probe
 from agrepa_fast.probing.stored import pooled_states, storage_scores
 from agrepa_fast.seeds import clip_keys
 
-from ..testing import run_ranks, write_small_shards
+from ..ranks import run_ranks
+from ..testing import write_small_shards
 
 CONFIG = load_config(
     "demo", ["probe.times=[0.3,0.7]", "probe.draws=2", "model.dim=16", "model.heads=2", "model.token_dim=16"]

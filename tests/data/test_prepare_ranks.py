@@ -20,7 +20,7 @@ from agrepa_fast.prepare.teacher_pass import BATCH
 from agrepa_fast.ranks import Ranks
 from agrepa_fast.teachers.whisper import WhisperTeacher
 
-from ..testing import ROOT, start_ranks
+from ..ranks import ROOT, start_ranks
 from .test_prepare import contents, settings, write_bad, write_corpus
 
 OVERRIDES = ("data.bucket_seconds=[1.0,1.1,1.8]", "data.teacher_rate=10", "data.shard_clips=4")

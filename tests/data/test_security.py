@@ -30,7 +30,8 @@ from agrepa_fast.fetch import fetch_apt, fetch_pip
 from agrepa_fast.teachers import load_teacher
 from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config
 
-from ..testing import run_training, write_small_shards
+from ..ranks import run_training
+from ..testing import write_small_shards
 from .test_fetch import cache, no_client, put_deb, tar_member  # noqa: F401
 
 

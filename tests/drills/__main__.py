@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from xml.etree import ElementTree
 
-from ..testing import ROOT
+from ..ranks import ROOT
 from .results import record
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from ..testing import ROOT, free_port, metrics
+from ..ranks import ROOT, free_port
+from ..testing import metrics
 
 BOUND = 60.0  # seconds within which a process must end
 TOLERANCE = 1e-5  # largest difference of a loss or gradient norm between two runs that should be equal

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..testing import ROOT
+from ..ranks import ROOT
 
 FILE = Path(__file__).with_name("results.md")
 

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 
 from agrepa_fast.checkpoints.weights import find_checkpoint
 
-from ..testing import start_ranks, write_small_shards
+from ..ranks import start_ranks
+from ..testing import write_small_shards
 from .harness import curve_difference
 from .results import record
 

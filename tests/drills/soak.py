@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from ..testing import ROOT
+from ..ranks import ROOT
 from .harness import TOLERANCE, Job, kill, last_step, read_steps, saved_step, start
 from .results import record
 

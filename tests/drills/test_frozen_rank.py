@@ -2,7 +2,7 @@
 
 import pytest
 
-from ..testing import run_ranks
+from ..ranks import run_ranks
 
 FROZEN_RANK = """
 import os, signal, time

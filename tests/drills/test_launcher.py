@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ..testing import ROOT, free_port, write_small_shards
+from ..ranks import ROOT, free_port
+from ..testing import write_small_shards
 
 
 def launch(cwd: Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -20,7 +20,8 @@ from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
 from agrepa_fast.zero import recut as universal
 
-from ..testing import assert_same_curve, metrics, run_ranks, run_training
+from ..ranks import run_ranks, run_training
+from ..testing import assert_same_curve, metrics
 
 SETTINGS = ("train.save_every=3", "train.keep=9")
 

@@ -16,7 +16,7 @@ from agrepa_fast.train import explain
 from agrepa_fast.training import metrics
 from agrepa_fast.training.metrics import Metrics, read_metrics
 
-from ..testing import ROOT
+from ..ranks import ROOT
 
 CLAIM = """
 import os, sys

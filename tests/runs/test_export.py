@@ -13,7 +13,7 @@ from agrepa_fast import UserError, load_model
 from agrepa_fast.checkpoints.weights import resolve_checkpoint, weights_file
 from agrepa_fast.cli import main
 
-from ..testing import ROOT, run_training
+from ..ranks import ROOT, run_training
 
 
 @pytest.fixture(scope="module")

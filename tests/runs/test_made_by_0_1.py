@@ -14,7 +14,8 @@ from agrepa_fast.cli import main
 from agrepa_fast.config_file import load_config
 from agrepa_fast.errors import UserError
 
-from ..testing import metrics, run_training
+from ..ranks import run_training
+from ..testing import metrics
 
 MADE = Path(__file__).with_name("made_by_0.1")
 MODEL = ("model.dim=8", "model.depth=3", "model.token_dim=4")  # of the run, beside the preset's settings

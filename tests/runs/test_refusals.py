@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from ..testing import run_training, start_training
+from ..ranks import run_training, start_training
 
 
 def test_a_fault_that_rank_0_finds_stops_every_rank_with_one_line(preset, tmp_path):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ..testing import assert_same_curve, metrics, run_training, start_training
+from ..ranks import run_training, start_training
+from ..testing import assert_same_curve, metrics
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from agrepa_fast.seeds import clip_keys
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
 
-from ..conftest import small_batch, small_model
-from ..testing import run_training, write_small_shards
+from ..ranks import run_training
+from ..testing import small_batch, small_model, write_small_shards
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from agrepa_fast.data.index import read_index
 
 from ..data.server import serving
 from ..data.test_shards import on, rewrite
-from ..testing import metrics, run_ranks, run_training, write_small_shards
+from ..ranks import run_ranks, run_training
+from ..testing import metrics, write_small_shards
 
 ARGS = ("train.batch_frames=100", "train.steps=8", "align.strategy=fixed:2", "data.read_attempts=3")
 

@@ -4,13 +4,15 @@ import csv
 import json
 
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file
 
-from ..testing import assert_same_curve, attribution, metrics, run_training
+from ..ranks import run_training, start_training
+from ..testing import assert_same_curve, attribution, metrics
 
 
-def test_baseline_aligns_after_the_warm_up_and_shows_its_work(baseline):
+def test_baseline_aligns_after_the_warm_up(baseline):
     values = metrics(baseline)
     assert [values[step]["train/align_loss"] > 0 for step in (1, 2, 3, 4, 5)] == [False] * 3 + [True] * 2
     assert set(values) == {0, 1, 2, 3, 4, 5}
@@ -25,14 +27,25 @@ def test_baseline_aligns_after_the_warm_up_and_shows_its_work(baseline):
     measured = {(row["step"], row["measure"], row["layer"]) for row in rows}
     wanted = [(str(step), "foga") for step in (1, 2, 5)] + [("5", "ridge"), ("5", "cka")]
     assert measured == {(*probe, str(layer)) for probe in wanted for layer in (1, 2, 3, 4)}
-    summary = json.loads((baseline / "summary.json").read_text())
+
+
+def test_a_run_as_users_start_it_shows_its_work(preset, baseline, tmp_path):
+    """The one run in a process of its own, which makes its plots and sounds."""
+    args = ("--ds_config", "zero0.json", "--preset", str(preset), "run.dir=run")
+    (process,) = start_training(1, *args, cwd=tmp_path)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-4000:]
+    run = tmp_path / "run"
+    assert_same_curve(baseline, run)
+    summary = json.loads((run / "summary.json").read_text())
     assert summary["vocoder"].startswith("Griffin-Lim")
     assert summary["store_contribute_rank_correlation"].keys() == {"speech", "audio"}
     for name in ("attribution", "loss", "mel", "layer_time", "stability", "store_contribute"):
-        assert (baseline / "plots" / f"{name}.png").stat().st_size > 5000
+        assert (run / "plots" / f"{name}.png").stat().st_size > 5000
     wavs = {f"{domain}-1-{kind}.wav" for domain in ("speech", "audio") for kind in ("truth", "sample")}
-    assert {path.name for path in (baseline / "samples").iterdir()} == wavs
-    assert list((baseline / "tensorboard").iterdir())
+    assert {path.name for path in (run / "samples").iterdir()} == wavs
+    assert all(soundfile.read(run / "samples" / name)[0].any() for name in wavs)
+    assert list((run / "tensorboard").iterdir())
 
 
 @pytest.mark.parametrize(

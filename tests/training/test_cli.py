@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from agrepa_fast.cli import main
 
-from ..testing import run_training, write_small_shards
+from ..ranks import run_training
+from ..testing import write_small_shards
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from agrepa_fast.models.audio_dit.conditioning import TokenCondition, interpolate_tokens, sinusoids
 
-from ..conftest import small_batch
+from ..testing import small_batch
 
 
 @pytest.mark.parametrize(("tokens", "frames"), [(5, 17), (9, 9), (11, 4), (1, 6)])

@@ -8,7 +8,7 @@ from agrepa_fast import AudioDiT
 from agrepa_fast.config import ModelConfig
 from agrepa_fast.flow import flow_loss
 
-from ..conftest import small_batch, small_model
+from ..testing import small_batch, small_model
 
 POSITIONS = ["rotary_conv", "sinusoidal"]
 

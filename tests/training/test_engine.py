@@ -15,7 +15,7 @@ from agrepa_fast.lr_schedule import lr_factor
 from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config
 
-from ..testing import ROOT, run_ranks
+from ..ranks import ROOT, run_ranks
 
 
 def test_schedule_counts_optimizer_steps():

@@ -11,7 +11,7 @@ from agrepa_fast.kernels import philox_normal
 from agrepa_fast.models.audio_dit.dit import Velocity
 from agrepa_fast.seeds import clip_keys
 
-from ..conftest import small_batch
+from ..testing import small_batch
 
 
 def test_euler_on_a_linear_field_lands_on_the_known_point():

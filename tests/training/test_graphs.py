@@ -11,8 +11,8 @@ from agrepa_fast.kernels import flow_mix, philox_uniform
 from agrepa_fast.seeds import clip_keys
 from agrepa_fast.training import captured_step as graphs
 
-from ..conftest import small_batch, small_model
-from ..testing import ROOT, assert_same_curve, start_ranks
+from ..ranks import ROOT, start_ranks
+from ..testing import assert_same_curve, small_batch, small_model
 from .graphs_on_ranks import capture
 
 

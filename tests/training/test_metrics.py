@@ -18,8 +18,8 @@ from agrepa_fast.reporting.tracker import Wandb, find_tracker
 from agrepa_fast.training.flops import peak_flops, peak_tflops, step_flops
 from agrepa_fast.training.metrics import Metrics, read_metrics
 
-from ..conftest import small_batch, small_model
-from ..testing import metrics, run_training
+from ..ranks import run_training
+from ..testing import metrics, small_batch, small_model
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's attention kernels are counted, too")

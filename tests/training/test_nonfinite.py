@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ..testing import ROOT, run_ranks
+from ..ranks import ROOT, run_ranks
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -26,8 +26,8 @@ from agrepa_fast.tokenizers.vq_config import VqFitConfig
 from agrepa_fast.tokenizers.vq_fit import fit_vq
 from agrepa_fast.training.builder import fit_to_shards
 
-from ..conftest import small_batch, small_model
-from ..testing import EXTRA_CODES, run_training, write_small_shards
+from ..ranks import run_training
+from ..testing import EXTRA_CODES, small_batch, small_model, write_small_shards
 
 EXTRA = 20
 

@@ -1,0 +1,173 @@
+"""Functions and training runs on ranks: forked from a server that has imported everything, or in new processes.
+
+Importing torch and DeepSpeed takes seconds, forking a process that has done so takes 20 ms. Forked ranks share nothing
+with the tests or with each other: DeepSpeed's globals, signal handlers, random states and locks end with the process.
+"""
+
+import functools
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 300  # that a rank may take
+
+
+@dataclass
+class Ended:
+    """A rank that has ended: its exit code, all it printed, and the value that the function returned, if it did."""
+
+    code: int
+    output: str
+    value: object
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def rank_environments(ranks: int) -> list[dict[str, str]]:
+    """The variables that a launcher sets, for every rank of a new group on this machine."""
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+@functools.cache
+def _fork_server() -> multiprocessing.context.ForkServerContext:
+    """The context of this process's server, started on first use."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def fork_ranks(ranks: int, function: Callable, *arguments: object, cwd: Path | None = None) -> list[Ended]:
+    """Run `function(*arguments)` in a forked process per rank and wait for all of them. The function is a module's,
+    its arguments and result can be pickled. A rank that takes too long is killed and its exit code is -9."""
+    with tempfile.TemporaryDirectory() as kept:
+        folders = [Path(kept, str(rank)) for rank in range(ranks)]
+        processes = []
+        for folder, environment in zip(folders, rank_environments(ranks), strict=True):
+            folder.mkdir()
+            given = (function, arguments, folder, environment, cwd or folder)
+            processes.append(_fork_server().Process(target=_run_rank, args=given))
+        until = time.monotonic() + SECONDS
+        try:
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(max(0.0, until - time.monotonic()))
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        ended = []
+        for folder, process in zip(folders, processes, strict=True):
+            value = folder / "value"
+            result = pickle.loads(value.read_bytes()) if value.exists() else None
+            ended.append(Ended(process.exitcode, (folder / "output").read_text(errors="replace"), result))
+        return ended
+
+
+def _run_rank(function: Callable, arguments: tuple, folder: Path, environment: dict[str, str], cwd: Path) -> None:
+    """The body of a forked process."""
+    output = os.open(folder / "output", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(environment)
+    os.chdir(cwd)
+    value = pickle.dumps(function(*arguments))
+    (folder / "value").write_bytes(value)
+
+
+def call_on_ranks(ranks: int, function: Callable, *arguments: object) -> list:
+    """The results of `function(*arguments)` on every rank, called inside a process group."""
+    ended = fork_ranks(ranks, _inside_a_group, function, arguments)
+    for rank in ended:
+        assert rank.code == 0, rank.output[-4000:]
+    return [rank.value for rank in ended]
+
+
+def _inside_a_group(function: Callable, arguments: tuple) -> object:
+    import torch.distributed as dist
+
+    from agrepa_fast.zero.engine import start_ranks
+
+    start_ranks()
+    value = function(*arguments)
+    dist.barrier()
+    dist.destroy_process_group()
+    return value
+
+
+def run_training(ranks: int, *arguments: str, cwd: Path, wanted: int = 0) -> str:
+    """Train to the end in forked processes, check every rank's exit code, return rank 0's output. Plots are empty files
+    and sounds are silence: a new process (`start_training`) makes them."""
+    ended = fork_ranks(ranks, _train, [*arguments], cwd=cwd)
+    for rank in ended:
+        assert rank.code == wanted, rank.output[-4000:]
+    return ended[0].output
+
+
+def _train(arguments: list[str]) -> None:
+    from agrepa_fast import train
+
+    leave_out_pictures()
+    train.main(arguments)
+
+
+def leave_out_pictures() -> None:
+    """For the rest of the process, make plots empty files and let Griffin-Lim return silence: most of a small run's
+    time goes into them."""
+    import torch
+    import torchaudio
+    from matplotlib.figure import Figure
+
+    def silence(magnitude: torch.Tensor, window, n_fft: int, hop_length: int, *_, **__) -> torch.Tensor:
+        return magnitude.new_zeros(len(magnitude), hop_length * (magnitude.shape[-1] - 1))
+
+    Figure.savefig = lambda self, path, **_: Path(path).touch()
+    torchaudio.functional.griffinlim = silence
+
+
+def start_training(ranks: int, *arguments: str, cwd: Path) -> list[subprocess.Popen]:
+    """The ranks of one run in new processes, for tests that send them signals or end them."""
+    return start_ranks(ranks, ROOT / "agrepa_fast" / "train.py", *arguments, cwd=cwd)
+
+
+def start_ranks(ranks: int, script: Path, *arguments: str, cwd: Path) -> list[subprocess.Popen]:
+    """Start a script in a new process per rank, as a launcher does, but seconds sooner."""
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            env=os.environ | environment,
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for environment in rank_environments(ranks)
+    ]
+
+
+def run_ranks(ranks: int, script: Path, *arguments: str) -> list[str]:
+    """Run a script in new processes, check the exit codes, return what each rank printed."""
+    processes = start_ranks(ranks, script, *arguments, cwd=script.parent)
+    outputs = [process.communicate(timeout=SECONDS)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+    return outputs
