@@ -1,16 +1,16 @@
-"""The `agrepa` command: prepare, tokens, train, probe, sample, export, doctor."""
+"""Train audio flow-matching transformers whose alignment goes to the layers that cause the velocity."""
 
 import argparse
 import dataclasses
 import sys
 from pathlib import Path
 
-from .config import DOMAINS, Config
-from .config_file import load_config
+from .config import DOMAINS, MEASURES, RECIPES
+from .config_file import config_reference, config_yaml, load_config
 from .errors import UserError, nearest
 from .tokenizers.vq_config import VqFitConfig
 
-SOURCES = {  # of `agrepa prepare`: what it is, and what its path is called
+SOURCES = {  # of `agrepa prepare`: what it does, and what its path is called
     "demo": ("fetch the demo corpus and prepare it", None),
     "folder": ("prepare a folder of wav, flac, mp3, ogg or opus files", "PATH"),
     "librispeech": ("prepare LibriSpeech, or one subset of it", "PATH"),
@@ -18,7 +18,7 @@ SOURCES = {  # of `agrepa prepare`: what it is, and what its path is called
     "webdataset": ("prepare WebDataset shards of audio: a folder, or a glob or braces in quotes", "PATTERN"),
     "hf": ("prepare a Hugging Face datasets folder: save_to_disk's, or parquet files", "PATH"),
 }
-PROBE_MEASURES = ("foga", "foga-vjp", "ridge", "cka", "lasp")
+PROBE_MEASURES = tuple(measure for measure in MEASURES if measure != "gradnorm")  # gradnorm needs a training step
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,93 +59,131 @@ def _check_backend() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="agrepa", description=__doc__)
     commands = parser.add_subparsers(dest="name", required=True, metavar="command")
-    commands.add_parser("train", help="train, probe and align (all options: agrepa train --help)", add_help=False)
+    commands.add_parser("train", help="train, probe and align (options: agrepa train --help)", add_help=False)
+    for add in (_add_prepare, _add_tokens, _add_probe, _add_sample, _add_export, _add_config, _add_doctor):
+        add(commands)
+    return parser
 
-    prepare = commands.add_parser("prepare", help="recordings to shards, on one rank or under deepspeed or torchrun")
+
+def _add(commands, name: str, about: str, example: str) -> argparse.ArgumentParser:
+    """Add a command or an action. example: what a user types, shown below its options."""
+    return commands.add_parser(
+        name,
+        help=about,
+        description=about,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_prepare(commands) -> None:
+    example = "agrepa prepare folder ~/recordings --domain speech --out data/mine"
+    prepare = _add(
+        commands, "prepare", "make shards of recordings, on one rank or under deepspeed or torchrun", example
+    )
     prepare.add_argument("--verify", type=Path, metavar="PATH", help="read a folder of shards and check all of it")
     prepare.set_defaults(command=_prepare)
     kinds = prepare.add_subparsers(dest="kind", metavar="source")
-    for name, (what, path) in SOURCES.items():
-        kind = kinds.add_parser(name, help=what, description=what)
+    for name, (about, path) in SOURCES.items():
+        domain = " --domain speech" if name in ("folder", "webdataset", "hf") else ""
+        where = "" if name == "demo" else f" {path}{domain} --out data/mine"
+        kind = _add(kinds, name, about, f"agrepa prepare {name}{where} data.max_seconds=8")
         if path:
             kind.add_argument("path", type=Path if path == "PATH" else str, metavar=path)
-        if name in ("folder", "webdataset", "hf"):
+        if domain:
             kind.add_argument("--domain", required=True, choices=DOMAINS)
         if name == "hf":
-            kind.add_argument("--split", help="which one of a DatasetDict")
+            kind.add_argument("--split", help="of a DatasetDict")
             for column in ("audio", "text", "label"):
                 kind.add_argument(f"--{column}", metavar="COLUMN", help="default: found by its type or usual name")
-        kind.add_argument("--preset", default="demo", help="whose features to compute (default: demo)")
+        kind.add_argument("--preset", default="demo", help="preset of the features (default: demo)")
         required = name != "demo"  # a default would put anybody's recordings where the demo's belong
         kind.add_argument("--out", required=required, help="folder of the shards (demo: data.path)")
-        kind.add_argument(
-            "--add-teacher", metavar="SPEC", help="add this teacher's targets to the shards that --out holds already"
-        )
+        kind.add_argument("--add-teacher", metavar="SPEC", help="add this teacher's targets to the shards in --out")
         kind.add_argument("overrides", nargs="*", metavar="data.field=value")
 
-    tokens = commands.add_parser("tokens", help="tokenizers of one's own").add_subparsers(
+
+def _add_tokens(commands) -> None:
+    tokens = commands.add_parser("tokens", help="fit a tokenizer").add_subparsers(
         dest="kind", required=True, metavar="action"
     )
-    fit = tokens.add_parser("fit", help="fit a RepCodec-style vector quantiser; data.*_tokens=vq:FILE then uses it")
+    about = "fit a RepCodec-style vector quantiser; data.*_tokens=vq:FILE then uses it"
+    example = "agrepa tokens fit ~/recordings --teacher package:whisper-base --out data/tokens.safetensors"
+    fit = _add(tokens, "fit", about, example)
     fit.add_argument("path", type=Path, help="folder of recordings")
-    fit.add_argument(
-        "--teacher", required=True, metavar="SPEC", help="whose frames, as data.speech_teacher: NAME@LAYER"
-    )
     fit.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
     for field in dataclasses.fields(VqFitConfig):
-        if field.name != "teacher":
-            name = f"--{field.name.replace('_', '-')}"
-            kind = float if isinstance(field.default, float) else int
-            fit.add_argument(name, type=kind, default=field.default, help=f"default: {field.default}")
+        options = {"type": type(field.default), "default": field.default}
+        meaning = f"{field.metadata['meaning']} (default: {field.default})"
+        if field.name == "teacher":
+            options, meaning = {"required": True, "metavar": "SPEC"}, field.metadata["meaning"]
+        fit.add_argument(f"--{field.name.replace('_', '-')}", help=meaning, **options)
     fit.set_defaults(command=_fit_tokens)
 
-    probe = commands.add_parser("probe", help="measure what each layer contributes to the velocity, and what it stores")
+
+def _add_probe(commands) -> None:
+    about = "measure what each layer contributes to the velocity, and what it stores of the teacher"
+    probe = _add(commands, "probe", about, "agrepa probe runs/demo-20261123-210000 --measures foga,cka probe.clips=32")
     probe.add_argument(
         "--measures",
         type=_measures,
         metavar="M,M,…",
-        help="foga, foga-vjp: what a layer contributes; ridge, cka, lasp: what it stores of the teacher. The first of "
-        "them in this order chooses the layers. Default: foga, and what the checkpoint allows of ridge, cka and lasp",
+        help=f"of {', '.join(PROBE_MEASURES)}; the first of them in this order chooses the layers. Default: foga and "
+        "the storage measures that the checkpoint allows",
     )
     probe.add_argument(
-        "--recipe", default="corrected", choices=("corrected", "official"), help="official: the release's foga and lasp"
+        "--recipe", default="corrected", choices=RECIPES, help="official: the released code's foga and lasp"
     )
     probe.add_argument("--model", metavar="MODULE:FACTORY", help="probe any model: FACTORY() returns (model, inputs)")
     probe.add_argument("--blocks", metavar="PATH", help="its blocks: transformer.blocks, or layers.*.attn,layers.*.ff")
     probe.add_argument(
-        "--kind",
-        default="block",
-        choices=("block", "branch"),
-        help="branch: the attention and FFN of every block apart; with --model, branches that are summed outside",
+        "--kind", default="block", choices=("block", "branch"), help="branch: attention and FFN of every block apart"
     )
     probe.add_argument(
-        "--row-arguments",
-        nargs="*",
-        metavar="NAME",
-        help="arguments of a block that have a row a clip: names, or places from 1 on",
+        "--row-arguments", nargs="*", metavar="NAME", help="arguments of a block that have a row per clip"
     )
+    _add_checkpoint(probe, nargs="?")  # --model stands in for it
     probe.set_defaults(command=_probe)
-    sample = commands.add_parser("sample", help="sample validation clips and write wavs")
-    sample.add_argument("--clips", type=_positive, default=2, help="clips per domain (default: 2)")
-    sample.set_defaults(command=_sample)
-    for command in (probe, sample):
-        optional = {"nargs": "?"} if command is probe else {}  # --model stands in for it
-        command.add_argument(
-            "checkpoint", type=Path, help="runs/<run>, one of its checkpoints, or an export", **optional
-        )
-        command.add_argument("--live", action="store_true", help="the live weights instead of their moving average")
-        command.add_argument("--out", type=Path, help="where to write (default: beside the checkpoints of the run)")
-        command.add_argument("overrides", nargs="*", metavar="section.field=value")
 
-    export = commands.add_parser("export", help="the weights of a checkpoint as safetensors and yaml, for anybody")
+
+def _add_sample(commands) -> None:
+    example = "agrepa sample runs/demo-20261123-210000 --clips 4 flow.guidance=2"
+    sample = _add(commands, "sample", "sample validation clips and write wavs", example)
+    sample.add_argument("--clips", type=_positive, default=2, help="clips per domain (default: 2)")
+    _add_checkpoint(sample)
+    sample.set_defaults(command=_sample)
+
+
+def _add_checkpoint(command: argparse.ArgumentParser, **options) -> None:
+    command.add_argument("checkpoint", type=Path, help="runs/<run>, one of its checkpoints, or an export", **options)
+    command.add_argument("--live", action="store_true", help="the live weights instead of their moving average")
+    command.add_argument("--out", type=Path, help="folder to write to (default: beside the run's checkpoints)")
+    command.add_argument("overrides", nargs="*", metavar="section.field=value")
+
+
+def _add_export(commands) -> None:
+    about = "write the weights of a checkpoint as safetensors and yaml"
+    export = _add(commands, "export", about, "agrepa export runs/demo-20261123-210000 --out exports/demo")
     export.add_argument("checkpoint", type=Path, help="runs/<run>, or one of its checkpoints")
     export.add_argument("--live", action="store_true", help="the live weights instead of their moving average")
     export.add_argument("--out", type=Path, required=True, help="a new folder")
     export.set_defaults(command=_export)
 
-    doctor = commands.add_parser("doctor", help="what is installed, which backend would run, what is missing")
-    doctor.set_defaults(command=_doctor)
-    return parser
+
+def _add_config(commands) -> None:
+    about = "print the resolved configuration of a preset, a yaml file or a run"
+    config = _add(commands, "config", about, "agrepa config agrepa-a train.batch_clips=256 > mine.yaml")
+    config.add_argument(
+        "preset", nargs="?", default="demo", help="a preset, a yaml file or a run's folder (default: demo)"
+    )
+    config.add_argument("--reference", action="store_true", help="print every setting and its meaning, as markdown")
+    config.add_argument("overrides", nargs="*", metavar="section.field=value")
+    config.set_defaults(command=_config)
+
+
+def _add_doctor(commands) -> None:
+    about = "say what is installed, which backend would run and what is missing"
+    _add(commands, "doctor", about, "agrepa doctor").set_defaults(command=_doctor)
 
 
 def _positive(text: str) -> int:
@@ -213,123 +251,38 @@ def _source(args: argparse.Namespace):
 def _fit_tokens(args: argparse.Namespace) -> None:
     from .tokenizers.vq_fit import fit_vq
 
-    names = [field.name for field in dataclasses.fields(VqFitConfig)]
-    fit_vq(args.path, VqFitConfig(**{name: getattr(args, name) for name in names}), args.out)
-
-
-def _load(args: argparse.Namespace) -> tuple:
-    """Model, its configuration with overrides, the shards, and the checkpoint's folder."""
-    import torch
-
-    from .checkpoints.weights import load_model, resolve_checkpoint
-    from .data.index import matching_index
-
-    path = resolve_checkpoint(args.checkpoint)
-    model, saved = load_model(path, live=args.live)
-    config: Config = load_config(path / "config.yaml", args.overrides)
-    if config.model != saved.model:
-        raise UserError("model.* is the checkpoint's: it cannot be overridden here")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device), config, matching_index(config.data), path, device
+    fit_vq(args.path, VqFitConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(VqFitConfig)}), args.out)
 
 
 def _probe(args: argparse.Namespace) -> None:
+    from .reporting.probe import probe_any_model, probe_checkpoint
+
     if args.model:
-        _probe_any(args)
+        if (args.measures or ["foga"]) != ["foga"] or args.recipe != "corrected":
+            raise UserError("--model: only foga in the corrected recipe measures models that are not AudioDiT")
+        probe_any_model(args.model, args.blocks, args.kind, args.row_arguments, args.out or Path("probe"))
         return
     if args.checkpoint is None:
         raise UserError("name a checkpoint, or --model MODULE:FACTORY with --blocks PATH")
-
-    from .attribution.selection import select_as
-    from .checkpoints.weights import load_projections, step_of
-    from .probing.probe import measure_model
-
-    model, config, index, path, device = _load(args)
-    measures = args.measures
-    if args.kind == "branch" and ((measures or ["foga"]) != ["foga"] or args.recipe != "corrected"):
+    if args.kind == "branch" and ((args.measures or ["foga"]) != ["foga"] or args.recipe != "corrected"):
         raise UserError("--kind branch: only foga in the corrected recipe measures parts of blocks")
-    if args.recipe == "official" and (others := set(measures or ()) - {"foga", "lasp"}):
+    if args.recipe == "official" and (others := set(args.measures or ()) - {"foga", "lasp"}):
         raise UserError(f"--recipe official: the release measures foga and lasp, not {', '.join(sorted(others))}")
-    try:
-        measured = measure_model(
-            model,
-            index,
-            config,
-            device,
-            step_of(path),
-            measures=measures or (["foga"] if args.kind == "branch" else None),
-            recipe=args.recipe,
-            kind=args.kind,
-            projections=load_projections(path),
-        )
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-    out = args.out or _beside(path, "probe" if args.kind == "block" else "probe-branch")
-    out.mkdir(parents=True, exist_ok=True)
-    selection = None
-    if args.kind == "block":
-        try:
-            selection = select_as(config.align, measured[0])
-            selection.save(out / "selection.json")
-        except ValueError as refusal:
-            print(f"no ranking: {refusal}")
-    _report_probe(measured, selection, out, config.align.k)
-
-
-def _report_probe(measured: list, selection, out: Path, k: int) -> None:
-    """The table, attribution.csv and plots of a probe."""
-    from .attribution.csv import append_csv
-    from .reporting.plots import plot_all
-    from .reporting.tables import print_tables
-
-    out.mkdir(parents=True, exist_ok=True)
-    for scores in measured:
-        append_csv(out / "attribution.csv", scores)
-    plot_all(out / "attribution.csv", measured[0].evidence(), selection, out, k)
-    print_tables(measured, selection)
-    print(f"wrote {out}: attribution.csv and plots")
-
-
-def _probe_any(args: argparse.Namespace) -> None:
-    """FoG-A of a model that is not ours, at the inputs that its factory returns."""
-    import importlib
-
-    from .attribution.foga import ablate
-    from .attribution.gates import find_blocks
-
-    module, _, factory = args.model.partition(":")
-    if not factory or args.blocks is None:
-        raise UserError(f"--model {args.model}: write MODULE:FACTORY, and --blocks PATH beside it")
-    if (args.measures or ["foga"]) != ["foga"] or args.recipe != "corrected":
-        raise UserError("--model: only foga in the corrected recipe measures models that are not AudioDiT")
-    sys.path.insert(0, "")
-    try:
-        model, inputs = getattr(importlib.import_module(module), factory)()
-        blocks = find_blocks(model, args.blocks)
-        places = args.row_arguments and [int(name) if name.isdigit() else name for name in args.row_arguments]
-        scores = ablate(model, inputs, list(blocks.values()), kind=args.kind, row_arguments=places)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"--model {args.model}: {error}") from error
-    _report_probe([scores], None, args.out or Path("probe"), 3)
-    print(f"L1 ... L{len(blocks)} are {', '.join(blocks)}")
+    probe_checkpoint(
+        args.checkpoint,
+        args.overrides,
+        live=args.live,
+        measures=args.measures or (["foga"] if args.kind == "branch" else None),
+        recipe=args.recipe,
+        kind=args.kind,
+        out=args.out,
+    )
 
 
 def _sample(args: argparse.Namespace) -> None:
-    from .audio.vocoder import load_vocoder
-    from .reporting.samples import sample_clips, write_samples
+    from .reporting.samples import sample_checkpoint
 
-    model, config, index, path, device = _load(args)
-    vocoder = load_vocoder(config.eval.vocoder, config.data, "cpu")
-    out = args.out or _beside(path, "sample")
-    batch, sampled = sample_clips(model, index, config, args.clips, device, progress=True)
-    names = write_samples(batch, sampled, index, vocoder, out, out / "mel.png")
-    print(f"wrote {len(names)} wavs and mel.png to {out} (vocoder: {vocoder.name})")
-
-
-def _beside(checkpoint: Path, what: str) -> Path:
-    """runs/<run>/<what>-<tag>: not in the checkpoint's own folder, which the run may rotate away."""
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    return run / f"{what}-{checkpoint.name}"
+    sample_checkpoint(args.checkpoint, args.overrides, live=args.live, clips=args.clips, out=args.out)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -338,6 +291,14 @@ def _export(args: argparse.Namespace) -> None:
     path = resolve_checkpoint(args.checkpoint)
     export(path, args.out, live=args.live)
     print(f"wrote {args.out}: {'live' if args.live else 'averaged'} weights of step {step_of(path)}")
+
+
+def _config(args: argparse.Namespace) -> None:
+    if "=" in args.preset:  # overrides of the default preset
+        args.preset, args.overrides = "demo", [args.preset, *args.overrides]
+    saved = Path(args.preset) / "config.yaml"
+    text = config_yaml(load_config(saved if saved.is_file() else args.preset, args.overrides))
+    print(config_reference() if args.reference else text, end="")
 
 
 def _doctor(args: argparse.Namespace) -> None:

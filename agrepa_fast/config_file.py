@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .config import PRESETS, Config
 from .errors import UserError, nearest
-from .settings import setting_names
+from .settings import allowed, setting_names
 
 _SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
 
@@ -20,6 +20,18 @@ _REMOVED: dict[str, tuple[Callable[[dict], object], str]] = {
     "train.attention_cost": (lambda train: None, "train.batch_frames takes it from the model's FLOPs"),
     "eval.samples": (lambda values: 1, "`agrepa sample RUN --clips N` makes more samples"),
 }
+
+_REFERENCE_HEAD = """# Configuration
+
+<!-- Written by `agrepa config --reference`; the tests compare it with agrepa_fast/config.py. -->
+
+Every command takes `section.field=value`. A run starts from a preset (`--preset NAME` or a yaml file), applies the
+overrides and saves the result as `config.yaml` in its folder; `agrepa config PRESET section.field=value` prints it
+without running anything. An unknown name, a wrong type and a value out of bounds end a command with one line and exit
+code 2. A resumed run may change the settings marked °; it must leave all others as they were.
+
+Presets: `demo` (minutes on two CPU cores), `agrepa-a` (the paper's 24 x 1024), `agrepa-b` (with a second token),
+`agrepa-xl` (30 x 1664). Defaults below are those of a file that sets nothing; `agrepa config demo` shows the demo's."""
 
 
 def preset_names() -> list[str]:
@@ -138,3 +150,21 @@ def _check_override(override: str) -> None:
         raise UserError(f"section {section!r} is unknown: {nearest(section, _SECTIONS)}")
     if name not in _REMOVED and field not in setting_names(_SECTIONS[section]):
         raise UserError(f"{name} is unknown: {nearest(field, setting_names(_SECTIONS[section]))}")
+
+
+def config_reference() -> str:
+    """Return docs/configuration.md: every setting with its default, what it takes and what it means."""
+    lines = [_REFERENCE_HEAD]
+    for part in dataclasses.fields(Config):
+        cls = part.default_factory
+        about = " ".join(cls.__doc__.split())
+        lines += [f"\n## {part.name}\n", f"{about}\n", "| setting | default | takes | meaning |", "|---|---|---|---|"]
+        for field in dataclasses.fields(cls):
+            default = getattr(cls(), field.name)
+            takes, meaning = allowed(cls, field.name), field.metadata["meaning"].replace("<", "&lt;")
+            mark = " °" if field.metadata["resume"] else ""
+            default = json.dumps(default) if not isinstance(default, str) else default
+            lines.append(f"| `{part.name}.{field.name}`{mark} | `{default}` | {takes} | {meaning} |")
+    lines += ["\n## Settings of earlier versions\n", "| setting | instead |", "|---|---|"]
+    lines += [f"| `{name}` | {instead} |" for name, (_, instead) in _REMOVED.items()]
+    return "\n".join(lines) + "\n"

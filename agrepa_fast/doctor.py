@@ -1,47 +1,46 @@
-"""`agrepa doctor`: what is installed, which backend would run, what is missing and how to get it."""
+"""`agrepa doctor`: say what is installed, which backend would run, what is missing and how to get it."""
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from .config_file import load_config
+from .errors import UserError
 from .fetch import cache_dir
 from .kernels import active_backend, native_isa
 
-REQUIRED = ("torch", "torchaudio", "deepspeed", "webdataset", "transformers", "omegaconf", "safetensors", "numpy")
-REQUIRED += ("scipy", "soundfile", "av", "matplotlib", "tensorboard", "tqdm", "rich")
-OPTIONAL = {
-    "triton": "pip install 'triton>=3.6,<3.10': the GPU kernels",
-    "flash-attn": "pip install flash-attn, on GPUs: attention over padded batches without a mask",
-    "speechbrain": "pip install speechbrain: BEATs as a teacher (beats:FILE)",
-    "vocos": "pip install vocos, for 24 kHz / 100-mel presets; HiFi-GAN or Griffin-Lim runs without it",
+USES = {  # of packages that are optional
+    "triton": "the GPU kernels",
+    "flash-attn": "attention over padded batches without a mask, on GPUs",
+    "vocos": "the vocoder of 24 kHz / 100-mel presets; HiFi-GAN or Griffin-Lim runs without it",
+    "datasets": "agrepa prepare hf",
+    "vector-quantize-pytorch": "agrepa tokens fit",
+    "s3tokenizer": "S3 tokens: data.speech_tokens=s3:NAME",
+    "speechbrain": "BEATs as a teacher: beats:FILE",
+    "wandb": "logging to Weights & Biases: train.wandb=PROJECT",
 }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def report() -> None:
-    """Print the table. Exits with code 1 when a required package is missing."""
+    """Print the table. Exit with code 1 if a required package is missing or too old."""
     from rich.console import Console
     from rich.table import Table
 
+    required, optional = _requirements()
     table = Table(title="agrepa doctor")
     for column in ("what", "found", "if it is missing"):
         table.add_column(column)
-    missing = [package for package in REQUIRED if _version(package) is None]
     table.add_row("python", platform.python_version(), "")
-    for package in REQUIRED:
-        table.add_row(package, _version(package) or "missing", "" if _version(package) else f"pip install {package}")
-    for package, advice in OPTIONAL.items():
-        table.add_row(package, _version(package) or "not installed (optional)", "" if _version(package) else advice)
+    for requirement in required:
+        table.add_row(requirement.name, _version(requirement.name) or "missing", _remedy(requirement))
+    for requirement in optional:
+        found = _version(requirement.name)
+        advice = _remedy(requirement) and f"{_remedy(requirement)}: {USES.get(requirement.name, 'an extra')}"
+        table.add_row(requirement.name, found or "not installed (optional)", advice)
     for command, advice in {
         "deepspeed": "pip install deepspeed: the launcher of several ranks",
         "apt-get": "Debian or Ubuntu only: fetches the demo corpus (agrepa prepare demo)",
@@ -60,11 +59,43 @@ def report() -> None:
     for name in sorted(path.name for kind in ("apt", "pip") for path in (cache / kind).glob("*")):
         table.add_row("fetched package", name, "")
     shards = Path(load_config("demo").data.path)
-    there = (shards / "index.json").is_file()
-    table.add_row("demo shards", str(shards) if there else "not prepared", "" if there else "agrepa prepare demo")
+    prepared = (shards / "index.json").is_file()
+    table.add_row("demo shards", str(shards) if prepared else "not prepared", "" if prepared else "agrepa prepare demo")
     Console(width=int(os.environ.get("COLUMNS", 120))).print(table)
-    if missing:
+    if any(_remedy(requirement) for requirement in required):
         raise SystemExit(1)
+
+
+def _requirements() -> tuple[list[Requirement], list[Requirement]]:
+    """Return what setup.py requires, and what it offers as extras for users, without those of the tests."""
+    try:
+        stated = importlib.metadata.requires("agrepa_fast") or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError("agrepa_fast is not installed here: run pip install -e . in its folder") from error
+    required, optional = [], [Requirement("flash-attn")]
+    for requirement in map(Requirement, stated):
+        marker = requirement.marker
+        if marker is None or marker.evaluate({"extra": ""}):
+            required.append(requirement)
+        elif not marker.evaluate({"extra": "test"}) or requirement.name in USES:
+            if requirement.name not in {other.name for other in optional}:
+                optional.append(requirement)
+    return required, optional
+
+
+def _remedy(requirement: Requirement) -> str:
+    """Return the command that installs a package, or "" if the installed version fits."""
+    found = _version(requirement.name)
+    if found is not None and requirement.specifier.contains(found, prereleases=True):
+        return ""
+    return f"pip install '{requirement.name}{requirement.specifier}'"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _device() -> tuple[str, str]:

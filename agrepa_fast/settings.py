@@ -68,8 +68,18 @@ def setting_names(part: type) -> tuple[str, ...]:
 
 
 def allowed(cls: type, name: str) -> str:
-    """What a setting takes, in words: "at least 1", "erf or tanh", "must be in [0, 1)"; "" if there is no bound."""
-    return _allowed(typing.get_type_hints(cls, include_extras=True)[name])
+    """Return what a setting takes, in words: "at least 1", "erf or tanh", "in [0, 1)", "true or false"."""
+    hint = typing.get_type_hints(cls, include_extras=True)[name]
+    return _allowed(hint).replace("must not be", "not").replace("must be ", "") or _kind(hint)
+
+
+def _kind(hint: object) -> str:
+    parts = [part for part in typing.get_args(hint) if part is not type(None)]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return f"{_kind(parts[0])}, or null"
+    if typing.get_origin(hint) is list:
+        return f"a list, each {_kind(parts[0])}"
+    return _KINDS[{str: "string"}.get(hint, getattr(hint, "__name__", ""))]
 
 
 def _line(cls: type, prefix: str, error: ValidationError, values: dict[str, object]) -> str:

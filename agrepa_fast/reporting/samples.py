@@ -1,17 +1,19 @@
 """What a run sounds and looks like: validation clips resynthesised and sampled, as wavs and as mel pictures."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from ..audio.vocoder import Vocoder
+from ..audio.vocoder import Vocoder, load_vocoder
 from ..config import DOMAINS, Config
 from ..data.batches import Batch, collate, fixed_clips
 from ..data.index import Index
 from ..flow import reference_prefix, sample
 from ..seeds import clip_keys
+from .opened import open_checkpoint
 
 
 def sample_clips(
@@ -48,6 +50,16 @@ def write_samples(
     if plot is not None:
         plot_mels(panels, plot, seconds_per_frame=index.features["hop_length"] / index.features["sample_rate"])
     return names
+
+
+def sample_checkpoint(checkpoint: Path, overrides: Sequence[str], *, live: bool, clips: int, out: Path | None) -> None:
+    """`agrepa sample`: sample validation clips of a checkpoint and write wavs and mel.png. clips: per domain."""
+    opened = open_checkpoint(checkpoint, overrides, live=live)
+    vocoder = load_vocoder(opened.config.eval.vocoder, opened.config.data, "cpu")
+    out = out or opened.beside("sample")
+    batch, sampled = sample_clips(opened.model, opened.index, opened.config, clips, opened.device, progress=True)
+    names = write_samples(batch, sampled, opened.index, vocoder, out, out / "mel.png")
+    print(f"wrote {len(names)} wavs and mel.png to {out} (vocoder: {vocoder.name})")
 
 
 def plot_mels(panels: list[tuple[str, torch.Tensor]], path: Path, seconds_per_frame: float) -> None:

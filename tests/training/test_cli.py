@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from agrepa_fast.cli import main
+from agrepa_fast.cli import SOURCES, main
+from agrepa_fast.config_file import load_config
 
 from ..ranks import run_training
-from ..testing import write_small_shards
+from ..testing import ROOT, write_small_shards
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,33 @@ def test_doctor(capsys):
     out = capsys.readouterr().out
     for word in ("torch", "deepspeed", "kernels backend", "native", "CPU library", "demo shards"):
         assert word in out
+
+
+def test_config_prints_what_a_run_would_use(run, tmp_path, capsys):
+    main(["config", "demo", "align.k=2"])
+    (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+    assert load_config(tmp_path / "mine.yaml").align.k == 2
+    main(["config", str(run), "train.steps=7"])
+    assert "steps: 7" in capsys.readouterr().out
+
+
+def test_the_configuration_page_is_that_of_the_code(capsys):
+    main(["config", "--reference"])
+    assert capsys.readouterr().out == (ROOT / "docs/configuration.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["train", "prepare", "tokens fit", "probe", "sample", "export", "config", "doctor"]
+    + [f"prepare {source}" for source in SOURCES],
+)
+def test_help_fits_a_screen_and_has_an_example(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    out = capsys.readouterr().out
+    assert out.count("\n") <= 40
+    assert f"example: agrepa {command}" in out or "example: deepspeed" in out
 
 
 class TestRefusals:

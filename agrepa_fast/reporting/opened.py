@@ -1,0 +1,41 @@
+"""A checkpoint as `agrepa probe` and `agrepa sample` use it: its model, its configuration and its shards."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..checkpoints.weights import load_model, resolve_checkpoint
+from ..config import Config
+from ..config_file import load_config
+from ..data.index import Index, matching_index
+from ..errors import UserError
+from ..models.audio_dit.dit import AudioDiT
+
+
+class OpenedCheckpoint(NamedTuple):
+    """model: on `device`; config: the run's, with overrides; path: the folder of the checkpoint."""
+
+    model: AudioDiT
+    config: Config
+    index: Index
+    path: Path
+    device: torch.device
+
+    def beside(self, name: str) -> Path:
+        """Return runs/<run>/<name>-<tag>. The run may rotate the checkpoint's own folder away."""
+        run = self.path.parent.parent if self.path.parent.name == "checkpoints" else self.path.parent
+        return run / f"{name}-{self.path.name}"
+
+
+def open_checkpoint(checkpoint: Path, overrides: Sequence[str], *, live: bool) -> OpenedCheckpoint:
+    """Load a run's newest checkpoint, one of its checkpoints, or an export. live: the live weights instead of their
+    moving average. Raises UserError for overrides of model.*, and if the shards do not fit."""
+    path = resolve_checkpoint(checkpoint)
+    model, saved = load_model(path, live=live)
+    config = load_config(path / "config.yaml", overrides)
+    if config.model != saved.model:
+        raise UserError("model.* is the checkpoint's: it cannot be overridden here")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return OpenedCheckpoint(model.to(device), config, matching_index(config.data), path, device)
