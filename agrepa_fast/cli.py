@@ -26,9 +26,9 @@ def main(argv: list[str] | None = None) -> None:
     # deepspeed's launcher passes the rank as an argument, too.
     argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank=")]
     if argv[:1] == ["train"]:  # train.py has its own arguments: it is also what the deepspeed launcher runs
-        from .train import main as train
+        from .train import run_process
 
-        train(argv[1:])
+        run_process(argv[1:])
         return
     parser = _parser()
     args, rest = parser.parse_known_args(argv)

@@ -3,20 +3,17 @@
 Warm up, measure every layer (FoG-A), choose the layers, align them, and show why they were chosen.
 """
 
-if (
-    not __package__
-):  # run as a script: this folder must not be first on sys.path, `flow` or `data` would shadow others' modules
-    import sys
+import sys
+from pathlib import Path
 
-    sys.path.pop(0)
+if not __package__:  # run as a script, whose folder must not be searched: its `flow` or `data` would shadow others'
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 import argparse
 import os
-import sys
 import time
 import traceback
 from dataclasses import replace
-from pathlib import Path
 from uuid import uuid4
 
 import torch
@@ -237,16 +234,9 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     checkpoints.close()  # an upload may take longer than ranks wait for each other
 
 
-def _leave(code: int) -> None:
-    """Exit at once where other ranks may wait: a process group torn down at exit can abort and lose the exit code."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if dist.is_initialized():
-        os._exit(code)
-    sys.exit(code)
-
-
 def main(argv: list[str] | None = None) -> None:
+    """Train as the arguments say. Raises SystemExit: code 2 after an error that the user can put right, 1 after any
+    other, 130 after an interrupt; each has printed its line."""
     args = parse(argv)
     try:
         config = choose_config(args)
@@ -254,24 +244,18 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):
             print(f"agrepa train: {error}", file=sys.stderr)
-        _leave(2)
+        raise SystemExit(2) from error
     except KeyboardInterrupt:
         print("agrepa train: interrupted; --resume latest goes on from the last checkpoint", file=sys.stderr)
-        _leave(130)
-    except (
-        Exception
-    ) as error:  # left to the interpreter's exit, it would wait for loader processes, which ignore SIGTERM
+        raise SystemExit(130) from None
+    except Exception as error:
         traceback.print_exc()
         print(f"agrepa train: rank {os.environ.get('RANK', 0)}: {explain(error)}", file=sys.stderr)
-        _leave(1)
-
-
-if __name__ == "__main__":
-    main()
+        raise SystemExit(1) from error
 
 
 def explain(error: Exception) -> str:
-    """One line for an error that is nobody's input: which process is gone, where the error says so."""
+    """Return one line about an error that no setting caused: which process ended, if the error says so."""
     text = " ".join(str(error).split())
     if text.startswith("DataLoader worker"):
         return (
@@ -284,3 +268,20 @@ def explain(error: Exception) -> str:
             "checkpoint"
         )
     return f"{type(error).__name__}: {text[:300]}"
+
+
+def run_process(argv: list[str] | None = None) -> None:
+    """`main` for a process that does nothing else. After a failure, end it at once: at a normal exit, Python waits for
+    loader processes, and a process group that other ranks still wait in can abort and lose the exit code."""
+    try:
+        main(argv)
+    except SystemExit as ending:
+        if not dist.is_initialized():
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ending.code)
+
+
+if __name__ == "__main__":
+    run_process()

@@ -93,5 +93,5 @@ def storage_clips(index: Index, config: Config, device, rank: int = 0, world: in
 def survivable(model: nn.Module) -> tuple[type[Exception], ...]:
     """What a probe may fail of on one rank while the others go on. Not of memory under ZeRO-3: there, a rank that stops
     inside a forward leaves the others waiting for its partitions."""
-    partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    partitioned = getattr(model, "partitioned", False)
     return (ValueError,) if partitioned else (ValueError, torch.OutOfMemoryError)

@@ -1,5 +1,6 @@
 """When layers are measured during a run, and when a measurement becomes the layers that are aligned."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 
@@ -11,7 +12,6 @@ from ..attribution.scores import LayerScores
 from ..attribution.selection import LayerSelection, NotRankableError, select_as, unmeasured_selection
 from ..attribution.stored import lasp
 from ..config import DOMAINS, Config
-from ..zero.masters import gradient_norms
 from .fixed_clips import FixedClips
 from .probe import ClipProbe, PendingScores
 from .stored import pooled_states, storage_scores
@@ -51,11 +51,12 @@ class LayerChoice:
             return step >= schedule.start_step and (step % schedule.every == 0 or step == schedule.warmup_steps)
         return align.refresh > 0 and (step - selection.step) % align.refresh == 0
 
-    def watch(self, engine, step: int) -> None:
-        """Between the last backward of a step and its update: gradnorm reads the gradients that are there anyway."""
+    def watch(self, gradient_norms: Callable[[], torch.Tensor], step: int) -> None:
+        """Keep the gradient norms (L,) of the blocks if gradnorm measures after this step. Call it between the last
+        backward of a step and its update."""
         self._norms = None
         if self.config.align.strategy == "gradnorm" and self.due(step + 1):
-            self._norms = gradient_norms(engine, self.model.blocks)
+            self._norms = gradient_norms()
 
     def after_step(self, step: int, timed=nullcontext) -> None:
         """Read the probe of the step before and choose, then launch one when it is due. Every rank must call it."""

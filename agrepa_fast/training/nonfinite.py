@@ -1,7 +1,7 @@
 """Steps whose loss or gradient is not finite: all ranks leave them out together, and name their clips.
 
 Nothing is decided on the host and no rank is asked anything while all is well. What is not finite anywhere makes the
-engine's own gradient not finite on that rank (`guarded`, `poison`); reducing spreads it to all ranks; and
+engine's own gradient not finite on that rank (`guarded`, `make_gradient_nan`); reducing spreads it to all ranks; and
 engine.step(), which reads the global norm anyway, leaves weights, moments and step counts as they are.
 """
 
@@ -25,20 +25,6 @@ _NAMED = 8  # clips in the log line; skipped.jsonl has them all
 def guarded(loss: torch.Tensor) -> torch.Tensor:
     """The loss, whose every gradient is NaN when it is not finite itself: one that overflowed has finite ones."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-
-
-def poison(engine, norm: torch.Tensor) -> None:
-    """Make the engine's gradient NaN on this rank where `norm` (0-dim, on the device) is not finite. Between the last
-    backward of a step and engine.step()."""
-    zero_or_nan = torch.where(norm.isfinite(), 0.0, torch.nan)
-    optimizer = engine.optimizer
-    if engine.zero_optimization_stage() == 0:
-        next(engine.module.parameters()).grad.add_(zero_or_nan)
-    elif norms := getattr(optimizer, "norm_for_param_grads", None):  # offloaded: norms are taken on the way to the host
-        first = next(iter(norms))
-        norms[first] = norms[first] + zero_or_nan.to(norms[first].device)
-    elif partition := optimizer.averaged_gradients.get(0):
-        partition[0].add_(zero_or_nan)
 
 
 @dataclass

@@ -22,12 +22,13 @@ from ..probing.schedule import LayerChoice
 from ..probing.validation import validation_loss
 from ..seeds import clip_keys
 from ..zero.ema import Ema
+from ..zero.gradients import gradient_norms, make_gradient_nan
 from ..zero.update_ratio import update_ratio
 from .captured_step import GraphedLosses, Losses
 from .faultlog import FaultLog
 from .flops import step_flops
 from .metrics import Metrics
-from .nonfinite import SkipGuard, guarded, poison
+from .nonfinite import SkipGuard, guarded
 from .profile import ProfileWindow
 
 
@@ -75,8 +76,8 @@ class Run:
             total, losses, clips = self.graphs(compute, batch, keys, aligner.layers(step))
         self.engine.backward(guarded(batch.weight * total))
         if self.engine.is_gradient_accumulation_boundary():
-            self.choice.watch(self.engine, step)
-            poison(self.engine, aligner.reduce())
+            self.choice.watch(lambda: gradient_norms(self.engine, self.engine.module.blocks), step)
+            make_gradient_nan(self.engine, unless_finite=aligner.reduce())
         self.engine.step()
         return {name: batch.weight * loss.detach() for name, loss in losses.items()}, clips.detach()
 

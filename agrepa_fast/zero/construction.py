@@ -15,6 +15,7 @@ from .engine import deepspeed_refusals
 def new_model(config: Config, ds_config: dict) -> AudioDiT:
     """A model with random weights from torch's random state, the same at every stage; partitioned under ZeRO-3."""
     model = AudioDiT(config.model, partitioner(ds_config))
+    model.partitioned = zero_stage(ds_config) == 3
     model.recompute = config.train.activation_checkpointing
     if config.train.compile:
         model.run_block = torch.compile(model.run_block)

@@ -1,10 +1,7 @@
-"""DeepSpeed's fp32 master weights and gradients, at every ZeRO stage."""
-
-from collections.abc import Sequence
+"""DeepSpeed's fp32 master weights, at every ZeRO stage."""
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 
 
 def master_parameters(engine) -> list[torch.Tensor]:
@@ -39,21 +36,6 @@ def publish_masters(engine) -> None:
         optimizer.update_lp_params()
     elif engine.bfloat16_enabled():
         torch._foreach_copy_([parameter.data for parameter in engine.module.parameters()], masters(engine))
-
-
-def gradient_norms(engine, blocks: Sequence[nn.Module]) -> torch.Tensor:
-    """(L,) norm of the step's gradient to each block's parameters, averaged over ranks and micro-batches as the
-    optimizer will see it, before clipping. Between the last backward of a step and engine.step(); every rank must call
-    it, since partitions are gathered one after the other. The same on any number of ranks, at any ZeRO stage."""
-    from deepspeed.utils import safe_get_full_grad
-
-    def gradient(parameter: nn.Parameter) -> torch.Tensor:
-        if engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():
-            return parameter.grad
-        return safe_get_full_grad(parameter)
-
-    squares = [sum(gradient(p).float().square().sum() for p in block.parameters()) for block in blocks]
-    return torch.stack(squares).sqrt()
 
 
 def full_weights(engine) -> dict[str, torch.Tensor]:

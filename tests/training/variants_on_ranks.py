@@ -74,6 +74,7 @@ def loaded(preset: str, weights: Path) -> bool:
     values = ds_values(3) | {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": False}}
     values |= {"gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
     model, saved = new_model(config, values), load_file(weights)
+    assert model.partitioned
     assert all(parameter.numel() < saved[name].numel() for name, parameter in model.named_parameters())
     load_weights(model, weights, "this run's")
     same = []

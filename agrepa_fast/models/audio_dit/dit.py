@@ -27,6 +27,7 @@ class AudioDiT(nn.Module):
 
     In training, `recompute` keeps only each block's inputs for the backward (activation checkpointing), and `run_block`
     may be set to a compiled block(x, cond, **options). Evaluation and probes call the blocks themselves.
+    `partitioned` says that a block's weights are whole only inside its forward (ZeRO-3): zero.construction sets it.
     """
 
     def __init__(self, config: ModelConfig, finish: Callable[[nn.Module], nn.Module] = lambda part: part):
@@ -35,6 +36,7 @@ class AudioDiT(nn.Module):
             raise ValueError("ModelConfig.n_mels and ModelConfig.vocab are those of the shards: set both")
         self.config = config
         self.recompute = False
+        self.partitioned = False
         self.run_block = _run_block
         dim = config.dim
         self.time = finish(TimeEmbedding(dim, config.time_scale))
@@ -111,7 +113,7 @@ class AudioDiT(nn.Module):
     def _joins_modulations(self, cond: torch.Tensor) -> bool:
         """Whether joint_modulations pays: on a GPU it saves some 150 small launches a step; on a CPU it only copies
         weights. Not under ZeRO-3, where a block's weights are there only inside its forward, nor per frame."""
-        return cond.is_cuda and cond.ndim == 2 and not hasattr(self.blocks[0].modulation.weight, "ds_id")
+        return cond.is_cuda and cond.ndim == 2 and not self.partitioned
 
     def joint_modulations(self, cond: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The six modulations of every block, (C, 6, D) each, of cond (C, D): one GEMM for all blocks."""
