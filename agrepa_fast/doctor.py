@@ -77,9 +77,8 @@ def _requirements() -> tuple[list[Requirement], list[Requirement]]:
         marker = requirement.marker
         if marker is None or marker.evaluate({"extra": ""}):
             required.append(requirement)
-        elif not marker.evaluate({"extra": "test"}) or requirement.name in USES:
-            if requirement.name not in {other.name for other in optional}:
-                optional.append(requirement)
+        elif requirement.name not in {other.name for other in optional} and requirement.name in USES:
+            optional.append(requirement)
     return required, optional
 
 

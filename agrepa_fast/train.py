@@ -57,7 +57,12 @@ from agrepa_fast.zero.engine import build_engine, limit_waiting, start_ranks
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="agrepa train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="agrepa train",
+        description=__doc__,
+        epilog="example: deepspeed agrepa_fast/train.py --ds_config zero2.json train.steps=1000",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--ds_config", default="zero2.json", help="a JSON file, or zero0.json … zero3.json of the package"
     )

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from agrepa_fast.cli import SOURCES, main
 from agrepa_fast.config_file import load_config
 
-from ..ranks import run_training
-from ..testing import ROOT, write_small_shards
+from ..ranks import ROOT, run_training
+from ..testing import write_small_shards
 
 
 @pytest.fixture(scope="module")
