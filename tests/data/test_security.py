@@ -1,5 +1,5 @@
-"""Nothing that comes from elsewhere runs code, writes outside its folder or reads the environment: shards, indexes,
-packages, checkpoints, model folders, configurations. A payload makes a folder when it runs."""
+"""Nothing from elsewhere runs code, writes outside its folder or reads the environment: shards, indexes, packages,
+checkpoints, model folders, configurations. One test per path of an input. A payload makes a folder when it runs."""
 
 import hashlib
 import io
@@ -45,7 +45,7 @@ class Payload:
 
 @pytest.fixture
 def marker(tmp_path) -> Path:
-    """What the payload makes. It is not there after the test."""
+    """The folder that the payload makes; it must not exist after the test."""
     path = tmp_path / "executed"
     yield path
     assert not path.exists(), "the payload ran"
@@ -116,8 +116,7 @@ def as_written(shard: Shard) -> Shard:
 
 
 class TestShards:
-    @pytest.mark.parametrize("how", ["pickle", "torch", "npy"])
-    @pytest.mark.parametrize("suffix", ["mel.npy", "tokens.npy", "teacher_speech.npy", "json"])
+    @pytest.mark.parametrize(("suffix", "how"), [("mel.npy", "npy"), ("json", "pickle")])
     def test_a_pickle_in_the_place_of_a_member_is_refused(self, how, suffix, shards, marker):
         index = load_index(shards)
         shard = index.shards("train", "speech")[0]
@@ -133,7 +132,7 @@ class TestShards:
         monkeypatch.setattr(pickle, "loads", lambda *args, **kwargs: marker.mkdir())
         assert len(read_shard(as_written(shard), index)) == shard.clips
 
-    @pytest.mark.parametrize("name", ["/tmp/evil.json", "../evil.json", "a/../../evil.json", "a\\..\\evil.json"])
+    @pytest.mark.parametrize("name", ["/tmp/evil.json", "..\\evil.json"])
     def test_a_member_with_a_path_is_refused(self, name, shards):
         index = load_index(shards)
         shard = index.shards("train", "speech")[0]
@@ -159,10 +158,7 @@ class TestShards:
             with pytest.raises(UserError, match=r"speech0003 lacks 'mel\.npy'|is no plain file"):
                 read_shard(as_written(shard), index)
 
-    @pytest.mark.parametrize("kind", ["shard", "tokens"])
-    @pytest.mark.parametrize(
-        "name", ["../outside.tar", "/etc/hostname", "http://127.0.0.1:9/x.tar", "a/b.tar", "pipe:touch x", "..", ""]
-    )
+    @pytest.mark.parametrize(("kind", "name"), [("shard", "../outside.tar"), ("tokens", "http://127.0.0.1:9/x.tar")])
     def test_an_index_that_names_files_elsewhere_is_refused(self, kind, name, shards):
         content = json.loads((shards / INDEX).read_text())
         entry = content["shards"][0] if kind == "shard" else content["domains"]["speech"]["tokens"]
@@ -172,11 +168,10 @@ class TestShards:
         with pytest.raises(UserError, match="has a path"):
             load_index(shards)
 
-    @pytest.mark.parametrize("path", ["pipe:mkdir {}", "; mkdir {}", "$(mkdir {})", "`mkdir {}`", "| mkdir {}"])
-    def test_a_data_path_is_no_command(self, path, preset, marker, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
+    def test_a_data_path_is_no_command(self, preset, marker):
+        """webdataset and fsspec know paths that are commands."""
         with pytest.raises(UserError):
-            load_index(load_config(preset, [f"data.path={path.format(marker)}"]).data.path)
+            load_index(load_config(preset, [f"data.path=pipe:mkdir {marker}"]).data.path)
 
 
 class TestDownloads:
@@ -201,8 +196,7 @@ class TestDownloads:
         assert not [path for path in tmp_path.rglob("evil*") if root not in path.parents]
         assert not [path for path in root.rglob("*") if path.is_symlink() or path.is_fifo()]
 
-    @pytest.mark.parametrize("name", ["../../evil", "{}/evil", "a/../../../evil", "..\\evil"])
-    def test_no_member_of_a_wheel_leaves_its_folder(self, name, cache, no_client, tmp_path):  # noqa: F811
+    def test_no_member_of_a_wheel_leaves_its_folder(self, cache, no_client, tmp_path):  # noqa: F811
         (cache / "downloads").mkdir(parents=True)
         file = cache / "downloads" / "bad-1.0-py3-none-any.whl"
         link = zipfile.ZipInfo("link")
@@ -210,7 +204,8 @@ class TestDownloads:
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr(link, str(tmp_path))
             archive.writestr("setup.py", "raise SystemExit")
-            archive.writestr(name.format(tmp_path), "content")
+            for name in ("../../../evil", f"{tmp_path}/evil", "..\\evil"):
+                archive.writestr(name, "content")
         root = fetch_pip("bad", "1.0", hashlib.sha256(file.read_bytes()).hexdigest())
         assert not [path for path in tmp_path.rglob("*evil*") if root not in path.parents]
         assert not (root / "link").is_symlink()
@@ -236,13 +231,12 @@ class TestCheckpoints:
 
     def test_pickles_that_are_called_safetensors_are_refused(self, planted, marker, capsys):
         self.plant(planted, "*.safetensors", marker)
-        for command in ("sample", "probe"):
-            with pytest.raises(SystemExit) as exit:
-                main([command, str(planted)])
-            assert exit.value.code == 2
-            error = capsys.readouterr().err
-            assert "ema.safetensors" in error
-            assert "Traceback" not in error
+        with pytest.raises(SystemExit) as exit:
+            main(["sample", str(planted)])
+        assert exit.value.code == 2
+        error = capsys.readouterr().err
+        assert "ema.safetensors" in error
+        assert "Traceback" not in error
 
     def test_heads_that_are_a_pickle_are_refused(self, planted, marker, capsys):
         self.plant(planted, "heads.safetensors", marker)
@@ -285,7 +279,7 @@ class TestCheckpoints:
 class TestModels:
     """Folders of teachers and vocoders."""
 
-    @pytest.mark.parametrize("model_type", ["evil", "hubert", "whisper"])
+    @pytest.mark.parametrize("model_type", ["evil", "hubert"])
     def test_code_beside_a_teacher_is_not_run(self, model_type, marker, tmp_path, monkeypatch):
         monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask
         folder = tmp_path / "teacher"
@@ -323,55 +317,35 @@ class TestModels:
 
 
 class TestConfigurations:
-    TAGS = (
-        "!!python/object/apply:os.mkdir ['{}']",
-        "!!python/object/new:os.mkdir ['{}']",
-        "!!python/name:os.mkdir",
-        "!!python/module:os",
-        "!!python/object:agrepa_fast.config.RunConfig {{}}",
-    )
-
-    @pytest.mark.parametrize("tag", TAGS)
-    def test_a_yaml_file_makes_no_objects(self, tag, marker, tmp_path):
-        file = tmp_path / "preset.yaml"
-        file.write_text(f"run: {{dir: {tag.format(marker)}}}\n")
+    def test_a_yaml_file_makes_no_objects(self, marker, tmp_path):
+        file, tag = tmp_path / "preset.yaml", f"!!python/object/apply:os.mkdir ['{marker}']"
+        file.write_text(f"run: {{dir: {tag}}}\n")
         with pytest.raises(UserError):
             load_config(file)
         with pytest.raises(UserError):
-            load_config("demo", [f"run.dir={tag.format(marker)}"])
+            load_config("demo", [f"run.dir={tag}"])
 
-    @pytest.mark.parametrize(
-        "value", ["${oc.env:AGREPA_SECRET}", "${oc.decode:x}", "${oc.env:NOT_SET,1}", "a/${train.steps}", "${eval:x}"]
-    )
-    def test_a_value_is_no_expression(self, value, tmp_path, monkeypatch):
+    def test_a_value_is_no_expression(self, tmp_path, monkeypatch):
         """omegaconf's resolvers read the environment; a package that registers its own may do anything."""
         monkeypatch.setenv("AGREPA_SECRET", "secret")
-        file = tmp_path / "preset.yaml"
-        fields = {"run": f"dir: '{value}'", "train": f"steps: '{value}'", "eval": f"times: ['{value}']"}
-        for section, field in fields.items():
-            file.write_text(f"{section}: {{{field}}}\n")
-            with pytest.raises(UserError, match=r"\$\{"):
-                load_config(file)
+        file, value = tmp_path / "preset.yaml", "${oc.env:AGREPA_SECRET}"
+        file.write_text(f"eval: {{times: ['{value}']}}\n")
         with pytest.raises(UserError, match=r"\$\{"):
-            load_config("demo", [f"run.dir={value}"])
+            load_config(file)
+        with pytest.raises(UserError, match=r"\$\{"):
+            load_config("demo", [f"run.dir=a/{value}"])
 
     @pytest.mark.parametrize(
         "section",
         [
             {"optimizer": {"type": "os.mkdir"}},
-            {"scheduler": {"type": "os.mkdir"}},
             {"torch_autocast": {"enabled": True, "lower_precision_safe_modules": ["planted_module.Linear"]}},
             {"checkpoint": {"load_universal": True}},
             {"tensorboard": {"enabled": True, "output_path": "/tmp"}},
-            {"csv_monitor": {"enabled": True, "output_path": "/tmp"}},
-            {"wandb": {"enabled": True}},
-            {"flops_profiler": {"enabled": True, "output_file": "/tmp/profile"}},
-            {"elasticity": {"enabled": True}},
-            {"zero_optimisation": {"stage": 3}},
         ],
         ids=lambda section: next(iter(section)),
     )
-    def test_a_ds_config_has_no_other_sections(self, section, tmp_path):
+    def test_a_ds_config_imports_and_writes_nothing(self, section, tmp_path):
         """DeepSpeed imports modules that its configuration names, and writes where it says."""
         file = tmp_path / "ds.json"
         file.write_text(json.dumps({"zero_optimization": {"stage": 2}} | section))
@@ -382,7 +356,7 @@ class TestConfigurations:
     def test_a_preset_is_a_yaml_file(self, preset, marker, tmp_path):
         module = tmp_path / "preset.py"
         module.write_text(f"import os\nos.mkdir({str(marker)!r})\n")
-        for name in (str(module), "preset:config", "os:environ", "../demo", "http://127.0.0.1:9/x.yaml", str(tmp_path)):
+        for name in (str(module), "preset:config", "../demo", "http://127.0.0.1:9/x.yaml"):
             with pytest.raises(UserError, match="unknown"):
                 load_config(name)
         assert asdict(load_config(preset).train)["steps"] == 5

@@ -5,8 +5,6 @@ import copy
 import io
 import json
 import struct
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -49,7 +47,7 @@ def whisper(tmp_path_factory):
     from transformers import WhisperForConditionalGeneration
 
     torch.manual_seed(0)
-    model = WhisperForConditionalGeneration(whisper_config()).eval()
+    model = WhisperForConditionalGeneration(whisper_config()).eval().requires_grad_(False)
     torch.nn.init.normal_(model.model.encoder.embed_positions.weight)
     folder = tmp_path_factory.mktemp("models") / "Tiny-Whisper.v1"
     model.save_pretrained(folder)
@@ -64,7 +62,7 @@ def close(ours: np.ndarray, theirs: np.ndarray, tolerance: float = 1e-5) -> None
     assert np.abs(ours - theirs).max() <= tolerance * max(scale, 1.0)
 
 
-@pytest.mark.parametrize("layer", [None, 1, 3])
+@pytest.mark.parametrize("layer", [None, 3])
 def test_whisper_on_30_seconds_is_transformers_own(whisper, layer):
     from transformers import WhisperFeatureExtractor
 
@@ -73,18 +71,10 @@ def test_whisper_on_30_seconds_is_transformers_own(whisper, layer):
     features = WhisperFeatureExtractor()(wave, sampling_rate=RATE, return_tensors="pt").input_features
     with torch.inference_mode():
         expected = encoder(features, output_hidden_states=True)
-    expected = expected.last_hidden_state if layer is None else expected.hidden_states[layer]
-    if layer == 3:  # the model's last hidden state is behind a norm, the layer's own output is not
-        with torch.inference_mode():
-            expected = encoder.layers[2](encoder(features, output_hidden_states=True).hidden_states[2], None)
+        # the model's last hidden state is behind a norm, the layer's own output is not
+        expected = expected.last_hidden_state if layer is None else encoder.layers[2](expected.hidden_states[2], None)
     teacher = load_teacher(str(folder) if layer is None else f"{folder}@{layer}")
     close(teacher.frames([wave])[0], expected[0].numpy())
-
-
-def test_whisper_frames_cover_the_clip_and_no_more(whisper, waves):
-    teacher = load_teacher(str(whisper[0]))
-    assert (teacher.dim, teacher.rate, teacher.sample_rate) == (64, 50.0, RATE)
-    assert [f.shape for f in teacher.frames(waves)] == [(-(-n // 320), 64) for n in LENGTHS]
 
 
 def test_whisper_takes_more_than_30_seconds_in_windows(whisper):
@@ -96,34 +86,14 @@ def test_whisper_takes_more_than_30_seconds_in_windows(whisper):
     close(frames[0][1500:], teacher.frames([wave[30 * RATE :]])[0])
 
 
-def test_frames_do_not_depend_on_the_batch(whisper, waves):
-    for layer in ("", "@2"):
-        teacher = load_teacher(f"{whisper[0]}{layer}")
-        alone = [teacher.frames([wave])[0] for wave in waves]
-        teacher.room = 10**9  # one padded batch, as on a GPU
-        for together, one in zip(teacher.frames(waves), alone, strict=True):
-            close(together, one)
-        for together, one in zip(teacher.frames(waves[::-1] + waves), alone[::-1] + alone, strict=True):
-            close(together, one)
-
-
-def test_half_precision(whisper, waves):
-    half, full = load_teacher(f"{whisper[0]}@2", dtype="fp16"), load_teacher(f"{whisper[0]}@2")
-    half.room = 10**9
-    for ours, exact in zip(half.frames(waves), full.frames(waves), strict=True):
-        close(ours, exact, 0.02)
-        assert np.abs(ours - exact).max() > 1e-5
-    assert (half.identity["precision"], full.identity["precision"]) == ("fp16", "fp32")
-    assert half.identity["sha256"] == full.identity["sha256"]
-
-
-def test_weights_stored_in_half_have_the_hash_of_their_values(whisper, tmp_path):
-    folder, encoder = whisper
-    copy.deepcopy(encoder).half().save_pretrained(tmp_path / "half")
-    copy.deepcopy(encoder).half().float().save_pretrained(tmp_path / "float")
-    stored = {load_teacher(str(tmp_path / kind)).identity["sha256"] for kind in ("half", "float")}
-    assert len(stored) == 1
-    assert load_teacher(str(folder)).identity["sha256"] not in stored  # they were rounded
+def test_frames_cover_the_clip_and_do_not_depend_on_the_batch(whisper, waves):
+    teacher = load_teacher(f"{whisper[0]}@2")
+    assert (teacher.dim, teacher.rate, teacher.sample_rate) == (64, 50.0, RATE)
+    alone = [teacher.frames([wave])[0] for wave in waves]
+    assert [f.shape for f in alone] == [(-(-n // 320), 64) for n in LENGTHS]
+    teacher.room = 10**9  # one padded batch, as on a GPU
+    for together, one in zip(teacher.frames(waves[::-1] + waves), alone[::-1] + alone, strict=True):
+        close(together, one)
 
 
 def test_whisper_alone_and_with_its_decoder_are_the_same_teacher(whisper, waves, tmp_path):
@@ -134,31 +104,36 @@ def test_whisper_alone_and_with_its_decoder_are_the_same_teacher(whisper, waves,
     close(part.frames(waves[:1])[0], whole.frames(waves[:1])[0])
 
 
-def test_name_and_identity(whisper):
+def test_name_and_identity(whisper, waves):
     folder = whisper[0]
-    end, middle = load_teacher(str(folder)), load_teacher(f"{folder}@2")
-    assert (end.name, middle.name) == ("tiny_whisper_v1", "tiny_whisper_v1_l2")
-    assert end.identity["sha256"] == middle.identity["sha256"]
-    assert (end.identity["layer"], middle.identity["layer"]) == (None, 2)
-    assert end.identity["spec"] == str(folder)
+    end, half = load_teacher(str(folder)), load_teacher(f"{folder}@2", dtype="fp16")
+    assert (end.name, half.name) == ("tiny_whisper_v1", "tiny_whisper_v1_l2")
+    assert end.identity.items() >= {"spec": str(folder), "layer": None, "precision": "fp32"}.items()
+    assert half.identity == end.identity | {"spec": f"{folder}@2", "layer": 2, "precision": "fp16"}
     assert json.loads(json.dumps(end.identity)) == end.identity
+    full = load_teacher(f"{folder}@2")
+    half.room = 10**9
+    for ours, exact in zip(half.frames(waves), full.frames(waves), strict=True):
+        close(ours, exact, 0.02)
+        assert np.abs(ours - exact).max() > 1e-5  # computed in half
 
 
-def test_identity_changes_with_the_weights(whisper, tmp_path):
+def test_the_hash_is_that_of_the_weights_values(whisper, tmp_path):
     folder, encoder = whisper
-    before = load_teacher(str(folder)).identity["sha256"]
-    bias = encoder.layers[1].fc1.bias
-    with torch.no_grad():
-        bias[0] += 1e-4
-        encoder.save_pretrained(tmp_path)
-        bias[0] -= 1e-4
-    assert load_teacher(str(tmp_path)).identity["sha256"] != before
+    copy.deepcopy(encoder).half().save_pretrained(tmp_path / "half")
+    copy.deepcopy(encoder).half().float().save_pretrained(tmp_path / "float")
+    changed = copy.deepcopy(encoder)
+    changed.layers[1].fc1.bias[0] += 1e-4
+    changed.save_pretrained(tmp_path / "changed")
+    half, full, other = (load_teacher(str(tmp_path / n)).identity["sha256"] for n in ("half", "float", "changed"))
+    assert half == full
+    assert len({half, other, load_teacher(str(folder)).identity["sha256"]}) == 3
 
 
-@pytest.mark.parametrize("wave", [np.zeros(0, np.float32), np.zeros((2, 500), np.float32)], ids=["empty", "2-D"])
-def test_bad_waves_are_refused(whisper, waves, wave):
-    with pytest.raises(ValueError, match="wave 1 has shape"):
-        load_teacher(str(whisper[0])).frames([waves[0], wave])
+def test_bad_waves_are_refused(whisper, waves):
+    for wave in (np.zeros(0, np.float32), np.zeros((2, 500), np.float32)):
+        with pytest.raises(ValueError, match="wave 1 has shape"):
+            load_teacher(str(whisper[0])).frames([waves[0], wave])
 
 
 def user_error(spec: str) -> str:
@@ -168,36 +143,25 @@ def user_error(spec: str) -> str:
     return str(error.value)
 
 
-def test_layers_that_are_none(whisper):
+def test_a_spec_that_names_no_model_or_layer(whisper, tmp_path):
     folder = whisper[0]
     assert "layers 1 to 3" in user_error(f"{folder}@4")
     assert "counted from 1" in user_error(f"{folder}@0")
     assert "counted from 1" in user_error(f"{folder}@two")
-
-
-def test_an_unknown_package_suggests_the_nearest():
     assert "did you mean 'whisper-base'" in user_error("package:whisper-bsae")
+    three = "package:whisper-base, a folder saved with save_pretrained, or a name on the model hub"
+    assert three in user_error(f"{tmp_path}/nothing/here")
+    assert "no config.json" in user_error(str(tmp_path))
 
 
-def test_a_missing_folder_names_the_three_ways(tmp_path):
-    message = user_error(f"{tmp_path}/nothing/here")
-    assert "package:whisper-base, a folder saved with save_pretrained, or a name on the model hub" in message
+def test_a_hub_name_without_a_network_names_the_three_ways(tmp_path, monkeypatch):
+    from huggingface_hub import constants
 
-
-def test_a_hub_name_without_a_network_names_the_three_ways(tmp_path):
-    program = (
-        "from agrepa_fast.teachers import load_teacher\nfrom agrepa_fast.config import UserError\n"
-        "try: load_teacher('openai/whisper-large-v3@12')\nexcept UserError as error: print(error)"
-    )
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": ".", "PATH": ""}
-    message = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True).stdout
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    message = user_error("openai/whisper-large-v3@12")
     assert "'openai/whisper-large-v3@12' cannot be loaded" in message
     assert "package:whisper-base, a folder" in message
-    assert message.count("\n") == 1
-
-
-def test_a_folder_without_a_model(tmp_path):
-    assert "no config.json" in user_error(str(tmp_path))
 
 
 def test_models_of_other_kinds_are_refused(tmp_path):
@@ -214,31 +178,14 @@ def test_models_of_other_kinds_are_refused(tmp_path):
         assert "wavlm" in message
 
 
-def test_code_beside_a_model_is_not_run(whisper, tmp_path):
-    """Neither a model's own classes nor what a pickle of weights would call."""
-    ran = tmp_path / "ran"
-    folder = tmp_path / "classes"
-    folder.mkdir()
-    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\n")
-    config = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    assert "cannot be loaded" in user_error(str(folder))
-
-    class Opens:
-        def __reduce__(self):
-            return open, (str(ran), "w")
-
-    folder = tmp_path / "pickle"
-    encoder = whisper[1]
-    encoder.config.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["WhisperEncoder"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = folder / "pytorch_model.bin"
-    torch.save(encoder.state_dict(), weights)
-    assert load_teacher(str(folder)).identity["sha256"] == load_teacher(str(whisper[0])).identity["sha256"]
-    torch.save(encoder.state_dict() | {"more": Opens()}, weights)
-    assert "cannot be" in user_error(str(folder))
-    assert not ran.exists()
+def test_weights_in_a_pytorch_model_bin_are_read(whisper, tmp_path):
+    """test_security has one that is a pickle of more than tensors."""
+    folder, encoder = whisper
+    encoder.config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["WhisperEncoder"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(encoder.state_dict(), tmp_path / "pytorch_model.bin")
+    assert load_teacher(str(tmp_path)).identity["sha256"] == load_teacher(str(folder)).identity["sha256"]
 
 
 def test_frames_that_are_uneven_in_time_are_refused():
@@ -278,29 +225,23 @@ def test_clap_has_no_layers_in_time(tmp_path):
     assert "fold time into the frequency axis" in user_error(f"{tmp_path}@2")
 
 
-def test_weights_that_are_cut_off_or_incomplete(whisper, tmp_path):
+def test_weights_that_are_incomplete_or_do_not_fit(whisper, tmp_path):
     from safetensors.torch import load_file, save_file
 
     whisper[1].save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     weights = load_file(file)
-    del weights["layers.1.fc1.weight"]
-    save_file(weights, file, metadata={"format": "pt"})
+    missing = {name: value for name, value in weights.items() if name != "layers.1.fc1.weight"}
+    save_file(missing, file, metadata={"format": "pt"})
     assert "lack layers.1.fc1.weight" in user_error(str(tmp_path))
     file.write_bytes(file.read_bytes()[:-100])
     assert "cannot be read" in user_error(str(tmp_path))
-
-
-def test_weights_that_do_not_fit_the_configuration(whisper, tmp_path):
-    whisper[1].save_pretrained(tmp_path)
+    save_file(weights, file, metadata={"format": "pt"})
     whisper_config(encoder_ffn_dim=32, architectures=["WhisperEncoder"]).save_pretrained(tmp_path)
     assert "cannot be read" in user_error(str(tmp_path))
-
-
-def test_a_wave_encoder_without_its_feature_extractor(tmp_path):
-    FAMILIES["hubert"].save(tmp_path)
-    (tmp_path / "preprocessor_config.json").unlink()
-    assert "cannot be loaded" in user_error(str(tmp_path))
+    FAMILIES["hubert"].save(tmp_path / "hubert")
+    (tmp_path / "hubert" / "preprocessor_config.json").unlink()
+    assert "cannot be loaded" in user_error(str(tmp_path / "hubert"))
 
 
 def ctranslate2_bytes(encoder) -> bytes:
