@@ -1,6 +1,6 @@
-"""Memory of each rank while a model is built: deepspeed --num_gpus 2 tests/drills/build_memory.py
+"""Measure the memory of each rank while a model is built: deepspeed --num_gpus 2 tests/drills/build_memory.py
 
-Shows that under ZeRO-3 no rank ever holds the whole model. Prints one JSON line a rank, sizes in bytes.
+Shows that under ZeRO-3 no rank ever holds the whole model. Prints one JSON line per rank, with sizes in bytes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from agrepa_fast.zero.engine import build_engine, start_ranks
 
 
 def resident(field: str) -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM at the most since `forget_peak`."""
+    """Return bytes of this process in memory: `VmRSS` for now, `VmHWM` for the peak since `forget_peak`."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
@@ -28,8 +28,8 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(action) -> dict:
-    """action(), and what the process needed beyond what it had: at the most, and in the end."""
+def measure(action) -> tuple[object, dict]:
+    """Return action(), and the bytes that the process needed beyond those it had: at its peak, and at the end."""
     forget_peak()
     before = resident("VmRSS")
     made = action()
@@ -60,7 +60,7 @@ def main() -> None:
             return engine, Ema(engine, config.train.ema_decay)
 
         _, found["engine"] = measure(engine_and_average)
-    for rank in range(world):  # one line after the other
+    for rank in range(world):  # one line at a time
         if rank == dist.get_rank():
             print(json.dumps(found), flush=True)
         dist.barrier()

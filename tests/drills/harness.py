@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from ..ranks import ROOT, free_port
+from ..ranks import ROOT, rank_environments
 from ..testing import metrics
 
 BOUND = 60.0  # seconds within which a process must end
@@ -110,25 +110,22 @@ def start(ranks: int, *arguments: str, cwd: Path, launched: bool = False, logs: 
     """Start agrepa_fast/train.py in `cwd`: its ranks directly, or through the deepspeed launcher. Their outputs go to
     files in `logs` (default: cwd)."""
     script = str(ROOT / "agrepa_fast" / "train.py")
-    shared = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    port = free_port()
+    commands, environments = [[sys.executable, script, *arguments]] * ranks, rank_environments(ranks)
+    port = environments[0]["MASTER_PORT"]
     if launched:
         launcher = str(Path(sys.executable).with_name("deepspeed"))
         commands = [[launcher, "--num_gpus", str(ranks), "--master_port", port, script, *arguments]]
-        environments = [shared]
-    else:
-        group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        commands = [[sys.executable, script, *arguments]] * ranks
-        environments = [shared | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    folder, files, started = logs or cwd, [], []
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, (command, environment) in enumerate(zip(commands, environments, strict=True)):
-        files.append(folder / (f"launcher-{port}.log" if launched else f"rank{number}-{port}.log"))
-        with files[-1].open("w") as log:
+        ours = ("OMP_NUM_THREADS", "PYTHONPATH")  # the launcher sets the others
+        environments = [{name: environments[0][name] for name in ours}]
+    files = [(logs or cwd) / f"{'launcher' if launched else f'rank{n}'}-{port}.log" for n in range(len(commands))]
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    started = []
+    for command, environment, file in zip(commands, environments, files, strict=True):
+        with file.open("w") as log:
             started.append(
                 subprocess.Popen(
                     command,
-                    env=environment,
+                    env=os.environ | environment,
                     cwd=cwd,
                     stdin=subprocess.DEVNULL,
                     stdout=log,

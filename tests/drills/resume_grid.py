@@ -10,6 +10,7 @@ stages round differently.
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 
 from agrepa_fast.checkpoints.weights import find_checkpoint
 
-from ..ranks import start_ranks
+from ..ranks import run_training
 from ..testing import write_small_shards
 from .harness import curve_difference
 from .results import record
@@ -64,32 +65,26 @@ def measure(precision: str, layouts: Sequence[Layout], folder: Path) -> list[Pai
     """Train with every layout, resume each run with every layout, and compare."""
     preset = str(write_small_shards(folder / "shards"))
     whole = {layout: folder / f"run-{name_of(layout)}" for layout in layouts}
-    resumed = {(a, b): folder / f"{name_of(a)} to {name_of(b)}" for a, b in product(layouts, layouts)}
-    overrides = [f"train.precision={precision}", f"train.save_every={SAVED}", "train.keep=9"]
-    first = {"source": None, "preset": preset, "resume": None, "overrides": overrides}
-    _train({run: (layout, first) for layout, run in whole.items()}, folder)
-    then = {"preset": None, "resume": f"step{SAVED:08d}", "overrides": []}
-    _train({run: (b, then | {"source": str(whole[a])}) for (a, b), run in resumed.items()}, folder)
-    return [
-        Pair(precision, a, b, curve_difference(whole[a], run, SAVED, ("loss",)), _weight_difference(whole[a], run))
-        for (a, b), run in resumed.items()
-    ]
+    overrides = (f"train.precision={precision}", f"train.save_every={SAVED}", "train.keep=9")
+    for layout, run in whole.items():
+        _train(layout, "--preset", preset, f"run.dir={run}", *overrides)
+    pairs = []
+    for saved, resumed in product(layouts, layouts):
+        run = folder / "resumed"
+        shutil.copytree(whole[saved], run)
+        _train(resumed, "--resume", f"step{SAVED:08d}", f"run.dir={run}")
+        difference = curve_difference(whole[saved], run, SAVED, ("loss",))
+        pairs.append(Pair(precision, saved, resumed, difference, _weight_difference(whole[saved], run)))
+        shutil.rmtree(run)
+    return pairs
 
 
-def _train(runs: dict[Path, tuple[Layout, dict]], folder: Path) -> None:
-    """Train runs, all those of the same number of ranks in the same processes."""
-    for ranks in (1, 2):
-        jobs = [
-            {"run": str(run), "ds_config": DS_CONFIGS[stage], **settings}
-            for run, ((stage, wanted), settings) in runs.items()
-            if wanted == ranks
-        ]
-        (folder / "jobs.json").write_text(json.dumps(jobs))
-        script = Path(__file__).with_name("train_many.py")
-        processes = start_ranks(ranks, script, str(folder / "jobs.json"), cwd=folder) if jobs else []
-        outputs = [process.communicate()[0] for process in processes]
-        if any(process.returncode for process in processes):
-            raise RuntimeError("\n".join(output[-3000:] for output in outputs))
+def _train(layout: Layout, *arguments: str) -> None:
+    stage, ranks = layout
+    with tempfile.TemporaryDirectory() as folder:
+        ds_config = Path(folder, "ds_config.json")
+        ds_config.write_text(json.dumps(DS_CONFIGS[stage]))
+        run_training(ranks, "--ds_config", str(ds_config), *arguments, cwd=Path(folder))
 
 
 def _weight_difference(run: Path, other: Path) -> float:
