@@ -1,15 +1,15 @@
-"""Processes that prepare together: what each does, what all must know, and one line when one of them fails.
+"""Processes that work together: rank 0 acts, every rank learns the result, and all fail if one does.
 
-torchrun and deepspeed start them, or anything that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. They share the
-file system that they write to, and exchange little: the process group is gloo's, GPUs or not.
+Training joins DeepSpeed's process group and calls the functions at the end of this file. Preparation makes a group of
+its own (`launched`): its ranks share the file system that they write to and exchange little, so the group is gloo's,
+with GPUs or without.
 """
 
-import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -18,160 +18,186 @@ import torch
 import torch.distributed as dist
 
 from .errors import UserError
+from .launch import complete_launch_environment, local_device
 
-_PATIENCE = timedelta(hours=12)  # a rank may wait for the others at the end of a stage
-_POLL_SECONDS = 1.0
+PATIENCE = timedelta(hours=12)  # ranks wait while rank 0 prepares recordings; torch's default is 10 or 30 minutes
+_CHECK_SECONDS = 1.0
 _AGAIN = "run the same command again, it goes on where it stopped"
 
 
-class _Agreed(UserError):
-    """What one rank failed with, raised on all."""
+class AgreedError(UserError):
+    """The failure of one rank, raised on every rank."""
 
 
-class _Lost(UserError):
-    """Another rank is gone."""
+class LostRankError(UserError):
+    """Another rank has ended, and did not say why."""
 
 
 @dataclass
 class Ranks:
-    """This process among those that prepare. Every rank must call `gather` and `first` in the same order."""
+    """This process among those that work together. Every rank must call `all_gather`, `on_rank_0` and
+    `load_on_every_rank` in the same order."""
 
     rank: int = 0
     world: int = 1
-    store: Any = None  # the launcher's key-value store, where a failure is posted
-    _polled: float = field(default=0.0, repr=False)
+    store: Any = None  # in preparation: the launcher's key-value store, where a failure is posted
+    _checked: float = field(default=0.0, repr=False)
 
-    def own(self, items: Sequence) -> Sequence:
-        """The part of `items` that is this rank's."""
+    def all_gather(self, value: object) -> list:
+        """Return the value of every rank. Raises UserError on all if one of them has failed instead."""
+        return self._agree(value, None)
+
+    def on_rank_0(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on rank 0 and return its result on every rank. Raises UserError on all if `action` does."""
+        value, failure = None, None
+        if self.rank == 0:
+            try:
+                value = action()
+            except UserError as error:
+                if self.world == 1:
+                    raise
+                failure = str(error)
+                self._post_failure()
+        self._agree(None, failure)
+        return value if self.world == 1 else self._broadcast(value)
+
+    def load_on_every_rank(self, name: str, load: Callable[[str], Any]) -> Any:
+        """Return load(this rank's device). Rank 0 goes first, and the others find in the cache what it has fetched.
+        Raises UserError unless the `identity` of what was loaded is the same on all."""
+        device = str(local_device())
+        loaded = load(device) if self.rank == 0 else None
+        self.all_gather(None)
+        if loaded is None:
+            loaded = load(device)
+        identities = self.all_gather(loaded.identity)
+        if any(identity != identities[0] for identity in identities):
+            raise UserError(f"{name} has other weights on some ranks: give all of them the same")
+        return loaded
+
+    def part_of(self, items: Sequence) -> Sequence:
+        """Return those of `items` that this rank works on."""
         return items[self.rank :: self.world]
 
-    def whole(self, parts: list[list]) -> list:
-        """The list whose parts every rank has worked on, from what each made of its own."""
+    def join_parts(self, parts: list[list]) -> list:
+        """Return the results in the order of the items. parts: what every rank made of its part_of them."""
         items = [None] * sum(map(len, parts))
         for rank, part in enumerate(parts):
             items[rank :: self.world] = part
         return items
 
-    def gather(self, value: object) -> list:
-        """The value of every rank. Raises UserError on all when one of them has failed instead."""
-        return self._gather(value, None)
-
-    def first(self, action: Callable[[], Any]) -> Any:
-        """What `action` returns on rank 0, which alone runs it."""
-        value = action() if self.rank == 0 else None
-        self.gather(None)
-        return value if self.world == 1 else self._spread(value)
-
-    def loaded(self, what: str, load: Callable[[str], Any]) -> Any:
-        """load(this rank's device): on rank 0 first, in whose cache the others find what it has fetched. UserError
-        unless its `identity` is the same on all."""
-        import torch
-
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-        found = load(device) if self.rank == 0 else None
-        self.gather(None)
-        found = found or load(device)
-        identities = self.gather(found.identity)
-        if any(identity != identities[0] for identity in identities):
-            raise UserError(f"{what} has other weights on some ranks: give all of them the same")
-        return found
-
-    def poll(self) -> None:
-        """To be called now and then where a rank works on its own: raises UserError once another one has failed."""
-        if self.world == 1 or time.monotonic() - self._polled < _POLL_SECONDS:
+    def check_others(self) -> None:
+        """Raise UserError if another rank has failed. Call it now and then while this rank works on its own; it asks at
+        most once a second."""
+        if self.world == 1 or time.monotonic() - self._checked < _CHECK_SECONDS:
             return
-        self._polled = time.monotonic()
-        with _connected():
+        self._checked = time.monotonic()
+        with self._connected():
             failed = self.store.check(["failed"])
         if failed:
-            self.gather(None)
+            self.all_gather(None)
 
-    def fail(self, error: Exception) -> None:
-        """Tell all ranks, whatever they are at; every rank raises. One that others told of it, or left alone, says
-        nothing more."""
-        if self.world == 1 or isinstance(error, (_Agreed, _Lost)):
+    def fail_everywhere(self, error: Exception) -> None:
+        """Tell all ranks of this one's error; they raise it in their next `all_gather`, `on_rank_0` or `check_others`,
+        and so does this one. Returns if `error` came from another rank, or there is none."""
+        if self.world == 1 or isinstance(error, (AgreedError, LostRankError)):
             return
         if not isinstance(error, (UserError, OSError)):
             traceback.print_exc()
             error = UserError(f"rank {self.rank}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-        with _connected():
-            self.store.set("failed", "1")
-        self._gather(None, str(_plain(error)))
+        self._post_failure()
+        self._agree(None, str(_in_one_line(error)))
 
-    def _gather(self, value: object, failure: str | None) -> list:
+    def _agree(self, value: object, failure: str | None) -> list:
+        """Return the value of every rank, or raise the first failure on all."""
         if self.world == 1:
             return [value]
         answers = self._exchange((value, failure))
         failures = [text for _, text in answers if text is not None]
         if failures:
-            raise _Agreed(failures[0])
+            raise AgreedError(failures[0])
         return [answer for answer, _ in answers]
 
     def _exchange(self, value: object) -> list:
-        import torch.distributed as dist
-
         answers: list = [None] * self.world
-        with _connected():
+        with self._connected():
             dist.all_gather_object(answers, value)
         return answers
 
-    def _spread(self, value: object) -> object:
-        """Rank 0's value; unlike what _exchange does, it is sent once and may be large."""
-        import torch.distributed as dist
-
+    def _broadcast(self, value: object) -> object:
+        """Return rank 0's value. Unlike in _exchange it is sent once, and may be large."""
         box = [value]
-        with _connected():
+        with self._connected():
             dist.broadcast_object_list(box)
         return box[0]
 
+    def _post_failure(self) -> None:
+        """Let ranks that work on their own know that they must stop and agree."""
+        if self.store is not None:
+            with self._connected():
+                self.store.set("failed", "1")
 
-ONE = Ranks()
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        """In preparation, raise one line where torch.distributed reports that another process is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.store is None:
+                raise
+            raise _lost(error) from error
+
+
+ALONE = Ranks()
 
 
 @contextmanager
 def launched(command: str) -> Iterator[Ranks]:
-    """The ranks that a launcher has started, or this process alone. A failure of one ends all: rank 0 prints it in one
-    line and every process exits with code 2; without a launcher it is raised."""
+    """Join the ranks that a launcher has started for preparation, or none. A failure of one ends all: rank 0 prints it
+    in one line and every process exits with code 2. Without a launcher it is raised."""
     ranks = _join()
     try:
         try:
             yield ranks
         except Exception as error:
-            ranks.fail(error)
-            if (plain := _plain(error)) is error:
+            ranks.fail_everywhere(error)
+            if (plain := _in_one_line(error)) is error:
                 raise
             raise plain from error
     except UserError as error:
         if ranks.world == 1:
             raise
-        if ranks.rank == 0 or isinstance(error, _Lost):
+        if ranks.rank == 0 or isinstance(error, LostRankError):
             print(f"{command}: {error}", file=sys.stderr, flush=True)
-        if isinstance(error, _Agreed):
-            with _connected(ignore=True):  # a launcher ends all when one has ended: not before rank 0 has spoken
-                ranks.gather(None)
+        if isinstance(error, AgreedError):
+            with suppress(LostRankError):  # a launcher kills the others when one has ended: let rank 0 print first
+                ranks.all_gather(None)
         sys.exit(2)
     finally:
         if ranks.world > 1:
-            import torch.distributed as dist
-
             dist.destroy_process_group()
 
 
 def _join() -> Ranks:
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return ONE
-    import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    with _connected():
+    if complete_launch_environment() == 1:
+        return ALONE
+    try:
         store, rank, world = next(rendezvous("env://", timeout=timedelta(minutes=5)))
         store = dist.PrefixStore("agrepa-prepare", store)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=_PATIENCE)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    except RuntimeError as error:
+        raise _lost(error) from error
     return Ranks(rank, world, store)
 
 
-def _plain(error: Exception) -> Exception:
-    """A full disk or a lost mount in one line; other errors as they are."""
+def _lost(error: RuntimeError) -> LostRankError:
+    reason = " ".join(str(error).split())[:120]
+    return LostRankError(f"another rank has ended without a word ({reason}): {_AGAIN}")
+
+
+def _in_one_line(error: Exception) -> Exception:
+    """Return a UserError for a full disk or a lost mount, and other errors as they are."""
     if isinstance(error, OSError) and error.filename is not None:
         return UserError(f"{error.filename}: {error.strerror}: put that right, then {_AGAIN}")
     if isinstance(error, OSError) and error.errno is not None:
@@ -179,53 +205,42 @@ def _plain(error: Exception) -> Exception:
     return error
 
 
-@contextmanager
-def _connected(ignore: bool = False) -> Iterator[None]:
-    """torch.distributed's way of saying that another process is gone, in one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not ignore:
-            reason = " ".join(str(error).split())[:120]
-            raise _Lost(f"another rank has ended without a word ({reason}): {_AGAIN}") from error
+def _training_ranks() -> Ranks:
+    """The ranks of the run's process group; this process alone if it has joined none."""
+    return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
 
 
-def agree(action: Callable[[], object]) -> None:
-    """Run `action` on rank 0; when it raises UserError, every rank raises it."""
-    message = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except UserError as error:
-            message = [str(error)]
-    dist.broadcast_object_list(message)
-    if message[0] is not None:
-        raise UserError(message[0])
+def on_rank_0(action: Callable[[], Any]) -> Any:
+    """Run `action` on rank 0 and return its result on every rank. Raises UserError on all if `action` does. Every rank
+    must call it."""
+    return _training_ranks().on_rank_0(action)
+
+
+def all_gather(value: object) -> list:
+    """Return `value` of every rank, on every rank. Every rank must call it."""
+    return _training_ranks().all_gather(value)
+
+
+def first_failure(message: str | None) -> str | None:
+    """Return the message of the first rank that has one, on every rank. Every rank must call it."""
+    return next((text for text in all_gather(message) if text is not None), None)
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:
-    """`values` summed over ranks, in place."""
+    """Sum `values` over ranks, in place, and return them. Every rank must call it."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def all_max(values: torch.Tensor) -> torch.Tensor:
-    """The largest of each value over ranks, in place."""
+    """Take the largest of each value over ranks, in place, and return them. Every rank must call it."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
 
 
-def all_gather(value: object) -> list:
-    """`value` of every rank, on every rank. Every rank must call it."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def first_failure(message: str | None) -> str | None:
-    """The message of the first rank that has one, on every rank. Every rank must call it."""
-    return next((text for text in all_gather(message) if text is not None), None)
+# Names until today's branches have landed.
+agree, ONE = on_rank_0, ALONE
+Ranks.first, Ranks.gather, Ranks.own, Ranks.whole = Ranks.on_rank_0, Ranks.all_gather, Ranks.part_of, Ranks.join_parts
+Ranks.loaded, Ranks.poll, Ranks.fail = Ranks.load_on_every_rank, Ranks.check_others, Ranks.fail_everywhere

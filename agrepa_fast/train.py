@@ -40,7 +40,7 @@ from agrepa_fast.files import claim
 from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.probing.fixed_clips import FixedClips, storage_clips
 from agrepa_fast.probing.schedule import LayerChoice
-from agrepa_fast.ranks import agree
+from agrepa_fast.ranks import on_rank_0
 from agrepa_fast.reporting.summary import finish
 from agrepa_fast.reporting.tracker import find_tracker, open_tracker
 from agrepa_fast.training.builder import fit_to_shards
@@ -107,7 +107,7 @@ def prepared_index(config: Config) -> Index:
             prepare_demo(config, Path(demo))
         matching_index(config.data)
 
-    agree(prepare_and_check)
+    on_rank_0(prepare_and_check)
     return matching_index(config.data)
 
 
@@ -165,12 +165,12 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
         nonlocal vocoder
         vocoder = load_vocoder(config.eval.vocoder, config.data, "cpu")
 
-    agree(get_vocoder)
-    agree(lambda: find_tracker(config.train))
+    on_rank_0(get_vocoder)
+    on_rank_0(lambda: find_tracker(config.train))
     model = build_model(config, index, ds_config, resume is not None)
     folder, identity = run_folder(config, resume is not None, rank)
     config = replace(config, run=replace(config.run, id=identity))
-    agree(lambda: claim(folder))
+    on_rank_0(lambda: claim(folder))
     prepared = time.perf_counter()
 
     engine = build_engine(model, config, ds_config)

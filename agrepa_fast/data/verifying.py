@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..ranks import ONE, Ranks
+from ..ranks import ALONE, Ranks
 from .index import SPLITS, Index, Sample, Shard, file_fault, index_files, read_index
 from .reading import read_shard
 
@@ -30,14 +30,14 @@ class _Found:
     teacher: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)  # sums of the train clips' pooled vectors
 
 
-def verify_folder(folder: Path, ranks: Ranks = ONE) -> Index:
+def verify_folder(folder: Path, ranks: Ranks = ALONE) -> Index:
     """Read all of a folder of shards: size and SHA-256 of every file of the index, every clip with the targets of every
     teacher, counts, statistics, length buckets, and that no key is there twice. Each rank reads its part.
 
     Prints the first 20 faults and raises UserError when there are any.
     """
-    index = ranks.first(lambda: read_index(Path(folder)))
-    files, found = ranks.own(index_files(index.content)), _Found()
+    index = ranks.on_rank_0(lambda: read_index(Path(folder)))
+    files, found = ranks.part_of(index_files(index.content)), _Found()
     shards = [(split, shard) for domain in index.domains for split in SPLITS for shard in index.shards(split, domain)]
     total = sum(entry["bytes"] for entry in files)
     part = f", rank 0 of {ranks.world}" if ranks.world > 1 else ""
@@ -47,16 +47,16 @@ def verify_folder(folder: Path, ranks: Ranks = ONE) -> Index:
                 found.faults.append(fault)
                 found.damaged.append(entry["file"])
             bar.update(entry["bytes"])
-            ranks.poll()
-    damaged = {file for files in ranks.gather(found.damaged) for file in files}  # one line for each is enough
-    own = ranks.own(shards)
+            ranks.check_others()
+    damaged = {file for files in ranks.all_gather(found.damaged) for file in files}  # one line for each is enough
+    own = ranks.part_of(shards)
     with tqdm(total=sum(s.clips for _, s in own), desc=f"clips{part}", unit="clip", disable=ranks.rank > 0) as bar:
         for split, shard in own:
             if shard.path.name not in damaged:
                 _read(index, split, shard, found, damaged)
             bar.update(shard.clips)
-            ranks.poll()
-    every = ranks.gather(found)
+            ranks.check_others()
+    every = ranks.all_gather(found)
     faults = [fault for one in every for fault in one.faults]
     if not faults:  # else the sums lack what could not be read
         faults = _check_sums(index, every)

@@ -42,13 +42,13 @@ def decode_stage(job: Job, recordings: list[Recording]) -> tuple[list[Clip], lis
     settings = list(values_of(MelConfig, data).values())
     folder = job.folder("mel", digest(settings))
     task = partial(_decode_one, data=data, folder=folder, log_mel=LogMel(data))
-    own, found = job.ranks.own(recordings), []
+    own, found = job.ranks.part_of(recordings), []
     with job.stage("decode", len(own)) as stage:
         for name, frames, seconds, reason, computed in ahead(job.pool, task, own):
             found.append((name, frames, seconds, reason))
             stage.done(seconds) if computed else stage.skip()
     clips, skipped = [], []
-    every = job.ranks.whole(job.ranks.gather(found))
+    every = job.ranks.join_parts(job.ranks.all_gather(found))
     for recording, (name, frames, seconds, reason) in zip(recordings, every, strict=True):
         if reason:
             skipped.append({"name": recording.name, "source": recording.source, "reason": reason})

@@ -44,7 +44,7 @@ class Job:
         work = self.out / WORK
         folder = work / f"{self.domain}-{kind}-{digest}"
         if alone:
-            self.ranks.first(lambda: remove(f for f in work.glob(f"{self.domain}-{kind}-*") if f != folder))
+            self.ranks.on_rank_0(lambda: remove(f for f in work.glob(f"{self.domain}-{kind}-*") if f != folder))
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -61,7 +61,7 @@ class Job:
             stage = Stage(self.ranks, bar)
             yield stage
         wall = time.monotonic() - stage.started
-        each = np.array(self.ranks.gather((stage.clips, stage.found, stage.audio, wall)))
+        each = np.array(self.ranks.all_gather((stage.clips, stage.found, stage.audio, wall)))
         wall = each[:, 3].max()
         clips, found, audio = each[:, :3].sum(axis=0)
         before = f", {found:.0f} were there" if found else ""
@@ -89,13 +89,13 @@ class Stage:
         """A clip of so many seconds has been computed."""
         self.clips, self.audio = self.clips + 1, self.audio + seconds
         self.bar.update()
-        self.ranks.poll()
+        self.ranks.check_others()
 
     def skip(self, clips: int = 1) -> None:
         """The results of so many clips were there."""
         self.found += clips
         self.bar.update(clips)
-        self.ranks.poll()
+        self.ranks.check_others()
 
 
 def write_report(out: Path, throughput: dict[str, dict]) -> None:

@@ -20,7 +20,7 @@ from ..corpora.folder import folder_source
 from ..corpora.recordings import Recording, Source
 from ..data.index import INDEX, SCHEMA, Index, load_index, write_index
 from ..errors import UserError
-from ..ranks import ONE, Ranks
+from ..ranks import ALONE, Ranks
 from .decode import decode_stage, digest, name_hash, validation_groups
 from .job import WORK, Job, remove, write_report
 from .teacher_pass import TeacherStage
@@ -28,17 +28,17 @@ from .token_pass import TokenStage, check_extra, check_tokens, domain_roles
 from .write import ShardStage
 
 
-def prepare_demo(config: Config, out: Path, ranks: Ranks = ONE) -> Index:
+def prepare_demo(config: Config, out: Path, ranks: Ranks = ALONE) -> Index:
     """Fetch the demo corpus and write it as shards into `out`; see prepare."""
     return prepare(config, lambda: demo_sources(config.data), out, ranks)
 
 
-def prepare_folder(config: Config, path: Path, domain: str, out: Path, ranks: Ranks = ONE) -> Index:
+def prepare_folder(config: Config, path: Path, domain: str, out: Path, ranks: Ranks = ALONE) -> Index:
     """Write the recordings below `path` as shards of `domain` into `out`; see prepare."""
     return prepare(config, lambda: [folder_source(Path(path), domain)], out, ranks)
 
 
-def prepare(config: Config, listing: Callable[[], list[Source]], out: Path, ranks: Ranks = ONE) -> Index:
+def prepare(config: Config, listing: Callable[[], list[Source]], out: Path, ranks: Ranks = ALONE) -> Index:
     """Write the recordings of the sources that `listing` returns as shards into `out`, beside those of the other domain
     if any. Rank 0 alone calls it: one walk over a shared file system, and the same list for all.
 
@@ -47,22 +47,22 @@ def prepare(config: Config, listing: Callable[[], list[Source]], out: Path, rank
     """
     data, out = config.data, Path(out)
     sources = listing() if ranks.rank == 0 else []
-    content = ranks.first(lambda: existing(data, out, sources))
-    domains = ranks.first(lambda: [source.domain for source in sources])
+    content = ranks.on_rank_0(lambda: existing(data, out, sources))
+    domains = ranks.on_rank_0(lambda: [source.domain for source in sources])
     if content["domains"].keys() >= set(domains):
         if ranks.rank == 0:
             print(f"{out}: prepared before with the same settings, nothing to do")
             load_index(out, verify=False)
         return Index(out, content)
     with only_writer(out, ranks), workers() as pool:
-        content = ranks.first(lambda: existing(data, out, sources))  # another process may have finished meanwhile
+        content = ranks.on_rank_0(lambda: existing(data, out, sources))  # another process may have finished meanwhile
         teacher_of = cache(lambda spec: load_on_all(data, spec, ranks))
         throughput = {}
         for number, domain in enumerate(domains):
             if domain in content["domains"]:
                 continue
             job = Job(data, out, domain, ranks, pool)
-            recordings = ranks.first(lambda number=number: sources[number].recordings())
+            recordings = ranks.on_rank_0(lambda number=number: sources[number].recordings())
             entry, shards = _prepare_domain(job, recordings, teacher_of)
             if ranks.rank == 0:
                 source = sources[number]
@@ -70,7 +70,7 @@ def prepare(config: Config, listing: Callable[[], list[Source]], out: Path, rank
                 content["domains"][domain] = entry
                 content["shards"] += shards
                 throughput[domain] = job.throughput
-        return ranks.first(lambda: finish(out, content, throughput, "*"))
+        return ranks.on_rank_0(lambda: finish(out, content, throughput, "*"))
 
 
 def finish(out: Path, content: dict, throughput: dict[str, dict], results: str) -> Index:
@@ -157,7 +157,9 @@ def load_on_all(data: DataConfig, spec: str, ranks: Ranks):
     """The teacher on this rank's device, the same on all ranks."""
     from ..teachers import load_teacher
 
-    return ranks.loaded(f"teacher {spec!r}", lambda device: load_teacher(spec, device, data.teacher_precision))
+    return ranks.load_on_every_rank(
+        f"teacher {spec!r}", lambda device: load_teacher(spec, device, data.teacher_precision)
+    )
 
 
 def _prepare_domain(job: Job, recordings: list[Recording], teacher_of: Callable) -> tuple[dict, list[dict]]:

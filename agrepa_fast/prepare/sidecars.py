@@ -16,7 +16,7 @@ from ..config import Config, DataConfig
 from ..corpora.recordings import Recording, Source
 from ..data.index import Index, npy, pooled, remedy, write_tar
 from ..errors import UserError
-from ..ranks import ONE, Ranks
+from ..ranks import ALONE, Ranks
 from .decode import ahead, cut_wave, digest
 from .job import Job, Stage, work_file, write_work
 from .pipeline import existing, finish, load_on_all, only_writer, same_setting, workers
@@ -33,7 +33,9 @@ class _Clip:
     recording: Recording
 
 
-def add_teacher(config: Config, listing: Callable[[], list[Source]], out: Path, spec: str, ranks: Ranks = ONE) -> Index:
+def add_teacher(
+    config: Config, listing: Callable[[], list[Source]], out: Path, spec: str, ranks: Ranks = ALONE
+) -> Index:
     """Add the teacher that `spec` names to the domains of the sources in `out`, from the recordings that the shards
     were made of; data.teacher_rate says what is stored. Rank 0 alone calls `listing`.
 
@@ -42,25 +44,26 @@ def add_teacher(config: Config, listing: Callable[[], list[Source]], out: Path, 
     """
     data, out = config.data, Path(out)
     sources = listing() if ranks.rank == 0 else []
-    domains = ranks.first(lambda: [source.domain for source in sources])
-    content = ranks.first(lambda: _prepared(data, out, sources, spec))
+    domains = ranks.on_rank_0(lambda: [source.domain for source in sources])
+    content = ranks.on_rank_0(lambda: _prepared(data, out, sources, spec))
     if all(_is_there(content["domains"][domain], spec, data.teacher_rate) for domain in domains):
         if ranks.rank == 0:
             print(f"{out}: has targets of {spec}, nothing to do")
         return Index(out, content)
     with only_writer(out, ranks), workers() as pool:
-        content = ranks.first(lambda: _prepared(data, out, sources, spec))  # another process may have written meanwhile
+        # Another process may have written meanwhile.
+        content = ranks.on_rank_0(lambda: _prepared(data, out, sources, spec))
         throughput, teacher = {}, load_on_all(data, spec, ranks)
         for number, domain in enumerate(domains):
             if _is_there(content["domains"][domain], spec, data.teacher_rate):
                 continue
             job = Job(data, out, domain, ranks, pool)
-            recordings = ranks.first(lambda number=number: sources[number].recordings())
+            recordings = ranks.on_rank_0(lambda number=number: sources[number].recordings())
             entry = _SidecarStage(job, content, {r.name: r for r in recordings}, teacher, spec).run()
             if ranks.rank == 0:
                 content["domains"][domain]["teachers"][teacher_name(teacher, data.teacher_rate)] = entry
                 throughput[domain] = job.throughput
-        return ranks.first(lambda: finish(out, content, throughput, "sidecars-*"))
+        return ranks.on_rank_0(lambda: finish(out, content, throughput, "sidecars-*"))
 
 
 def _prepared(data: DataConfig, out: Path, sources: list[Source], spec: str) -> dict:
@@ -98,7 +101,7 @@ class _SidecarStage:
 
     def run(self) -> dict:
         """On rank 0 what index.json says of the teacher; elsewhere nothing."""
-        own = self.job.ranks.own(self.shards)
+        own = self.job.ranks.part_of(self.shards)
         with self.job.stage(f"teacher {self.name}", sum(shard["clips"] for shard in own)) as stage:
             self._write([shard for shard in own if not self._is_complete(shard, stage)], stage)
         if self.job.ranks.rank > 0:

@@ -42,8 +42,8 @@ class TeacherStage:
         fit, rest = self._own_batches(fit), self._own_batches(rest)
         with self.job.stage("teacher", sum(map(len, fit + rest))) as stage:
             self._pass(fit, "frames", lambda clip, frames: {"frames": frames}, stage)
-            self.ranks.gather(None)  # the frames are there, of all ranks
-            codebook = self.ranks.first(self._codebook) if fits else None
+            self.ranks.all_gather(None)  # the frames are there, of all ranks
+            codebook = self.ranks.on_rank_0(self._codebook) if fits else None
             self.tokenizers |= dict.fromkeys(fits, codebook)
             for clip in chain.from_iterable(fit):
                 if not self._file(clip, "tokens").is_file():
@@ -85,7 +85,7 @@ class TeacherStage:
     def _own_batches(self, clips: list[Clip]) -> list[list[Clip]]:
         """This rank's batches, of like length. They are fixed by the clips alone, and repeated whole after an
         interruption, so that no clip's numbers depend on who computed it, and when."""
-        return self.ranks.own(batches_of(clips, lambda clip: (clip.frames, clip.recording.name)))
+        return self.ranks.part_of(batches_of(clips, lambda clip: (clip.frames, clip.recording.name)))
 
     def _pass(self, batches: list[list[Clip]], kind: str, result: Callable[[Clip, np.ndarray], dict], stage: Stage):
         """Run the teacher and keep result(clip, frames fp16) of every clip."""

@@ -70,7 +70,7 @@ def _role(job: Job, name: str, setting: str, ids: tuple[str, int], teacher, teac
     vocab = getattr(job.data, vocab_setting)
     if spec == "kmeans":
         return Role(name, spec, vocab, offset, None, teacher)
-    tokenizer = job.ranks.loaded(spec, partial(load_tokenizer, spec))
+    tokenizer = job.ranks.load_on_every_rank(spec, partial(load_tokenizer, spec))
     if tokenizer.codes != vocab:
         raise UserError(
             f"data.{setting}={spec} has {tokenizer.codes} codes, data.{vocab_setting} is {vocab}: "
@@ -135,7 +135,7 @@ class TokenStage:
 
     def run(self) -> None:
         clips = [clip for split in SPLITS for clip in self.splits[split]]
-        own = self.job.ranks.own(batches_of(clips, lambda clip: (clip.frames, clip.recording.name)))
+        own = self.job.ranks.part_of(batches_of(clips, lambda clip: (clip.frames, clip.recording.name)))
         there = work_names(self.folder)
         missing = [batch for batch in own if any(self._file(clip).name not in there for clip in batch)]
         with self.job.stage(self.role.name, sum(map(len, own))) as stage:

@@ -78,7 +78,7 @@ class ShardStage:
 
     def run(self) -> tuple[dict, list[dict]]:
         """On rank 0 the domain's entry in the index, and its shards'; elsewhere nothing."""
-        own = self.job.ranks.own(self.planned)
+        own = self.job.ranks.part_of(self.planned)
         with self.job.stage("shards", sum(len(planned.clips) for planned in own)) as stage:
             for planned in own:
                 self._write(planned, stage)

@@ -1,8 +1,6 @@
 """DeepSpeed: starting the ranks, checking the ds_config against the run, and building the engine."""
 
 import logging
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,11 +11,11 @@ import torch.nn as nn
 from ..config import Config
 from ..errors import UserError
 from ..kernels import active_backend
+from ..launch import complete_launch_environment, local_device
 from ..lr_schedule import lr_factor
+from ..ranks import PATIENCE
 from .ds_config import _offloads, zero_stage
 from .masters import masters
-
-_PATIENCE = timedelta(hours=12)  # ranks wait while rank 0 prepares recordings; DeepSpeed's default is 10 minutes
 
 
 def start_ranks() -> torch.device:
@@ -34,23 +32,16 @@ def start_ranks() -> torch.device:
         raise UserError(str(error)) from error
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
-    cuda = torch.cuda.is_available()
+    complete_launch_environment()
+    device = local_device()
+    cuda = device.type == "cuda"
     if not cuda:
         # Built on first use for a minute; killed while building, it leaves a lock on which every later run hangs.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=_PATIENCE, verbose=False)
+    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=PATIENCE, verbose=False)
     return device
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def build_engine(model: nn.Module, config: Config, ds_config: dict):

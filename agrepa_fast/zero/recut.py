@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
-from ..ranks import agree
+from ..ranks import on_rank_0
 from .construction import whole_shape
 from .masters import master_parameters, masters, publish_masters
 
@@ -137,7 +137,7 @@ def _moments(engine, path: Path, stage: int, say) -> Callable[[str, str], torch.
     folder = path / FOLDER
     if not folder.is_dir():
         say(f"{path}: converting the optimizer's state for other ranks or another ZeRO stage")
-    agree(lambda: folder.is_dir() or _convert(path, folder))
+    on_rank_0(lambda: folder.is_dir() or _convert(path, folder))
     shapes = {name: whole_shape(parameter) for name, parameter in engine.module.named_parameters()}
 
     def read(name: str, key: str) -> torch.Tensor:

@@ -93,7 +93,7 @@ def run_threads(world, action):
             barrier.wait()
             return list(board)
 
-        def _spread(self, value):
+        def _broadcast(self, value):
             return self._exchange(value)[0]
 
     def run(rank):
@@ -102,7 +102,7 @@ def run_threads(world, action):
             try:
                 results[rank] = action(ranks)
             except Exception as error:
-                ranks.fail(error)
+                ranks.fail_everywhere(error)
                 raise
         except UserError as error:
             results[rank] = error

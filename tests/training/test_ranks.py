@@ -1,0 +1,138 @@
+"""The place of a process among its ranks, from what launchers set, and what all ranks learn of one."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from agrepa_fast import launch
+from agrepa_fast.errors import LocalError, UserError
+from agrepa_fast.launch import complete_launch_environment, local_device
+from agrepa_fast.ranks import all_gather, first_failure, on_rank_0
+from agrepa_fast.zero.engine import start_ranks
+
+from ..ranks import fork_ranks
+
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+ADDRESS = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+INTEL_MPI = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """environment(values): these alone of all variables that tell a rank its place."""
+
+    def replace(values):
+        for name in (*PLACE, *(name for names in launch._LAUNCHERS.values() for name in names), "CUDA_VISIBLE_DEVICES"):
+            monkeypatch.setenv(name, "")  # so that the end of the test restores what is set from here on
+            monkeypatch.delenv(name)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return replace
+
+
+class TestLaunchEnvironment:
+    @pytest.mark.parametrize("launcher", [SRUN, OPEN_MPI, INTEL_MPI])
+    @pytest.mark.parametrize("given", [{}, {"RANK": "5"}, {"RANK": "5", "WORLD_SIZE": "8"}])
+    def test_srun_and_mpirun_tell_what_is_missing(self, launcher, given, environment):
+        environment(launcher | given | ADDRESS)
+        assert complete_launch_environment() == 8
+        assert [os.environ[name] for name in PLACE] == ["5", "8", "1", "node1", "29500"]
+
+    def test_what_is_set_stays(self, environment):
+        given = dict(zip(PLACE, ("2", "4", "0", "node1", "29500"), strict=True))
+        environment(SRUN | given)
+        assert complete_launch_environment() == 4
+        assert {name: os.environ[name] for name in PLACE} == given
+
+    @pytest.mark.parametrize("given", [{}, {"WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}])
+    def test_a_process_of_its_own(self, given, environment):
+        environment(given | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"})  # of a batch script
+        assert complete_launch_environment() == 1
+        assert [os.environ[name] for name in PLACE[:4]] == ["0", "1", "0", "127.0.0.1"]
+        assert int(os.environ["MASTER_PORT"]) > 0
+
+    def test_ranks_of_one_machine_that_name_it(self, environment):
+        """In a loop of a batch script, whose own place is not that of what it starts."""
+        batch = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}
+        environment(batch | {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"})
+        assert complete_launch_environment() == 4
+        assert os.environ["LOCAL_RANK"] == "3"
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"RANK": "1"}, "WORLD_SIZE is not set, .*deepspeed or torchrun"),
+            ({"WORLD_SIZE": "2"}, "RANK is not set, .*deepspeed or torchrun"),
+            ({"RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set, and 2 ranks .* export MASTER_ADDR=<"),
+            ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1"}, "MASTER_PORT is not set"),
+            ({"RANK": "1", "WORLD_SIZE": "2"} | ADDRESS, "LOCAL_RANK is not set, .*export it"),
+            ({"RANK": "one", "WORLD_SIZE": "2"} | ADDRESS, "RANK=one: a number"),
+            ({"RANK": "2", "WORLD_SIZE": "2"} | ADDRESS, "RANK=2 with WORLD_SIZE=2: ranks are numbered"),
+            (SRUN, "MASTER_ADDR is not set, and 8 ranks"),
+        ],
+    )
+    def test_what_cannot_be_known_is_named_with_its_remedy(self, given, message, environment):
+        environment(given)
+        with pytest.raises(UserError, match=message):
+            complete_launch_environment()
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "gpus", "visible", "device"),
+    [("1", 2, None, "cuda:1"), ("1", 2, "4,5", "cuda:1"), ("3", 1, "3", "cuda:0"), ("0", 0, None, "cpu")],
+)
+def test_one_gpu_per_rank(local_rank, gpus, visible, device, environment, monkeypatch):
+    environment({"LOCAL_RANK": local_rank} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert local_device() == torch.device(device)
+
+
+def test_more_ranks_than_gpus(environment, monkeypatch):
+    environment({"LOCAL_RANK": "1"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(LocalError, match="LOCAL_RANK=1, but this process sees 1 GPUs"):
+        local_device()
+
+
+def _started_by_srun() -> dict:
+    place = {"SLURM_PROCID": "RANK", "SLURM_STEP_NUM_TASKS": "WORLD_SIZE", "SLURM_LOCALID": "LOCAL_RANK"}
+    os.environ.update({name: os.environ.pop(ours) for name, ours in place.items()})
+    start_ranks()
+    rank, failures = dist.get_rank(), []
+
+    def fails() -> None:
+        raise UserError(f"rank {rank} objects")
+
+    try:
+        on_rank_0(fails)
+    except UserError as error:
+        failures.append(str(error))
+    learnt = {
+        "ranks": all_gather((rank, os.environ["LOCAL_RANK"])),
+        "of rank 0": on_rank_0(lambda: {"rank": rank}),
+        "failures": failures,
+        "first": first_failure("rank 1 is ill" if rank == 1 else None),
+        "none": first_failure(None),
+    }
+    dist.destroy_process_group()
+    return learnt
+
+
+def test_ranks_under_srun_join_and_agree():
+    ended = fork_ranks(2, _started_by_srun)
+    assert [rank.code for rank in ended] == [0, 0], ended
+    learnt = {
+        "ranks": [(0, "0"), (1, "1")],
+        "of rank 0": {"rank": 0},
+        "failures": ["rank 0 objects"],
+        "first": "rank 1 is ill",
+        "none": None,
+    }
+    assert [rank.value for rank in ended] == [learnt, learnt]
