@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from ..config import DataConfig
-from .recordings import Recording, Source, safe
+from .recordings import Recording, Source, key_characters
 
 CREATIVE_COMMONS_BY_SA = "CC-BY-SA-3.0"
 
@@ -124,9 +124,15 @@ def _prompts(root: Path, text_root: Path, min_seconds: float) -> list[Recording]
         is_tone = inside.startswith("silence/") or text.startswith("[")  # "[ascending tones]"
         if is_tone or path.stat().st_size < max(_MIN_PROMPT_SECONDS, min_seconds) * _G722_BYTES_PER_SECOND:
             continue
-        name = "asterisk-" + safe(inside)
-        source = f"{PROMPTS.name}/{inside}.g722"
-        recordings.append(Recording(name, str(path), "speech", text, (), source, PROMPTS.licence, "g722"))
+        recording = Recording(
+            name="asterisk-" + key_characters(inside),
+            path=str(path),
+            domain="speech",
+            text=text,
+            source=f"{PROMPTS.name}/{inside}.g722",
+            licence=PROMPTS.licence,
+        )
+        recordings.append(recording)
     return recordings
 
 
@@ -145,9 +151,7 @@ def _samples(root: Path) -> list[Recording]:
     for path in sorted((root / "usr/share/sonic-pi/samples").glob("*.flac")):
         kind, _, rest = path.stem.partition("_")
         labels = (_SAMPLE_KINDS.get(kind, kind), rest.replace("_", " "))
-        source = f"{SAMPLES.name}/{path.name}"
-        name = "sonic-pi-" + safe(path.stem)
-        recordings.append(Recording(name, str(path), "audio", "", labels, source, SAMPLES.licence, "flac"))
+        recordings.append(_sound("sonic-pi-", path, labels, SAMPLES))
     return recordings
 
 
@@ -155,11 +159,19 @@ def _game_sounds(root: Path) -> list[Recording]:
     recordings = []
     for path in sorted((root / "usr/share/games/lincity-ng/sounds").glob("*.wav")):  # music/ is left out
         words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+", path.stem)
-        source = f"{GAME_SOUNDS.name}/{path.name}"
-        name = "lincity-" + safe(path.stem)
-        labels = (" ".join(words).lower(),)
-        recordings.append(Recording(name, str(path), "audio", "", labels, source, GAME_SOUNDS.licence, "wav"))
+        recordings.append(_sound("lincity-", path, (" ".join(words).lower(),), GAME_SOUNDS))
     return recordings
+
+
+def _sound(prefix: str, path: Path, labels: tuple[str, ...], package: DebianPackage) -> Recording:
+    return Recording(
+        name=prefix + key_characters(path.stem),
+        path=str(path),
+        domain="audio",
+        labels=labels,
+        source=f"{package.name}/{path.name}",
+        licence=package.licence,
+    )
 
 
 def _without_copies(recordings: list[Recording]) -> list[Recording]:

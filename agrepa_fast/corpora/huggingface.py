@@ -7,8 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..errors import UserError
-from .recordings import Recording, Source, check_domain, file_stamp, safe
-from .webdataset import GROUPS, LABELS, LICENCES, TEXTS, described
+from .descriptions import GROUPS, LABELS, LICENCES, TEXTS, recording_fields
+from .recordings import Recording, Source, check_domain, key_characters, size_and_mtime
 
 _ROWS = 10_000  # read at once for their descriptions
 
@@ -37,7 +37,7 @@ class TableRow(Recording):
             raise UserError(f"{self.source}: {path} lies outside {folder}: store the bytes (save_to_disk does)")
         return str(file)
 
-    def stamp(self) -> list:
+    def fingerprint(self) -> list:
         return [self.version, self.split, self.column, self.row]
 
 
@@ -50,10 +50,11 @@ def hf_source(
     text: str | None = None,
     label: str | None = None,
 ) -> Source:
-    """A folder written by `datasets`, or one of parquet files (which `datasets` copies into its cache, as arrow).
+    """Return the rows of a dataset as a source. `path` is a folder written by `datasets`, or one of parquet files,
+    which `datasets` copies into its cache as arrow.
 
-    Columns that are not named are found: the one of type Audio, and the usual names (TEXTS, LABELS, GROUPS). Raises
-    UserError for a missing package, a folder that holds no dataset, and a split or column that is not there.
+    Columns that are not given are found: the one of type Audio, and the usual names (TEXTS, LABELS, GROUPS). Raises
+    UserError for a missing package, a folder that holds no dataset, and a missing split or column.
     """
     check_domain(domain)
     version = _version(path)
@@ -68,11 +69,10 @@ def hf_source(
     place = [path.absolute().name, *([split] if split else [])]
     recordings = [
         TableRow(
-            name=f"{'-'.join(map(safe, place))[-60:]}-{row:08d}",
+            name=f"{'-'.join(map(key_characters, place))[-60:]}-{row:08d}",
             path=str(path),
             domain=domain,
             source=f"{'/'.join(place)} row {row}",
-            format="",
             split=split,
             version=version,
             column=audio,
@@ -87,15 +87,15 @@ def hf_source(
 
 
 def _version(path: Path) -> str:
-    """A hash of the names, sizes and times of the folder's files; its recordings' bytes are not read."""
+    """Return a hash of the names, sizes and times of the folder's files. Reads none of them."""
     files = sorted(file for file in path.rglob("*") if file.suffix in (".arrow", ".parquet", ".json"))
-    stamps = [(file.relative_to(path).as_posix(), *file_stamp(file)) for file in files]
-    return hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
+    listed = [(file.relative_to(path).as_posix(), *size_and_mtime(file)) for file in files]
+    return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=4)
 def _audio(path: str, version: str, split: str | None, column: str):
-    """The Dataset of the audio alone, memory-mapped and left encoded. `version` is there for the cache."""
+    """Return the Dataset of the audio column, memory-mapped and left encoded. `version` only keys the cache."""
     import datasets
 
     table = _open(path, split).select_columns(column)
@@ -105,7 +105,7 @@ def _audio(path: str, version: str, split: str | None, column: str):
 
 
 def _open(path: str, split: str | None):
-    """The Dataset of a folder, or the split of its DatasetDict."""
+    """Return the Dataset of a folder, or the split of its DatasetDict."""
     try:
         import datasets
     except ImportError as error:
@@ -148,30 +148,30 @@ def _audio_column(path: Path, table) -> str:
     import datasets
 
     features = table.features
-    found = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
-    found = found or [name for name, feature in features.items() if isinstance(feature, dict) and _holds_audio(feature)]
-    found = found or [name for name, feature in features.items() if name == "audio" and _holds_audio(feature)]
-    if len(found) != 1:
+    choices = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
+    choices = choices or [name for name, value in features.items() if isinstance(value, dict) and _holds_audio(value)]
+    choices = choices or [name for name, feature in features.items() if name == "audio" and _holds_audio(feature)]
+    if len(choices) != 1:
         columns = ", ".join(table.column_names)
-        raise UserError(f"{path}: {len(found)} of the columns {columns} look like audio: name one with --audio")
-    return found[0]
+        raise UserError(f"{path}: {len(choices)} of the columns {columns} look like audio: name one with --audio")
+    return choices[0]
 
 
 def _descriptions(table, text: str | None, label: str | None) -> Iterator[dict]:
-    """text, labels, group and licence of every row."""
+    """Yield text, labels, group and licence per row."""
     texts, labels = (text,) if text else TEXTS, (label,) if label else LABELS
     wanted = [name for name in (*texts, *labels, *GROUPS, *LICENCES) if name in table.column_names]
     names = {name: _class_names(table.features[name]) for name in wanted}
     for batch in table.select_columns(wanted).iter(_ROWS) if wanted else []:
         for values in zip(*(batch[name] for name in wanted), strict=True):
             fields = {name: _named(value, names[name]) for name, value in zip(wanted, values, strict=True)}
-            yield described(fields, texts, labels)
+            yield recording_fields(fields, texts, labels)
     if not wanted:
-        yield from (described({}) for _ in range(len(table)))
+        yield from (recording_fields({}) for _ in range(len(table)))
 
 
 def _class_names(feature) -> list[str] | None:
-    """The names of a ClassLabel, or of a list of them."""
+    """Return the names of a ClassLabel, or of a list of them; None for other columns."""
     return getattr(getattr(feature, "feature", feature), "names", None)
 
 

@@ -1,40 +1,41 @@
-"""LibriSpeech, in the layout it is published in."""
+"""LibriSpeech, in the layout that it is published in."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
-from .recordings import Recording, Source, _without_evaluation, printable, safe, transcript_lines
+from .recordings import Recording, Source, key_characters, printable, read_transcripts, without_evaluation
 
-LIBRISPEECH_LAYOUT = "LibriSpeech/<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<n>.flac"
+_LAYOUT = "LibriSpeech/<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<n>.flac"
 
 
 def librispeech_source(path: Path) -> Source:
-    """LibriSpeech: `path` is its folder, the parent of that, or one subset. Names and order are torchaudio's.
+    """Return LibriSpeech's recordings. `path` is its folder, the parent of that, or one subset.
 
-    Of a folder with several subsets, dev-* and test-* are left out where there are others. A file without a line in
-    its chapter's .trans.txt, and a line without its file, is a recording with a problem. Clips are grouped by speaker.
+    Names and order are torchaudio's, groups are speakers. Leaves out dev-* and test-* of a folder that has other
+    subsets, too. A file without a line in its chapter's .trans.txt becomes a recording with a problem, and so does a
+    line without a file.
     """
     recordings = []
-    for subset in _librispeech_subsets(path):
-        found = [r for chapter in sorted(subset.glob("*/*/")) for r in _chapter(subset, chapter)]
-        speakers = len({recording.group for recording in found})
-        print(f"speech: {subset.name}, {len(found)} recordings of {speakers} speakers")
-        recordings += found
+    for subset in _subsets(path):
+        of_subset = [r for chapter in sorted(subset.glob("*/*/")) for r in _chapter(subset, chapter)]
+        speakers = len({recording.group for recording in of_subset})
+        print(f"speech: {subset.name}, {len(of_subset)} recordings of {speakers} speakers")
+        recordings += of_subset
     if not recordings:
-        raise UserError(f"{path} holds no recordings: {LIBRISPEECH_LAYOUT} is looked for")
+        raise UserError(f"{path} holds no recordings: {_LAYOUT} is looked for")
     return Source.of(str(path), "speech", sorted(recordings, key=lambda recording: recording.name))
 
 
-def _librispeech_subsets(path: Path) -> list[Path]:
+def _subsets(path: Path) -> list[Path]:
     path = path.absolute()  # a subset may be given as "."
     root = path / "LibriSpeech" if (path / "LibriSpeech").is_dir() else path
     if not root.is_dir():
-        raise UserError(f"{path} is no folder: give the one of LibriSpeech ({LIBRISPEECH_LAYOUT})")
+        raise UserError(f"{path} is no folder: give the one of LibriSpeech ({_LAYOUT})")
     if _has_speakers(root):
         return [root]
     subsets = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and _has_speakers(folder)]
-    return _without_evaluation("speech", subsets)
+    return without_evaluation("speech", subsets)
 
 
 def _has_speakers(folder: Path) -> bool:
@@ -42,10 +43,10 @@ def _has_speakers(folder: Path) -> bool:
 
 
 def _chapter(subset: Path, folder: Path) -> Iterator[Recording]:
-    inside, labels, group = f"{subset.name}/{folder.parent.name}/{folder.name}", (subset.name,), folder.parent.name
+    speaker, inside = folder.parent.name, f"{subset.name}/{folder.parent.name}/{folder.name}"
     names = {child.name for child in folder.iterdir()}
-    transcript = f"{folder.parent.name}-{folder.name}.trans.txt"
-    lines = transcript_lines(folder / transcript) if transcript in names else {}
+    transcript = f"{speaker}-{folder.name}.trans.txt"
+    lines = read_transcripts(folder / transcript) if transcript in names else {}
     files = {name[: -len(".flac")] for name in names if name.endswith(".flac") and not name.startswith(".")}
     for utterance in sorted(files | lines.keys()):
         text = " ".join(lines.get(utterance, "").split())
@@ -53,14 +54,13 @@ def _chapter(subset: Path, folder: Path) -> Iterator[Recording]:
         if utterance not in files:
             problem = "the file is missing"
         yield Recording(
-            safe(utterance),
-            f"{folder}/{utterance}.flac",
-            "speech",
-            text,
-            labels,
-            printable(f"{inside}/{utterance}.flac"),
-            "CC-BY-4.0",
-            "flac",
-            group=group,
+            name=key_characters(utterance),
+            path=f"{folder}/{utterance}.flac",
+            domain="speech",
+            text=text,
+            labels=(subset.name,),
+            source=printable(f"{inside}/{utterance}.flac"),
+            licence="CC-BY-4.0",
+            group=speaker,
             problem=problem,
         )

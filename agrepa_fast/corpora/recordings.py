@@ -1,4 +1,4 @@
-"""What `agrepa prepare` works on: recordings, wherever their bytes are, and the source that lists them."""
+"""Recordings, and the source that lists them: the input of `agrepa prepare`."""
 
 import hashlib
 import os
@@ -13,51 +13,53 @@ from ..audio.waves import decode
 from ..config import DOMAINS
 from ..errors import UserError, nearest
 
+MAX_BAD_SHARE, MAX_BAD = 0.02, 3  # beyond both, the recordings are not the ones that the user meant
+_EVALUATION = ("dev", "test", "eval")  # begin the names of subsets that published results are measured on
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """One recording, or one part of a long one, that becomes one clip. Here a file; subclasses are found elsewhere.
+    """One recording, or one part of a long one, that becomes one clip. Here it is a file; subclasses read other places.
 
-    Millions of them are held at once, hence slots, and a str for the path.
+    Millions of them are in memory at once, hence slots, and a str for the path.
     """
 
-    name: str  # unique and stable, letters, digits, - and _ only: the WebDataset key
+    name: str  # unique and stable, of letters, digits, - and _ only: the WebDataset key
     path: str
     domain: str  # speech or audio
-    text: str  # transcript of the whole file, "" when there is none
-    labels: tuple[str, ...]
     source: str  # package and file, or the path inside the folder
     licence: str
-    format: str  # file suffix without the dot, lower case
+    text: str = ""  # transcript of the whole file, "" if there is none
+    labels: tuple[str, ...] = ()
     start: float = 0.0  # seconds into the file
-    group: str = ""  # clips of one group never meet across the train and validation splits; "" stands for the name
-    problem: str = ""  # why it cannot be used, where that is known before it is read
+    group: str = ""  # the train and validation splits never share a group; "" stands for the name
+    problem: str = ""  # why it cannot be used, if that is known before it is read
 
     @property
     def split_group(self) -> str:
         return self.group or self.name
 
     def read(self, seconds: float) -> tuple[np.ndarray, int]:
-        """The first `seconds` from `start` on, or what there is of them: wave (samples,) float32 mono, rate in Hz.
+        """Return at most `seconds` from `start` on: the wave (samples,) float32 mono, and its rate in Hz.
 
-        Raises UserError, which begins with `source`, for a recording that has a problem or cannot be decoded.
+        Raises UserError, beginning with `source`, for a recording that has a problem or cannot be decoded.
         """
         if self.problem:
             raise UserError(f"{self.source}: {self.problem}")
         return decode(self.content(), self.source, self.start, seconds)
 
     def content(self) -> str | bytes:
-        """The path of a file of its own, or its bytes. Raises UserError, which begins with `source`."""
+        """Return the path of a file, or the file's bytes. Raises UserError, beginning with `source`."""
         return self.path
 
-    def stamp(self) -> list:
-        """Numbers and texts that change when the content does; nothing is read for it."""
-        return [self.problem] if self.problem else [*file_stamp(self.path), self.start]
+    def fingerprint(self) -> list:
+        """Return numbers and texts that change with the content. Reads no content."""
+        return [self.problem] if self.problem else [*size_and_mtime(self.path), self.start]
 
 
 @dataclass(frozen=True)
 class Source:
-    """The recordings of one domain; `identity` changes when they do and costs no download."""
+    """The recordings of one domain. `identity` changes if they change, and costs no download."""
 
     domain: str
     name: str
@@ -66,19 +68,25 @@ class Source:
 
     @classmethod
     def of(cls, name: str, domain: str, recordings: list[Recording]) -> "Source":
-        """A source whose recordings have been listed. UserError when two have one name, or a file is gone."""
+        """Return the source of recordings that are listed already. Raises UserError for two of one name, and for a
+        missing file."""
         hasher, names = hashlib.sha256(), set()
         for recording in recordings:
             if recording.name in names:
                 raise UserError(f"{name}: {recording.source} and another recording are both called {recording.name}")
             names.add(recording.name)
-            line = repr((recording.name, recording.text, recording.labels, recording.group, recording.stamp()))
+            line = repr((recording.name, recording.text, recording.labels, recording.group, recording.fingerprint()))
             hasher.update(line.encode("utf-8", "surrogateescape"))
         return cls(domain, name, hasher.hexdigest()[:16], lambda: recordings)
 
 
-def file_stamp(path: str | Path) -> tuple[int, int]:
-    """Size in bytes and time of the last change in ns. UserError when the file is gone."""
+def too_many_bad(bad: int, total: int) -> bool:
+    """Whether so many of `total` recordings are unusable that the user should look at them first."""
+    return (bad > MAX_BAD and bad > MAX_BAD_SHARE * total) or total - bad < 2
+
+
+def size_and_mtime(path: str | Path) -> tuple[int, int]:
+    """Return the size in bytes and the time of the last change in ns. Raises UserError for a missing file."""
     try:
         stat = os.stat(path)  # noqa: PTH116 - for millions of files: Path.stat takes three times as long
     except OSError as error:
@@ -91,40 +99,38 @@ def check_domain(domain: str) -> None:
         raise UserError(f"domain {domain!r} is unknown: {nearest(domain, DOMAINS)}")
 
 
-def key_of(inside: str) -> str:
-    """A WebDataset key for a path or key inside a source: readable, and unique by a hash of the whole."""
-    # The hash keeps names apart that differ only in replaced characters or in the suffix.
-    digest = hashlib.sha1(inside.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-    return f"{safe(re.sub(r'[.][^./]*$', '', inside))[-80:]}-{digest}"
+def key_of_path(path: str) -> str:
+    """Return the WebDataset key of a path inside a source: readable, and unique by a hash of the whole path."""
+    # The hash tells names apart that differ only in replaced characters or in the suffix.
+    digest = hashlib.sha1(path.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return f"{key_characters(re.sub(r'[.][^./]*$', '', path))[-80:]}-{digest}"
 
 
-def safe(name: str) -> str:
+def key_characters(name: str) -> str:
+    """Return a name with the characters that a WebDataset key may have; - replaces the others."""
     return re.sub(r"[^A-Za-z0-9_]+", "-", name)
 
 
 def printable(name: str) -> str:
-    """Without the bytes of a file name, or the halves of characters, that UTF-8 cannot write."""
+    """Return a file name with ? for bytes, and halves of characters, that UTF-8 cannot write."""
     return name.encode("utf-8", "replace").decode()
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file. UserError when it is not one."""
+    """Return the text of a UTF-8 file. Raises UserError for other encodings."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}): convert it or remove it") from error
 
 
-def transcript_lines(path: str | Path) -> dict[str, str]:
-    """Utterance -> text, from LibriSpeech's lines `utterance TEXT`."""
+def read_transcripts(path: str | Path) -> dict[str, str]:
+    """Return {utterance: text} of a file with LibriSpeech's lines `utterance TEXT`."""
     return {name: text for name, _, text in (line.partition(" ") for line in read_text(path).splitlines())}
 
 
-_EVALUATION = ("dev", "test", "eval")  # subsets that published results are measured on
-
-
-def _without_evaluation(domain: str, subsets: list[Path]) -> list[Path]:
-    """Nobody who names a whole corpus means to train on what results are measured on."""
+def without_evaluation(domain: str, subsets: list[Path]) -> list[Path]:
+    """Return the subsets to train on, and print the others. Returns all of them if all are for evaluation."""
     kept = [subset for subset in subsets if not subset.name.startswith(_EVALUATION)]
     if kept and len(kept) < len(subsets):
         left_out = ", ".join(subset.name for subset in subsets if subset not in kept)

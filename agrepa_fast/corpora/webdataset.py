@@ -1,4 +1,4 @@
-"""Recordings in other people's WebDataset tars, and what the descriptions beside them are called."""
+"""Recordings in other people's WebDataset tars."""
 
 import glob
 import json
@@ -11,13 +11,9 @@ from pathlib import Path
 
 from ..audio.waves import SOUNDFILE_SUFFIXES
 from ..errors import UserError
-from .recordings import Recording, Source, check_domain, key_of, printable
-
-# What people call these things, in members' json and in columns; the first that is there counts.
-TEXTS = ("text", "sentence", "transcription", "transcript", "caption", "captions", "normalized_text")
-LABELS = ("labels", "label", "tags", "human_labels", "category", "class")
-GROUPS = ("speaker_id", "speaker", "client_id", "video_id", "youtube_id")  # their clips never meet across the splits
-LICENCES = ("licence", "license")
+from .descriptions import TEXTS, recording_fields
+from .recordings import Recording, Source, check_domain, key_of_path, printable
+from .walk import walk_folders
 
 _AUDIO = tuple(suffix[1:] for suffix in SOUNDFILE_SUFFIXES)
 _TAR_BLOCK = 512
@@ -44,49 +40,63 @@ class TarMember(Recording):
             raise UserError(f"{self.source}: {self.path} has become shorter: run `agrepa prepare` again")
         return content
 
-    def stamp(self) -> list:
-        return [*Recording.stamp(self), self.offset, self.size]
+    def fingerprint(self) -> list:
+        return [*Recording.fingerprint(self), self.offset, self.size]
 
 
 def webdataset_source(pattern: str, domain: str) -> Source:
-    """WebDataset shards: a folder of tars, a glob, or braces. Each sample has one audio member, and .txt or .json.
+    """Return the samples of WebDataset shards as a source. `pattern` is a folder of tars, a glob, or braces; a sample
+    has one audio member, and .txt or .json.
 
-    Raises UserError for a tar that is compressed or damaged, or has a member with an absolute or a parent path, or the
-    same sample twice. Links are ignored. A sample without audio, or with unreadable json, is one with a problem.
+    Ignores links among the members. A sample without audio, or with unreadable json, becomes a recording with a
+    problem. Raises UserError for a tar that is compressed or damaged, has a member with an absolute or a parent path,
+    or holds a sample twice.
     """
     check_domain(domain)
     shards = _shards(pattern)
     root = os.path.commonpath([shard.parent for shard in shards])
-    recordings = [r for shard in shards for r in _shard(shard, shard.relative_to(root).as_posix(), domain)]
+    recordings = [r for shard in shards for r in _samples(shard, shard.relative_to(root).as_posix(), domain)]
     if not recordings:
         raise UserError(f"{pattern} holds no recordings: members <key>{', <key>'.join(SOUNDFILE_SUFFIXES)} are read")
     return Source.of(pattern, domain, recordings)
 
 
 def _shards(pattern: str) -> list[Path]:
-    from braceexpand import UnbalancedBracesError, braceexpand
-
-    path = Path(pattern)
-    if path.is_dir():
-        found = [file for file in path.rglob("[!.]*") if file.name.endswith(_TAR_NAMES)]
-    else:
-        found = []
-        try:
-            expanded = [pattern] if path.is_file() else list(braceexpand(pattern))
-        except UnbalancedBracesError as error:
-            raise UserError(f"{pattern}: a brace is not closed") from error
-        for one in expanded:
-            names = [one] if Path(one).exists() else glob.glob(one, recursive=True)  # noqa: PTH207 - may be absolute
-            if not names:
-                raise UserError(f"{one}: there is no such file; a pattern is a folder, a glob or braces, in quotes")
-            found += map(Path, names)
-    shards = sorted({file.absolute() for file in found if file.is_file()})
+    files = _tars_below(Path(pattern)) if Path(pattern).is_dir() else _matches(pattern)
+    shards = sorted({file.absolute() for file in files if file.is_file()})
     if not shards:
         raise UserError(f"{pattern} holds no tars: name a folder of them, a glob or braces, in quotes")
     return shards
 
 
-def _shard(shard: Path, inside: str, domain: str) -> Iterator[Recording]:
+def _tars_below(root: Path) -> list[Path]:
+    return [
+        Path(folder, name)
+        for folder, names in walk_folders(root)
+        for name in names
+        if name.endswith(_TAR_NAMES) and not name.startswith(".")
+    ]
+
+
+def _matches(pattern: str) -> list[Path]:
+    """Return the paths that a glob or braces name. Raises UserError for a part that names no file."""
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    try:
+        parts = [pattern] if Path(pattern).is_file() else list(braceexpand(pattern))
+    except UnbalancedBracesError as error:
+        raise UserError(f"{pattern}: a brace is not closed") from error
+    paths = []
+    for part in parts:
+        names = [part] if Path(part).exists() else glob.glob(part, recursive=True)  # noqa: PTH207 - may be absolute
+        if not names:
+            raise UserError(f"{part}: there is no such file; a pattern is a folder, a glob or braces, in quotes")
+        paths += map(Path, names)
+    return paths
+
+
+def _samples(shard: Path, inside: str, domain: str) -> Iterator[Recording]:
+    """Yield a recording per sample of a shard; `inside` is the shard's path inside the source."""
     seen = set()
     with shard.open("rb") as stream:
         for key, group in groupby(_members(shard, stream), key=lambda member: member[0]):
@@ -99,26 +109,25 @@ def _shard(shard: Path, inside: str, domain: str) -> Iterator[Recording]:
             audio = [suffix for suffix in members if suffix in _AUDIO]
             if not audio and not {"txt", "json"} & members.keys():
                 continue
-            described, problem = _description(stream, members)
+            fields, problem = _description(stream, members)
             if len(audio) != 1:
                 problem = f"has {len(audio)} audio members, of {', '.join(members)}"
             suffix = audio[0] if audio else ""
             offset, size = members.get(suffix, (0, 0))
             yield TarMember(
-                name=key_of(f"{inside}/{key}"),
+                name=key_of_path(f"{inside}/{key}"),
                 path=str(shard),
                 domain=domain,
                 source=printable(f"{inside}/{key}.{suffix}".rstrip(".")),
-                format=suffix,
                 problem=problem,
                 offset=offset,
                 size=size,
-                **described,
+                **fields,
             )
 
 
 def _members(shard: Path, stream) -> Iterator[tuple[str, str, int, int]]:
-    """(key, suffix, offset, size in bytes) of each member that is a file, by WebDataset's rule for names."""
+    """Yield (key, suffix, offset, size in bytes) per member that is a file, by WebDataset's rule for names."""
     from webdataset.tariterators import base_plus_ext
 
     remedy = "make or fetch it again, or leave it out"
@@ -147,7 +156,7 @@ def _members(shard: Path, stream) -> Iterator[tuple[str, str, int, int]]:
 
 
 def _description(stream, members: dict[str, tuple[int, int]]) -> tuple[dict, str]:
-    """text, labels, group and licence from a sample's .json and .txt; and what is wrong with them, or ""."""
+    """Return text, labels, group and licence from a sample's .json and .txt; and their fault, or ""."""
     fields = {}
     try:
         for suffix in ("json", "txt"):
@@ -159,23 +168,5 @@ def _description(stream, members: dict[str, tuple[int, int]]) -> tuple[dict, str
                 content = stream.read(size).decode("utf-8-sig")
                 fields |= json.loads(content) if suffix == "json" else {TEXTS[0]: content}
     except (ValueError, TypeError, RecursionError) as error:
-        return described({}), f".{suffix} cannot be read ({error})"
-    return described(fields), ""
-
-
-def described(fields: dict, texts: tuple[str, ...] = TEXTS, labels: tuple[str, ...] = LABELS) -> dict:
-    """What a Recording wants of `fields`, a sample's json or a row: text, labels, group and licence."""
-
-    def of(names: tuple[str, ...]) -> tuple[str, ...]:
-        return next((words for name in names if (words := _words(fields.get(name)))), ())
-
-    text, group, licence = (next(iter(of(names)), "") for names in (texts, GROUPS, LICENCES))
-    return {"text": text, "labels": of(labels), "group": group, "licence": licence or "unknown"}
-
-
-def _words(value: object) -> tuple[str, ...]:
-    if isinstance(value, list):
-        return tuple(word for item in value for word in _words(item))
-    if isinstance(value, str | int) and not isinstance(value, bool):
-        return (text,) if (text := printable(" ".join(str(value).split()))) else ()
-    return ()
+        return recording_fields({}), f".{suffix} cannot be read ({error})"
+    return recording_fields(fields), ""

@@ -76,7 +76,7 @@ def _decode_one(
     recording: Recording, data: DataConfig, folder: Path, log_mel: LogMel
 ) -> tuple[str, int, float, str, bool]:
     """(file name, mel frames, seconds, reason for skipping or "", whether the mel was computed now)."""
-    name = f"{recording.name}-{digest(recording.stamp())}.npz"
+    name = f"{recording.name}-{digest(recording.fingerprint())}.npz"
     file = work_file(folder, name)
     computed = not file.is_file()
     if computed:

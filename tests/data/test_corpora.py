@@ -187,6 +187,19 @@ def test_audioset_by_one_table(audioset):
     assert [r.group for r in audioset_source(audioset / "balanced_train_segments.csv").recordings()] == YTIDS[:6]
 
 
+def test_audioset_does_not_circle_in_links(audioset):
+    expected = [r.source for r in audioset_source(audioset).recordings()]
+    (audioset / "a loop").symlink_to(audioset)
+    assert [r.source for r in audioset_source(audioset).recordings()] == expected
+
+
+def test_audioset_takes_linked_folders(audioset, tmp_path):
+    expected = {r.name for r in audioset_source(audioset).recordings()}
+    (audioset / "balanced").rename(tmp_path / "elsewhere")
+    (audioset / "balanced").symlink_to(tmp_path / "elsewhere")
+    assert {r.name for r in audioset_source(audioset).recordings()} == expected
+
+
 @pytest.mark.parametrize(
     "line",
     [

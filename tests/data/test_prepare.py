@@ -15,8 +15,7 @@ import soundfile
 from agrepa_fast.audio.mel import LogMel, frame_count
 from agrepa_fast.audio.waves import decode, resample
 from agrepa_fast.config_file import load_config
-from agrepa_fast.corpora import folder as sources
-from agrepa_fast.corpora import recordings
+from agrepa_fast.corpora import demo, recordings
 from agrepa_fast.data.index import load_index
 from agrepa_fast.data.reading import read_shard
 from agrepa_fast.errors import UserError
@@ -317,9 +316,9 @@ def test_too_large_a_codebook_names_the_setting(whisper, tmp_path):
 @pytest.fixture
 def demo_packages(tmp_path, monkeypatch):
     """The demo's packages in miniature, laid out as the real ones."""
-    roots = {package.name: tmp_path / package.name for domain in sources.DEMO_PACKAGES.values() for package in domain}
-    monkeypatch.setattr(sources.DebianPackage, "fetch", lambda self: roots[self.name])
-    prompts = roots[sources.PROMPTS.name] / "usr/share/asterisk/sounds/en_US_f_Allison"
+    roots = {package.name: tmp_path / package.name for domain in demo.DEMO_PACKAGES.values() for package in domain}
+    monkeypatch.setattr(demo.DebianPackage, "fetch", lambda self: roots[self.name])
+    prompts = roots[demo.PROMPTS.name] / "usr/share/asterisk/sounds/en_US_f_Allison"
     for name, size in {"digits/1": 4000, "beep": 16000, "silence/2": 16000}.items():
         (prompts / name).parent.mkdir(parents=True, exist_ok=True)
         (prompts / f"{name}.g722").write_bytes(bytes(size))
@@ -327,11 +326,11 @@ def demo_packages(tmp_path, monkeypatch):
         noise = np.random.default_rng(number).integers(0, 256, 8800 + 800 * number, dtype=np.uint8)
         (prompts / f"say-{number}.g722").write_bytes(noise.tobytes())
     lines = [f"say-{number}: Say  {number}." for number in range(20)]
-    texts = roots[sources.PROMPT_TEXTS.name] / "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
+    texts = roots[demo.PROMPT_TEXTS.name] / "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
     texts.parent.mkdir(parents=True)
     texts.write_bytes(gzip.compress("\n".join(["; comment", "", *lines, "beep: [a beep]"]).encode()))
-    samples = roots[sources.SAMPLES.name] / "usr/share/sonic-pi/samples"
-    sounds = roots[sources.GAME_SOUNDS.name] / "usr/share/games/lincity-ng/sounds"
+    samples = roots[demo.SAMPLES.name] / "usr/share/sonic-pi/samples"
+    sounds = roots[demo.GAME_SOUNDS.name] / "usr/share/games/lincity-ng/sounds"
     samples.mkdir(parents=True)
     sounds.mkdir(parents=True)
     for number in range(12):

@@ -1,5 +1,6 @@
-"""Names, transcripts and the held-out share of recordings; no audio is read."""
+"""Names, transcripts, linked folders and the held-out share of recordings; no audio is read."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +9,13 @@ import pytest
 
 from agrepa_fast.corpora import folder as sources
 from agrepa_fast.corpora.recordings import Recording
+from agrepa_fast.corpora.walk import walk_folders
 from agrepa_fast.errors import UserError
 from agrepa_fast.prepare import decode as clips
+
+
+def recording(name, path="", start=0.0):
+    return Recording(name=name, path=path, domain="audio", source=name, licence="", start=start)
 
 
 def test_librispeech_transcripts_and_odd_names(tmp_path):
@@ -33,15 +39,45 @@ def test_librispeech_transcripts_and_odd_names(tmp_path):
     assert fewer < set(names)  # a name depends on no neighbour
 
 
+def test_linked_folders_are_followed_once_and_real_paths_come_first(tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for folder in (root / "real" / "deep", root / ".hidden", outside / "inner"):
+        folder.mkdir(parents=True)
+        (folder / "take.wav").touch()
+    (root / "a link to real").symlink_to(root / "real")
+    (root / "linked").symlink_to(outside)
+    (outside / "up").symlink_to(root)  # a loop
+    (outside / "inner" / "self").symlink_to(outside / "inner")
+    (root / "again").symlink_to(outside / "inner")
+    (root / "nowhere.wav").symlink_to(tmp_path / "missing.wav")
+    (root / "nowhere").symlink_to(tmp_path / "missing")
+    walked = [Path(folder).relative_to(root).as_posix() for folder, _ in walk_folders(root)]
+    assert walked == [".", "real", "real/deep", "again", "linked"]
+    found = [r.source for r in sources.folder_recordings(root, "audio")]
+    assert found == ["again/take.wav", "real/deep/take.wav"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "secret").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "secret":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert [folder for folder, _ in walk_folders(tmp_path)] == [str(tmp_path)]
+    assert capsys.readouterr().out == f"{tmp_path}/secret cannot be read (Permission denied): passed over\n"
+
+
 def test_validation_share_holds_for_any_count():
     for count in (2, 3, 9, 10, 11, 40, 137):
-        made = [
-            clips.Clip(Recording(f"r-{n}", "", "speech", "", (), "", "", "wav"), Path(), 1, 1.0) for n in range(count)
-        ]
+        made = [clips.Clip(recording(f"r-{n}"), Path(), 1, 1.0) for n in range(count)]
         held_out = clips.validation_groups(made, 0.1)
         assert np.ceil(0.1 * count) <= len(held_out) < count
         assert len(held_out) <= 0.25 * count + 1
-        more = [*made, clips.Clip(Recording("new", "", "speech", "", (), "", "", "wav"), Path(), 1, 1.0)]
+        more = [*made, clips.Clip(recording("new"), Path(), 1, 1.0)]
         assert len(held_out ^ clips.validation_groups(more, 0.1)) <= 2  # adding one recording moves no others around
 
 
@@ -50,11 +86,11 @@ def test_a_part_of_a_file_is_read_from_its_start(tmp_path):
 
     ramp = (np.arange(4000) / 8000).astype(np.float32)
     soundfile.write(tmp_path / "a.wav", ramp, 1000, subtype="FLOAT")
-    part = Recording("a", str(tmp_path / "a.wav"), "audio", "", (), "a.wav", "", "wav", start=1.5)
+    part = recording("a.wav", str(tmp_path / "a.wav"), start=1.5)
     wave, rate = part.read(0.25)
     np.testing.assert_array_equal(wave, ramp[1500:1750])
     assert rate == 1000
-    assert part.stamp() != replace(part, start=0.0).stamp()
+    assert part.fingerprint() != replace(part, start=0.0).fingerprint()
     (tmp_path / "a.wav").unlink()
     with pytest.raises(UserError, match=r"a\.wav cannot be read \(No such file"):
-        part.stamp()
+        part.fingerprint()

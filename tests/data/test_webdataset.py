@@ -80,6 +80,12 @@ def test_webdataset(shards, whisper, tmp_path):
         assert clip.labels == (("a", str(number)) if number % 2 else ())
         assert clip.licence == ("x" if number % 2 else "unknown")
         assert clip.source.startswith(f"take-{number // 6:03d}.tar/ä b/{number % 6}.")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "shards").symlink_to(shards)
+    linked = webdataset_source(str(tmp_path / "links"), "speech")
+    assert [r.source for r in linked.recordings()] == [
+        r.source for r in webdataset_source(str(shards), "speech").recordings()
+    ]
     for other in (str(shards), str(shards / "*.tar"), str(shards / "take-*.tar")):
         source = webdataset_source(other, "speech")
         assert {recording.name for recording in source.recordings()} == set(clips)
@@ -276,12 +282,12 @@ def test_identity_follows_the_recordings(librispeech, audioset, shards, dataset,
     for source, file in listed.items():
         before = source()
         assert source().identity == before.identity
-        stamps = [recording.stamp() for recording in before.recordings()]
+        marks = [recording.fingerprint() for recording in before.recordings()]
         stat = file.stat()
         os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # written again, as long as before
         assert source().identity != before.identity
-        assert [recording.stamp() for recording in source().recordings()] != stamps
-        json.dumps(stamps)  # what decode_stage hashes
+        assert [recording.fingerprint() for recording in source().recordings()] != marks
+        json.dumps(marks)  # what decode_stage hashes
     lines = librispeech / "train-clean-100/19/7/19-7.trans.txt"
     before = librispeech_source(librispeech).identity
     lines.write_text(lines.read_text().replace("SAY", "SING", 1))
