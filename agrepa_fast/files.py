@@ -1,4 +1,4 @@
-"""Files that are whole or absent, their hashes, and the lock of a folder."""
+"""Files that are whole or absent, their hashes, and a lock that keeps other processes out of a folder."""
 
 import errno
 import fcntl
@@ -6,50 +6,114 @@ import hashlib
 import os
 import socket
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, ClassVar, Self, TextIO
+from weakref import WeakValueDictionary
 
 from .errors import UserError
 
 
 def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content as 64 hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-_PROCESS = uuid.uuid4().hex[:8]
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that a crash, of the process or of the machine, leaves its old content or all of the new."""
+    with replace_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
-def _part(path: Path) -> Path:
-    """Where a file is written before it has its name; no other process's place, should one live on unnoticed."""
-    return path.with_name(f".{path.name}.{_PROCESS}.part")
+@contextmanager
+def replace_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a temporary file beside `path`, to write in a stream; at the end of the block it takes `path`'s name.
 
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file is the old one or the new one, never a part."""
-    part = _part(path)
-    part.write_bytes(content)
-    part.replace(path)
-
-
-_claimed: list[TextIO] = []  # open as long as the process lives
-
-
-def claim(folder: Path) -> None:
-    """Make this process the only one that trains in `folder`, until it ends. UserError when another one does: a run
-    whose launcher was killed goes on, and two of them would overwrite each other's checkpoints."""
-    path = folder / ".lock"
-    file = path.open("a+")
+    Its content is on the disk before it has the name. If the block raises, the temporary file is removed and `path`
+    stays as it was.
+    """
+    # A process that is killed leaves its temporary file behind, so no two of them may share a name.
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, loader processes do not inherit it
+        with part.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Force the content of a file, or the names in a folder, from memory onto the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
-            return
-        raise UserError(
-            f"run.dir={folder} is in use by {path.read_text().strip() or 'another process'}: end it first, or choose "
-            "another folder"
-        ) from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    _claimed.append(file)
+        if error.errno != errno.EINVAL:  # a network file system may have no fsync of folders
+            raise
+    finally:
+        os.close(opened)
+
+
+class FolderLock:
+    """Keeps other processes out of a folder: `with FolderLock(folder, remedy):`, or `acquire` and `release`.
+
+    folder: made if it is missing. remedy: ends the line of the UserError, such as "choose another --out".
+
+    The lock is a POSIX record lock on `<folder>/.lock`. It ends with its process, however that ends, and forked
+    processes do not inherit it (flock's would live on in a loader process). On a file system without locks nothing is
+    locked. Keep the object: the lock ends with it, too.
+    """
+
+    # Record locks do not stop their own process: its locks are found here.
+    _held: ClassVar[WeakValueDictionary[Path, Self]] = WeakValueDictionary()
+
+    def __init__(self, folder: Path, remedy: str):
+        self.folder, self.remedy = folder, remedy
+        self._file: TextIO | None = None
+
+    def acquire(self) -> Self:
+        """Lock the folder. Raises UserError, with the holder's process and host, if the folder is locked, or if it
+        cannot be written."""
+        key = self.folder.resolve()
+        if key in self._held:
+            # Opening the file again and closing it would drop the lock that this process holds.
+            raise self._in_use("this process")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / ".lock").open("a+")
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise UserError(f"{self.folder} cannot be written ({error.strerror}): {self.remedy}") from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                with file:
+                    raise self._in_use(file.read().strip() or "another process") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._file = file
+        self._held[key] = self
+        return self
+
+    def release(self) -> None:
+        """Unlock the folder, if this object holds its lock."""
+        if self._file is not None:
+            self._held.pop(self.folder.resolve(), None)
+            self._file.close()
+            self._file = None
+
+    def _in_use(self, holder: str) -> UserError:
+        return UserError(f"{self.folder} is in use by {holder}: wait for it or end it, or {self.remedy}")
+
+    __enter__ = acquire
+
+    def __exit__(self, *_: object) -> None:
+        self.release()

@@ -1,0 +1,175 @@
+"""Files are whole or absent after a crash at any place, and a folder has one process that writes."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agrepa_fast.config_file import load_config, save_config
+from agrepa_fast.errors import UserError
+from agrepa_fast.files import FolderLock, file_sha256, flush, replace_file, write_atomically
+
+from ..ranks import ROOT
+
+
+def test_a_file_is_written_as_text_or_bytes_and_hashed(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, "é\n")
+    assert path.read_bytes() == "é\n".encode()
+    write_atomically(path, b"\x00\x01")
+    assert path.read_bytes() == b"\x00\x01"
+    with replace_file(path) as file:
+        for part in (b"one ", b"two"):
+            file.write(part)
+    assert path.read_bytes() == b"one two"
+    assert file_sha256(path) == hashlib.sha256(b"one two").hexdigest()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failure_while_writing_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def parts():
+        yield b"ne"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"), replace_file(path) as file:
+        file.writelines(parts())
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+KILLED_BEFORE_ITS_NAME = """
+import os, signal, sys
+from pathlib import Path
+from agrepa_fast import files
+Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+files.write_atomically(Path(sys.argv[1]), b"new")
+"""
+
+
+def test_a_kill_before_the_rename_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    for _ in range(2):
+        command = [sys.executable, "-c", KILLED_BEFORE_ITS_NAME, str(path)]
+        assert subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"old"
+    left = {entry.name for entry in tmp_path.iterdir()} - {"file"}
+    assert len(left) == 2  # two temporary files of two names
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_content_and_name_are_on_the_disk_in_this_order(tmp_path, monkeypatch):
+    """A rename that reaches the disk before the content leaves an empty file after a power failure."""
+    events, fsync, replace = [], os.fsync, Path.replace
+
+    def record_fsync(opened: int) -> None:
+        place = Path(f"/proc/self/fd/{opened}").readlink()
+        events.append("folder" if place == tmp_path else "content" if place.read_bytes() == b"new" else "part")
+        fsync(opened)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", lambda *args: events.append("rename") or replace(*args))
+    write_atomically(tmp_path / "file", b"new")
+    assert events == ["content", "rename", "folder"]
+
+
+def test_a_folder_that_cannot_be_flushed_costs_nothing_but_other_failures_are_raised(tmp_path, monkeypatch):
+    failure = OSError(errno.EINVAL, "Invalid argument")
+
+    def fail(_opened: int) -> None:
+        raise failure
+
+    monkeypatch.setattr(os, "fsync", fail)
+    flush(tmp_path)
+    failure = OSError(errno.EIO, "Input/output error")
+    with pytest.raises(OSError, match="Input/output"):
+        flush(tmp_path)
+
+
+def test_a_kill_leaves_a_run_its_configuration(tmp_path, monkeypatch):
+    """config.yaml is written again by every resume."""
+    path = tmp_path / "config.yaml"
+    save_config(load_config("demo", ["run.seed=7"]), path)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_config(load_config("demo", ["run.seed=8"]), path)
+    assert load_config(path).run.seed == 7
+
+
+LOCK_AND_FORK = """
+import os, sys
+from pathlib import Path
+from agrepa_fast.files import FolderLock
+lock = FolderLock(Path(sys.argv[1]), "choose another run.dir").acquire()
+child = os.fork()
+if child == 0:
+    os.read(0, 1)  # a loader process, which lives on for a while
+    os._exit(0)
+print(child, flush=True)
+os.read(0, 1)
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
+    other = subprocess.Popen(
+        [sys.executable, "-c", LOCK_AND_FORK, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    child = int(other.stdout.readline())
+    line = rf"{tmp_path} is in use by process {other.pid} on .*: wait for it or end it, or choose x"
+    for _ in range(2):  # the refused attempt itself leaves the lock as it is
+        with pytest.raises(UserError, match=line):
+            FolderLock(tmp_path, "choose x").acquire()
+    other.kill()
+    other.wait()
+    os.kill(child, 0)  # a forked process of the holder is still there
+    try:
+        with FolderLock(tmp_path, "choose x"):
+            assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_process_refuses_itself_and_keeps_its_lock(tmp_path):
+    """A second open file of the lock, once closed, would end a record lock of the same process."""
+    lock = FolderLock(tmp_path / "new", "choose x").acquire()
+    with pytest.raises(UserError, match="in use by this process"):
+        FolderLock(tmp_path / "new" / ".." / "new", "choose x").acquire()
+    probe = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    command = [sys.executable, "-c", probe, str(tmp_path / "new" / ".lock")]
+    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode != 0
+    lock.release()
+    assert subprocess.run(command).returncode == 0
+    with lock:
+        pass
+
+
+def test_a_file_system_without_locks_stops_nobody(tmp_path, monkeypatch):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with FolderLock(tmp_path, "choose x"):
+        assert (tmp_path / ".lock").is_file()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file cannot be written \(File exists\): choose another --out"):
+        FolderLock(tmp_path / "file", "choose another --out").acquire()
