@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .config import PRESETS, Config
 from .errors import UserError, nearest
+from .files import write_atomically
 from .settings import allowed, setting_names
 
 _SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
@@ -62,9 +63,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration. A kill leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(config_yaml(config))
-    temporary.replace(path)
+    write_atomically(path, config_yaml(config))
 
 
 def config_yaml(config: Config) -> str:
