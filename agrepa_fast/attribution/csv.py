@@ -1,8 +1,10 @@
 """What is written about attribution: attribution.csv (one schema) and the tables that a probe prints."""
 
 import csv
+import io
 from pathlib import Path
 
+from ..files import write_atomically
 from .scores import LayerScores
 
 COLUMNS = ("step", "measure", "recipe", "domain", "layer", "t", "score", "stderr", "floor", "clips")
@@ -61,9 +63,8 @@ def drop_later_probes(path: Path, step: int) -> None:
 
 
 def _write(path: Path, rows: list[dict]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())

@@ -10,6 +10,7 @@ import torch
 
 from ..config import WEIGHTINGS, AlignConfig
 from ..errors import UserError, nearest
+from ..files import write_atomically
 from .scores import STORAGE, LayerScores
 
 ABOVE_FLOOR = 3.0  # a layer counts as measured when its score clears this multiple of the floor by two standard errors
@@ -40,7 +41,7 @@ class LayerSelection:
         return tuple(sorted({layer for layers in self.layers.values() for layer in layers}))
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def from_dict(cls, values: dict) -> "LayerSelection":
