@@ -9,7 +9,6 @@ validation loss. A tag is never written twice.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -27,6 +26,7 @@ from ..config import Config
 from ..config_file import load_config, save_config, settings_that_differ
 from ..data.index import Index
 from ..errors import UserError
+from ..files import flush, write_atomically
 from ..probing.schedule import LayerChoice
 from ..ranks import first_failure
 from ..seeds import derive_seed
@@ -151,16 +151,16 @@ class Checkpoints:
     def _complete(self, path: Path, step: int, engine) -> None:
         """The marker, `latest` and `best`, in the order that a crash between them may cut."""
         for file in path.iterdir():
-            _flush(file)
+            flush(file)
         # Rotation goes by this order: a clock that was set back must not make the newest the oldest.
         saved = max([time.time_ns(), *(marker(older)["saved"] + 1 for older in checkpoints(self.folder))])
         facts = {"step": step, "saved": saved, "run": self.config.run.id, "val/flow_loss": self.score}
         facts |= {"shards": _identity(self.index), "layout": self._layout(engine)}
         facts["files"] = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
-        _write(path / MARKER, json.dumps(facts, indent=1))
-        _write(self.folder / "latest", path.name)
+        write_atomically(path / MARKER, json.dumps(facts, indent=1))
+        write_atomically(self.folder / "latest", path.name)
         if best := self._best():
-            _write(self.folder / "best", best[0].name)
+            write_atomically(self.folder / "best", best[0].name)
 
     def _gave_up(self, path: Path, failure: str, must: bool) -> None:
         if self.rank == 0:
@@ -297,23 +297,3 @@ def _restore_random_state(path: Path, rank: int, seed: int) -> None:
         torch.set_rng_state(state["cpu_rng"])
         if torch.cuda.is_available() and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"])
-
-
-def _write(path: Path, text: str) -> None:
-    """The file is the old one or the new one, also after the machine's power went."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    """Onto the disk, out of the machine's memory."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

@@ -15,6 +15,7 @@ import torch
 from ..config import Config
 from ..config_file import load_config, save_config
 from ..errors import UserError
+from ..files import write_atomically
 from ..models.audio_dit.dit import AudioDiT
 
 MARKER = "checkpoint.json"
@@ -168,4 +169,4 @@ def export(path: Path, out: Path, *, live: bool = False) -> None:
         if (path / name).is_file():
             shutil.copyfile(path / name, out / name)
     save_config(config, out / "config.yaml")
-    (out / EXPORT).write_text(json.dumps(facts, indent=1) + "\n")  # last: without it the folder is no export
+    write_atomically(out / EXPORT, json.dumps(facts, indent=1) + "\n")  # last: without it the folder is no export

@@ -13,11 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from agrepa_fast import config_file
 from agrepa_fast.checkpoints import save as checkpoint
 from agrepa_fast.checkpoints.weights import damage, find_checkpoint, resolve_checkpoint
 from agrepa_fast.config import Config
 from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
+from agrepa_fast.files import write_atomically
 from agrepa_fast.zero import recut as universal
 
 from ..ranks import run_ranks, run_training
@@ -76,8 +78,13 @@ def names(folder: Path) -> set[str]:
 
 
 def test_a_checkpoint_is_complete_last_of_all_and_the_newest_stay(made, tmp_path, monkeypatch):
-    order, write = [], checkpoint._write
-    monkeypatch.setattr(checkpoint, "_write", lambda path, text: order.append(path.name) or write(path, text))
+    order = []
+
+    def recorded(path: Path, text: str) -> None:
+        order.append(path.name)
+        write_atomically(path, text)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", recorded)
     ours, save = made(keep=2)
     for step in (1, 2, 3):
         assert save(step)
@@ -137,8 +144,9 @@ def test_every_file_is_on_the_disk_before_the_marker(made, monkeypatch):
     ours, save = made()
     assert save(1)
     path = ours.folder / "step00000001"
-    before = flushed[: flushed.index(path / "checkpoint.json.tmp")]
-    assert {file.name for file in before} == {file.name for file in path.iterdir()} - {"checkpoint.json"}
+    parts = [number for number, file in enumerate(flushed) if file.name.startswith(".checkpoint.json.")]
+    before = flushed[: parts[0]]
+    assert {file.name for file in path.iterdir()} - {"checkpoint.json"} <= {file.name for file in before}
 
 
 def test_the_best_stay_beside_the_newest(made, tmp_path):
@@ -173,7 +181,9 @@ def test_a_disk_that_is_full_at_any_file_leaves_the_older_checkpoint(made, tmp_p
             patch.setattr(torch, "save", full(torch.save, lambda args: Path(args[1])))
             patch.setattr(checkpoint, "save_file", full(checkpoint.save_file, lambda args: args[1]))
             patch.setattr(Path, "write_text", full(Path.write_text, lambda args: args[0]))
-            patch.setattr(checkpoint, "_write", full(checkpoint._write, lambda args: args[0].with_suffix(".tmp")))
+            for module in (checkpoint, config_file):
+                half_written = full(write_atomically, lambda args: args[0].with_suffix(".part"))
+                patch.setattr(module, "write_atomically", half_written)
             patch.setattr(Path, "mkdir", full(Path.mkdir, lambda args: tmp_path / "elsewhere"))
             ended = save(2)
         if ended:
@@ -181,7 +191,7 @@ def test_a_disk_that_is_full_at_any_file_leaves_the_older_checkpoint(made, tmp_p
         assert "No space left" in made.said[-1]
         assert "the next save tries again" in made.said[-1]
         assert names(ours.folder) == {"step00000001"}, victim
-        (ours.folder / "latest.tmp").unlink(missing_ok=True)
+        (ours.folder / "latest.part").unlink(missing_ok=True)
         assert before == sorted((path, path.stat().st_size) for path in ours.folder.rglob("*") if path.is_file())
         assert find_checkpoint(tmp_path, "latest").name == "step00000001"
     assert victim == 11  # the folder, nine files and `latest` failed one after the other
