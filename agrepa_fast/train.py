@@ -36,7 +36,7 @@ from agrepa_fast.data.batches import end_loaders, train_batches
 from agrepa_fast.data.index import Index, matching_index
 from agrepa_fast.data.plan import BatchLayout, BatchPlan
 from agrepa_fast.errors import LocalError, UserError
-from agrepa_fast.files import claim
+from agrepa_fast.files import FolderLock
 from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.probing.fixed_clips import FixedClips, storage_clips
 from agrepa_fast.probing.schedule import LayerChoice
@@ -170,7 +170,8 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     model = build_model(config, index, ds_config, resume is not None)
     folder, identity = run_folder(config, resume is not None, rank)
     config = replace(config, run=replace(config.run, id=identity))
-    on_rank_0(lambda: claim(folder))
+    lock = FolderLock(folder, "choose another run.dir")
+    on_rank_0(lock.acquire)
     prepared = time.perf_counter()
 
     engine = build_engine(model, config, ds_config)
@@ -234,6 +235,7 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     else:
         finish(run, val_clips, vocoder, started)
     run.close()
+    lock.release()
     dist.barrier()
     dist.destroy_process_group()  # its threads, left to the interpreter's exit, now and then abort the process
     checkpoints.close()  # an upload may take longer than ranks wait for each other

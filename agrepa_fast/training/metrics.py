@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..files import write_atomically
 from ..ranks import all_max, all_sum
 
 _GB = 2**30
@@ -150,9 +151,8 @@ def peak_memory(device: torch.device | str) -> float:
 def _drop_later_steps(path: Path, step: int) -> None:
     """A resumed run writes the steps after its checkpoint again."""
     if path.is_file():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in _read_lines(path) if line["step"] <= step))
-        temporary.replace(path)
+        lines = [json.dumps(line) + "\n" for line in _read_lines(path) if line["step"] <= step]
+        write_atomically(path, "".join(lines))
 
 
 def _read_lines(path: Path) -> Iterator[dict]:

@@ -1,52 +1,12 @@
-"""Runs that end unasked: one process per folder, a disk that fills up, lines cut by a kill, and messages."""
+"""Runs that end unasked: a disk that fills up, lines cut by a kill, and messages."""
 
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from agrepa_fast.config_file import load_config, save_config
-from agrepa_fast.errors import UserError
-from agrepa_fast.files import claim
 from agrepa_fast.train import explain
 from agrepa_fast.training import metrics
 from agrepa_fast.training.metrics import Metrics, read_metrics
-
-from ..ranks import ROOT
-
-CLAIM = """
-import os, sys
-from pathlib import Path
-from agrepa_fast.files import claim
-claim(Path(sys.argv[1]))
-child = os.fork()
-if child == 0:
-    os.read(0, 1)  # a loader process, which lives on for a while
-    os._exit(0)
-print(child, flush=True)
-os.read(0, 1)
-"""
-
-
-def test_a_run_folder_is_one_process_s(tmp_path):
-    other = subprocess.Popen(
-        [sys.executable, "-c", CLAIM, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    child = int(other.stdout.readline())
-    with pytest.raises(UserError, match=f"in use by process {other.pid} on"):
-        claim(tmp_path)
-    other.kill()
-    other.wait()
-    os.kill(child, 0)  # its loader process is still there
-    claim(tmp_path)
-    os.kill(child, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
@@ -92,19 +52,3 @@ def test_a_full_disk_costs_metrics_and_no_run(tmp_path, monkeypatch):
     ours.close()
     assert read_metrics(tmp_path / "metrics.jsonl")["loss"] == [(1, 1.0), (4, 4.0)]
     assert [line.partition(":")[0] for line in said] == ["step 2", "step 3"]
-
-
-def test_a_kill_leaves_a_run_its_configuration(tmp_path, monkeypatch):
-    """config.yaml is written again by every resume."""
-    path, config = tmp_path / "config.yaml", load_config("demo", ["run.seed=7"])
-    save_config(config, path)
-
-    def killed(file, text):
-        with file.open("w") as stream:
-            stream.write(text[:9])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "write_text", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save_config(config, path)
-    assert load_config(path).run.seed == 7
