@@ -8,6 +8,7 @@ import time
 import torch
 
 from ..audio.vocoder import Vocoder
+from ..files import write_atomically
 from ..kernels import active_backend
 from ..probing.fixed_clips import FixedClips
 from ..probing.validation import validation_loss
@@ -62,7 +63,7 @@ def finish(run: Run, val_clips: FixedClips, vocoder: Vocoder | None, started: fl
         "samples": wavs,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     run.metrics.say(
         f"validation flow loss {first_loss:.3f} -> {last_loss:.3f} (EMA {averaged['val/flow_loss']:.3f}); "
         f"look at {folder}/plots and listen to {folder}/samples ({vocoder.name})"
