@@ -9,7 +9,7 @@ after it.
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from ..corpora.folder import folder_source
 from ..corpora.recordings import Recording, Source
 from ..data.index import INDEX, SCHEMA, Index, load_index, write_index
 from ..errors import UserError
+from ..files import FolderLock
 from ..ranks import ALONE, Ranks
 from .decode import decode_stage, digest, name_hash, validation_groups
 from .job import WORK, Job, remove, write_report
@@ -129,24 +130,8 @@ def same_setting(out: Path, name: str, there: object, wanted: object) -> None:
 @contextmanager
 def only_writer(out: Path, ranks: Ranks) -> Iterator[None]:
     """Make <out>/.work, and hold its lock, on rank 0 for all."""
-    from filelock import FileLock, Timeout
-
-    if ranks.rank > 0:
+    with FolderLock(out / WORK, "choose another --out") if ranks.rank == 0 else nullcontext():
         yield
-        return
-    work = out / WORK
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(work / "lock", timeout=0)
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"{out}: another `agrepa prepare` is writing there: wait for it") from error
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}): choose another --out") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def workers() -> ThreadPoolExecutor:

@@ -9,7 +9,6 @@ import math
 import shutil
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..config import DataConfig
 from ..corpora.folder import folder_recordings
 from ..corpora.recordings import Recording, Source
 from ..errors import UserError
-from ..files import write_atomically
+from ..files import FolderLock, write_atomically
 from ..prepare.decode import MAX_BAD, MAX_BAD_SHARE, ahead, cut_wave, digest, name_hash
 from ..seeds import derive_seed
 from .kmeans import Codebook, fit_frames
@@ -54,7 +53,7 @@ def fit_vq(path: Path, config: VqFitConfig, out: Path) -> dict:
         print(f"{out}: fitted before with the same settings, nothing to do")
         return about
     work = out.with_name(f"{out.name}.fit")
-    with _only_writer(work):
+    with FolderLock(work, "choose another --out"):
         from ..teachers import load_teacher
 
         teacher = load_teacher(config.teacher, device)
@@ -78,20 +77,6 @@ def fit_vq(path: Path, config: VqFitConfig, out: Path) -> dict:
         f"perplexity {held_out['perplexity']:.0f}"
     )
     return about
-
-
-@contextmanager
-def _only_writer(work: Path):
-    from filelock import FileLock, Timeout
-
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        with FileLock(work / "lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise UserError(f"{work}: another `agrepa tokens fit` is writing there: wait for it") from error
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"{work} cannot be written ({error.strerror}): choose another --out") from error
 
 
 @dataclass

@@ -19,6 +19,7 @@ from agrepa_fast.corpora import demo, recordings
 from agrepa_fast.data.index import load_index
 from agrepa_fast.data.reading import read_shard
 from agrepa_fast.errors import UserError
+from agrepa_fast.files import FolderLock
 from agrepa_fast.prepare import pipeline as prepare
 from agrepa_fast.prepare.pipeline import prepare_demo, prepare_folder
 from agrepa_fast.tokenizers.kmeans import tokens_of_frames
@@ -216,12 +217,9 @@ def test_killed_runs_are_resumed_to_the_same_bytes(prepared, corpus, whisper, tm
 
 
 def test_one_writer_at_a_time(corpus, whisper, tmp_path):
-    from filelock import FileLock
-
-    (tmp_path / ".work").mkdir()
     with (
-        FileLock(tmp_path / ".work" / "lock"),
-        pytest.raises(UserError, match="another `agrepa prepare` is writing there"),
+        FolderLock(tmp_path / ".work", ""),
+        pytest.raises(UserError, match=r"\.work is in use by this process: wait for it .* choose another --out"),
     ):
         prepare_folder(settings(whisper), corpus, "speech", tmp_path)
 
@@ -303,7 +301,7 @@ def test_bad_folders_are_named(whisper, tmp_path):
     with pytest.raises(UserError, match=r"domain 'speach' is unknown: did you mean 'speech'"):
         prepare_folder(settings(whisper), tmp_path, "speach", out)
     out.write_text("a file")
-    with pytest.raises(UserError, match="out cannot be written"):
+    with pytest.raises(UserError, match=r"out/\.work cannot be written"):
         prepare_folder(settings(whisper), write_corpus(tmp_path / "corpus", 6), "speech", out)
 
 
