@@ -9,7 +9,6 @@ network, a package file put into <cache>/downloads is used.
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import os
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UserError
+from .files import file_sha256
 
 _POLL_SECONDS = 0.25
 _AR_MAGIC = b"!<arch>\n"
@@ -111,7 +111,7 @@ def _fetch(package: _Package) -> Path:
 def _fetch_into(package: _Package, folder: Path) -> None:
     provided = _one_file(_downloads(), package.pattern)
     file = provided or _download(package, folder.parent)
-    found = _sha256(file)
+    found = file_sha256(file)
     if found != package.sha256:
         remove = f"remove {provided}, or " if provided else ""
         raise UserError(
@@ -202,11 +202,6 @@ def _reason(log: Path) -> str:
     if reason.startswith("Unable to locate package"):
         reason = "apt-get's package list does not have it; `apt-get update` fills the list"
     return reason[:200]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _unpack_wheel(file: Path, folder: Path) -> None:
