@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from ..config import DOMAINS, DataConfig
 from ..config_file import without_removed
 from ..errors import UserError
-from ..files import _part, file_sha256, write_atomically
+from ..files import file_sha256, replace_file, write_atomically
 from .locations import Place, ReadError, Remote, locate, read_object
 
 SCHEMA = 2
@@ -315,15 +314,11 @@ def write_tar(path: Path, samples: Iterable[dict]) -> dict:
     and not of what the disk then holds."""
     from webdataset.writer import TarWriter
 
-    part = _part(path)
-    with part.open("wb") as file:
+    with replace_file(path) as file:
         stream = _Hashed(file)
         with TarWriter(stream, user="", group="", mtime=0, encoder=False) as tar:
             for sample in samples:
                 tar.write(sample)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
     return {"bytes": stream.bytes, "sha256": stream.sha256.hexdigest()}
 
 
