@@ -235,10 +235,10 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     else:
         finish(run, val_clips, vocoder, started)
     run.close()
-    lock.release()
     dist.barrier()
     dist.destroy_process_group()  # its threads, left to the interpreter's exit, now and then abort the process
     checkpoints.close()  # an upload may take longer than ranks wait for each other
+    lock.release()
 
 
 def main(argv: list[str] | None = None) -> None:
