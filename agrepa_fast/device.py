@@ -1,34 +1,118 @@
-"""CUDA graphs, copies to the host that nothing waits for, and events."""
+"""CUDA graphs, and copies to the host that do not wait for the GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 
 import torch
 
 
+class CaptureError(ValueError):
+    """A computation cannot be captured as a CUDA graph. The message is CUDA's reason; the caller adds the remedy."""
+
+
 def captured(call: Callable[[], None], pool, warmup: int = 2) -> Callable[[], None]:
-    """A function that replays `call` as one CUDA graph, captured after `warmup` runs on a stream of their own. Raises
-    ValueError when it cannot be captured, out of memory included."""
+    """Return a function that replays `call` as one CUDA graph.
+
+    `call` first runs `warmup` times on a stream of its own. pool: of torch.cuda.graph_pool_handle(). Raises
+    CaptureError if it cannot be captured, for lack of memory too.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(warmup):
             call()
     torch.cuda.current_stream().wait_stream(side)
-    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL's watchdog may call CUDA
             call()
     except RuntimeError as error:
-        torch.cuda.set_stream(here)  # a capture that fails to end leaves its own
-        why = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"the probe cannot be captured ({why}): probe.graph=false runs it without CUDA graphs"
-        ) from error
+        torch.cuda.set_stream(before)  # a capture that fails to end leaves its own
+        raise CaptureError(str(error).strip().partition("\n")[0]) from error
     return graph.replay
 
 
+class CapturedProgram:
+    """A function of tensors, captured as one CUDA graph whose inputs and outputs stay where they are.
+
+    compute: returns a tuple of tensors. inputs: tensors, or objects whose `map` applies a function to each of their
+    tensors (Batch, Condition). Calling the program copies new inputs of the same shapes into place, replays the graph,
+    and returns copies of the outputs. Raises CaptureError.
+    """
+
+    def __init__(self, compute: Callable[..., tuple[torch.Tensor, ...]], inputs: tuple, pool):
+        self._compute = compute
+        self._inputs = tuple(map_tensors(torch.clone, value) for value in inputs)
+        self._outputs: tuple[torch.Tensor, ...] = ()
+        self._replay = captured(self._run, pool)
+
+    def __call__(self, *inputs) -> tuple[torch.Tensor, ...]:
+        for place, value in zip(tensors_of(*self._inputs), tensors_of(*inputs), strict=True):
+            place.copy_(value)
+        self._replay()
+        return tuple(output.clone() for output in self._outputs)
+
+    def _run(self) -> None:
+        outputs = self._compute(*self._inputs)
+        if not self._outputs:  # the first warm-up run: a graph only writes to tensors that exist
+            self._outputs = tuple(torch.empty_like(output) for output in outputs)
+        for place, output in zip(self._outputs, outputs, strict=True):
+            place.copy_(output.detach())
+
+
+class CapturedPrograms:
+    """Captured programs over the same live weights, by key. Their graphs share one memory pool."""
+
+    def __init__(self) -> None:
+        self._programs: dict[Hashable, CapturedProgram] = {}
+        self._valid_for: Hashable = None
+        self._pool = None
+
+    def drop_stale(self, weights: Iterable[torch.Tensor], *conditions: Hashable) -> bool:
+        """Drop all programs if a weight has moved since the last call, or a condition has changed; return whether.
+
+        Weights move when a checkpoint is loaded into new tensors or they are offloaded. Call it before each use.
+        """
+        valid_for = (tuple(weight.data_ptr() for weight in weights), *conditions)
+        stale = valid_for != self._valid_for
+        if stale:
+            self._programs, self._valid_for = {}, valid_for
+        if not self._programs:
+            self._pool = torch.cuda.graph_pool_handle()  # a pool whose graphs are gone cannot be taken again
+        return stale
+
+    def capture(self, key: Hashable, compute: Callable[..., tuple[torch.Tensor, ...]], *inputs) -> None:
+        self._programs[key] = CapturedProgram(compute, inputs, self._pool)
+
+    def __call__(self, key: Hashable, *inputs) -> tuple[torch.Tensor, ...]:
+        return self._programs[key](*inputs)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._programs
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value):
+    """Return `value`, a tensor or an object with `map`, with `function` applied to its tensors."""
+    return function(value) if isinstance(value, torch.Tensor) else value.map(function)
+
+
+def tensors_of(*values) -> list[torch.Tensor]:
+    """Return the tensors of values that are tensors or objects with `map`, in a fixed order."""
+    tensors: list[torch.Tensor] = []
+
+    def collect(tensor: torch.Tensor) -> torch.Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    for value in values:
+        map_tensors(collect, value)
+    return tensors
+
+
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the host; from a GPU it is only queued, into pinned memory."""
+    """Return a copy on the host. From a GPU it is only queued, into pinned memory: wait for an event before reading."""
     if not tensor.is_cuda:
         return tensor.clone()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -36,7 +120,7 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def record(device: torch.device) -> torch.cuda.Event | None:
-    """An event after what is queued on a GPU by now; None on a CPU, where nothing is."""
+    """Return an event after the work that is queued on a GPU by now, or None on a CPU, where work is never queued."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()

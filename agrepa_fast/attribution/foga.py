@@ -3,9 +3,9 @@
 AG-REPA (arXiv 2603.01006): FoG-A_k = E[ ||v without block k - v|| / (||v|| + eps) ], no gradient, kept per domain.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 
 from ..config import DOMAINS
-from ..device import captured
+from ..device import CapturedPrograms
 from ..flow import reference_prefix
 from ..kernels import flow_mix, velocity_change
 from ..models.audio_dit.conditioning import Condition
@@ -59,10 +59,8 @@ class Measured(NamedTuple):
 class FogaProbe:
     """FoG-A of one model, again and again with its live weights, in L(L+1)/2 block forwards for each time and draw.
 
-    Each batch shape has buffers that stay where they are; with `graph`, its work is captured once as CUDA graphs in a
-    memory pool of their own and replayed. It is captured again when a parameter has moved (a checkpoint was loaded into
-    new tensors, weights were offloaded). Nothing under ZeRO-3 can be captured: weights are there only inside a forward.
-    Parameters: as foga.
+    graph: capture the work of each batch shape as CUDA graphs and replay them. Nothing can be captured under ZeRO-3,
+    where weights exist only inside a forward. Other parameters: as foga.
     """
 
     def __init__(
@@ -79,99 +77,60 @@ class FogaProbe:
         max_rows: int | None = None,
         graph: bool = False,
     ):
-        self.model, self.kind, self.max_rows, self.graph = model, kind, max_rows, graph
+        self.model, self.kind, self.max_rows = model, kind, max_rows
         self.times, self.draws, self.sigma, self.seed = tuple(times), draws, sigma, seed
         self.blocks = model_blocks(model, kind) if blocks is None else list(blocks)
         gates = _with_whole_model(gates, len(self.blocks))
-        self.order = prefix_order(gates)
-        self.gates = gates[self.order]
-        self.pool = None  # of all graphs that are alive together
-        self._programs: dict[tuple, _Program] = {}
-        self._captured_at: tuple[int, ...] = ()
+        order = prefix_order(gates)
+        self.gates = gates[order]
+        self.back = order.argsort().to(next(model.parameters()).device)  # the place of each variant among self.gates
+        self.programs = CapturedPrograms() if graph else None
 
     def launch(self, batch: ProbeBatch) -> Measured:
         """Queue the measurement of a batch: evaluation mode, the same noise for every variant (common random numbers).
 
         The modes of all modules and the random state are as before afterwards, also when it raises.
         """
+        condition, values, silents = batch.condition.to(batch.mel.device), [], []
         with undisturbed(self.model), torch.no_grad():
-            program = self._program(batch)
-            program.load(batch.condition)
-            values, silents = [], []
-            for t in self.times:
+            if self.programs is not None:
+                self.programs.drop_stale(self.model.parameters())
+            for time in self.times:
+                t = torch.full_like(batch.mel[:, 0, 0], time)
                 for draw in range(self.draws):
-                    x_t = noised(batch, t, self.sigma, self.seed, draw)
-                    values.append(program.change(x_t, t))
-                    silents.append(program.silent.clone())
+                    x_t = noised(batch, time, self.sigma, self.seed, draw)
+                    changes, base, silent = self._run(self._variants, x_t, t, condition)
+                    values.append(changes)
+                    silents.append(silent)
                     if len(values) == 1:
-                        floor = program.no_ablation(x_t, t)
+                        (floor,) = self._run(self._whole_model, x_t, t, base, condition)
         silent = torch.stack(silents).any(0)
         return Measured(torch.stack(values, -1).unflatten(-1, (len(self.times), self.draws)), floor, silent)
 
-    def _program(self, batch: ProbeBatch) -> "_Program":
-        if self.graph:
-            here = tuple(parameter.data_ptr() for parameter in self.model.parameters())
-            if here != self._captured_at:
-                self._programs, self._captured_at = {}, here
-            if not self._programs:
-                self.pool = torch.cuda.graph_pool_handle()  # one whose graphs are gone cannot be taken again
-        condition = batch.condition
-        absent = tuple(getattr(condition, field.name) is None for field in fields(condition))
-        shape = (*batch.mel.shape, condition.tokens.shape[1], condition.padded, absent)
-        if shape not in self._programs:
-            self._programs[shape] = _Program(self, batch)
-        return self._programs[shape]
+    def _run(self, compute: Callable, *inputs) -> tuple[torch.Tensor, ...]:
+        """compute(*inputs), replayed where programs are captured."""
+        if self.programs is None:
+            return compute(*inputs)
+        key = compute.__name__, inputs[0].shape, inputs[-1].layout
+        if key not in self.programs:
+            self.programs.capture(key, compute, *inputs)
+        return self.programs(key, *inputs)
 
-
-class _Program:
-    """The forwards of one batch shape on buffers that stay where they are: as they come, or replayed as CUDA graphs."""
-
-    def __init__(self, probe: FogaProbe, batch: ProbeBatch):
-        self.probe, (clips, *_) = probe, batch.mel.shape
-        self.x_t, self.t = torch.zeros_like(batch.mel), batch.mel.new_zeros(clips)
-        self.condition = batch.condition.to(batch.mel.device).map(torch.clone)
-        self.back = probe.order.argsort().to(batch.mel.device)
-        self.changes = batch.mel.new_zeros((len(probe.gates) - 1, clips), dtype=torch.float32)
-        self.floor = batch.mel.new_zeros((1, clips), dtype=torch.float32)
-        self.base = batch.mel.new_zeros(batch.mel.shape, dtype=torch.float32)
-        self.silent = torch.zeros(clips, dtype=torch.bool, device=batch.mel.device)
-        self._run_variants, self._run_plain = self._variants, self._plain
-        if probe.graph:
-            self._run_variants = captured(self._variants, probe.pool)
-            self._run_plain = captured(self._plain, probe.pool)
-
-    def load(self, condition: Condition) -> None:
-        for field in fields(condition):
-            if isinstance(value := getattr(condition, field.name), torch.Tensor):
-                getattr(self.condition, field.name).copy_(value)
-
-    def change(self, x_t: torch.Tensor, t: float) -> torch.Tensor:
-        """(V - 1, C) of every variant but the whole model; `base` and `silent` are filled."""
-        self.x_t.copy_(x_t)
-        self.t.fill_(t)
-        self._run_variants()
-        return self.changes.clone()
-
-    def no_ablation(self, x_t: torch.Tensor, t: float) -> torch.Tensor:
-        """(C,) the change of `base`, computed among the variants, against the model as it is."""
-        self.x_t.copy_(x_t)
-        self.t.fill_(t)
-        self._run_plain()
-        return self.floor[0].clone()
-
-    def _variants(self) -> None:
-        probe, variants = self.probe, len(self.back)
-        options = {"kind": probe.kind, "row_arguments": (), "max_rows": probe.max_rows, "check_rows": False}
-        with multi_gate(probe.blocks, probe.gates, **options):
-            v = probe.model(self.x_t.repeat(variants, 1, 1), self.t, self.condition).v
+    def _variants(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> tuple[torch.Tensor, ...]:
+        """(V - 1, C) changes of every ablated variant; the whole model's velocity, fp32; (C,) whether it is zero."""
+        variants = len(self.gates)
+        options = {"kind": self.kind, "row_arguments": (), "max_rows": self.max_rows, "check_rows": False}
+        with multi_gate(self.blocks, self.gates, **options):
+            v = self.model(x_t.repeat(variants, 1, 1), t, condition).v
         v = v.unflatten(0, (variants, -1))[self.back]
-        self.changes.copy_(velocity_change(v[1:], v[0], self.condition.lengths))
-        self.base.copy_(v[0])
-        self.silent.copy_(~v[0].flatten(1).any(1))
+        return velocity_change(v[1:], v[0], condition.lengths), v[0].float(), ~v[0].flatten(1).any(1)
 
-    def _plain(self) -> None:
-        v = self.probe.model(self.x_t, self.t, self.condition).v.float()
-        self.floor.copy_(velocity_change(v[None], self.base, self.condition.lengths))
+    def _whole_model(
+        self, x_t: torch.Tensor, t: torch.Tensor, base: torch.Tensor, condition: Condition
+    ) -> tuple[torch.Tensor]:
+        """(C,) the floor: the change of `base`, computed among the variants, against the model as it is."""
+        v = self.model(x_t, t, condition).v.float()
+        return (velocity_change(v[None], base, condition.lengths)[0],)
 
 
 def model_blocks(model: nn.Module, kind: str = "block") -> list[nn.Module]:

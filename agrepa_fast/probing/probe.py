@@ -21,7 +21,7 @@ from ..attribution.scores import STORAGE, LayerScores
 from ..attribution.vjp import FogaVjp
 from ..config import Config
 from ..data.index import Index
-from ..device import record, to_host
+from ..device import CaptureError, record, to_host
 from ..ranks import all_sum, first_failure
 from .fixed_clips import FixedClips, _with_bar, storage_clips, survivable
 from .stored import _check_lasp, pooled_states, storage_scores
@@ -75,6 +75,9 @@ class ClipProbe:
         for batch, owned in _with_bar(clips, self.config, "probe", progress):
             try:
                 part = self.one_batch.launch(ProbeBatch(batch.mel, batch.condition, batch.domain, batch.places))
+            except CaptureError as error:
+                failure = f"the probe cannot be captured ({error}): probe.graph=false runs it without CUDA graphs"
+                continue
             except survivable(self.one_batch.model) as error:
                 failure = failure or str(error)
                 continue

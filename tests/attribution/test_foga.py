@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from agrepa_fast import ablate, foga, select_layers
+from agrepa_fast import ablate, device, foga, select_layers
 from agrepa_fast.attribution import foga as foga_module
 from agrepa_fast.attribution.foga import ProbeBatch
 from agrepa_fast.attribution.scores import LayerScores
@@ -323,7 +323,7 @@ class TestGraphs:
             made.append(pool)
             return lambda: operations() and None
 
-        monkeypatch.setattr(foga_module, "captured", capture)
+        monkeypatch.setattr(device, "captured", capture)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
         return made
 
@@ -386,7 +386,7 @@ class TestGraphs:
         def fails(*_):
             raise RuntimeError("operation not permitted when stream is capturing")
 
-        monkeypatch.setattr(foga_module, "captured", fails)
+        monkeypatch.setattr(device, "captured", fails)
         probe = foga_module.FogaProbe(model, graph=True)
         with pytest.raises(RuntimeError, match="capturing"):
             probe.launch(next(iter(self.batches())))

@@ -24,6 +24,7 @@ from agrepa_fast.seeds import clip_keys
 
 from ..ranks import run_ranks
 from ..testing import write_small_shards
+from ..training.graphs_on_ranks import refuse_captures
 
 CONFIG = load_config(
     "demo", ["probe.times=[0.3,0.7]", "probe.draws=2", "model.dim=16", "model.heads=2", "model.token_dim=16"]
@@ -113,6 +114,14 @@ def test_a_failure_is_raised_when_the_scores_are_read_and_names_the_clip(index, 
     pending = ClipProbe(model, clips, CONFIG).launch()
     with pytest.raises(ValueError, match="probe clip 0: the model's velocity is zero"):
         pending.read()
+
+
+def test_a_failed_capture_advises_the_setting_of_the_probe(index, model, monkeypatch):
+    refuse_captures(monkeypatch)
+    clips = FixedClips(index, "train", 5, 4, "cpu", static=True)
+    message = r"^the probe cannot be captured \(operation not permitted\): probe.graph=false runs it"
+    with pytest.raises(ValueError, match=message):
+        ClipProbe(model, clips, CONFIG).launch().read()
 
 
 def test_the_official_probe_takes_the_first_clip_of_each_domain(index, model):

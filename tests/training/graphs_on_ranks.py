@@ -1,12 +1,13 @@
 """train.py as it would run with CUDA graphs, on a CPU: a capture keeps the operations of one call, without Python."""
 
 import sys
+from contextlib import contextmanager, nullcontext
+from unittest.mock import Mock
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from agrepa_fast import train
-from agrepa_fast.training import captured_step as graphs
+from agrepa_fast import device, train
 
 
 def capture(call, pool, warmup=2):
@@ -16,8 +17,22 @@ def capture(call, pool, warmup=2):
     return lambda: operations() and None
 
 
+def refuse_captures(monkeypatch) -> None:
+    """Give torch.cuda, as far as device.captured uses it, streams that do nothing and captures that fail."""
+
+    @contextmanager
+    def refuse(*_, **__):
+        raise RuntimeError("operation not permitted\nCUDA kernel errors might be reported later")
+        yield
+
+    for name in ("Stream", "CUDAGraph", "current_stream", "set_stream", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, Mock())
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+
+
 if __name__ == "__main__":
-    graphs.captured = capture
+    device.captured = capture
     train.check_graphs = lambda *_: None
     torch.cuda.graph_pool_handle = lambda: object()
     train.main(sys.argv[1:])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from agrepa_fast import device
 from agrepa_fast.config import TrainConfig
 from agrepa_fast.data.batches import Batch
 from agrepa_fast.errors import UserError
@@ -13,7 +14,7 @@ from agrepa_fast.training import captured_step as graphs
 
 from ..ranks import ROOT, start_ranks
 from ..testing import assert_same_curve, small_batch, small_model
-from .graphs_on_ranks import capture
+from .graphs_on_ranks import capture, refuse_captures
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def captures(monkeypatch):
         made.append(pool)
         return capture(call, pool)
 
-    monkeypatch.setattr(graphs, "captured", count)
+    monkeypatch.setattr(device, "captured", count)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
     return made
 
@@ -127,11 +128,22 @@ def test_training_with_graphs_gives_the_same_curve(stage, ranks, extra, preset, 
     assert_same_curve(baseline, tmp_path / "run")
 
 
+def test_a_failed_capture_advises_the_setting_of_training(monkeypatch):
+    refuse_captures(monkeypatch)
+    step = Step()
+    graphed = graphs.GraphedLosses(step.parameters, 2, lambda line: None)
+    with pytest.raises(UserError) as refusal:
+        graphed(step.losses, batch(), keys(0), ())
+    assert str(refusal.value) == (
+        "train.graphs: the step cannot be captured (operation not permitted); train.graphs=0 runs without CUDA graphs"
+    )
+
+
 def test_a_cpu_and_zero_3_have_no_graphs():
-    for device, stage, where in (("cpu", 2, "on a cpu"), ("cuda", 3, "under ZeRO-3")):
+    for kind, stage, where in (("cpu", 2, "on a cpu"), ("cuda", 3, "under ZeRO-3")):
         with pytest.raises(UserError, match=f"train.graphs=2: there are no CUDA graphs {where}"):
-            graphs.check_graphs(TrainConfig(graphs=2), torch.device(device), stage)
-        graphs.check_graphs(TrainConfig(), torch.device(device), stage)
+            graphs.check_graphs(TrainConfig(graphs=2), torch.device(kind), stage)
+        graphs.check_graphs(TrainConfig(), torch.device(kind), stage)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures on a GPU")

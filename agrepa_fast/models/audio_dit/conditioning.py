@@ -33,6 +33,12 @@ class Condition:
         """(C,) what to mask by: the lengths, or None when no frame is padding."""
         return self.lengths if self.padded else None
 
+    @property
+    def layout(self) -> tuple:
+        """The shape of every tensor, None for absent ones, and `padded`: a computation on conditions of one layout is
+        one program."""
+        return tuple(getattr(value, "shape", value) for value in (getattr(self, f.name) for f in fields(self)))
+
     def to(self, device: torch.device | str) -> "Condition":
         return self.map(lambda tensor: tensor.to(device))
 
