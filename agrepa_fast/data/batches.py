@@ -89,20 +89,37 @@ def collate(
 
 
 def fixed_clips(index: Index, split: str, domain: str, count: int) -> list[Sample]:
-    """The first `count` clips of a domain in shard order, the same in every run. UserError when there are fewer, or one
-    of them is not as it was written: what is measured on other clips could not be compared."""
+    """Return `count` clips of a domain, the same in every run: the first in shard order of each length bucket, as many
+    as its share of the domain's clips.
+
+    Raises UserError if there are fewer, or if one of them is not as it was written: measurements on other clips could
+    not be compared.
+    """
     available = index.clips(split, domain)
     if available < count:
         raise UserError(
             f"{index.folder}: {count} {domain} clips of the {split} split are wanted, {available} are there: "
             "prepare more recordings, or lower probe.clips and eval.clips"
         )
-    samples: list[Sample] = []
+    buckets: dict[int, list[Shard]] = {}
     for shard in index.shards(split, domain):
-        if len(samples) >= count:
-            break
-        samples += read_shard(shard, index)
-    return samples[:count]
+        buckets.setdefault(shard.bucket, []).append(shard)
+    samples: list[Sample] = []
+    counts = _proportional(count, [sum(shard.clips for shard in shards) for shards in buckets.values()])
+    for shards, wanted in zip(buckets.values(), counts, strict=True):
+        of_bucket: list[Sample] = []
+        for shard in shards:
+            if len(of_bucket) < wanted:
+                of_bucket += read_shard(shard, index)
+        samples += of_bucket[:wanted]
+    return samples
+
+
+def _proportional(total: int, sizes: list[int]) -> list[int]:
+    """Split `total` in proportion to `sizes`, by largest remainders; the first of equal ones come first."""
+    shares, remainders = zip(*(divmod(total * size, sum(sizes)) for size in sizes), strict=True)
+    largest = sorted(range(len(sizes)), key=lambda i: -remainders[i])[: total - sum(shares)]
+    return [share + (i in largest) for i, share in enumerate(shares)]
 
 
 class Background:

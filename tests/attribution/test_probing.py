@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from agrepa_fast.attribution.foga import Measured, ProbeBatch, foga, official_foga
 from agrepa_fast.config import ModelConfig
 from agrepa_fast.config_file import load_config
-from agrepa_fast.data.batches import collate
+from agrepa_fast.data.batches import collate, fixed_clips
 from agrepa_fast.data.index import load_index
+from agrepa_fast.data.reading import read_shard
 from agrepa_fast.errors import UserError
 from agrepa_fast.flow import reference_prefix
 from agrepa_fast.kernels import flow_mix
@@ -55,6 +56,33 @@ def small_dit(index) -> AudioDiT:
 def test_more_ranks_than_clips_are_refused(index):
     with pytest.raises(UserError, match="2 val clips are fewer than the 3 ranks"):
         FixedClips(index, "val", 1, 4, "cpu", 0, 3)
+
+
+def test_probe_clips_come_from_every_length_bucket_by_its_share(tmp_path):
+    write_small_shards(tmp_path / "bucketed", (13, 19, 25))
+    bucketed = load_index(tmp_path / "bucketed")
+    clips = FixedClips(bucketed, "train", 9, 4, "cpu")
+    for domain in bucketed.domains:
+        shards = bucketed.shards("train", domain)
+        first = {bound: next(s for s in shards if s.bucket == bound) for bound in (13, 19, 25)}
+        chosen = [sample for sample in clips.samples if sample.domain == domain]
+        assert len(chosen) == 9
+        for below, bound in ((0, 13), (13, 19), (19, 25)):
+            of_bucket = [sample.key for sample in chosen if below < sample.frames <= bound]
+            share = sum(s.clips for s in shards if s.bucket == bound) / bucketed.clips("train", domain)
+            assert abs(len(of_bucket) - 9 * share) < 1
+            assert of_bucket == [s.key for s in read_shard(first[bound], bucketed)][: len(of_bucket)]
+    longest = [sample.frames > 13 for sample in FixedClips(bucketed, "train", 1, 4, "cpu").samples]
+    assert longest == [False, True]  # half of the speech clips, and a fifth of the audio clips, have up to 13 frames
+
+
+@pytest.mark.parametrize("count", [1, 9, 22])
+def test_probe_clips_of_one_bucket_are_the_first_in_shard_order(count, index):
+    keys = [s.key for d in index.domains for s in fixed_clips(index, "train", d, 22)]
+    wanted = [s.key for d in index.domains for shard in index.shards("train", d) for s in read_shard(shard, index)]
+    assert keys == wanted
+    chosen = [s.key for s in FixedClips(index, "train", count, 4, "cpu").samples]
+    assert chosen == wanted[:count] + wanted[22 : 22 + count]
 
 
 @pytest.mark.parametrize("static", [False, True])
