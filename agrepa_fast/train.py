@@ -53,7 +53,8 @@ from agrepa_fast.training.stop import StopRequest
 from agrepa_fast.zero.construction import gathered, new_model
 from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config, zero_stage
 from agrepa_fast.zero.ema import Ema
-from agrepa_fast.zero.engine import build_engine, limit_waiting, start_ranks
+from agrepa_fast.zero.engine import build_engine
+from agrepa_fast.zero.process_group import join_process_group, set_collective_timeout
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -143,7 +144,7 @@ def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> 
 
 def train(config: Config, ds_values: dict, resume: str | None) -> None:
     started = time.perf_counter()
-    device = start_ranks()
+    device = join_process_group()
     rank, world = dist.get_rank(), dist.get_world_size()
     clips = config.train.batch_clips if config.train.batch_frames is None else None
     layout = BatchLayout(clips, config.train.accumulation, rank, world)
@@ -175,7 +176,7 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     prepared = time.perf_counter()
 
     engine = build_engine(model, config, ds_config)
-    limit_waiting(config.train.patience)
+    set_collective_timeout(config.train.patience)
     ema = Ema(engine, config.train.ema_decay)
     teacher_dims = {domain: index.teacher(domain).dim for domain in index.domains}
     aligner = Aligner(config, teacher_dims, device)

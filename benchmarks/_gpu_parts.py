@@ -319,11 +319,12 @@ def zero2(plan: Plan) -> Measured:
     from agrepa_fast.training.run import Run
     from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config
     from agrepa_fast.zero.ema import Ema
-    from agrepa_fast.zero.engine import build_engine, start_ranks
+    from agrepa_fast.zero.engine import build_engine
+    from agrepa_fast.zero.process_group import join_process_group
 
     s = plan.sizes
     os.environ.setdefault("LOCAL_RANK", "0")
-    device = start_ranks()
+    device = join_process_group()
     config = Config(model=s.model, data=DataConfig(n_mels=s.mels), train=TrainConfig(batch_clips=s.batch))
     ds_config = resolve_ds_config(find_ds_config("zero2.json"), config.train, BatchLayout(s.batch, 1, 0, 1), device)
     engine = build_engine(awake_model(s, torch.float32), config, ds_config)

@@ -105,9 +105,9 @@ def call_on_ranks(ranks: int, function: Callable, *arguments: object) -> list:
 def _inside_a_group(function: Callable, arguments: tuple) -> object:
     import torch.distributed as dist
 
-    from agrepa_fast.zero.engine import start_ranks
+    from agrepa_fast.zero.process_group import join_process_group
 
-    start_ranks()
+    join_process_group()
     value = function(*arguments)
     dist.barrier()
     dist.destroy_process_group()

@@ -13,7 +13,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +32,8 @@ from ..seeds import derive_seed
 from ..zero.ema import Ema
 from ..zero.masters import full_weights
 from ..zero.recut import FOLDER as UNIVERSAL
-from ..zero.recut import counters, load_recut, whole_file, without_pickle
+from ..zero.recut import load_recut, whole_tensors
+from ..zero.state_files import layout, load_engine, save_engine, step_counters, tensors_only
 from .upload import Mirror
 from .weights import MARKER, checkpoints, marker
 
@@ -53,17 +53,6 @@ class _Writer:
             except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 self.failure = f"{reason}; {_free_mib(self.folder)} MiB free"
-
-    @contextmanager
-    def takes_over(self, engine):
-        """DeepSpeed's files are written by this writer inside."""
-        files, save, scripts = engine.checkpoint_engine, engine.checkpoint_engine.save, engine._copy_recovery_script
-        files.save = lambda *args, **kwargs: self(save, *args, **kwargs)
-        engine._copy_recovery_script = lambda path: None  # scripts that unpickle; model.safetensors is there
-        try:
-            yield
-        finally:
-            files.save, engine._copy_recovery_script = save, scripts
 
 
 @dataclass
@@ -129,10 +118,9 @@ class Checkpoints:
         return True
 
     def _write_files(self, writes: _Writer, path: Path, engine, ema: Ema, choice: LayerChoice) -> None:
-        with writes.takes_over(engine):
-            engine.save_checkpoint(str(self.folder), tag=path.name, save_latest=False)
+        save_engine(engine, path, writes)
         writes(save_file, _random_state(), path / f"rank{self.rank}.safetensors")
-        state = {"choice": choice.state_dict(), "engine": counters(engine), "ema_updates": ema.updates}
+        state = {"choice": choice.state_dict(), "engine": step_counters(engine), "ema_updates": ema.updates}
         weights = full_weights(engine)
         if self.rank == 0:
             writes(torch.save, state, path / "state.pt")
@@ -155,7 +143,7 @@ class Checkpoints:
         # Rotation goes by this order: a clock that was set back must not make the newest the oldest.
         saved = max([time.time_ns(), *(marker(older)["saved"] + 1 for older in checkpoints(self.folder))])
         facts = {"step": step, "saved": saved, "run": self.config.run.id, "val/flow_loss": self.score}
-        facts |= {"shards": _identity(self.index), "layout": self._layout(engine)}
+        facts |= {"shards": _identity(self.index), "layout": layout(engine, self.world)}
         facts["files"] = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
         write_atomically(path / MARKER, json.dumps(facts, indent=1))
         write_atomically(self.folder / "latest", path.name)
@@ -183,14 +171,13 @@ class Checkpoints:
         self._check_settings(path)
         if facts["shards"] != _identity(self.index):
             raise UserError(f"{path} was trained on other shards than those in {self.index.folder}: set data.path")
-        with without_pickle(path):
+        with tensors_only(path):
             state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        if facts["layout"] == self._layout(engine):
-            with without_pickle(path):
-                engine.load_checkpoint(str(self.folder), tag=path.name)
+        if facts["layout"] == layout(engine, self.world):
+            load_engine(engine, path)
         else:
             load_recut(engine, path, facts["layout"]["stage"], state["engine"], self.say)
-        ema.load(whole_file(path / "ema.safetensors"), state["ema_updates"])
+        ema.load(whole_tensors(path / "ema.safetensors"), state["ema_updates"])
         choice.load_state_dict(state["choice"])
         self.score = facts["val/flow_loss"]
         _restore_random_state(path, self.rank, derive_seed(self.config.run.seed, facts["step"], self.rank))
@@ -207,12 +194,6 @@ class Checkpoints:
             raise UserError(
                 f"{path}: {what}{name} is {saved} there and {value} in this run: leave it as it was, or start a new run"
             )
-
-    def _layout(self, engine) -> dict:
-        """What DeepSpeed's own files depend on: they are read again under the same, and re-cut under any other."""
-        precision = "bf16" if engine.bfloat16_enabled() else "fp32"
-        settings = {"ranks": self.world, "stage": engine.zero_optimization_stage(), "precision": precision}
-        return settings | {"zero_optimization": engine.config.get("zero_optimization", {})}
 
     def _new_tag(self, step: int) -> str:
         tag, number = f"step{step:08d}", 1

@@ -103,11 +103,14 @@ def resolve_ds_config(values: dict, train: TrainConfig, layout: BatchLayout, dev
     for section in ("offload_optimizer", "offload_param"):
         if _offloads(values, section) and stage == 0:
             raise UserError(f'ds_config "{section}": at stage 0 every GPU keeps everything: use stage 1, 2 or 3')
-    if _offloads(values, "offload_optimizer"):
-        resolved["zero_force_ds_cpu_optimizer"] = (
-            False  # torch's AdamW has a fused kernel for the CPU, no compiler needed
-        )
+    if offloads_optimizer(values):
+        # torch's AdamW has a fused kernel for the CPU, and needs no compiler.
+        resolved["zero_force_ds_cpu_optimizer"] = False
     return resolved
+
+
+def offloads_optimizer(ds_config: dict) -> bool:
+    return _offloads(ds_config, "offload_optimizer")
 
 
 def _offloads(ds_config: dict, section: str) -> bool:

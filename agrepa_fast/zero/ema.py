@@ -5,8 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .masters import masters, publish_masters
-from .recut import Whole, cut
+from .masters import WholeTensors, masters, publish_masters, write_masters
 
 
 class Ema:
@@ -42,9 +41,9 @@ class Ema:
         publish_masters(self.engine)
 
     @torch.no_grad()
-    def load(self, whole: Whole, updates: int) -> None:
+    def load(self, whole: WholeTensors, updates: int) -> None:
         """Take the average of whole weights, after so many updates, whatever ranks and stage they come from."""
         live = [weights.clone() for weights in masters(self.engine)]
-        self.average = cut(self.engine, whole)
+        self.average = write_masters(self.engine, whole)
         torch._foreach_copy_(masters(self.engine), live)
         self.updates = updates

@@ -1,12 +1,16 @@
 """DeepSpeed's fp32 master weights, at every ZeRO stage."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
+WholeTensors = Callable[[str], torch.Tensor]  # name of a parameter -> its whole tensor, fp32 on the CPU
+
 
 def master_parameters(engine) -> list[torch.Tensor]:
-    """This rank's fp32 weights as the optimizer holds them: flat partitions under ZeRO 1 to 3, whole parameters in the
-    model's order at stage 0. The optimizer's state is keyed by them."""
+    """Return this rank's fp32 weights as the optimizer holds them: flat partitions under ZeRO 1 to 3, whole parameters
+    in the model's order at stage 0. The optimizer's state is keyed by them."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 3:
         return list(optimizer.fp32_partitioned_groups_flat)
@@ -18,15 +22,15 @@ def master_parameters(engine) -> list[torch.Tensor]:
 
 
 def masters(engine) -> list[torch.Tensor]:
-    """The values of `master_parameters`."""
+    """Return the values of `master_parameters`."""
     return [weights.data for weights in master_parameters(engine)]
 
 
 def publish_masters(engine) -> None:
-    """Bring the weights that the forward uses up to date with the masters, on every rank."""
+    """Copy the masters into the weights that the forward uses. Every rank must call it after writing into masters."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 3:
-        optimizer.empty_partition_cache()  # weights still gathered from the last forward would be those of before
+        optimizer.empty_partition_cache()  # it still holds the old weights of the last forward
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if optimizer.persistent_parameters:
@@ -39,18 +43,39 @@ def publish_masters(engine) -> None:
 
 
 def full_weights(engine) -> dict[str, torch.Tensor]:
-    """Name -> whole fp32 weight on the CPU, from the masters; on rank 0, nothing elsewhere. Every rank must call it,
-    since the partitions are gathered one after the other."""
+    """Return name -> whole fp32 weight on the CPU, from the masters, on rank 0; {} on other ranks. Every rank must call
+    it: partitions are gathered one after the other."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    stage, whole = engine.zero_optimization_stage(), {}
-    for (name, parameter), value in zip(engine.module.named_parameters(), _whole(engine, stage), strict=True):
-        value = safe_get_full_fp32_param(parameter) if stage > 0 else value
+    named = list(engine.module.named_parameters())
+    if engine.zero_optimization_stage() == 0:
+        values = masters(engine)  # whole already, in the model's order
+    else:
+        values = (safe_get_full_fp32_param(parameter) for _, parameter in named)
+    whole = {}
+    for (name, _), value in zip(named, values, strict=True):
         if dist.get_rank() == 0:
             whole[name] = value.detach().cpu().clone().contiguous()
     return whole
 
 
-def _whole(engine, stage: int) -> list[torch.Tensor | None]:
-    """The masters where they are whole parameters, in the model's order."""
-    return masters(engine) if stage == 0 else [None] * len(list(engine.module.parameters()))
+@torch.no_grad()
+def write_masters(engine, whole: WholeTensors) -> list[torch.Tensor]:
+    """Write this rank's part of whole tensors into its masters, and return copies of the parts, laid out as
+    masters(engine). Call `publish_masters` before the next forward."""
+    stage, parameters = engine.zero_optimization_stage(), engine.module.named_parameters()
+    if stage == 0:
+        for (name, _), master in zip(parameters, masters(engine), strict=True):
+            master.copy_(whole(name))
+        return [master.clone() for master in masters(engine)]
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    for name, parameter in parameters:
+        if stage < 3:
+            safe_set_full_fp32_param(parameter, whole(name))
+        else:  # DeepSpeed's function for whole tensors fails where the ranks do not divide a parameter
+            size = parameter.ds_tensor.numel()
+            flat = whole(name).flatten()
+            padded = torch.nn.functional.pad(flat, (0, size * dist.get_world_size() - flat.numel()))
+            safe_set_local_fp32_param(parameter, padded[size * dist.get_rank() :][:size])
+    return [master.clone() for master in masters(engine)]

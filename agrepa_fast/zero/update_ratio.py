@@ -6,6 +6,7 @@ import torch
 
 from ..ranks import all_sum
 from .masters import masters
+from .optimizers import optimizer_inside
 
 _CHUNK = 1 << 24  # elements worked on at once: bounds what the norms need beside the weights
 
@@ -23,7 +24,7 @@ def update_ratio(engine, lr: float) -> torch.Tensor:
     Worked out from the moments, so that no copy of the weights has to be kept through a step.
     """
     updates, weights = [], []
-    for update, before in _updates(engine.basic_optimizer, lr):
+    for update, before in _updates(optimizer_inside(engine), lr):
         updates.append(update.square().sum())
         weights.append(before.square().sum())
     return (_global(engine, updates) / _global(engine, weights)).sqrt()

@@ -214,10 +214,10 @@ from pathlib import Path
 import torch
 from tests.attribution.test_probing import CONFIG, small_dit
 from agrepa_fast.data.index import load_index
-from agrepa_fast.zero.engine import start_ranks
+from agrepa_fast.zero.process_group import join_process_group
 from agrepa_fast.probing.probe import ClipProbe, FixedClips, pooled_states
 
-start_ranks()
+join_process_group()
 rank, index = torch.distributed.get_rank(), load_index(Path(sys.argv[1]))
 model, calls = small_dit(index), []
 

@@ -15,7 +15,8 @@ from agrepa_fast.data.batches import BatchLayout
 from agrepa_fast.zero.construction import new_model, whole_shape
 from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config
 from agrepa_fast.zero.ema import Ema
-from agrepa_fast.zero.engine import build_engine, start_ranks
+from agrepa_fast.zero.engine import build_engine
+from agrepa_fast.zero.process_group import join_process_group
 
 
 def resident(field: str) -> int:
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     args = parser.parse_intermixed_args()
     config = load_config(args.preset, ["model.n_mels=100", "model.vocab=8192", *args.overrides])
-    device = start_ranks()
+    device = join_process_group()
     world = dist.get_world_size()
     layout = BatchLayout(config.train.batch_clips, config.train.accumulation, dist.get_rank(), world)
     ds_config = resolve_ds_config(find_ds_config(args.ds_config), config.train, layout, device)

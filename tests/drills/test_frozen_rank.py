@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from datetime import timedelta
 from agrepa_fast.train import explain
-from agrepa_fast.zero.engine import limit_waiting
+from agrepa_fast.zero.process_group import set_collective_timeout
 
 dist.init_process_group("gloo", timeout=timedelta(hours=12))
 other = dist.new_group()
-limit_waiting(0.03)
+set_collective_timeout(0.03)
 pids = [None, None]
 dist.all_gather_object(pids, os.getpid())
 if dist.get_rank() == 1:

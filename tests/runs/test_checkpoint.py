@@ -21,6 +21,7 @@ from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
 from agrepa_fast.files import write_atomically
 from agrepa_fast.zero import recut as universal
+from agrepa_fast.zero.state_files import tensors_only
 
 from ..ranks import run_ranks, run_training
 from ..testing import assert_same_curve, metrics
@@ -42,7 +43,7 @@ def made(preset, tmp_path, monkeypatch):
     """Checkpoints of one rank, without DeepSpeed: `made(keep=…)` returns them and a function that saves a step."""
     monkeypatch.setattr(checkpoint.dist, "barrier", lambda: None)
     monkeypatch.setattr(checkpoint, "full_weights", lambda engine: {"weight": torch.ones(3)})
-    monkeypatch.setattr(checkpoint, "counters", lambda engine: {})
+    monkeypatch.setattr(checkpoint, "step_counters", lambda engine: {})
     index, said = load_index(preset.parent), []
 
     def write(state, path):
@@ -281,11 +282,11 @@ from agrepa_fast import Config, load_config
 from agrepa_fast.data.index import load_index
 from agrepa_fast.checkpoints import save as checkpoint
 from agrepa_fast.zero.ema import Ema
-from agrepa_fast.zero.engine import start_ranks
+from agrepa_fast.zero.process_group import join_process_group
 from agrepa_fast.zero.masters import full_weights, masters
-from agrepa_fast.zero.recut import cut
+from agrepa_fast.zero.masters import write_masters
 
-start_ranks()
+join_process_group()
 for stage in (0, 1, 2, 3):
     for bf16 in (False, True):
         torch.manual_seed(1)
@@ -307,7 +308,7 @@ for stage in (0, 1, 2, 3):
         if dist.get_rank() == 0:
             assert all(torch.equal(averaged[name], whole[name]) for name in names), (stage, bf16)
             assert all(torch.equal(full, weights[name]) for name, full in zip(names, weights.values()))
-        parts = cut(engine, whole.__getitem__)
+        parts = write_masters(engine, whole.__getitem__)
         assert all(map(torch.equal, parts, ema.average))
         if stage in (1, 2):  # one flat vector in the model's order, an equal share each
             flat = torch.cat([whole[name].flatten() for name in names])
@@ -359,12 +360,12 @@ def test_a_universal_checkpoint_is_complete_or_absent_and_made_once(saved, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(ds_to_universal, "main", half)
         with pytest.raises(UserError, match=r"No space left on device.*resume with the ranks"):
-            universal._moments(engine, path, 2, said.append)
+            universal._whole_moments(engine, path, 2, said.append)
     assert not list(path.glob("universal*"))
-    first = universal._moments(engine, path, 2, said.append)("out.weight", "exp_avg")
+    first = universal._whole_moments(engine, path, 2, said.append)("out.weight", "exp_avg")
     with monkeypatch.context() as patch:
         patch.setattr(ds_to_universal, "main", half)
-        again = universal._moments(engine, path, 2, said.append)("out.weight", "exp_avg")
+        again = universal._whole_moments(engine, path, 2, said.append)("out.weight", "exp_avg")
     assert torch.equal(first, again)
     assert first.shape == weights["out.weight"].shape
     assert first.abs().sum() > 0
@@ -391,7 +392,7 @@ def test_a_pickle_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
     torch.save({"optimizer_state_dict": Attack()}, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-    with pytest.raises(UserError, match="holds more than numbers"), universal.without_pickle(tmp_path):
+    with pytest.raises(UserError, match="holds more than numbers"), tensors_only(tmp_path):
         TorchCheckpointEngine().load(str(tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"))
     with pytest.raises(UserError, match="cannot be converted"):
         universal._convert(tmp_path, tmp_path / "universal")

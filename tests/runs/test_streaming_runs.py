@@ -87,10 +87,11 @@ from agrepa_fast.data.batches import train_batches
 from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.training import dry_run as module
 from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config
-from agrepa_fast.zero.engine import build_engine, start_ranks
+from agrepa_fast.zero.engine import build_engine
+from agrepa_fast.zero.process_group import join_process_group
 from agrepa_fast.zero.masters import full_weights
 
-device = start_ranks()
+device = join_process_group()
 rank = dist.get_rank()
 config = load_config(sys.argv[1], ["model.dropout=0.2", "train.batch_frames=100"])
 index = read_index(Path(sys.argv[1]).parent)

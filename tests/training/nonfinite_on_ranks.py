@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from agrepa_fast.errors import UserError
 from agrepa_fast.lr_schedule import lr_factor
-from agrepa_fast.zero.engine import start_ranks
+from agrepa_fast.zero.process_group import join_process_group
 from tests.training.in_process import ds_values, make_run, state
 
 BAD = 1  # the step (from 0) that is spoilt
@@ -106,7 +106,7 @@ def stopped(preset: str, folder: Path) -> str:
 
 
 def main(preset: str, folder: Path) -> None:
-    start_ranks()
+    join_process_group()
     found = {}
     for case in CASES[dist.get_world_size()]:
         name = "-".join(map(str, case))

@@ -10,7 +10,7 @@ from agrepa_fast import launch
 from agrepa_fast.errors import LocalError, UserError
 from agrepa_fast.launch import complete_launch_environment, local_device
 from agrepa_fast.ranks import all_gather, first_failure, on_rank_0
-from agrepa_fast.zero.engine import start_ranks
+from agrepa_fast.zero.process_group import join_process_group
 
 from ..ranks import fork_ranks
 
@@ -104,7 +104,7 @@ def test_more_ranks_than_gpus(environment, monkeypatch):
 def _started_by_srun() -> dict:
     place = {"SLURM_PROCID": "RANK", "SLURM_STEP_NUM_TASKS": "WORLD_SIZE", "SLURM_LOCALID": "LOCAL_RANK"}
     os.environ.update({name: os.environ.pop(ours) for name, ours in place.items()})
-    start_ranks()
+    join_process_group()
     rank, failures = dist.get_rank(), []
 
     def fails() -> None:

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from agrepa_fast.checkpoints.weights import load_weights
 from agrepa_fast.config_file import load_config
 from agrepa_fast.zero.construction import new_model
-from agrepa_fast.zero.engine import start_ranks
 from agrepa_fast.zero.masters import full_weights, masters
+from agrepa_fast.zero.process_group import join_process_group
 from agrepa_fast.zero.update_ratio import update_ratio, weight_norm
 from tests.training.in_process import ds_values, make_run
 
@@ -85,7 +85,7 @@ def loaded(preset: str, weights: Path) -> bool:
 
 
 def main(preset: str, folder: Path, names: list[str]) -> None:
-    start_ranks()
+    join_process_group()
     found = {name: steps(preset, folder / name, *VARIANTS[name]) for name in names}
     if dist.get_world_size() > 1:
         found["loaded"] = loaded(preset, folder / "plain" / "weights.safetensors")

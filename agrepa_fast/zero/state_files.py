@@ -1,0 +1,77 @@
+"""DeepSpeed's own files of a checkpoint: weights, masters and moments as its engine holds them, one set per rank."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+
+from ..errors import UserError
+from .optimizers import optimizer_inside
+
+
+def layout(engine, ranks: int) -> dict:
+    """Return the settings that DeepSpeed's files depend on. An engine of the same layout reads them again; any other
+    takes whole tensors (recut.py)."""
+    precision = "bf16" if engine.bfloat16_enabled() else "fp32"
+    settings = {"ranks": ranks, "stage": engine.zero_optimization_stage(), "precision": precision}
+    return settings | {"zero_optimization": engine.config.get("zero_optimization", {})}
+
+
+def save_engine(engine, path: Path, write: Callable[..., object]) -> None:
+    """Write DeepSpeed's files into the folder `path`. Every rank must call it. write(function, *args): calls the
+    function, or leaves it out; DeepSpeed's own writer raises on one rank while the others wait for it."""
+    files, save, copy_scripts = engine.checkpoint_engine, engine.checkpoint_engine.save, engine._copy_recovery_script
+    files.save = lambda *args, **kwargs: write(save, *args, **kwargs)
+    engine._copy_recovery_script = lambda path: None  # scripts that unpickle; model.safetensors is there
+    try:
+        engine.save_checkpoint(str(path.parent), tag=path.name, save_latest=False)
+    finally:
+        files.save, engine._copy_recovery_script = save, copy_scripts
+
+
+def load_engine(engine, path: Path) -> None:
+    """Load DeepSpeed's files from the folder `path`, written by an engine of the same layout. Every rank must call it.
+    Raises UserError where a file holds more than tensors and numbers."""
+    with tensors_only(path):
+        engine.load_checkpoint(str(path.parent), tag=path.name)
+
+
+def step_counters(engine) -> dict:
+    """Return what an engine counts, the same on every rank: steps, clips, and the place in the schedule."""
+    states = optimizer_inside(engine).state
+    return {
+        "global_steps": engine.global_steps,
+        "global_samples": engine.global_samples,
+        "skipped_steps": engine.skipped_steps,
+        "updates": max((int(state["step"]) for state in states.values() if "step" in state), default=0),
+        "schedule": engine.lr_scheduler.state_dict(),
+    }
+
+
+@contextmanager
+def tensors_only(path: Path) -> Iterator[None]:
+    """Inside, DeepSpeed reads tensors, numbers and three classes of its own, and runs no pickled code. Raises UserError
+    where a file of the checkpoint `path` holds more."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    # DeepSpeed passes weights_only=False at a dozen places; only torch's own variable overrules an explicit argument.
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    except UnpicklingError as error:
+        raise UserError(
+            f"{path} holds more than numbers, and was not loaded: no run of agrepa_fast wrote it"
+        ) from error
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
