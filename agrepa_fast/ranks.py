@@ -35,7 +35,7 @@ class LostRankError(UserError):
 
 @dataclass
 class Ranks:
-    """This process among those that work together. Every rank must call `all_gather`, `on_rank_0` and
+    """This process among those that work together. Every rank must call `all_gather`, `on_rank_0`, `from_rank_0` and
     `load_on_every_rank` in the same order."""
 
     rank: int = 0
@@ -47,19 +47,24 @@ class Ranks:
         """Return the value of every rank. Raises UserError on all if one of them has failed instead."""
         return self._agree(value, None)
 
-    def on_rank_0(self, action: Callable[[], Any]) -> Any:
-        """Run `action` on rank 0 and return its result on every rank. Raises UserError on all if `action` does."""
-        value, failure = None, None
+    def on_rank_0(self, action: Callable[[], object]) -> None:
+        """Run `action` on rank 0 and wait for it on every rank. Raises UserError on all if `action` does."""
+        failure = None
         if self.rank == 0:
             try:
-                value = action()
+                action()
             except UserError as error:
                 if self.world == 1:
                     raise
                 failure = str(error)
                 self._post_failure()
         self._agree(None, failure)
-        return value if self.world == 1 else self._broadcast(value)
+
+    def from_rank_0(self, make: Callable[[], Any]) -> Any:
+        """Return what `make` returns on rank 0, which alone calls it. Raises UserError on all if `make` does."""
+        made = []
+        self.on_rank_0(lambda: made.append(make()))
+        return made[0] if self.world == 1 else self._broadcast(made[0] if made else None)
 
     def load_on_every_rank(self, name: str, load: Callable[[str], Any]) -> Any:
         """Return load(this rank's device). Rank 0 goes first, and the others find in the cache what it has fetched.
@@ -210,10 +215,16 @@ def _training_ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
 
 
-def on_rank_0(action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0 and return its result on every rank. Raises UserError on all if `action` does. Every rank
-    must call it."""
-    return _training_ranks().on_rank_0(action)
+def on_rank_0(action: Callable[[], object]) -> None:
+    """Run `action` on rank 0 and wait for it on every rank. Raises UserError on all if `action` does. Every rank must
+    call it."""
+    _training_ranks().on_rank_0(action)
+
+
+def from_rank_0(make: Callable[[], Any]) -> Any:
+    """Return what `make` returns on rank 0, which alone calls it, on every rank. Raises UserError on all if `make`
+    does. Every rank must call it."""
+    return _training_ranks().from_rank_0(make)
 
 
 def all_gather(value: object) -> list:
@@ -242,5 +253,5 @@ def all_max(values: torch.Tensor) -> torch.Tensor:
 
 # Names until today's branches have landed.
 agree, ONE = on_rank_0, ALONE
-Ranks.first, Ranks.gather, Ranks.own, Ranks.whole = Ranks.on_rank_0, Ranks.all_gather, Ranks.part_of, Ranks.join_parts
+Ranks.first, Ranks.gather, Ranks.own, Ranks.whole = Ranks.from_rank_0, Ranks.all_gather, Ranks.part_of, Ranks.join_parts
 Ranks.loaded, Ranks.poll, Ranks.fail = Ranks.load_on_every_rank, Ranks.check_others, Ranks.fail_everywhere

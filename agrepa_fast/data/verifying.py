@@ -36,7 +36,7 @@ def verify_folder(folder: Path, ranks: Ranks = ALONE) -> Index:
 
     Prints the first 20 faults and raises UserError when there are any.
     """
-    index = ranks.on_rank_0(lambda: read_index(Path(folder)))
+    index = ranks.from_rank_0(lambda: read_index(Path(folder)))
     files, found = ranks.part_of(index_files(index.content)), _Found()
     shards = [(split, shard) for domain in index.domains for split in SPLITS for shard in index.shards(split, domain)]
     total = sum(entry["bytes"] for entry in files)

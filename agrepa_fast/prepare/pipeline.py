@@ -48,22 +48,22 @@ def prepare(config: Config, listing: Callable[[], list[Source]], out: Path, rank
     """
     data, out = config.data, Path(out)
     sources = listing() if ranks.rank == 0 else []
-    content = ranks.on_rank_0(lambda: existing(data, out, sources))
-    domains = ranks.on_rank_0(lambda: [source.domain for source in sources])
+    content = ranks.from_rank_0(lambda: existing(data, out, sources))
+    domains = ranks.from_rank_0(lambda: [source.domain for source in sources])
     if content["domains"].keys() >= set(domains):
         if ranks.rank == 0:
             print(f"{out}: prepared before with the same settings, nothing to do")
             load_index(out, verify=False)
         return Index(out, content)
     with only_writer(out, ranks), workers() as pool:
-        content = ranks.on_rank_0(lambda: existing(data, out, sources))  # another process may have finished meanwhile
+        content = ranks.from_rank_0(lambda: existing(data, out, sources))  # another process may have finished meanwhile
         teacher_of = cache(lambda spec: load_on_all(data, spec, ranks))
         throughput = {}
         for number, domain in enumerate(domains):
             if domain in content["domains"]:
                 continue
             job = Job(data, out, domain, ranks, pool)
-            recordings = ranks.on_rank_0(lambda number=number: sources[number].recordings())
+            recordings = ranks.from_rank_0(lambda number=number: sources[number].recordings())
             entry, shards = _prepare_domain(job, recordings, teacher_of)
             if ranks.rank == 0:
                 source = sources[number]
@@ -71,7 +71,7 @@ def prepare(config: Config, listing: Callable[[], list[Source]], out: Path, rank
                 content["domains"][domain] = entry
                 content["shards"] += shards
                 throughput[domain] = job.throughput
-        return ranks.on_rank_0(lambda: finish(out, content, throughput, "*"))
+        return ranks.from_rank_0(lambda: finish(out, content, throughput, "*"))
 
 
 def finish(out: Path, content: dict, throughput: dict[str, dict], results: str) -> Index:

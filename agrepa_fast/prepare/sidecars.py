@@ -44,26 +44,26 @@ def add_teacher(
     """
     data, out = config.data, Path(out)
     sources = listing() if ranks.rank == 0 else []
-    domains = ranks.on_rank_0(lambda: [source.domain for source in sources])
-    content = ranks.on_rank_0(lambda: _prepared(data, out, sources, spec))
+    domains = ranks.from_rank_0(lambda: [source.domain for source in sources])
+    content = ranks.from_rank_0(lambda: _prepared(data, out, sources, spec))
     if all(_is_there(content["domains"][domain], spec, data.teacher_rate) for domain in domains):
         if ranks.rank == 0:
             print(f"{out}: has targets of {spec}, nothing to do")
         return Index(out, content)
     with only_writer(out, ranks), workers() as pool:
         # Another process may have written meanwhile.
-        content = ranks.on_rank_0(lambda: _prepared(data, out, sources, spec))
+        content = ranks.from_rank_0(lambda: _prepared(data, out, sources, spec))
         throughput, teacher = {}, load_on_all(data, spec, ranks)
         for number, domain in enumerate(domains):
             if _is_there(content["domains"][domain], spec, data.teacher_rate):
                 continue
             job = Job(data, out, domain, ranks, pool)
-            recordings = ranks.on_rank_0(lambda number=number: sources[number].recordings())
+            recordings = ranks.from_rank_0(lambda number=number: sources[number].recordings())
             entry = _SidecarStage(job, content, {r.name: r for r in recordings}, teacher, spec).run()
             if ranks.rank == 0:
                 content["domains"][domain]["teachers"][teacher_name(teacher, data.teacher_rate)] = entry
                 throughput[domain] = job.throughput
-        return ranks.on_rank_0(lambda: finish(out, content, throughput, "sidecars-*"))
+        return ranks.from_rank_0(lambda: finish(out, content, throughput, "sidecars-*"))
 
 
 def _prepared(data: DataConfig, out: Path, sources: list[Source], spec: str) -> dict:

@@ -43,7 +43,7 @@ class TeacherStage:
         with self.job.stage("teacher", sum(map(len, fit + rest))) as stage:
             self._pass(fit, "frames", lambda clip, frames: {"frames": frames}, stage)
             self.ranks.all_gather(None)  # the frames are there, of all ranks
-            codebook = self.ranks.on_rank_0(self._codebook) if fits else None
+            codebook = self.ranks.from_rank_0(self._codebook) if fits else None
             self.tokenizers |= dict.fromkeys(fits, codebook)
             for clip in chain.from_iterable(fit):
                 if not self._file(clip, "tokens").is_file():

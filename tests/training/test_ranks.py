@@ -1,6 +1,7 @@
 """The place of a process among its ranks, from what launchers set, and what all ranks learn of one."""
 
 import os
+from threading import Lock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from agrepa_fast import launch
 from agrepa_fast.errors import LocalError, UserError
 from agrepa_fast.launch import complete_launch_environment, local_device
-from agrepa_fast.ranks import all_gather, first_failure, on_rank_0
+from agrepa_fast.ranks import all_gather, first_failure, from_rank_0, on_rank_0
 from agrepa_fast.zero.process_group import join_process_group
 
 from ..ranks import fork_ranks
@@ -111,12 +112,13 @@ def _started_by_srun() -> dict:
         raise UserError(f"rank {rank} objects")
 
     try:
+        on_rank_0(lambda: Lock())  # a result that cannot be sent stays where it is
         on_rank_0(fails)
     except UserError as error:
         failures.append(str(error))
     learnt = {
         "ranks": all_gather((rank, os.environ["LOCAL_RANK"])),
-        "of rank 0": on_rank_0(lambda: {"rank": rank}),
+        "of rank 0": from_rank_0(lambda: {"rank": rank}),
         "failures": failures,
         "first": first_failure("rank 1 is ill" if rank == 1 else None),
         "none": first_failure(None),
