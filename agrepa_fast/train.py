@@ -32,9 +32,11 @@ from agrepa_fast.checkpoints.weights import (
 )
 from agrepa_fast.config import Config
 from agrepa_fast.config_file import load_config, save_config
-from agrepa_fast.data.batches import end_loaders, train_batches
-from agrepa_fast.data.index import Index, matching_index
-from agrepa_fast.data.plan import BatchLayout, BatchPlan
+from agrepa_fast.data.index import Index
+from agrepa_fast.data.layout import BatchLayout
+from agrepa_fast.data.loading import end_loaders, train_batches
+from agrepa_fast.data.matching import matching_index
+from agrepa_fast.data.plan import BatchPlan
 from agrepa_fast.errors import LocalError, UserError
 from agrepa_fast.files import FolderLock
 from agrepa_fast.models.audio_dit.dit import AudioDiT

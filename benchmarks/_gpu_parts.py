@@ -315,7 +315,8 @@ def zero2(plan: Plan) -> Measured:
         return
     from agrepa_fast.alignment.aligner import Aligner
     from agrepa_fast.config import Config, DataConfig, TrainConfig
-    from agrepa_fast.data.batches import Batch, BatchLayout
+    from agrepa_fast.data.batch import Batch
+    from agrepa_fast.data.layout import BatchLayout
     from agrepa_fast.training.run import Run
     from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config
     from agrepa_fast.zero.ema import Ema

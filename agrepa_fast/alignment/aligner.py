@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from ..attribution.selection import LayerSelection
 from ..config import Config
-from ..data.batches import Batch
+from ..data.batch import Batch
 from ..lr_schedule import lr_factor
 from ..ranks import all_sum
 from .heads import AlignmentHeads, BitcProjections

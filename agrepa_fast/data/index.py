@@ -8,24 +8,19 @@ natural-log mel, `<key>.tokens.npy` int32 (S,) ids counted over all domains, for
 pickle anywhere.
 """
 
-import hashlib
-import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
-from ..config import DOMAINS, DataConfig
-from ..config_file import without_removed
+from ..config import DOMAINS
 from ..errors import UserError
-from ..files import file_sha256, replace_file, write_atomically
+from ..files import file_sha256, write_atomically
 from .locations import Place, ReadError, Remote, locate, read_object
 
 SCHEMA = 2
@@ -57,36 +52,6 @@ class TeacherInfo:
     rate: float | None  # frames per second stored; None: one pooled vector a clip
     mean: np.ndarray
     files: dict[str, dict]  # shard -> file, bytes, sha256 of the sidecar with its clips' targets; {}: the shard itself
-
-
-@dataclass
-class Sample:
-    """One clip. mel (T, n_mels) fp16 natural log, tokens (S,) int32, teacher (dim,) or (frames, dim) fp16 as stored;
-    `frames` is T. tokens2 (S,) int32, one for every token, where the shards have them."""
-
-    key: str
-    domain: str
-    text: str
-    labels: tuple[str, ...]
-    frames: int
-    seconds: float
-    cut: bool  # the clip is a part of its recording, `text` that of the whole
-    source: str
-    licence: str
-    mel: np.ndarray
-    tokens: np.ndarray
-    teacher: np.ndarray
-    tokens2: np.ndarray | None = None
-
-    @property
-    def pooled(self) -> np.ndarray:
-        """(dim,) float32: the teacher's vector, or the mean of its frames."""
-        return pooled(self.teacher)
-
-
-def pooled(target: np.ndarray) -> np.ndarray:
-    """What is stored of a teacher, (dim,) or (frames, dim) -> (dim,) float32, the vector or its mean over time."""
-    return target.astype(np.float32) if target.ndim == 1 else target.mean(axis=0, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -236,37 +201,6 @@ def read_index(folder: str | Place) -> Index:
     return Index(folder, content)
 
 
-def matching_index(data: DataConfig) -> Index:
-    """The index of data.path, with the teachers that `data` names. Raises UserError, too, when its features were made
-    with other settings than `data`'s, or without such a teacher. Of local files the sizes are checked, of
-    others nothing."""
-    index = load_index(locate(data.path, data.read_timeout, data.read_attempts), verify=False)
-    for name, there in without_removed("data", index.features).items():
-        if there != getattr(data, name):
-            _refuse(index, name, there, getattr(data, name))
-    chosen = {}
-    for domain in index.domains:
-        name = f"{domain}_teacher"
-        entries = index.content["domains"][domain]["teachers"]
-        of_spec = [key for key, entry in entries.items() if entry["spec"] == getattr(data, name)]
-        if not of_spec:
-            specs = dict.fromkeys(entry["spec"] for entry in entries.values())
-            _refuse(index, name, " or ".join(specs), getattr(data, name))
-        # Two entries of one teacher differ in their rate; training pools them alike.
-        chosen[domain] = next((key for key in of_spec if entries[key]["rate"] == data.teacher_rate), of_spec[0])
-        there, name = index.content["domains"][domain]["tokens"]["spec"], f"{domain}_tokens"
-        if there != getattr(data, name):
-            _refuse(index, name, there, getattr(data, name))
-    return replace(index, chosen=chosen)
-
-
-def _refuse(index: Index, name: str, there: object, here: object) -> None:
-    raise UserError(
-        f"{index.folder} was prepared with data.{name}={there}, the run has {here}: set data.{name}={there}, "
-        "or prepare the recordings again"
-    )
-
-
 def remedy(folder: Place) -> str:
     if isinstance(folder, Remote):
         return f"copy its shards to {folder} again"
@@ -293,64 +227,6 @@ def file_fault(folder: Path, entry: dict, checksum: bool) -> str | None:
     if checksum and (found := file_sha256(path)) != entry["sha256"]:
         return f"{path} has SHA-256 {found}, not {entry['sha256']}"
     return None
-
-
-def write_shard(path: Path, samples: Iterable[Sample], teacher: str) -> dict:
-    """Write one tar atomically. Returns what index.json says of it: file, clips, frames, bytes, sha256."""
-    clips = frames = 0
-
-    def members() -> Iterator[dict]:
-        nonlocal clips, frames
-        for sample in samples:
-            clips, frames = clips + 1, frames + sample.frames
-            yield _members(sample, teacher)
-
-    written = write_tar(path, members())
-    return {"file": path.name, "clips": clips, "frames": frames, **written}
-
-
-def write_tar(path: Path, samples: Iterable[dict]) -> dict:
-    """Write WebDataset samples {"__key__": …, suffix: bytes} atomically. Returns bytes and sha256, of what was written
-    and not of what the disk then holds."""
-    from webdataset.writer import TarWriter
-
-    with replace_file(path) as file:
-        stream = _Hashed(file)
-        with TarWriter(stream, user="", group="", mtime=0, encoder=False) as tar:
-            for sample in samples:
-                tar.write(sample)
-    return {"bytes": stream.bytes, "sha256": stream.sha256.hexdigest()}
-
-
-class _Hashed:
-    """A file that is written from its start to its end, with the SHA-256 of what went into it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.bytes, self.sha256 = file, 0, hashlib.sha256()
-
-    def write(self, content: bytes) -> int:
-        self.sha256.update(content)
-        self.bytes += len(content)
-        return self.file.write(content)
-
-
-def _members(sample: Sample, teacher: str) -> dict:
-    fields = ("domain", "text", "labels", "frames", "seconds", "cut", "source", "licence")
-    meta = {name: getattr(sample, name) for name in fields}
-    return {
-        "__key__": sample.key,
-        "json": json.dumps(meta, ensure_ascii=False).encode(),
-        "mel.npy": npy(sample.mel),
-        "tokens.npy": npy(sample.tokens),
-        **({} if sample.tokens2 is None else {"tokens2.npy": npy(sample.tokens2)}),
-        f"{teacher}.npy": npy(sample.teacher),
-    }
-
-
-def npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
 
 
 def write_index(folder: Path, content: dict) -> None:

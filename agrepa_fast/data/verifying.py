@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..ranks import ALONE, Ranks
-from .index import SPLITS, Index, Sample, Shard, file_fault, index_files, read_index
+from .index import SPLITS, Index, Shard, file_fault, index_files, read_index
 from .reading import read_shard
+from .samples import Sample
 
 MAX_LINES = 20
 _CLOSE = 1e-6  # relative: sums of the same numbers in another order

@@ -14,7 +14,9 @@ import numpy as np
 
 from ..config import Config, DataConfig
 from ..corpora.recordings import Recording, Source
-from ..data.index import Index, npy, pooled, remedy, write_tar
+from ..data.index import Index, remedy
+from ..data.samples import npy, pooled
+from ..data.writing import write_tar
 from ..errors import UserError
 from ..ranks import ALONE, Ranks
 from .decode import ahead, cut_wave, digest

@@ -15,7 +15,9 @@ import numpy as np
 
 from ..audio.mel import frame_count
 from ..config import DataConfig
-from ..data.index import SPLITS, Sample, write_shard
+from ..data.index import SPLITS
+from ..data.samples import Sample
+from ..data.writing import write_shard
 from ..files import write_atomically
 from ..tokenizers.kmeans import Codebook, CodeMels, codebook_bytes
 from .decode import Clip, ahead, digest

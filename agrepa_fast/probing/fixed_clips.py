@@ -9,8 +9,10 @@ from tqdm import tqdm
 
 from ..attribution.foga import probe_condition
 from ..config import DOMAINS, Config
-from ..data.batches import Batch, collate, fixed_clips
-from ..data.index import Index, Sample
+from ..data.batch import Batch, collate
+from ..data.index import Index
+from ..data.reading import fixed_clips
+from ..data.samples import Sample
 from ..errors import UserError
 
 

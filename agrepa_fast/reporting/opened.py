@@ -9,7 +9,8 @@ import torch
 from ..checkpoints.weights import load_model, resolve_checkpoint
 from ..config import Config
 from ..config_file import load_config
-from ..data.index import Index, matching_index
+from ..data.index import Index
+from ..data.matching import matching_index
 from ..errors import UserError
 from ..models.audio_dit.dit import AudioDiT
 

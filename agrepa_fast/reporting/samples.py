@@ -9,8 +9,9 @@ import torch.nn as nn
 
 from ..audio.vocoder import Vocoder, load_vocoder
 from ..config import DOMAINS, Config
-from ..data.batches import Batch, collate, fixed_clips
+from ..data.batch import Batch, collate
 from ..data.index import Index
+from ..data.reading import fixed_clips
 from ..flow import reference_prefix, sample
 from ..seeds import clip_keys
 from .opened import open_checkpoint

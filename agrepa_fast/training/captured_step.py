@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from ..config import TrainConfig
-from ..data.batches import Batch
+from ..data.batch import Batch
 from ..device import CapturedPrograms, CaptureError, tensors_of
 from ..errors import UserError
 

@@ -3,7 +3,8 @@
 import torch
 
 from ..data.index import Index
-from ..data.plan import BatchLayout, BatchPlan
+from ..data.layout import BatchLayout
+from ..data.plan import BatchPlan
 from ..errors import LocalError, UserError
 from ..flow import flow_loss
 from ..models.audio_dit.conditioning import Condition

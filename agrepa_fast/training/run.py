@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..config import Config
-from ..data.batches import Batch
+from ..data.batch import Batch
 from ..data.index import Index
 from ..errors import LocalError, UserError
 from ..flow import flow_loss, reference_prefix, training_draws

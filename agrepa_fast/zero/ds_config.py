@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..config import PRESETS, TrainConfig
-from ..data.batches import BatchLayout
+from ..data.layout import BatchLayout
 from ..errors import UserError, nearest
 
 _NEVER = 2**62  # DeepSpeed's own progress lines: the run has a bar

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from agrepa_fast.attribution.foga import Measured, ProbeBatch, foga, official_foga
 from agrepa_fast.config import ModelConfig
 from agrepa_fast.config_file import load_config
-from agrepa_fast.data.batches import collate, fixed_clips
+from agrepa_fast.data.batch import collate
 from agrepa_fast.data.index import load_index
-from agrepa_fast.data.reading import read_shard
+from agrepa_fast.data.reading import fixed_clips, read_shard
 from agrepa_fast.errors import UserError
 from agrepa_fast.flow import reference_prefix
 from agrepa_fast.kernels import flow_mix

@@ -7,11 +7,16 @@ import pytest
 import torch
 
 from agrepa_fast.config import DOMAINS, DataConfig
-from agrepa_fast.data import batches as stream
-from agrepa_fast.data.batches import Background, ClipReader, collate, fixed_clips, train_batches
+from agrepa_fast.data import clip_reader
+from agrepa_fast.data.batch import collate
+from agrepa_fast.data.clip_reader import Background, ClipReader
 from agrepa_fast.data.index import load_index, read_index
-from agrepa_fast.data.plan import BatchLayout, BatchPlan, ClipOrder
-from agrepa_fast.data.reading import ClipError, Fault
+from agrepa_fast.data.layout import BatchLayout
+from agrepa_fast.data.loading import train_batches
+from agrepa_fast.data.order import ClipOrder
+from agrepa_fast.data.plan import BatchPlan
+from agrepa_fast.data.reading import Fault, fixed_clips, read_shard
+from agrepa_fast.data.samples import ClipError
 from agrepa_fast.errors import UserError
 
 from ..testing import write_small_shards
@@ -152,7 +157,7 @@ def damaged(tmp_path_factory):
         elif what == "nan":
             whole = read_index(folder)
             shard = next(s for s in whole.shards("train", "speech") if s.path.name == name)
-            key = stream.read_shard(shard, whole)[2].key
+            key = read_shard(shard, whole)[2].key
             rewrite(file, on(f"{key}.mel.npy", lambda old: old[:-2] + b"\x00\x7e"))  # fp16's NaN
             index = json.loads((folder / "index.json").read_text())
             entry = next(entry for entry in index["shards"] if entry["file"] == name)
@@ -206,7 +211,7 @@ def fake_shards(monkeypatch, shards=40, clips=6, broken=()):
                 raise ClipError("missing", "", f"{self.number} does not exist")
             return self.number, clip
 
-    monkeypatch.setattr(stream, "OpenShard", Fake)
+    monkeypatch.setattr(clip_reader, "OpenShard", Fake)
     files = [SimpleNamespace(number=n, clips=clips, path=SimpleNamespace(name=f"{n}.tar")) for n in range(shards)]
     order = ClipOrder([clips] * shards, 4, 0, "speech")
     reader = ClipReader(SimpleNamespace(folder="x"), tuple(files), order, 4, Background(2))

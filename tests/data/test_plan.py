@@ -9,7 +9,9 @@ import pytest
 
 from agrepa_fast.config import DOMAINS
 from agrepa_fast.data.index import Shard
-from agrepa_fast.data.plan import BatchLayout, BatchPlan, ClipOrder, batch_domains
+from agrepa_fast.data.layout import BatchLayout
+from agrepa_fast.data.order import ClipOrder
+from agrepa_fast.data.plan import BatchPlan, batch_domains
 from agrepa_fast.errors import UserError
 
 COUNTS = (8, 8, 8, 3)

@@ -7,10 +7,12 @@ import pytest
 
 from agrepa_fast.config import DataConfig
 from agrepa_fast.data import locations as storage
-from agrepa_fast.data.batches import BatchLayout, fixed_clips, train_batches
-from agrepa_fast.data.index import load_index, matching_index
+from agrepa_fast.data.index import load_index
+from agrepa_fast.data.layout import BatchLayout
+from agrepa_fast.data.loading import train_batches
 from agrepa_fast.data.locations import ReadError, Remote, locate, read_object, writable
-from agrepa_fast.data.reading import OpenShard, read_shard
+from agrepa_fast.data.matching import matching_index
+from agrepa_fast.data.reading import OpenShard, fixed_clips, read_shard
 from agrepa_fast.errors import UserError
 
 from ..testing import write_small_shards

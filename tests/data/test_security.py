@@ -22,8 +22,8 @@ from agrepa_fast.checkpoints.weights import find_checkpoint
 from agrepa_fast.cli import main
 from agrepa_fast.config import DataConfig, TrainConfig
 from agrepa_fast.config_file import load_config
-from agrepa_fast.data.batches import BatchLayout
 from agrepa_fast.data.index import INDEX, Shard, load_index
+from agrepa_fast.data.layout import BatchLayout
 from agrepa_fast.data.reading import read_shard
 from agrepa_fast.errors import UserError
 from agrepa_fast.fetch import fetch_apt, fetch_pip

@@ -10,8 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agrepa_fast.data.index import SCHEMA, Sample, load_index, write_index, write_shard
+from agrepa_fast.data.index import SCHEMA, load_index, write_index
 from agrepa_fast.data.reading import read_shard
+from agrepa_fast.data.samples import Sample
+from agrepa_fast.data.writing import write_shard
 from agrepa_fast.errors import UserError
 from agrepa_fast.files import file_sha256
 from agrepa_fast.tokenizers.kmeans import Codebook, CodeMels, codebook_bytes, tokens_of_frames

@@ -14,8 +14,9 @@ from agrepa_fast.audio.mel import frame_count
 from agrepa_fast.cli import main
 from agrepa_fast.config import DataConfig
 from agrepa_fast.corpora.folder import folder_source
-from agrepa_fast.data.batches import collate
-from agrepa_fast.data.index import load_index, matching_index, write_index
+from agrepa_fast.data.batch import collate
+from agrepa_fast.data.index import load_index, write_index
+from agrepa_fast.data.matching import matching_index
 from agrepa_fast.data.reading import read_shard
 from agrepa_fast.data.verifying import verify_folder
 from agrepa_fast.errors import UserError

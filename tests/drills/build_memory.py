@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from agrepa_fast.config_file import load_config
-from agrepa_fast.data.batches import BatchLayout
+from agrepa_fast.data.layout import BatchLayout
 from agrepa_fast.zero.construction import new_model, whole_shape
 from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config
 from agrepa_fast.zero.ema import Ema

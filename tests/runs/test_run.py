@@ -13,10 +13,12 @@ from agrepa_fast.alignment import aligner as aligner_module
 from agrepa_fast.attribution.csv import append_csv
 from agrepa_fast.attribution.foga import ProbeBatch, foga
 from agrepa_fast.attribution.selection import LayerSelection, select_layers
-from agrepa_fast.config import FlowConfig
+from agrepa_fast.config import DataConfig, FlowConfig
 from agrepa_fast.config_file import load_config
-from agrepa_fast.data.batches import BatchLayout, DataConfig, collate, train_batches
+from agrepa_fast.data.batch import collate
 from agrepa_fast.data.index import load_index
+from agrepa_fast.data.layout import BatchLayout
+from agrepa_fast.data.loading import train_batches
 from agrepa_fast.flow import euler, flow_loss, reference_prefix, sample, sway_times, training_draws
 from agrepa_fast.kernels import flow_mix
 from agrepa_fast.lr_schedule import lr_factor

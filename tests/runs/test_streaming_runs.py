@@ -81,9 +81,10 @@ import torch.distributed as dist
 
 from agrepa_fast.config import UserError
 from agrepa_fast.config_file import load_config
-from agrepa_fast.data.plan import BatchLayout, BatchPlan
+from agrepa_fast.data.layout import BatchLayout
+from agrepa_fast.data.plan import BatchPlan
 from agrepa_fast.data.index import read_index
-from agrepa_fast.data.batches import train_batches
+from agrepa_fast.data.loading import train_batches
 from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.training import dry_run as module
 from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config

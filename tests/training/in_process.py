@@ -11,8 +11,9 @@ from agrepa_fast.alignment.aligner import Aligner
 from agrepa_fast.attribution.selection import LayerSelection
 from agrepa_fast.config import PRESETS
 from agrepa_fast.config_file import load_config
-from agrepa_fast.data.batches import BatchLayout, train_batches
 from agrepa_fast.data.index import load_index
+from agrepa_fast.data.layout import BatchLayout
+from agrepa_fast.data.loading import train_batches
 from agrepa_fast.probing.schedule import LayerChoice
 from agrepa_fast.train import build_model, fit_to_shards
 from agrepa_fast.training.metrics import Metrics

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from agrepa_fast.config import TrainConfig
 from agrepa_fast.config_file import load_config
-from agrepa_fast.data.batches import BatchLayout
+from agrepa_fast.data.layout import BatchLayout
 from agrepa_fast.errors import UserError
 from agrepa_fast.lr_schedule import lr_factor
 from agrepa_fast.models.audio_dit.dit import AudioDiT

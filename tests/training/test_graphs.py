@@ -5,7 +5,7 @@ import torch
 
 from agrepa_fast import device
 from agrepa_fast.config import TrainConfig
-from agrepa_fast.data.batches import Batch
+from agrepa_fast.data.batch import Batch
 from agrepa_fast.errors import UserError
 from agrepa_fast.flow import flow_loss
 from agrepa_fast.kernels import flow_mix, philox_uniform

@@ -13,9 +13,10 @@ from agrepa_fast import cli
 from agrepa_fast.attribution.foga import foga
 from agrepa_fast.config import DOMAINS, DataConfig, ModelConfig
 from agrepa_fast.config_file import load_config
-from agrepa_fast.data.batches import collate, fixed_clips
-from agrepa_fast.data.index import load_index, matching_index, write_index
-from agrepa_fast.data.reading import read_shard
+from agrepa_fast.data.batch import collate
+from agrepa_fast.data.index import load_index, write_index
+from agrepa_fast.data.matching import matching_index
+from agrepa_fast.data.reading import fixed_clips, read_shard
 from agrepa_fast.errors import UserError
 from agrepa_fast.models.audio_dit.conditioning import TokenCondition
 from agrepa_fast.models.audio_dit.dit import AudioDiT
@@ -146,7 +147,7 @@ def test_batches_carry_the_second_tokens_of_their_clips(preset):
     ids=["short", "int64", "high", "negative", "missing"],
 )
 def test_damaged_second_tokens_are_named(tmp_path, damage, message):
-    from agrepa_fast.data.index import write_shard
+    from agrepa_fast.data.writing import write_shard
 
     write_small_shards(tmp_path / "shards", extra=True)
     index = load_index(tmp_path / "shards")

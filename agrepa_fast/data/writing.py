@@ -1,0 +1,48 @@
+"""Shards, written."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from ..files import replace_file
+from .samples import Sample, _members
+
+
+def write_shard(path: Path, samples: Iterable[Sample], teacher: str) -> dict:
+    """Write one tar atomically. Returns what index.json says of it: file, clips, frames, bytes, sha256."""
+    clips = frames = 0
+
+    def members() -> Iterator[dict]:
+        nonlocal clips, frames
+        for sample in samples:
+            clips, frames = clips + 1, frames + sample.frames
+            yield _members(sample, teacher)
+
+    written = write_tar(path, members())
+    return {"file": path.name, "clips": clips, "frames": frames, **written}
+
+
+def write_tar(path: Path, samples: Iterable[dict]) -> dict:
+    """Write WebDataset samples {"__key__": …, suffix: bytes} atomically. Returns bytes and sha256, of what was written
+    and not of what the disk then holds."""
+    from webdataset.writer import TarWriter
+
+    with replace_file(path) as file:
+        stream = _Hashed(file)
+        with TarWriter(stream, user="", group="", mtime=0, encoder=False) as tar:
+            for sample in samples:
+                tar.write(sample)
+    return {"bytes": stream.bytes, "sha256": stream.sha256.hexdigest()}
+
+
+class _Hashed:
+    """A file that is written from its start to its end, with the SHA-256 of what went into it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.bytes, self.sha256 = file, 0, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        self.bytes += len(content)
+        return self.file.write(content)
