@@ -63,6 +63,7 @@ def fork_ranks(ranks: int, function: Callable, *arguments: object, cwd: Path | N
         processes = []
         for folder, environment in zip(folders, rank_environments(ranks), strict=True):
             folder.mkdir()
+            environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder)  # not what an earlier version of an op was compiled to
             given = (function, arguments, folder, environment, cwd or folder)
             processes.append(_fork_server().Process(target=_run_rank, args=given))
         until = time.monotonic() + SECONDS
@@ -114,20 +115,27 @@ def _inside_a_group(function: Callable, arguments: tuple) -> object:
     return value
 
 
-def run_training(ranks: int, *arguments: str, cwd: Path, wanted: int = 0) -> str:
-    """Train to the end in forked processes, check every rank's exit code, return rank 0's output. Plots are empty files
-    and sounds are silence: a new process (`start_training`) makes them."""
-    ended = fork_ranks(ranks, _train, [*arguments], cwd=cwd)
+def train(ranks: int, *arguments: str, cwd: Path, plant: Callable[[], object] | None = None) -> list[Ended]:
+    """Run train.py in forked processes. Plots are empty files and sounds are silence: a new process (`start_training`)
+    makes them. plant: called on every rank before it trains."""
+    return fork_ranks(ranks, _train, [*arguments], plant, cwd=cwd)
+
+
+def run_training(ranks: int, *arguments: str, cwd: Path, wanted: int = 0, plant: Callable | None = None) -> str:
+    """Train as `train` does, check every rank's exit code, return rank 0's output."""
+    ended = train(ranks, *arguments, cwd=cwd, plant=plant)
     for rank in ended:
         assert rank.code == wanted, rank.output[-4000:]
     return ended[0].output
 
 
-def _train(arguments: list[str]) -> None:
+def _train(arguments: list[str], plant: Callable | None) -> None:
     from agrepa_fast import train
 
     leave_out_pictures()
-    train.main(arguments)
+    if plant is not None:
+        plant()
+    train.run_process(arguments)
 
 
 def leave_out_pictures() -> None:

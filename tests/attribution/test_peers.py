@@ -1,5 +1,5 @@
-"""multi_gate on other people's models, installed from PyPI (extra "peers", pip install --no-deps), with random weights,
-against a naive loop that ablates one block at a time."""
+"""multi_gate on other people's models, installed from PyPI (peers.txt), with random weights, against a naive loop that
+ablates one block at a time."""
 
 import csv
 import importlib
@@ -20,6 +20,7 @@ from agrepa_fast.cli import main
 
 import_torchaudio()  # the peers import it; beside a CPU build of torch that needs a stand-in first
 CLIPS, FRAMES, MELS = 2, 11, 20
+INSTALL = "pip install --no-deps -r tests/peers.txt"
 
 
 class StandIn(ModuleType):
@@ -34,9 +35,11 @@ def import_alone(name: str, *absent: str) -> ModuleType:
     packages are empty stand-ins while it is imported."""
     parents = [name.rsplit(".", depth)[0] for depth in range(name.count("."), 0, -1)]
     finder = importlib.machinery.PathFinder()
-    path, before = None, set(sys.modules)
+    path, others = None, {package: sys.modules.get(package) for package in absent}
     for parent in parents:
-        path = list(finder.find_spec(parent, path).submodule_search_locations)
+        if (spec := finder.find_spec(parent, path)) is None:
+            pytest.skip(f"{parent}: {INSTALL}")
+        path = list(spec.submodule_search_locations)
         module = ModuleType(parent)
         module.__path__ = path
         sys.modules[parent] = module
@@ -44,8 +47,11 @@ def import_alone(name: str, *absent: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     finally:
-        for left in [key for key in set(sys.modules) - before if key in absent]:
-            del sys.modules[left]
+        for package, module in others.items():  # what another test has imported comes back
+            if module is None:
+                del sys.modules[package]
+            else:
+                sys.modules[package] = module
 
 
 def awake(model: nn.Module) -> nn.Module:
@@ -91,18 +97,18 @@ def voicebox():
 
 
 def image_dit():
-    from diffusers import DiTTransformer2DModel
-
-    model = DiTTransformer2DModel(2, 16, in_channels=4, out_channels=4, num_layers=5, sample_size=8, patch_size=2)
+    diffusers = pytest.importorskip("diffusers", reason=INSTALL)
+    model = diffusers.DiTTransformer2DModel(
+        2, 16, in_channels=4, out_channels=4, num_layers=5, sample_size=8, patch_size=2
+    )
     torch.manual_seed(1)
     inputs = {"hidden_states": torch.randn(CLIPS, 4, 8, 8), "timestep": torch.randint(0, 999, (CLIPS,))}
     return model, list(model.transformer_blocks), inputs | {"class_labels": torch.tensor([3, 999])}
 
 
 def audio_dit():
-    from diffusers import StableAudioDiTModel
-
-    model = StableAudioDiTModel(
+    diffusers = pytest.importorskip("diffusers", reason=INSTALL)
+    model = diffusers.StableAudioDiTModel(
         sample_size=FRAMES, in_channels=8, num_layers=4, attention_head_dim=16, num_attention_heads=2,
         num_key_value_attention_heads=1, out_channels=8, cross_attention_dim=24, time_proj_dim=16,
         global_states_input_dim=24, cross_attention_input_dim=24,

@@ -26,8 +26,7 @@ WEIGHT_NORM = "encoder.pos_conv.0.parametrizations.weight.original"  # torch's n
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """(file as microsoft/unilm's, speechbrain's model of it, which returns all layers)"""
-    from speechbrain.lobes.models import beats
-
+    beats = pytest.importorskip("speechbrain.lobes.models.beats", reason="pip install 'agrepa_fast[beats]'")
     torch.manual_seed(0)
     model = beats.BEATs.__new__(beats.BEATs)
     with pytest.MonkeyPatch.context() as patch:

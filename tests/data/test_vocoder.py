@@ -138,7 +138,8 @@ def save_vocos(folder, sample_rate: int = 24000, padding: str = "center", extrac
     """A small random Vocos model as `config.yaml` and `pytorch_model.bin`; the model."""
     import_torchaudio()
     import yaml
-    from vocos import Vocos
+
+    vocos = pytest.importorskip("vocos", reason="pip install 'agrepa_fast[vocos]'")
 
     mel = {"sample_rate": sample_rate, "n_fft": 1024, "hop_length": 256, "n_mels": 100, "padding": padding}
     backbone = {"input_channels": 100, "dim": 16, "intermediate_dim": 24, "num_layers": 2}
@@ -153,7 +154,7 @@ def save_vocos(folder, sample_rate: int = 24000, padding: str = "center", extrac
     if extractor != "MelSpectrogramFeatures":
         return None
     torch.manual_seed(0)
-    model = Vocos.from_hparams(str(folder / "config.yaml")).eval()
+    model = vocos.Vocos.from_hparams(str(folder / "config.yaml")).eval()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     return model
 

@@ -17,6 +17,7 @@ from agrepa_fast.tokenizers.vq import FrameCodec, VqTokenizer
 from agrepa_fast.tokenizers.vq_config import VqFitConfig
 from agrepa_fast.tokenizers.vq_fit import _Frames, fit_vq
 
+pytest.importorskip("vector_quantize_pytorch", reason="pip install 'agrepa_fast[vq]'")
 DIM = 8
 
 

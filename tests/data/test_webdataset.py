@@ -180,8 +180,7 @@ def test_samples_with_a_problem_are_named(tmp_path):
 
 @pytest.fixture
 def dataset(tmp_path, monkeypatch):
-    import datasets
-
+    datasets = pytest.importorskip("datasets", reason="pip install 'agrepa_fast[hf]'")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = {
         "id": list(range(12)),

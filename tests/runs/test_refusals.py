@@ -4,19 +4,27 @@ import shutil
 
 import pytest
 
-from ..ranks import run_training, start_training
+from ..ranks import run_training, start_training, train
 
 
 def test_a_fault_that_rank_0_finds_stops_every_rank_with_one_line(preset, tmp_path):
     shards = tmp_path / "shards"
     shutil.copytree(preset.parent, shards)
     (shards / "train-audio-0001.tar").unlink()
-    processes = start_training(2, "--preset", str(preset), f"data.path={shards}", cwd=tmp_path)
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], outputs
-    assert "train-audio-0001.tar is missing" in outputs[0]
-    assert "Traceback" not in "".join(outputs)
-    assert "agrepa train:" not in outputs[1]
+    first, second = train(2, "--preset", str(preset), f"data.path={shards}", cwd=tmp_path)
+    assert (first.code, second.code) == (2, 2), first.output + second.output
+    assert "train-audio-0001.tar is missing" in first.output
+    assert "Traceback" not in first.output + second.output
+    assert "agrepa train:" not in second.output
+
+
+def test_a_refusal_as_users_see_it(tmp_path):
+    """The one refusal of a process of its own."""
+    (process,) = start_training(1, "--preset", "dmo", cwd=tmp_path)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert output.splitlines()[-1] == "agrepa train: preset 'dmo' is unknown: did you mean 'demo'?"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(preset, tmp_path):

@@ -1,15 +1,19 @@
 """Exact resume, signals, interrupted saves, and starting from another run."""
 
+import functools
 import json
+import os
 import shutil
 import signal
-import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from ..ranks import run_training, start_training
+from agrepa_fast.training.run import Run
+
+from ..ranks import run_training
 from ..testing import assert_same_curve, metrics
 
 
@@ -52,6 +56,30 @@ def test_resume_equals_the_uninterrupted_run(stage, ranks, stop, extra, preset, 
     assert chosen[0]["step"] == chosen[1]["step"] == (6 if "align.refresh=2" in extra else 2)
 
 
+LONG = ("train.steps=9", "train.val_every=9", "probe.warmup_steps=4", "align.refresh=4")
+
+
+def signal_rank_1(number: int) -> None:
+    """Let rank 1 get a signal amid its fifth step."""
+    if os.environ["RANK"] == "1":
+        step = Run.step
+
+        def step_with_a_signal(self, batches, at):
+            if at == 4:
+                os.kill(os.getpid(), number)
+            step(self, batches, at)
+
+        Run.step = step_with_a_signal
+
+
+@pytest.fixture(scope="module")
+def whole(preset, tmp_path_factory) -> Path:
+    """A run that no signal stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_training(2, "--ds_config", "zero2.json", "--preset", str(preset), "run.dir=run", *LONG, cwd=folder)
+    return folder / "run"
+
+
 @pytest.mark.parametrize(
     ("number", "stage", "extra"),
     [
@@ -59,28 +87,18 @@ def test_resume_equals_the_uninterrupted_run(stage, ranks, stop, extra, preset, 
         (signal.SIGUSR1, 3, ()),
     ],
 )
-def test_a_signal_to_one_rank_stops_all_after_a_save(number, stage, extra, preset, ds_configs, tmp_path):
-    """A scheduler's warning: both ranks exit 0, and what was lost is nothing."""
-    args = ("--ds_config", ds_configs[stage], "--preset", str(preset), "train.steps=60", "train.val_every=60")
-    settings = ("probe.warmup_steps=4", "align.refresh=10", *extra)
-    run_training(2, *args, "run.dir=whole", *settings, cwd=tmp_path)
-    ranks = start_training(2, *args, "run.dir=stopped", *settings, cwd=tmp_path)
-    written = tmp_path / "stopped" / "metrics.jsonl"
-    until = time.monotonic() + 120
-    while not (written.is_file() and written.read_text().count("\n") >= 5):
-        assert time.monotonic() < until
-        assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0]
-        time.sleep(0.02)
-    ranks[1].send_signal(number)
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    assert "stopped by a signal, saved" in outputs[0]
-    last = max(metrics(tmp_path / "stopped"))
-    assert last < 60
-    assert (tmp_path / "stopped" / "checkpoints" / "latest").read_text() == f"step{last:08d}"
-    assert not (tmp_path / "stopped" / "summary.json").exists()
-    run_training(2, "--ds_config", ds_configs[stage], "--resume", "latest", "run.dir=stopped", cwd=tmp_path)
-    assert_same_curve(tmp_path / "whole", tmp_path / "stopped")
+def test_a_signal_to_one_rank_stops_all_after_a_save(number, stage, extra, preset, whole, ds_configs, tmp_path):
+    """A scheduler's warning: both ranks exit 0 and nothing is lost."""
+    args = ("--ds_config", ds_configs[stage], "run.dir=stopped")
+    given = (*args, "--preset", str(preset), *LONG, *extra)
+    output = run_training(2, *given, cwd=tmp_path, plant=functools.partial(signal_rank_1, number))
+    assert "step 6: stopped by a signal, saved" in output
+    stopped = tmp_path / "stopped"
+    assert max(metrics(stopped)) == 6
+    assert (stopped / "checkpoints" / "latest").read_text() == "step00000006"
+    assert not (stopped / "summary.json").exists()
+    run_training(2, *args, "--resume", "latest", cwd=tmp_path)
+    assert_same_curve(whole, stopped)
 
 
 def test_an_error_of_our_own_ends_a_run_with_loader_processes(preset, tmp_path):

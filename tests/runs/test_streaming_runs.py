@@ -2,15 +2,31 @@
 
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from agrepa_fast.config_file import load_config
+from agrepa_fast.data.loading import train_batches
 from agrepa_fast.data.index import read_index
+from agrepa_fast.data.layout import BatchLayout
+from agrepa_fast.data.plan import BatchPlan
+from agrepa_fast.errors import UserError
+from agrepa_fast.models.audio_dit.dit import AudioDiT
+from agrepa_fast.training import dry_run
+from agrepa_fast.zero.ds_config import resolve_ds_config
+from agrepa_fast.zero.engine import build_engine
+from agrepa_fast.zero.masters import full_weights
 
 from ..data.server import serving
 from ..data.test_shards import on, rewrite
-from ..ranks import run_ranks, run_training
+from ..ranks import call_on_ranks, run_training
 from ..testing import metrics, write_small_shards
+from ..training.in_process import ds_values
 
 ARGS = ("train.batch_frames=100", "train.steps=8", "align.strategy=fixed:2", "data.read_attempts=3")
 
@@ -71,48 +87,23 @@ def test_more_faults_than_allowed_stop_all_ranks_with_one_line(shards, tmp_path)
     assert (tmp_path / "run" / "faults.jsonl").is_file()
 
 
-DRY_RUN = """
-import hashlib, sys
-from dataclasses import replace
-from pathlib import Path
-
-import torch
-import torch.distributed as dist
-
-from agrepa_fast.config import UserError
-from agrepa_fast.config_file import load_config
-from agrepa_fast.data.layout import BatchLayout
-from agrepa_fast.data.plan import BatchPlan
-from agrepa_fast.data.index import read_index
-from agrepa_fast.data.loading import train_batches
-from agrepa_fast.models.audio_dit.dit import AudioDiT
-from agrepa_fast.training import dry_run as module
-from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config
-from agrepa_fast.zero.engine import build_engine
-from agrepa_fast.zero.process_group import join_process_group
-from agrepa_fast.zero.masters import full_weights
-
-device = join_process_group()
-rank = dist.get_rank()
-config = load_config(sys.argv[1], ["model.dropout=0.2", "train.batch_frames=100"])
-index = read_index(Path(sys.argv[1]).parent)
-config = replace(config, model=replace(config.model, n_mels=index.n_mels, vocab=index.vocab))
-layout = BatchLayout(None, 1, rank, 2)
-plan = BatchPlan.of(index, config, layout)
-
-
-def train(stage, dry):
-    values = find_ds_config(f"zero{stage}.json")
-    if stage == 3:
-        values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+def train_three_steps(preset: str, stage: int, dry: bool) -> tuple[list[float], str, Callable[[], str]]:
+    """The losses, a hash of the weights, and a function that makes one more dry run. dry: make dry runs before the first
+    two steps, the second of which finds moments and traces."""
+    config = load_config(preset, ["model.dropout=0.2", "train.batch_frames=100"])
+    index = read_index(Path(preset).parent)
+    config = replace(config, model=replace(config.model, n_mels=index.n_mels, vocab=index.vocab))
+    layout, device = BatchLayout(None, 1, dist.get_rank(), dist.get_world_size()), torch.device("cpu")
+    plan = BatchPlan.of(index, config, layout)
     torch.manual_seed(0)
-    engine = build_engine(AudioDiT(config.model), config, resolve_ds_config(values, config.train, layout, device))
-    batches = train_batches(index, config.data, layout, seed=0, center=True, plan=plan)
-    seen = []
+    engine = build_engine(
+        AudioDiT(config.model), config, resolve_ds_config(ds_values(stage), config.train, layout, device)
+    )
+    batches, losses = train_batches(index, config.data, layout, seed=0, center=True, plan=plan), []
     for step in range(3):
-        if dry and step < 2:  # between steps, too: after the first there are moments and traces
+        if dry and step < 2:
             before = torch.get_rng_state()
-            line = module.dry_run(engine, index, plan, layout, device)
+            line = dry_run.dry_run(engine, index, plan, layout, device)
             assert line == "dry run: 4 clips of 13 frames a rank and micro-batch, the largest bucket", line
             assert torch.equal(before, torch.get_rng_state())
             assert all(p.grad is None or not p.grad.any() for p in engine.module.parameters())
@@ -121,37 +112,38 @@ def train(stage, dry):
         loss = batch.weight * (v - batch.mel).square().mean()
         engine.backward(loss)
         engine.step()
-        seen.append(loss.item())
+        losses.append(loss.item())
     weights = full_weights(engine)
-    return seen, hashlib.sha256(b"".join(weights[n].numpy().tobytes() for n in sorted(weights))).hexdigest(), engine
+    digest = hashlib.sha256(b"".join(weights[name].numpy().tobytes() for name in sorted(weights))).hexdigest()
+    return losses, digest, lambda: dry_run.dry_run(engine, index, plan, layout, device)
 
 
-for stage in (0, 1, 2, 3):
-    (*plain, _), (*dry, engine) = train(stage, False), train(stage, True)
-    assert plain == dry, (stage, plain, dry)
-    print("equal at stage", stage, flush=True)
+def train_with_and_without_dry_runs(preset: str) -> None:
+    for stage in (0, 1, 2, 3):
+        (*plain, _), (*dry, _) = train_three_steps(preset, stage, False), train_three_steps(preset, stage, True)
+        assert plain == dry, (stage, plain, dry)
 
 
-def out_of_memory(*_):
-    if rank == 1 or engine.zero_optimization_stage() == 3:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_the_dry_run_leaves_no_trace_at_any_stage(shards):
+    call_on_ranks(2, train_with_and_without_dry_runs, str(shards / "preset.yaml"))
 
 
-module._forward_backward = out_of_memory
-for stage in (2, 3):
-    *_, engine = train(stage, False)
-    try:
-        module.dry_run(engine, index, plan, layout, device)
-    except UserError as error:
-        print("refused:", error, flush=True)
-dist.barrier()
-dist.destroy_process_group()
-"""
+def refusal_of_a_dry_run(preset: str, stage: int, rank: int) -> str:
+    """What a dry run says when the memory of one rank is not enough."""
+    *_, again = train_three_steps(preset, stage, False)
+
+    def run_out_of_memory(*_):
+        if dist.get_rank() == rank or stage == 3:  # under ZeRO-3 a rank alone would leave the others waiting
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    dry_run._forward_backward = run_out_of_memory
+    with pytest.raises(UserError) as refused:
+        again()
+    return str(refused.value)
 
 
-def test_the_dry_run_leaves_no_trace_at_any_stage_and_names_what_does_not_fit(shards, tmp_path):
-    (tmp_path / "dry.py").write_text(DRY_RUN)
-    for output in run_ranks(2, tmp_path / "dry.py", str(shards / "preset.yaml")):
-        assert [f"equal at stage {stage}" in output for stage in range(4)] == [True] * 4, output
-        assert output.count("refused: 4 clips of 13 frames a rank and micro-batch, the largest bucket, do not fit") == 2
-        assert "lower train.batch_frames" in output
+@pytest.mark.parametrize("stage", [2, 3])
+def test_every_rank_names_what_does_not_fit(stage, shards):
+    for line in call_on_ranks(2, refusal_of_a_dry_run, str(shards / "preset.yaml"), stage, 1):
+        assert line.startswith("4 clips of 13 frames a rank and micro-batch, the largest bucket, do not fit")
+        assert "lower train.batch_frames" in line

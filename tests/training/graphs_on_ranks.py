@@ -1,6 +1,5 @@
-"""train.py as it would run with CUDA graphs, on a CPU: a capture keeps the operations of one call, without Python."""
+"""A stand-in for CUDA graphs on a CPU: a capture keeps the operations of one call, without Python."""
 
-import sys
 from contextlib import contextmanager, nullcontext
 from unittest.mock import Mock
 
@@ -31,8 +30,8 @@ def refuse_captures(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "graph", refuse)
 
 
-if __name__ == "__main__":
+def plant_captures() -> None:
+    """Let train.py run on this process's CPU as it would run with CUDA graphs."""
     device.captured = capture
     train.check_graphs = lambda *_: None
     torch.cuda.graph_pool_handle = lambda: object()
-    train.main(sys.argv[1:])

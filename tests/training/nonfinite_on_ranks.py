@@ -1,8 +1,5 @@
-"""One rank of test_nonfinite: python nonfinite_on_ranks.py PRESET FOLDER. The last rank alone has steps that are not
-finite."""
+"""Steps that are not finite on the last rank alone, for test_nonfinite.py."""
 
-import json
-import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +9,8 @@ import torch.distributed as dist
 
 from agrepa_fast.errors import UserError
 from agrepa_fast.lr_schedule import lr_factor
-from agrepa_fast.zero.process_group import join_process_group
-from tests.training.in_process import ds_values, make_run, state
+
+from .in_process import ds_values, make_run, state
 
 BAD = 1  # the step (from 0) that is spoilt
 CASES = {  # ranks -> stage, offload, precision, what is spoilt
@@ -105,17 +102,10 @@ def stopped(preset: str, folder: Path) -> str:
     return "went on"
 
 
-def main(preset: str, folder: Path) -> None:
-    join_process_group()
+def spoil_steps(preset: str, folder: Path) -> dict:
+    """What this rank saw: of every case of CASES, and what a run says that is stopped."""
     found = {}
     for case in CASES[dist.get_world_size()]:
         name = "-".join(map(str, case))
         found[name] = skipped_step(preset, folder / name, *case)
-    found["stopped"] = stopped(preset, folder / "stopped")
-    (folder / f"found{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    return found | {"stopped": stopped(preset, folder / "stopped")}

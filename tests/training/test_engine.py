@@ -15,7 +15,8 @@ from agrepa_fast.lr_schedule import lr_factor
 from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config
 
-from ..ranks import ROOT, run_ranks
+from ..ranks import ROOT, call_on_ranks, run_ranks
+from .variants_on_ranks import compute_variants
 
 
 def test_schedule_counts_optimizer_steps():
@@ -58,8 +59,7 @@ def test_presets_are_filled_in_from_the_run(stage):
 )
 def test_ways_to_compute_a_step_give_the_same_weights(ranks, variants, preset, tmp_path):
     """Partitioned, recomputed, compiled, offloaded; what each is for is seen to happen. And the update ratio."""
-    run_ranks(ranks, ROOT / "tests/training/variants_on_ranks.py", str(preset), str(tmp_path), *variants)
-    everywhere = [json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in range(ranks)]
+    everywhere = call_on_ranks(ranks, compute_variants, str(preset), tmp_path, variants)
     assert [found.pop("loaded", True) for found in everywhere] == [True] * ranks
     for name, found in everywhere[0].items():
         like = everywhere[0]["dropout" if "dropout" in name else "plain"]

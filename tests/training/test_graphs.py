@@ -12,9 +12,9 @@ from agrepa_fast.kernels import flow_mix, philox_uniform
 from agrepa_fast.seeds import clip_keys
 from agrepa_fast.training import captured_step as graphs
 
-from ..ranks import ROOT, start_ranks
+from ..ranks import run_training
 from ..testing import assert_same_curve, small_batch, small_model
-from .graphs_on_ranks import capture, refuse_captures
+from .graphs_on_ranks import capture, plant_captures, refuse_captures
 
 
 @pytest.fixture
@@ -121,10 +121,8 @@ def test_other_layers_or_moved_weights_are_captured_again(captures):
 def test_training_with_graphs_gives_the_same_curve(stage, ranks, extra, preset, baseline, tmp_path):
     """DeepSpeed gets every gradient through its own hooks; heads are made amid the run."""
     given = ("--ds_config", f"zero{stage}.json", "--preset", str(preset), "run.dir=run", "train.graphs=1", *extra)
-    processes = start_ranks(ranks, ROOT / "tests/training/graphs_on_ranks.py", *given, cwd=tmp_path)
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * ranks, outputs[0][-4000:]
-    assert outputs[0].count("captured, 1 of at most 1 CUDA graphs") == 2  # once with the heads of the layers chosen
+    output = run_training(ranks, *given, cwd=tmp_path, plant=plant_captures)
+    assert output.count("captured, 1 of at most 1 CUDA graphs") == 2  # once with the heads of the layers chosen
     assert_same_curve(baseline, tmp_path / "run")
 
 

@@ -101,6 +101,7 @@ def test_wandb_is_asked_for_by_name_and_missed_in_one_line(tmp_path, monkeypatch
 
 
 def test_wandb_gets_every_line_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="pip install 'agrepa_fast[wandb]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     tracker = Wandb(load_config("demo", ["train.wandb=project"]), tmp_path)

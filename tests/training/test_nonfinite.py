@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from ..ranks import ROOT, run_ranks
+from ..ranks import call_on_ranks
+from .nonfinite_on_ranks import spoil_steps
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_all_ranks_leave_out_a_step_that_is_not_finite_on_one(ranks, preset, tmp_path):
-    run_ranks(ranks, ROOT / "tests/training/nonfinite_on_ranks.py", str(preset), str(tmp_path))
-    everywhere = [json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in range(ranks)]
+    everywhere = call_on_ranks(ranks, spoil_steps, str(preset), tmp_path)
     for found in everywhere:
         assert "2 steps in a row were not finite, up to step 2" in found.pop("stopped")
     losses = {}

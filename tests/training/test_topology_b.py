@@ -226,6 +226,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fitted(whisper, corpus, tmp_path_factory):
     """Two tokenizers: every frame of the first layer, every second one of what the model returns."""
+    pytest.importorskip("vector_quantize_pytorch", reason="pip install 'agrepa_fast[vq]'")
     folder = tmp_path_factory.mktemp("fitted")
     for name, spec, stride in (("own", f"{whisper}@1", 1), ("other", str(whisper), 2)):
         config = VqFitConfig(spec, codes=8, stride=stride, steps=3, batch=4)

@@ -1,7 +1,5 @@
-"""One rank of test_engine: python variants_on_ranks.py PRESET FOLDER VARIANT... Ways to compute the same steps."""
+"""Ways to compute the same steps, for test_engine.py."""
 
-import json
-import sys
 from pathlib import Path
 
 import torch
@@ -12,9 +10,9 @@ from agrepa_fast.checkpoints.weights import load_weights
 from agrepa_fast.config_file import load_config
 from agrepa_fast.zero.construction import new_model
 from agrepa_fast.zero.masters import full_weights, masters
-from agrepa_fast.zero.process_group import join_process_group
 from agrepa_fast.zero.update_ratio import update_ratio, weight_norm
-from tests.training.in_process import ds_values, make_run
+
+from .in_process import ds_values, make_run
 
 RECOMPUTE, COMPILE = "train.activation_checkpointing=true", "train.compile=true"
 VARIANTS = {  # stage, offload, overrides
@@ -84,15 +82,9 @@ def loaded(preset: str, weights: Path) -> bool:
     return all(same)
 
 
-def main(preset: str, folder: Path, names: list[str]) -> None:
-    join_process_group()
+def compute_variants(preset: str, folder: Path, names: list[str]) -> dict:
+    """What this rank saw of every variant, by name."""
     found = {name: steps(preset, folder / name, *VARIANTS[name]) for name in names}
     if dist.get_world_size() > 1:
         found["loaded"] = loaded(preset, folder / "plain" / "weights.safetensors")
-    (folder / f"found{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    return found
