@@ -69,10 +69,11 @@ def small_batch(lengths: tuple[int, ...] = (37, 20, 11), frames: int = FRAMES, s
     return mel, Condition(tokens, token_lengths, reference, lengths)
 
 
-def write_small_shards(folder: Path, buckets: tuple[int, ...] = (25,), extra: bool = False) -> Path:
-    """Two domains, 22 training and 5 validation clips each of 9 to 25 frames, in shards of 8; returns a preset for
-    them. buckets: the bounds, in frames and rising, of what training shards hold. extra: with second tokens, topology
-    B."""
+def write_small_shards(
+    folder: Path, buckets: tuple[int, ...] = (25,), extra: bool = False, shard_clips: int = 8
+) -> Path:
+    """Two domains, 22 training and 5 validation clips each of 9 to 25 frames; returns a preset for them. buckets: the
+    bounds, in frames and rising, of what training shards hold. extra: with second tokens, topology B."""
     folder.mkdir(parents=True)
     draw, extra_draw = np.random.default_rng(0), np.random.default_rng(1)
     settings = asdict(DataConfig(sample_rate=16000, n_mels=8, f_max=8000.0, codebook=CODES))
@@ -91,9 +92,9 @@ def write_small_shards(folder: Path, buckets: tuple[int, ...] = (25,), extra: bo
             below = bound
         for bound, split, samples in parts:
             written = sum((entry["split"], entry["domain"]) == (split, domain) for entry in content["shards"])
-            for start in range(0, len(samples), 8):
-                path = folder / f"{split}-{domain}-{written + start // 8:04d}.tar"
-                entry = write_shard(path, samples[start : start + 8], f"teacher_{domain}")
+            for start in range(0, len(samples), shard_clips):
+                path = folder / f"{split}-{domain}-{written + start // shard_clips:04d}.tar"
+                entry = write_shard(path, samples[start : start + shard_clips], f"teacher_{domain}")
                 content["shards"].append(entry | {"split": split, "domain": domain, "bucket": bound})
         mels = np.concatenate([sample.mel for sample in train]).astype(np.float64)
         book = folder / f"codebook-{domain}.safetensors"
