@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from agrepa_fast.config_file import load_config
-from agrepa_fast.data.loading import train_batches
 from agrepa_fast.data.index import read_index
 from agrepa_fast.data.layout import BatchLayout
+from agrepa_fast.data.loading import train_batches
 from agrepa_fast.data.plan import BatchPlan
 from agrepa_fast.errors import UserError
 from agrepa_fast.models.audio_dit.dit import AudioDiT
