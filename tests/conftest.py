@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 from agrepa_fast.attribution.foga import ProbeBatch
 from agrepa_fast.models.audio_dit.dit import AudioDiT
 
-from .ranks import ROOT, run_training
+from .ranks import ROOT, leave_out_pictures, run_training
 from .testing import small_batch, small_model, write_small_shards, write_small_whisper
 
 
@@ -40,6 +40,12 @@ def model() -> AudioDiT:
 def probe_batch() -> ProbeBatch:
     mel, condition = small_batch()
     return ProbeBatch(mel, condition, torch.tensor([0, 1, 0]), (0, 1, 2))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    """Plots are empty files and sounds are silence in this test's own process."""
+    leave_out_pictures(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")

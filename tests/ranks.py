@@ -132,24 +132,25 @@ def run_training(ranks: int, *arguments: str, cwd: Path, wanted: int = 0, plant:
 def _train(arguments: list[str], plant: Callable | None) -> None:
     from agrepa_fast import train
 
-    leave_out_pictures()
+    leave_out_pictures(setattr)
     if plant is not None:
         plant()
     train.run_process(arguments)
 
 
-def leave_out_pictures() -> None:
-    """For the rest of the process, make plots empty files and let Griffin-Lim return silence: most of a small run's
-    time goes into them."""
+def leave_out_pictures(set_attribute: Callable[[object, str, object], None]) -> None:
+    """Make plots empty files and let Griffin-Lim return silence: most of a small run's time goes into them.
+    set_attribute: monkeypatch's, or the built-in one for the rest of the process."""
     import torch
-    import torchaudio
     from matplotlib.figure import Figure
+
+    from agrepa_fast.audio.waves import import_torchaudio
 
     def silence(magnitude: torch.Tensor, window, n_fft: int, hop_length: int, *_, **__) -> torch.Tensor:
         return magnitude.new_zeros(len(magnitude), hop_length * (magnitude.shape[-1] - 1))
 
-    Figure.savefig = lambda self, path, **_: Path(path).touch()
-    torchaudio.functional.griffinlim = silence
+    set_attribute(Figure, "savefig", lambda self, path, **_: Path(path).touch())
+    set_attribute(import_torchaudio().functional, "griffinlim", silence)
 
 
 def start_training(ranks: int, *arguments: str, cwd: Path) -> list[subprocess.Popen]:

@@ -65,7 +65,7 @@ def test_it_says_what_the_weights_were_trained_on(exported, preset):
     assert facts["selection"]["layers"].keys() == {"speech", "audio"}
 
 
-def test_probe_sample_and_start_from_take_it(exported, tmp_path, capsys):
+def test_probe_sample_and_start_from_take_it(exported, tmp_path, capsys, no_pictures):
     main(["sample", str(exported), "--clips", "1", "--out", str(tmp_path / "wavs")])
     assert len(list((tmp_path / "wavs").glob("*.wav"))) == 4
     main(["probe", str(exported), "--measures", "foga,ridge", "--out", str(tmp_path / "probe")])

@@ -53,7 +53,7 @@ def test_a_run_resumes(ranks, stage, made):
     assert (made / "run" / "checkpoints" / "latest").read_text() == "step00000005"
 
 
-def test_a_run_is_probed_sampled_and_exported(made):
+def test_a_run_is_probed_sampled_and_exported(made, no_pictures):
     main(["probe", "run", "--out", "probe"])
     assert "3,foga," in (made / "probe" / "attribution.csv").read_text()
     main(["sample", "run", "--clips", "1", "--out", "wavs"])
@@ -63,7 +63,7 @@ def test_a_run_is_probed_sampled_and_exported(made):
     torch.testing.assert_close(load_model("exported")[0].state_dict(), averaged, atol=0, rtol=0)
 
 
-def test_an_export_is_loaded_and_sampled(made):
+def test_an_export_is_loaded_and_sampled(made, no_pictures):
     model, config = load_model("export")
     assert (config.model.dim, config.model.depth) == (8, 3)
     torch.testing.assert_close(model.state_dict(), load_file(made / "export" / "model.safetensors"), atol=0, rtol=0)

@@ -18,42 +18,47 @@ from ..testing import assert_same_curve, metrics
 
 
 @pytest.mark.parametrize(
-    ("stage", "ranks", "stop", "extra"),
+    ("stage", "ranks", "stops", "extra"),
     [
-        (0, 1, 1, ()),  # in the warm-up
-        (2, 2, 2, ()),  # the probe that decides is under way
-        (2, 2, 3, ()),  # after the choice
-        (3, 2, 3, ()),
-        (2, 2, 4, ("align.refresh=2", "train.steps=7")),  # a second choice is under way
-        (2, 1, 3, ("model.dropout=0.2",)),  # the state of the random generator comes back, too
+        (0, 1, (1,), ()),  # in the warm-up
+        (2, 2, (2, 3), ()),  # while the probe that decides is under way, and after the choice
+        (3, 2, (3,), ()),
+        (2, 2, (4,), ("align.refresh=2", "train.steps=7")),  # a second choice is under way
+        (2, 1, (3,), ("model.dropout=0.2",)),  # the state of the random generator comes back, too
     ],
 )
-def test_resume_equals_the_uninterrupted_run(stage, ranks, stop, extra, preset, baseline, ds_configs, tmp_path):
-    args = ("--ds_config", ds_configs[stage], f"run.dir={tmp_path}/run")
-    first = ("--preset", str(preset), f"train.save_every={stop}", "train.keep=9", *extra)
+def test_resume_equals_the_uninterrupted_run(stage, ranks, stops, extra, preset, baseline, ds_configs, tmp_path):
+    run, args = tmp_path / "run", ("--ds_config", ds_configs[stage], f"run.dir={tmp_path}/run")
+    first = ("--preset", str(preset), "train.save_every=1", "train.keep=9", *extra)
     run_training(ranks, *args, *first, cwd=tmp_path)
-    uninterrupted = metrics(tmp_path / "run")
-    ema_loss = json.loads((tmp_path / "run" / "summary.json").read_text())["val/flow_loss"]["ema"]
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "train/lo')  # what a kill leaves
-    run_training(ranks, *args, "--resume", f"step{stop:08d}", cwd=tmp_path)
-    resumed = metrics(tmp_path / "run")
-    assert resumed.keys() == uninterrupted.keys()
-    for step in resumed:
-        assert resumed[step] == pytest.approx(uninterrupted[step], abs=1e-6), step
-    resumed_summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert resumed_summary["val/flow_loss"]["ema"] == pytest.approx(ema_loss, abs=1e-6)
-    if not extra:
-        assert_same_curve(baseline, tmp_path / "run")
-    ended = sorted((tmp_path / "run" / "checkpoints").glob(f"step{max(resumed):08d}*"))
-    heads = [load_file(folder / "heads.safetensors") for folder in ended]
-    assert len(ended) == 2
-    assert heads[0].keys() == heads[1].keys()
-    for name in heads[0]:
-        torch.testing.assert_close(heads[1][name], heads[0][name], atol=1e-6, rtol=1e-5)
-    chosen = [json.loads((folder / "selection.json").read_text()) for folder in ended]
-    assert chosen[0]["layers"] == chosen[1]["layers"]
-    assert chosen[0]["step"] == chosen[1]["step"] == (6 if "align.refresh=2" in extra else 2)
+    uninterrupted, ema_loss = metrics(run), averaged_loss(run)
+    last = max(uninterrupted)
+    heads, chosen = final_state(run / "checkpoints" / f"step{last:08d}")
+    assert chosen["step"] == (6 if "align.refresh=2" in extra else 2)
+    for number, stop in enumerate(stops, start=2):
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 5, "train/lo')  # what a kill leaves
+        run_training(ranks, *args, "--resume", f"step{stop:08d}", cwd=tmp_path)
+        resumed = metrics(run)
+        assert resumed.keys() == uninterrupted.keys()
+        for step in resumed:
+            assert resumed[step] == pytest.approx(uninterrupted[step], abs=1e-6), step
+        assert averaged_loss(run) == pytest.approx(ema_loss, abs=1e-6)
+        if not extra:
+            assert_same_curve(baseline, run)
+        resumed_heads, resumed_choice = final_state(run / "checkpoints" / f"step{last:08d}-{number}")
+        torch.testing.assert_close(resumed_heads, heads, atol=1e-6, rtol=1e-5)
+        assert (resumed_choice["layers"], resumed_choice["step"]) == (chosen["layers"], chosen["step"])
+
+
+def averaged_loss(run: Path) -> float:
+    return json.loads((run / "summary.json").read_text())["val/flow_loss"]["ema"]
+
+
+def final_state(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The alignment heads and the selection of a checkpoint."""
+    selection = json.loads((checkpoint / "selection.json").read_text())
+    return load_file(checkpoint / "heads.safetensors"), selection
 
 
 LONG = ("train.steps=9", "train.val_every=9", "probe.warmup_steps=4", "align.refresh=4")

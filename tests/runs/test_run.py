@@ -30,12 +30,7 @@ from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
 
 from ..ranks import run_training
-from ..testing import small_batch, small_model, write_small_shards
-
-
-@pytest.fixture(scope="module")
-def preset(tmp_path_factory):
-    return write_small_shards(tmp_path_factory.mktemp("by_hand") / "shards")
+from ..testing import small_batch, small_model
 
 
 @pytest.fixture(scope="module")

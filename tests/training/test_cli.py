@@ -60,7 +60,7 @@ def test_probe(run, tmp_path, capsys):
     assert "speech: rank correlation with foga: ridge" in out
 
 
-def test_official_recipe_is_named_and_scores_odd_layers_of_one_clip_a_domain(run, tmp_path):
+def test_official_recipe_is_named_and_scores_odd_layers_of_one_clip_a_domain(run, tmp_path, no_pictures):
     main(["probe", str(run), "--recipe", "official", "--out", str(tmp_path), "align.k=1"])
     with (tmp_path / "attribution.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -71,14 +71,14 @@ def test_official_recipe_is_named_and_scores_odd_layers_of_one_clip_a_domain(run
     assert {row["layer"] for row in lasp} == {"1", "2", "3", "4"}
 
 
-def test_estimate_beside_the_exact_scores(run, tmp_path, capsys):
+def test_estimate_beside_the_exact_scores(run, tmp_path, capsys, no_pictures):
     main(["probe", str(run), "--out", str(tmp_path), "--measures", "foga,foga-vjp", "probe.draws=4"])
     assert "rank correlation with foga: foga-vjp" in capsys.readouterr().out
     with (tmp_path / "attribution.csv").open() as file:
         assert {row["measure"] for row in csv.DictReader(file)} == {"foga", "foga-vjp"}
 
 
-def test_attention_and_ffn_apart(run, tmp_path, capsys):
+def test_attention_and_ffn_apart(run, tmp_path, capsys, no_pictures):
     main(["probe", str(run), "--kind", "branch", "--out", str(tmp_path)])
     with (tmp_path / "attribution.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -196,7 +196,7 @@ def test_foga_takes_topology_b(preset):
     assert not torch.allclose(scores[0], scores[1]), "the second tokens are part of what is probed"
 
 
-def test_a_run_trains_is_probed_and_sampled(preset, tmp_path):
+def test_a_run_trains_is_probed_and_sampled(preset, tmp_path, no_pictures):
     run_training(1, "--preset", str(preset), "run.dir=run", cwd=tmp_path)
     run = tmp_path / "run"
     saved = load_config(run / "config.yaml")
