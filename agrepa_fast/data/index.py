@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..config import DOMAINS
 from ..errors import UserError
 from ..files import file_sha256, write_atomically
-from .locations import Place, ReadError, Remote, locate, read_object
+from .locations import Location, ReadError, Remote, locate, read_object
 
 SCHEMA = 2
 SPLITS = ("train", "val")
@@ -33,7 +33,7 @@ INDEX = "index.json"
 class Shard:
     """One tar of clips of one domain."""
 
-    path: Place
+    path: Location
     clips: int
     domain: str
     frames: int  # mel frames of all its clips together
@@ -58,7 +58,7 @@ class TeacherInfo:
 class Index:
     """A folder of shards, read from its index.json; see load_index and matching_index."""
 
-    folder: Place
+    folder: Location
     content: dict  # index.json
     chosen: dict[str, str] = field(default_factory=dict)  # domain -> name of the teacher to read; default: its first
 
@@ -157,7 +157,7 @@ class Index:
         return mels
 
 
-def load_index(folder: str | Place, verify: bool = True) -> Index:
+def load_index(folder: str | Location, verify: bool = True) -> Index:
     """The shards of a folder or URL. Sizes of local files are always checked, checksums with `verify`.
 
     Raises UserError for a folder without shards, a missing or changed file, and an index of another version.
@@ -175,7 +175,7 @@ def load_index(folder: str | Place, verify: bool = True) -> Index:
     return index
 
 
-def read_index(folder: str | Place) -> Index:
+def read_index(folder: str | Location) -> Index:
     """The index.json of a folder, without a look at the files that it names. Raises UserError as load_index does."""
     folder = locate(folder)
     path = folder / INDEX
@@ -201,7 +201,7 @@ def read_index(folder: str | Place) -> Index:
     return Index(folder, content)
 
 
-def remedy(folder: Place) -> str:
+def remedy(folder: Location) -> str:
     if isinstance(folder, Remote):
         return f"copy its shards to {folder} again"
     return f"remove {folder} and run `agrepa prepare` again"
@@ -233,8 +233,8 @@ def write_index(folder: Path, content: dict) -> None:
     write_atomically(folder / INDEX, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def read_code_mels(place: Place) -> np.ndarray:
+def read_code_mels(file: Location) -> np.ndarray:
     """(codes, n_mels) float32, the mean log-mel of each code."""
     from safetensors.numpy import load
 
-    return load(read_object(place))["mel"]
+    return load(read_object(file))["mel"]

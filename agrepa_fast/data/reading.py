@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..errors import UserError
 from .index import Index, Shard, remedy
-from .locations import Place, ReadError, read_object
+from .locations import Location, ReadError, read_object
 from .samples import ClipError, Sample, _sample
 from .tars import split_clips
 
@@ -60,7 +60,7 @@ def read_shard(shard: Shard, index: Index) -> list[Sample]:
         raise UserError(f"{shard.path}: {error}: {remedy(index.folder)}") from error
 
 
-def _read_clips(path: Place, size: int, sha256: str, clips: int) -> tuple[list[dict], ClipError | None]:
+def _read_clips(path: Location, size: int, sha256: str, clips: int) -> tuple[list[dict], ClipError | None]:
     """The clips of a tar that the index says this of, and what hits the others."""
     try:
         content = read_object(path, size)

@@ -6,7 +6,7 @@ import fsspec
 import pytest
 
 from agrepa_fast.config import DataConfig
-from agrepa_fast.data import locations as storage
+from agrepa_fast.data import locations
 from agrepa_fast.data.index import load_index
 from agrepa_fast.data.layout import BatchLayout
 from agrepa_fast.data.loading import train_batches
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def server(folder, monkeypatch):
-    monkeypatch.setattr(storage, "BACK_OFF", 0.01)
+    monkeypatch.setattr(locations, "BACK_OFF", 0.01)
     with serving(folder) as server:
         yield server
 
@@ -71,7 +71,7 @@ def test_a_server_that_recovers_costs_nothing_but_time(moods, folder, server):
 def test_a_server_that_stays_broken_is_named_after_the_last_attempt(server, monkeypatch):
     name, waits = "train-audio-0000.tar", []
     server.moods[name] = ["500"] * 99
-    monkeypatch.setattr(storage.time, "sleep", waits.append)
+    monkeypatch.setattr(time, "sleep", waits.append)
     with pytest.raises(ReadError, match=rf"{name}: .*500.*\(5 attempts of 9 s\)") as raised:
         read_object(remote(server, name, timeout=9, attempts=5))
     assert raised.value.kind == "unreadable"
