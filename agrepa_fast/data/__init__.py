@@ -1,1 +1,1 @@
-"""Recordings to features, tokens and WebDataset shards; imports nothing by itself."""
+"""Shards to batches: the index, reading, and which clips a step takes; imports nothing by itself."""

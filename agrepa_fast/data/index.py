@@ -1,4 +1,4 @@
-"""WebDataset shards of features and their index.json: the format and its writer; reading.py reads them.
+"""WebDataset shards of features and their index.json: the format, and the index as an object.
 
 Per sample: `<key>.json` (domain, text, labels, frames, seconds, cut, source, licence), `<key>.mel.npy` fp16 (T, n_mels)
 natural-log mel, `<key>.tokens.npy` int32 (S,) ids counted over all domains, for topology B `<key>.tokens2.npy` int32
@@ -44,13 +44,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """The targets of a frozen encoder in one domain; mean (dim,) float32 over the train clips' pooled vectors."""
+    """The targets of a frozen encoder in one domain."""
 
     name: str  # in `<key>.<name>.npy`
     spec: str  # as in data.<domain>_teacher
     dim: int
-    rate: float | None  # frames per second stored; None: one pooled vector a clip
-    mean: np.ndarray
+    rate: float | None  # frames per second stored; None: one pooled vector per clip
+    mean: np.ndarray  # (dim,) float32, of the train clips' pooled vectors
     files: dict[str, dict]  # shard -> file, bytes, sha256 of the sidecar with its clips' targets; {}: the shard itself
 
 
@@ -77,12 +77,12 @@ class Index:
 
     @property
     def vocab(self) -> int:
-        """Token ids of all domains, prepared or not: a domain that is added later finds its ids reserved."""
+        """Number of token ids of all domains, prepared or not: the ids of a domain that is added later are reserved."""
         return len(DOMAINS) * self.features["codebook"]
 
     @property
     def extra_vocab(self) -> int | None:
-        """Ids of the second tokens, which both domains share; None where there are none."""
+        """Number of ids of the second tokens, which both domains share; None if the shards have no second tokens."""
         return self.features["extra_codebook"] if self.features.get("extra_tokens") else None
 
     @cached_property
@@ -101,55 +101,50 @@ class Index:
         return self._mel_sum("frames") * self.n_mels
 
     def clips(self, split: str, domain: str) -> int:
-        """Number of clips; 0 for a domain that is not prepared."""
+        """Return the number of clips, 0 for a domain that is not prepared."""
         return sum(shard.clips for shard in self.shards(split, domain))
 
     def shards(self, split: str, domain: str) -> tuple[Shard, ...]:
+        """Return the shards of a split and domain in the index's order, () for a domain that is not prepared."""
         if split not in SPLITS or domain not in DOMAINS:
             raise ValueError(f"split {split!r} of {SPLITS}, domain {domain!r} of {DOMAINS}")
+        copied = ("clips", "domain", "frames", "bucket", "bytes", "sha256")
         return tuple(
-            Shard(
-                self.folder / entry["file"],
-                entry["clips"],
-                domain,
-                entry["frames"],
-                entry["bucket"],
-                entry["bytes"],
-                entry["sha256"],
-            )
+            Shard(self.folder / entry["file"], *(entry[name] for name in copied))
             for entry in self.content["shards"]
             if (entry["split"], entry["domain"]) == (split, domain)
         )
 
     def teacher(self, domain: str) -> TeacherInfo:
-        """The chosen teacher of a domain."""
+        """Return the chosen teacher of a domain."""
         return self._teachers[domain]
 
     @cached_property
     def _teachers(self) -> dict[str, TeacherInfo]:
-        found = {}
+        teachers = {}
         for domain in self.domains:
             entries = self.content["domains"][domain]["teachers"]
             name = self.chosen.get(domain, next(iter(entries)))
             entry = entries[name]
             mean = np.asarray(entry["mean"], np.float32)
-            found[domain] = TeacherInfo(name, entry["spec"], entry["dim"], entry["rate"], mean, entry["files"] or {})
-        return found
+            teachers[domain] = TeacherInfo(name, entry["spec"], entry["dim"], entry["rate"], mean, entry["files"] or {})
+        return teachers
 
     def token_range(self, domain: str) -> tuple[int, int]:
-        """First id of a domain, and the first id after it."""
+        """Return the first id of a domain, and the first id after it."""
         tokens = self.content["domains"][domain]["tokens"]
         return tokens["offset"], tokens["offset"] + tokens["vocab"]
 
     def most_tokens(self, frames: int) -> int:
-        """A bound of the tokens of clips of up to so many mel frames, from the tokens' rates; `frames` where one is not
-        known."""
+        """Return a bound of the tokens of clips of up to so many mel frames, from the tokens' rates; `frames` if a rate
+        is not known."""
         seconds = frames * self.features["hop_length"] / self.features["sample_rate"]
         rates = [self.content["domains"][domain]["tokens"].get("rate") for domain in self.domains]
         return frames if None in rates else max(math.ceil(rate * seconds) for rate in rates) + 1
 
     def code_mels(self) -> np.ndarray:
-        """(vocab, n_mels) float32: mean natural-log mel of each code; ids of a missing domain get the overall mean."""
+        """Return the mean natural-log mel of each code, (vocab, n_mels) float32; ids of a missing domain get the mean
+        of all mels."""
         mels = np.full((self.vocab, self.n_mels), self.mel_mean, np.float32)
         for domain in self.domains:
             first, end = self.token_range(domain)
@@ -158,9 +153,9 @@ class Index:
 
 
 def load_index(folder: str | Location, verify: bool = True) -> Index:
-    """The shards of a folder or URL. Sizes of local files are always checked, checksums with `verify`.
+    """Return the index of a folder or URL. Sizes of local files are always checked, checksums with `verify`.
 
-    Raises UserError for a folder without shards, a missing or changed file, and an index of another version.
+    Raises UserError for a folder without shards, a missing or changed file, and an index of another schema version.
     """
     index = read_index(folder)
     files = index_files(index.content)
@@ -176,7 +171,8 @@ def load_index(folder: str | Location, verify: bool = True) -> Index:
 
 
 def read_index(folder: str | Location) -> Index:
-    """The index.json of a folder, without a look at the files that it names. Raises UserError as load_index does."""
+    """Return the index of a folder or URL without checking the files that it names. Raises UserError as load_index
+    does."""
     folder = locate(folder)
     path = folder / INDEX
     try:
@@ -184,31 +180,33 @@ def read_index(folder: str | Location) -> Index:
         schema = content["schema"]
         if missing := {"features", "domains", "shards"} - content.keys():
             raise KeyError(f"no {', '.join(sorted(missing))}")
+        names = [entry["file"] for entry in index_files(content)] if schema == SCHEMA else []
     except ReadError as error:
         if error.kind != "missing" or isinstance(folder, Remote):
             raise
-        what = "is no folder" if not folder.is_dir() else f"has no {INDEX}"
+        fault = "is no folder" if not folder.is_dir() else f"has no {INDEX}"
         raise UserError(
-            f"{folder} {what}: write it with `agrepa prepare demo` or `agrepa prepare folder` --out {folder}"
+            f"{folder} {fault}: write it with `agrepa prepare demo` or `agrepa prepare folder` --out {folder}"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): {remedy(folder)}") from error
     if schema != SCHEMA:
         raise UserError(f"{path} has schema version {schema}, this release reads {SCHEMA}: {remedy(folder)}")
-    for name in (entry["file"] for entry in index_files(content)):
+    for name in names:
         if not _PLAIN_NAME.fullmatch(name):
             raise UserError(f"{path}: file {name!r} has a path; only files beside it are read: {remedy(folder)}")
     return Index(folder, content)
 
 
 def remedy(folder: Location) -> str:
+    """Return the advice that ends a message about damaged shards."""
     if isinstance(folder, Remote):
         return f"copy its shards to {folder} again"
     return f"remove {folder} and run `agrepa prepare` again"
 
 
 def index_files(content: dict) -> list[dict]:
-    """What index.json says of every file beside it: dicts with file, bytes, sha256."""
+    """Return the entries of all files beside index.json: dicts with file, bytes and sha256."""
     files = list(content["shards"])
     for domain in content["domains"].values():
         files.append(domain["tokens"])
@@ -218,23 +216,25 @@ def index_files(content: dict) -> list[dict]:
 
 
 def file_fault(folder: Path, entry: dict, checksum: bool) -> str | None:
-    """What is wrong with a file of the index: missing, of another size or, with `checksum`, of another SHA-256."""
+    """Return a line if a file of the index is missing, has another size or, with `checksum`, another SHA-256; else
+    None."""
     path = folder / entry["file"]
     if not path.is_file():
         return f"{path} is missing"
     if (size := path.stat().st_size) != entry["bytes"]:
         return f"{path} has {size} bytes, not {entry['bytes']}"
-    if checksum and (found := file_sha256(path)) != entry["sha256"]:
-        return f"{path} has SHA-256 {found}, not {entry['sha256']}"
+    if checksum and (sha256 := file_sha256(path)) != entry["sha256"]:
+        return f"{path} has SHA-256 {sha256}, not {entry['sha256']}"
     return None
 
 
 def write_index(folder: Path, content: dict) -> None:
-    write_atomically(folder / INDEX, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    """Write index.json, which makes the folder complete: every file that it names must be there."""
+    write_atomically(folder / INDEX, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_code_mels(file: Location) -> np.ndarray:
-    """(codes, n_mels) float32, the mean log-mel of each code."""
+    """Return the mean log-mel of each code, (codes, n_mels) float32."""
     from safetensors.numpy import load
 
     return load(read_object(file))["mel"]

@@ -2,39 +2,64 @@
 
 from dataclasses import replace
 
-from ..config import DataConfig
+from ..config import DataConfig, ShardConfig
 from ..config_file import without_removed
 from ..errors import UserError
+from ..settings import setting_names
 from .index import Index, load_index
-from .locations import locate
+from .locations import Location, locate
 
 
 def matching_index(data: DataConfig) -> Index:
-    """The index of data.path, with the teachers that `data` names. Raises UserError, too, when its features were made
-    with other settings than `data`'s, or without such a teacher. Of local files the sizes are checked, of
-    others nothing."""
+    """Return the index of data.path, with the teachers that `data` names.
+
+    Sizes of local files are checked, remote files are not. Raises UserError, besides those of load_index, for features
+    that were made with other settings than `data`'s, and for a teacher that the shards do not have.
+    """
     index = load_index(locate(data.path, data.read_timeout, data.read_attempts), verify=False)
-    for name, there in without_removed("data", index.features).items():
-        if there != getattr(data, name):
-            _refuse(index, name, there, getattr(data, name))
+    for name, value in known_features(index.folder, index.features).items():
+        _check(index, data, name, [value])
     chosen = {}
     for domain in index.domains:
-        name = f"{domain}_teacher"
-        entries = index.content["domains"][domain]["teachers"]
-        of_spec = [key for key, entry in entries.items() if entry["spec"] == getattr(data, name)]
-        if not of_spec:
-            specs = dict.fromkeys(entry["spec"] for entry in entries.values())
-            _refuse(index, name, " or ".join(specs), getattr(data, name))
+        entry = index.content["domains"][domain]
+        specs = {name: teacher["spec"] for name, teacher in entry["teachers"].items()}
+        spec = _check(index, data, f"{domain}_teacher", list(dict.fromkeys(specs.values())))
+        _check(index, data, f"{domain}_tokens", [entry["tokens"]["spec"]])
         # Two entries of one teacher differ in their rate; training pools them alike.
-        chosen[domain] = next((key for key in of_spec if entries[key]["rate"] == data.teacher_rate), of_spec[0])
-        there, name = index.content["domains"][domain]["tokens"]["spec"], f"{domain}_tokens"
-        if there != getattr(data, name):
-            _refuse(index, name, there, getattr(data, name))
+        names = [name for name in specs if specs[name] == spec]
+        names.sort(key=lambda name: entry["teachers"][name]["rate"] != data.teacher_rate)
+        chosen[domain] = names[0]
     return replace(index, chosen=chosen)
 
 
-def _refuse(index: Index, name: str, there: object, here: object) -> None:
-    raise UserError(
-        f"{index.folder} was prepared with data.{name}={there}, the run has {here}: set data.{name}={there}, "
-        "or prepare the recordings again"
-    )
+def known_features(folder: Location, features: dict) -> dict:
+    """Return the features of an index that are settings of this version.
+
+    A setting that earlier versions had is left out if its value is the one that this version implies. Raises UserError
+    for any other value, and for a feature of another version that this one does not know.
+    """
+    known = setting_names(ShardConfig)
+    try:
+        features = without_removed("data", features)
+    except UserError as error:
+        raise UserError(
+            f"{folder} was prepared by an earlier version: {error}: prepare the recordings again"
+        ) from error
+    if unknown := sorted(features.keys() - known):
+        raise UserError(
+            f"{folder} was prepared with data.{unknown[0]}={features[unknown[0]]}, which this version does not know; "
+            f"it knows {', '.join(known)}: use the version that prepared it, or prepare the recordings again"
+        )
+    return features
+
+
+def _check(index: Index, data: DataConfig, name: str, prepared: list[object]) -> object:
+    """Return the run's value of a setting. Raises UserError if the shards were not prepared with it."""
+    value = getattr(data, name)
+    if value not in prepared:
+        values = " or ".join(map(str, prepared))
+        raise UserError(
+            f"{index.folder} was prepared with data.{name}={values}, the run has {value}: set data.{name}={values}, "
+            "or prepare the recordings again"
+        )
+    return value

@@ -1,7 +1,7 @@
-"""Clips out of WebDataset shards: every member checked against what index.json says, no pickle, no path.
+"""Clips out of shards: every member is checked against index.json, nothing is unpickled, no member has a path.
 
-`read_shard` wants a shard that is as it was written. Training opens shards with `OpenShard`, which gives every good
-clip and says of each other one what is wrong with it.
+`read_shard` takes a shard only if it is as it was written. Training opens shards with `OpenShard`, which gives every
+good clip, and for each other clip its fault.
 """
 
 import hashlib
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from ..errors import UserError
 from .index import Index, Shard, remedy
 from .locations import Location, ReadError, read_object
-from .samples import ClipError, Sample, _sample
+from .samples import ClipError, Sample, parse_sample
 from .tars import split_clips
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A clip that training had to do without."""
+    """The fault of a clip that training did without."""
 
     file: str  # the shard
     clip: int  # its number in the shard
@@ -26,31 +26,36 @@ class Fault:
 
 
 class OpenShard:
-    """The bytes of a shard, and where its clips are in them. Opening never fails: what cannot be read is said clip by
-    clip. Of a truncated shard the clips before the cut are there; one of another checksum than the index's has none."""
+    """The bytes of a shard, and its clips in them.
+
+    Opening never fails: asking for a clip that cannot be read does. A truncated shard has the clips before the cut; a
+    shard whose checksum is not the index's has none.
+    """
 
     def __init__(self, shard: Shard, index: Index):
         self.shard, self.index = shard, index
-        # suffix -> content, and "__key__", of each clip; what hits the clips beyond them
+        # The members of each clip, and the error of the clips beyond them.
         self.clips, self.error = _read_clips(shard.path, shard.bytes, shard.sha256, shard.clips)
         if sidecar := index.teacher(shard.domain).files.get(shard.path.name):
             path = shard.path.parent / sidecar["file"]
             targets, error = _read_clips(path, sidecar["bytes"], sidecar["sha256"], shard.clips)
-            paired = list(zip(self.clips, targets, strict=False))
-            if other := next((t for c, t in paired if c["__key__"] != t["__key__"]), None):
-                what = f"{path.name} has clip {other['__key__']} out of order: add it again"
-                paired, error = [], ClipError("corrupt", "", what)
-            self.clips, self.error = [target | clip for clip, target in paired], self.error or error
+            pairs = list(zip(self.clips, targets, strict=False))
+            wrong = [target["__key__"] for clip, target in pairs if clip["__key__"] != target["__key__"]]
+            if wrong:
+                reason = f"{path.name} has clip {wrong[0]} out of order: add it again"
+                pairs, error = [], ClipError("corrupt", "", reason)
+            self.clips, self.error = [target | clip for clip, target in pairs], self.error or error
 
     def __getitem__(self, number: int) -> Sample:
-        """The clip of that number in the shard. Raises ClipError."""
+        """Return the clip of that number in the shard. Raises ClipError."""
         if number >= len(self.clips):
             raise self.error
-        return _sample(self.clips[number], self.shard, self.index)
+        return parse_sample(self.clips[number], self.shard, self.index)
 
 
 def read_shard(shard: Shard, index: Index) -> list[Sample]:
-    """All clips of a shard, in its order. UserError, naming shard and member, for anything that is not as written."""
+    """Return all clips of a shard, in its order. Raises UserError, with shard and member, for anything that is not as
+    it was written."""
     opened = OpenShard(shard, index)
     try:
         if opened.error is not None:
@@ -61,20 +66,21 @@ def read_shard(shard: Shard, index: Index) -> list[Sample]:
 
 
 def _read_clips(path: Location, size: int, sha256: str, clips: int) -> tuple[list[dict], ClipError | None]:
-    """The clips of a tar that the index says this of, and what hits the others."""
+    """Return the clips of a tar whose size, checksum and number of clips stand in the index, and the error of the clips
+    that are missing."""
     try:
         content = read_object(path, size)
     except ReadError as error:
         return [], ClipError(error.kind, "", str(error))
-    if len(content) == size and (found := hashlib.sha256(content).hexdigest()) != sha256:
-        return [], ClipError("checksum", "", f"{path.name} has SHA-256 {found}, not {sha256}")
-    found, error = split_clips(content)
+    if len(content) == size and (computed := hashlib.sha256(content).hexdigest()) != sha256:
+        return [], ClipError("checksum", "", f"{path.name} has SHA-256 {computed}, not {sha256}")
+    read, error = split_clips(content)
     if len(content) != size:
         kind = "truncated" if len(content) < size else "corrupt"
         error = ClipError(kind, "", f"{path.name} has {len(content)} bytes, not {size}")
-    elif error is None and len(found) != clips:
-        error = ClipError("corrupt", "", f"{path.name} holds {len(found)} clips, not {clips}")
-    return found, error
+    elif error is None and len(read) != clips:
+        error = ClipError("corrupt", "", f"{path.name} holds {len(read)} clips, not {clips}")
+    return read, error
 
 
 def fixed_clips(index: Index, split: str, domain: str, count: int) -> list[Sample]:

@@ -14,11 +14,12 @@ KINDS = (  # of faults
     *("missing", "unreadable", "checksum", "truncated", "corrupt"),  # of shards and their members
     *("missing_key", "dtype", "length", "not_finite", "tokens"),  # of clips
 )
+_DESCRIBED = ("domain", "text", "labels", "frames", "seconds", "cut", "source", "licence")  # the fields of <key>.json
 
 
 class ClipError(Exception):
-    """A clip that cannot be used. kind: one of KINDS; member: the file in the shard, "" where it is the shard as a
-    whole; reason: one line."""
+    """A clip that cannot be used. kind: one of KINDS; member: the file in the shard, "" for the shard as a whole;
+    reason: one line."""
 
     def __init__(self, kind: str, member: str, reason: str):
         super().__init__(kind, member, reason)
@@ -30,8 +31,8 @@ class ClipError(Exception):
 
 @dataclass
 class Sample:
-    """One clip. mel (T, n_mels) fp16 natural log, tokens (S,) int32, teacher (dim,) or (frames, dim) fp16 as stored;
-    `frames` is T. tokens2 (S,) int32, one for every token, where the shards have them."""
+    """One clip. mel (T, n_mels) fp16 natural log, T = `frames`; tokens (S,) int32; tokens2 (S,) int32, one for every
+    token, if the shards have them; teacher (dim,) or (frames, dim) fp16, as stored."""
 
     key: str
     domain: str
@@ -49,52 +50,55 @@ class Sample:
 
     @property
     def pooled(self) -> np.ndarray:
-        """(dim,) float32: the teacher's vector, or the mean of its frames."""
+        """The teacher's vector, or the mean of its frames, (dim,) float32."""
         return pooled(self.teacher)
 
 
 def pooled(target: np.ndarray) -> np.ndarray:
-    """What is stored of a teacher, (dim,) or (frames, dim) -> (dim,) float32, the vector or its mean over time."""
+    """Return a stored target, (dim,) or (frames, dim), as one vector, (dim,) float32: the mean over time."""
     return target.astype(np.float32) if target.ndim == 1 else target.mean(axis=0, dtype=np.float32)
 
 
-def _members(sample: Sample, teacher: str) -> dict:
-    fields = ("domain", "text", "labels", "frames", "seconds", "cut", "source", "licence")
-    meta = {name: getattr(sample, name) for name in fields}
-    return {
+def sample_members(sample: Sample, teacher: str) -> dict:
+    """Return the members of a sample: "__key__", and suffix -> content. teacher: the name of its target."""
+    members = {
         "__key__": sample.key,
-        "json": json.dumps(meta, ensure_ascii=False).encode(),
+        "json": json.dumps({name: getattr(sample, name) for name in _DESCRIBED}, ensure_ascii=False).encode(),
         "mel.npy": npy(sample.mel),
         "tokens.npy": npy(sample.tokens),
-        **({} if sample.tokens2 is None else {"tokens2.npy": npy(sample.tokens2)}),
-        f"{teacher}.npy": npy(sample.teacher),
     }
+    if sample.tokens2 is not None:
+        members["tokens2.npy"] = npy(sample.tokens2)
+    return members | {f"{teacher}.npy": npy(sample.teacher)}
 
 
 def npy(array: np.ndarray) -> bytes:
+    """Return the content of an .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
-def _sample(raw: dict, shard: Shard, index: Index) -> Sample:
-    key, teacher = raw["__key__"], index.teacher(shard.domain)
+def parse_sample(members: dict, shard: Shard, index: Index) -> Sample:
+    """Return the sample of some members, checked against the index. Raises ClipError."""
+    key, teacher = members["__key__"], index.teacher(shard.domain)
     member = f"{key}.json"
 
-    def check(right: bool, kind: str, what: str) -> None:
+    def check(right: bool, kind: str, reason: str) -> None:
         if not right:
-            raise ClipError(kind, member, what)
+            raise ClipError(kind, member, reason)
 
     def array(suffix: str, dtype: type) -> np.ndarray:
         nonlocal member
         member = f"{key}.{suffix}"
-        values = _array(raw[suffix])
+        values = _parse_npy(members[suffix])
         check(values.dtype == dtype, "dtype", f"{values.dtype} {values.shape} is not {np.dtype(dtype)}")
         return values
 
     try:
-        meta = json.loads(bytes(raw["json"]))
-        frames, (first, end) = meta["frames"], index.token_range(shard.domain)
+        described = json.loads(bytes(members["json"]))
+        described = {name: described[name] for name in _DESCRIBED}
+        frames, (first, end) = described["frames"], index.token_range(shard.domain)
         mel = array("mel.npy", np.float16)
         shape = (frames, index.n_mels)
         check(mel.shape == shape, "length", f"{mel.shape} is not {shape}")
@@ -103,45 +107,45 @@ def _sample(raw: dict, shard: Shard, index: Index) -> Sample:
         tokens = array("tokens.npy", np.int32)
         check(tokens.ndim == 1 and len(tokens) > 0, "length", f"{tokens.shape} is no row of ids")
         check(first <= tokens.min() and tokens.max() < end, "tokens", f"ids outside {first} to {end - 1}")
-        extra = None
-        if index.extra_vocab is not None:
-            extra = array("tokens2.npy", np.int32)
-            check(extra.shape == tokens.shape, "length", f"{extra.shape} is not {tokens.shape}, as tokens")
-            check(
-                extra.min() >= 0 and extra.max() < index.extra_vocab,
-                "tokens",
-                f"ids outside 0 to {index.extra_vocab - 1}",
-            )
-        vector = array(f"{teacher.name}.npy", np.float16)
-        pooled = teacher.rate is None
-        right = vector.shape == (teacher.dim,) if pooled else vector.shape[1:] == (teacher.dim,) and len(vector) > 0
-        wanted = f"({teacher.dim},)" if pooled else f"(frames, {teacher.dim})"
-        check(right, "length", f"{vector.shape} is not {wanted}")
-        check(_finite(vector), "not_finite", "not finite")
-        member = f"{key}.json"
-        check(meta["domain"] == shard.domain, "corrupt", f"domain {meta['domain']!r} in a shard of {shard.domain}")
-        described = {name: meta[name] for name in ("domain", "text", "frames", "seconds", "cut", "source", "licence")}
-        arrays = {"mel": mel, "tokens": tokens, "tokens2": extra, "teacher": vector}
-        return Sample(key=key, labels=tuple(meta["labels"]), **arrays, **described)
+        tokens2 = None
+        if (vocab := index.extra_vocab) is not None:
+            tokens2 = array("tokens2.npy", np.int32)
+            check(tokens2.shape == tokens.shape, "length", f"{tokens2.shape} is not {tokens.shape}, as tokens")
+            check(tokens2.min() >= 0 and tokens2.max() < vocab, "tokens", f"ids outside 0 to {vocab - 1}")
+        target = array(f"{teacher.name}.npy", np.float16)
+        if teacher.rate is None:
+            check(target.shape == (teacher.dim,), "length", f"{target.shape} is not ({teacher.dim},)")
+        else:
+            right = target.shape[1:] == (teacher.dim,) and len(target) > 0
+            check(right, "length", f"{target.shape} is not (frames, {teacher.dim})")
+        check(_finite(target), "not_finite", "not finite")
+        member, domain = f"{key}.json", described["domain"]
+        check(domain == shard.domain, "corrupt", f"domain {domain!r} in a shard of {shard.domain}")
+        described["labels"] = tuple(described["labels"])
+        return Sample(key=key, mel=mel, tokens=tokens, tokens2=tokens2, teacher=target, **described)
     except KeyError as error:
         raise ClipError("missing_key", "", f"{key} lacks {error}") from error
     except (ValueError, TypeError) as error:
         raise ClipError("corrupt", "", f"{member} is damaged ({error})") from error
 
 
-def _array(raw: memoryview) -> np.ndarray:
-    """The array of an .npy of version 1.0, as np.load gives it, a tenth of its time. Raises ValueError."""
-    start = 10 + int.from_bytes(raw[8:10], "little")
-    if bytes(raw[:8]) != b"\x93NUMPY\x01\x00" or len(raw) < start:
+def _parse_npy(content: memoryview) -> np.ndarray:
+    """Return the array of an .npy of version 1.0. Raises ValueError.
+
+    np.load would allocate whatever size a header claims, and parsing the header again for each clip takes longer than
+    all its other work.
+    """
+    start = 10 + int.from_bytes(content[8:10], "little")
+    if bytes(content[:8]) != b"\x93NUMPY\x01\x00" or len(content) < start:
         raise ValueError("no .npy of version 1.0")
-    shape, fortran, dtype = _npy_header(bytes(raw[8:start]))
+    shape, fortran, dtype = _npy_header(bytes(content[8:start]))
     if dtype.hasobject:
         raise ValueError("Python objects")
     count = math.prod(shape)
-    if len(raw) - start != count * dtype.itemsize:
-        raise ValueError(f"{len(raw) - start} bytes are not {shape} of {dtype}")
-    values = np.frombuffer(raw, dtype, count, start)
-    return values.reshape(shape, order="F" if fortran else "C").copy()  # what is kept of a shard must not be all of it
+    if len(content) - start != count * dtype.itemsize:
+        raise ValueError(f"{len(content) - start} bytes are not {shape} of {dtype}")
+    values = np.frombuffer(content, dtype, count, start)
+    return values.reshape(shape, order="F" if fortran else "C").copy()  # or every clip would keep its whole shard
 
 
 @lru_cache(maxsize=8192)
@@ -150,5 +154,5 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _finite(values: np.ndarray) -> bool:
-    """Whether all float16 values are finite: those with all exponent bits set are not."""
+    """Return whether all float16 values are finite: the others have all exponent bits set."""
     return int((values.view(np.uint16) & 0x7C00).max(initial=0)) < 0x7C00

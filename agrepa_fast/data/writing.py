@@ -1,4 +1,4 @@
-"""Shards, written."""
+"""Write shards: the same clips give the same bytes."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -6,26 +6,26 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..files import replace_file
-from .samples import Sample, _members
+from .samples import Sample, sample_members
 
 
 def write_shard(path: Path, samples: Iterable[Sample], teacher: str) -> dict:
-    """Write one tar atomically. Returns what index.json says of it: file, clips, frames, bytes, sha256."""
+    """Write a shard atomically. Returns its facts for index.json: file, clips, frames, bytes, sha256."""
     clips = frames = 0
 
     def members() -> Iterator[dict]:
         nonlocal clips, frames
         for sample in samples:
             clips, frames = clips + 1, frames + sample.frames
-            yield _members(sample, teacher)
+            yield sample_members(sample, teacher)
 
     written = write_tar(path, members())
     return {"file": path.name, "clips": clips, "frames": frames, **written}
 
 
 def write_tar(path: Path, samples: Iterable[dict]) -> dict:
-    """Write WebDataset samples {"__key__": …, suffix: bytes} atomically. Returns bytes and sha256, of what was written
-    and not of what the disk then holds."""
+    """Write WebDataset samples {"__key__": …, suffix: bytes} atomically. Returns bytes and sha256 of the content that
+    was written, whatever the disk makes of it."""
     from webdataset.writer import TarWriter
 
     with replace_file(path) as file:
@@ -37,7 +37,7 @@ def write_tar(path: Path, samples: Iterable[dict]) -> dict:
 
 
 class _Hashed:
-    """A file that is written from its start to its end, with the SHA-256 of what went into it."""
+    """A file that is written from its start to its end, and the SHA-256 of its content."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.bytes, self.sha256 = file, 0, hashlib.sha256()
