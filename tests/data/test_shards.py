@@ -10,9 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from agrepa_fast.config import DataConfig
 from agrepa_fast.data.index import SCHEMA, load_index, write_index
+from agrepa_fast.data.matching import matching_index
 from agrepa_fast.data.reading import read_shard
-from agrepa_fast.data.samples import Sample
+from agrepa_fast.data.samples import Sample, _parse_npy
+from agrepa_fast.data.tars import split_clips
 from agrepa_fast.data.writing import write_shard
 from agrepa_fast.errors import UserError
 from agrepa_fast.files import file_sha256
@@ -288,3 +291,101 @@ def test_index_survives_replace(tmp_path):
     clips = read_shard(replace(index, folder=moved).shards("val", "speech")[0], replace(index, folder=moved))
     assert len(clips) == 1
     assert load_index(moved).mel_mean == index.mel_mean
+
+
+def matching(folder, **features) -> None:
+    """Ask for the shards of a folder as a run does, after adding features to its index."""
+    content = write_folder(folder)
+    (spec,) = (entry["spec"] for entry in content["domains"]["speech"]["teachers"].values())
+    content["domains"]["speech"]["tokens"]["spec"] = "kmeans"
+    write_index(folder, {**content, "features": content["features"] | features})
+    matching_index(DataConfig(path=str(folder), n_mels=N_MELS, codebook=CODES, speech_teacher=spec))
+
+
+def test_features_of_other_versions_are_read_or_refused_by_name(tmp_path):
+    matching(tmp_path, n_fft=1024, win_length=1024, f_min=0.0)  # once settings, now implied
+    line = rf"{tmp_path} was prepared by an earlier version: data\.f_min=20\.0 is no longer a setting: .*: prepare the"
+    with pytest.raises(UserError, match=line):
+        matching(tmp_path, f_min=20.0)
+    with pytest.raises(UserError, match=r"data\.win_length=800 is no longer a setting: windows are data\.n_fft"):
+        matching(tmp_path, win_length=800)
+    line = rf"{tmp_path} was prepared with data\.dither=0\.5, which this version does not know; it knows .*n_fft.*: use"
+    with pytest.raises(UserError, match=line):
+        matching(tmp_path, dither=0.5)
+    with pytest.raises(UserError, match=r"was prepared with data\.hop_length=300, the run has 256: set data\.hop_le"):
+        matching(tmp_path, hop_length=300)
+
+
+def tar_of(*members: tuple[str, bytes], form: int = tarfile.USTAR_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+CLIPS = [(f"{key}.{suffix}", bytes([number]) * 700) for number, key in enumerate("abc") for suffix in ("json", "npy")]
+
+
+def with_header(tar: bytes, at: int, change) -> bytes:
+    """A tar whose header at a byte is changed, with its checksum set right again."""
+    info = tarfile.TarInfo.frombuf(tar[at : at + 512], "utf-8", "strict")
+    change(info)
+    return tar[:at] + info.tobuf(tarfile.GNU_FORMAT) + tar[at + 512 :]
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_of_any_writer_are_split_also_with_long_names(form):
+    long = "x" * (150 if form != tarfile.USTAR_FORMAT else 90)
+    clips, error = split_clips(tar_of(*CLIPS, (f"{long}.npy", b"1"), form=form))
+    assert error is None
+    assert [clip["__key__"] for clip in clips] == ["a", "b", "c", long]
+    assert bytes(clips[1]["npy"]) == b"\x01" * 700
+
+
+@pytest.mark.parametrize("size", [0, 100, 511, 512, 900, 1024, 1536, 3000, 3583, 3584, 8000, 9216, 9300])
+def test_a_cut_tar_keeps_its_whole_clips_and_is_called_truncated(size):
+    whole = tar_of(*CLIPS)
+    clips, error = split_clips(whole[:size])
+    assert error.kind == "truncated"
+    wanted = [key for number, key in enumerate("abc") if size >= (number + 1) * 2 * 1536 + (0 if number < 2 else 1)]
+    assert [clip["__key__"] for clip in clips] == wanted[: len(clips)]
+    assert len(clips) >= len(wanted) - 1
+    assert all(bytes(clip["npy"]) == bytes([number]) * 700 for number, clip in enumerate(clips))
+
+
+@pytest.mark.parametrize("at", [0, 1536, 3072, 4608])
+@pytest.mark.parametrize("damage", ["checksum", "name", "text size", "huge size", "negative size"])
+def test_a_damaged_header_ends_a_tar_before_its_clip(at, damage):
+    whole = tar_of(*CLIPS)
+    if damage == "checksum":
+        tar = whole[: at + 150] + b"9" + whole[at + 151 :]
+    elif damage == "name":
+        tar = with_header(whole, at, lambda info: None)
+        tar = tar[:at] + tarfile.TarInfo("\udcff.npy").tobuf(tarfile.GNU_FORMAT) + tar[at + 512 :]
+    elif damage == "text size":
+        tar = whole[: at + 124] + b"zz" + whole[at + 126 :]
+    else:
+        size = 2**40 if damage == "huge size" else -1536
+        tar = with_header(whole, at, lambda info: setattr(info, "size", size))
+    clips, error = split_clips(tar)
+    assert error.kind == ("truncated" if damage == "huge size" else "corrupt")
+    assert [clip["__key__"] for clip in clips] == ["a"] * (at == 4608)  # the clip before may lack a member
+
+
+def test_headers_nested_without_end_are_a_fault():
+    name = tarfile.TarInfo("././@LongLink")
+    name.type, name.size = tarfile.GNUTYPE_LONGNAME, 512
+    clips, error = split_clips(tar_of(*CLIPS)[: 2 * 3072] + (name.tobuf(tarfile.GNU_FORMAT) + bytes(512)) * 5000)
+    assert error.kind == "corrupt"
+    assert [clip["__key__"] for clip in clips] == ["a"]
+
+
+def test_an_array_that_claims_more_than_it_has_allocates_nothing():
+    content = io.BytesIO()
+    claim = {"descr": "<f2", "fortran_order": False, "shape": (10**15, N_MELS)}
+    np.lib.format.write_array_header_1_0(content, claim)
+    with pytest.raises(ValueError, match=r"0 bytes are not \(1000000000000000, 5\)"):
+        _parse_npy(memoryview(content.getvalue()))
