@@ -34,7 +34,7 @@ from agrepa_fast.config import Config
 from agrepa_fast.config_file import load_config, save_config
 from agrepa_fast.data.index import Index
 from agrepa_fast.data.layout import BatchLayout
-from agrepa_fast.data.loading import end_loaders, train_batches
+from agrepa_fast.data.loading import TrainBatches
 from agrepa_fast.data.matching import matching_index
 from agrepa_fast.data.plan import BatchPlan
 from agrepa_fast.errors import LocalError, UserError
@@ -205,7 +205,7 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     for line in rehearse(engine, index, plan, layout, config.data.workers, device):
         metrics.say(line)
     reading = {"seed": config.run.seed, "center": config.align.center, "step": first}
-    batches = train_batches(index, config.data, layout, **reading, plan=plan)
+    batches = TrainBatches(index, config.data, layout, **reading, plan=plan)
 
     if first == 0:
         checkpoints.score = run.validate(val_clips, 0)["val/flow_loss"]
@@ -230,8 +230,7 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
                     checkpoints.save(engine, ema, choice, done, must=done == steps or stops)
             if stops:
                 break
-    del batches
-    end_loaders()
+    batches.close()
     run.seconds["train"] = time.perf_counter() - loop_start - (sum(run.seconds.values()) - aside)
     if stops:
         metrics.say(f"step {done}: stopped by a signal, saved; --resume latest run.dir={folder} goes on from here")

@@ -33,7 +33,7 @@ from agrepa_fast.config import DOMAINS, DataConfig, ShardConfig
 from agrepa_fast.data.batch import collate
 from agrepa_fast.data.index import SCHEMA, Index, load_index, write_index
 from agrepa_fast.data.layout import BatchLayout
-from agrepa_fast.data.loading import train_batches
+from agrepa_fast.data.loading import TrainBatches
 from agrepa_fast.data.plan import BatchPlan
 from agrepa_fast.data.reading import OpenShard
 from agrepa_fast.data.samples import Sample
@@ -118,7 +118,7 @@ def rate(batches: Iterator, seconds: float, clips_of: Callable[[object], int]) -
 
 def cached(index: Index, workers: int, seconds: float) -> dict[str, float]:
     layout = BatchLayout(BATCH, 1, 0, 1)
-    batches = train_batches(index, DataConfig(workers=workers), layout, seed=0, center=True)
+    batches = TrainBatches(index, DataConfig(workers=workers), layout, seed=0, center=True)
     return rate(batches, seconds, lambda batch: len(batch.keys))
 
 

@@ -1,9 +1,10 @@
-"""A batch: clips as tensors."""
+"""Batches of clips: tensors that are views into one buffer, which moves between processes and devices as a whole."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
-import numpy as np
 import torch
 
 from ..config import DOMAINS
@@ -11,6 +12,8 @@ from ..models.audio_dit.conditioning import Condition
 from .index import Index
 from .reading import Fault
 from .samples import Sample
+
+_ALIGNMENT = 64  # bytes: a cache line, and more than the widest load of a GPU
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,24 @@ class Batch:
     teacher: dict[str, torch.Tensor]  # domain -> (B, E) fp32, zero rows for clips of other domains
     places: tuple[int, ...]  # of each clip in the global batch
     weight: float = 1.0  # times its mean loss: then the mean over ranks and micro-batches is that over all clips
-    faults: tuple[Fault, ...] = ()  # clips that it should have had; others stand in for them
+    faults: tuple[Fault, ...] = ()  # of clips that could not be used and that others replace
 
-    def to(self, device: torch.device) -> "Batch":
-        return self.map(lambda tensor: tensor.to(device))
+    def to(self, device: torch.device | str) -> Self:
+        """Return the batch on a device. Each buffer is copied once, and a batch of `collate` has one. The copy from
+        pinned memory is asynchronous."""
+        copies: dict[int, torch.Tensor] = {}
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if (key := storage.data_ptr()) not in copies:
+                whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+                copies[key] = whole.to(device, non_blocking=not tensor.is_cuda)  # the host would read too early
+            return copies[key].view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+        return self.map(moved)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """Return the batch with `function` applied to every tensor."""
         return replace(
             self,
             domain=function(self.domain),
@@ -37,6 +52,64 @@ class Batch:
             condition=self.condition.map(function),
             teacher={name: function(vectors) for name, vectors in self.teacher.items()},
         )
+
+
+class Field(NamedTuple):
+    """A tensor in the buffer of a PackedBatch."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int  # bytes
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A batch as it travels between processes: one tensor of bytes, and the fields in it."""
+
+    buffer: torch.Tensor  # uint8
+    fields: dict[str, Field]
+    keys: tuple[str, ...]
+    places: tuple[int, ...]
+    weight: float = 1.0
+    faults: tuple[Fault, ...] = ()
+
+    @classmethod
+    def zeros(
+        cls, sizes: dict[str, tuple[torch.dtype, tuple[int, ...]]], keys: tuple[str, ...], places: tuple[int, ...]
+    ) -> Self:
+        """Return a batch of zeros. sizes: the type and shape of every field."""
+        fields, end = {}, 0
+        for name, (dtype, shape) in sizes.items():
+            fields[name] = Field(dtype, shape, end)
+            end += math.ceil(fields[name].bytes / _ALIGNMENT) * _ALIGNMENT
+        return cls(torch.zeros(end, dtype=torch.uint8), fields, keys, places)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return the view of a field."""
+        field = self.fields[name]
+        return self.buffer[field.offset : field.offset + field.bytes].view(field.dtype).view(field.shape)
+
+    def pin_memory(self) -> Self:
+        """Return a copy in pinned memory. DataLoader's thread calls it if there is a GPU."""
+        return replace(self, buffer=self.buffer.pin_memory())
+
+    def unpack(self) -> Batch:
+        """Return the batch whose tensors are views into the buffer."""
+        mel = self.tensor("mel")
+        condition = Condition(
+            tokens=self.tensor("tokens"),
+            token_lengths=self.tensor("token_lengths"),
+            reference=self.tensor("zero").expand_as(mel),
+            lengths=self.tensor("lengths"),
+            extra_tokens=self.tensor("extra_tokens") if "extra_tokens" in self.fields else None,
+        )
+        teacher = {domain: self.tensor(domain) for domain in DOMAINS if domain in self.fields}
+        domain = self.tensor("domain")
+        return Batch(self.keys, domain, mel, condition, teacher, self.places, self.weight, self.faults)
 
 
 def collate(
@@ -48,53 +121,46 @@ def collate(
     frames: int = 0,
     tokens: int = 0,
 ) -> Batch:
-    """Pad samples to the longest (and at least `frames` and `tokens`), normalise mels by the index's mean and std,
-    centre teacher vectors by their mean."""
-    frames = max(frames, *(s.mel.shape[0] for s in samples))
+    """Return the batch of some clips, in one buffer; see pack."""
+    return pack(samples, places, index, center=center, frames=frames, tokens=tokens).unpack()
+
+
+def pack(
+    samples: list[Sample],
+    places: tuple[int, ...],
+    index: Index,
+    *,
+    center: bool = True,
+    frames: int = 0,
+    tokens: int = 0,
+) -> PackedBatch:
+    """Pad samples to the longest (and at least `frames` and `tokens`), normalise mels by the index's mean and standard
+    deviation, and, with `center`, subtract their mean from teacher vectors."""
+    clips = len(samples)
+    frames = max(frames, *(s.frames for s in samples))
     tokens = max(tokens, *(len(s.tokens) for s in samples))
-    mel = torch.zeros(len(samples), frames, index.n_mels)
-    ids = torch.zeros(len(samples), tokens, dtype=torch.int64)
-    extra = None if index.extra_vocab is None else torch.zeros_like(ids)
-    teacher = {name: torch.zeros(len(samples), index.teacher(name).dim) for name in index.domains}
+    sizes = {
+        "mel": (torch.float32, (clips, frames, index.n_mels)),
+        "zero": (torch.float32, (1, 1, 1)),
+        "tokens": (torch.int64, (clips, tokens)),
+        "token_lengths": (torch.int64, (clips,)),
+        "lengths": (torch.int64, (clips,)),
+        "domain": (torch.int64, (clips,)),
+    }
+    if index.extra_vocab is not None:
+        sizes["extra_tokens"] = (torch.int64, (clips, tokens))
+    sizes |= {domain: (torch.float32, (clips, index.teacher(domain).dim)) for domain in index.domains}
+    packed = PackedBatch.zeros(sizes, tuple(s.key for s in samples), tuple(places))
+    tensors = {name: packed.tensor(name) for name in sizes}
     for row, s in enumerate(samples):
-        mel[row, : s.mel.shape[0]].copy_(torch.from_numpy(s.mel)).sub_(index.mel_mean).div_(index.mel_std)
-        ids[row, : len(s.tokens)] = torch.from_numpy(s.tokens)
-        if extra is not None:
-            extra[row, : len(s.tokens)] = torch.from_numpy(s.tokens2)
-        vector = s.pooled
-        teacher[s.domain][row] = torch.from_numpy(vector - index.teacher(s.domain).mean if center else vector)
-    condition = Condition(
-        tokens=ids,
-        token_lengths=torch.tensor([len(s.tokens) for s in samples]),
-        reference=_empty_reference(mel),
-        lengths=torch.tensor([s.mel.shape[0] for s in samples]),
-        extra_tokens=extra,
-    )
-    domain = torch.tensor([DOMAINS.index(s.domain) for s in samples])
-    return Batch(tuple(s.key for s in samples), domain, mel, condition, teacher, tuple(places))
-
-
-def _packed(batch: Batch) -> Batch:
-    """To be sent to another process: only the mels stay a tensor, for each tensor costs a file descriptor and a
-    handshake, and the others are small. The reference is empty."""
-    return replace(
-        batch,
-        domain=batch.domain.numpy(),
-        condition=replace(batch.condition, reference=None).map(torch.Tensor.numpy),
-        teacher={name: vectors.numpy() for name, vectors in batch.teacher.items()},
-    )
-
-
-def _unpacked(batch: Batch) -> Batch:
-    arrays = {field.name: getattr(batch.condition, field.name) for field in fields(batch.condition)}
-    tensors = {name: torch.from_numpy(value) for name, value in arrays.items() if isinstance(value, np.ndarray)}
-    return replace(
-        batch,
-        domain=torch.from_numpy(batch.domain),
-        condition=replace(batch.condition, reference=_empty_reference(batch.mel), **tensors),
-        teacher={name: torch.from_numpy(vectors) for name, vectors in batch.teacher.items()},
-    )
-
-
-def _empty_reference(mel: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(1, 1, 1).expand_as(mel)
+        mel = tensors["mel"][row, : s.frames]
+        mel.copy_(torch.from_numpy(s.mel)).sub_(index.mel_mean).div_(index.mel_std)
+        tensors["tokens"][row, : len(s.tokens)] = torch.from_numpy(s.tokens)
+        if "extra_tokens" in tensors:
+            tensors["extra_tokens"][row, : len(s.tokens)] = torch.from_numpy(s.tokens2)
+        target = s.pooled - index.teacher(s.domain).mean if center else s.pooled
+        tensors[s.domain][row] = torch.from_numpy(target)
+    tensors["token_lengths"].copy_(torch.tensor([len(s.tokens) for s in samples]))
+    tensors["lengths"].copy_(torch.tensor([s.frames for s in samples]))
+    tensors["domain"].copy_(torch.tensor([DOMAINS.index(s.domain) for s in samples]))
+    return packed

@@ -1,5 +1,6 @@
-"""The length buckets of a run's training shards."""
+"""The length buckets of a run's training shards, and how often each of them gives a batch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -8,7 +9,8 @@ import numpy as np
 from ..errors import UserError
 from .index import Index, Shard
 
-_CYCLE = 4096  # steps, at most, after which every bucket has come as often as it should
+_LONGEST_CYCLE = 4096  # steps
+_CLOSE = 0.01  # a bucket's share of the steps may be off by so much of itself
 
 
 @dataclass(frozen=True)
@@ -17,53 +19,69 @@ class Bucket:
 
     frames: int
     clips: int
-    speech: Fraction  # of the clips, on the average of the bucket's batches
+    speech: Fraction  # share of speech in the bucket's batches, on average
     shards: dict[str, tuple[Shard, ...]]  # by domain
     steps: int  # in a cycle
 
 
-def _buckets(index: Index, speech_share: float, clips_of, least: int) -> list[Bucket]:
-    """The length buckets of the training shards, shortest first. A domain's clips are mixed in by its weight, a bucket
-    gets its share of each domain's clips: weight x clips of the domain there / of the domain, summed over domains."""
+def length_buckets(
+    index: Index, speech_share: float, batch_clips: Callable[[int], int], least_clips: int
+) -> list[Bucket]:
+    """Return the length buckets of the training shards, shortest first.
+
+    Domains are mixed by speech_share over all batches. Inside a bucket they are mixed by the clips that each domain has
+    there, and a bucket comes as often as its share of each domain's clips demands, so that all buckets of a domain
+    finish an epoch together. batch_clips(frames): clips per batch of a bucket. Raises UserError if that is below
+    `least_clips`.
+    """
     weights = {"speech": Fraction(speech_share).limit_denominator(10**6)}
     weights["audio"] = 1 - weights["speech"]
     if len(index.domains) == 1:
         weights = {index.domains[0]: Fraction(1)}
     shards = {domain: index.shards("train", domain) for domain, weight in weights.items() if weight}
-    found, steps = [], []
-    for frames in sorted({shard.bucket for of_domain in shards.values() for shard in of_domain}):
-        inside = {domain: tuple(s for s in every if s.bucket == frames) for domain, every in shards.items()}
-        shares = {
-            domain: weights[domain] * sum(s.clips for s in part) / sum(s.clips for s in shards[domain])
-            for domain, part in inside.items()
-        }
-        if (clips := clips_of(frames)) < least:
+    totals = {domain: _clips(of_domain) for domain, of_domain in shards.items()}
+    ends = sorted({shard.bucket for of_domain in shards.values() for shard in of_domain})
+    inside = [{d: tuple(s for s in shards[d] if s.bucket == frames) for d in shards} for frames in ends]
+    clips = [batch_clips(frames) for frames in ends]
+    for frames, count in zip(ends, clips, strict=True):
+        if count < least_clips:
             raise UserError(
-                f"train.batch_frames allows {clips} clips of {frames} frames, fewer than ranks x train.accumulation = "
-                f"{least}: raise it, lower train.accumulation, or prepare with a lower data.max_seconds"
+                f"train.batch_frames allows {count} clips of {frames} frames, fewer than ranks x train.accumulation = "
+                f"{least_clips}: raise it, lower train.accumulation, or prepare with a lower data.max_seconds"
             )
-        share = sum(shares.values())
-        inside = {domain: part for domain, part in inside.items() if part}
-        found.append(Bucket(frames, clips, shares.get("speech", Fraction(0)) / share, inside, 0))
-        steps.append(share / clips)
-    counts = _cycle_counts(steps)
-    return [Bucket(b.frames, b.clips, b.speech, b.shards, count) for b, count in zip(found, counts, strict=True)]
+    # Of all clips that are taken, the share that come from one bucket and domain.
+    shares = [{d: weights[d] * _clips(part) / totals[d] for d, part in of_bucket.items()} for of_bucket in inside]
+    steps = _cycle_counts([sum(share.values()) / count for share, count in zip(shares, clips, strict=True)])
+    return [
+        Bucket(
+            frames=ends[i],
+            clips=clips[i],
+            speech=shares[i].get("speech", Fraction(0)) / sum(shares[i].values()),
+            shards={domain: part for domain, part in inside[i].items() if part},
+            steps=steps[i],
+        )
+        for i in range(len(ends))
+    ]
+
+
+def _clips(shards: tuple[Shard, ...]) -> int:
+    return sum(shard.clips for shard in shards)
 
 
 def _cycle_counts(frequencies: list[Fraction]) -> list[int]:
-    """Whole numbers in the proportion of `frequencies`, each at least 1: those of the least sum at which none is off by
-    more than 1 %, or the best up to _CYCLE."""
-    best, error = None, None
+    """Return whole numbers in the proportion of `frequencies`, each at least 1: those of the smallest sum at which each
+    is within 1 % of its share, or the closest up to the longest cycle."""
     total = sum(frequencies)
     shares = np.array([float(frequency / total) for frequency in frequencies])
-    for cycle in range(len(shares), _CYCLE + 1):
+    closest, error = np.ones(len(shares), np.int64), np.inf
+    for cycle in range(len(shares), _LONGEST_CYCLE + 1):
         exact = shares * cycle
         counts = np.maximum(1, np.floor(exact)).astype(np.int64)
         while (missing := cycle - counts.sum()) > 0:
             counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
         off = float(np.abs(counts / counts.sum() / shares - 1).max())
-        if error is None or off < error:
-            best, error = counts, off
-        if error <= 0.01:
+        if off < error:
+            closest, error = counts, off
+        if error <= _CLOSE:
             break
-    return best.tolist()
+    return closest.tolist()

@@ -1,4 +1,4 @@
-"""The clips of an order, read ahead of time in the background."""
+"""The clips of an order, read ahead of time in the background; other clips replace those that cannot be used."""
 
 import threading
 from collections import OrderedDict
@@ -8,15 +8,16 @@ from queue import SimpleQueue
 
 from ..errors import UserError
 from .index import Index, Shard, remedy
-from .order import ClipOrder, Place
+from .order import ClipAddress, ClipOrder
 from .reading import Fault, OpenShard
 from .samples import ClipError, Sample
 
-_SHARDS_IN_A_ROW = 3  # without one good clip: then it is not the odd clip that is at fault
+_SHARDS_IN_A_ROW = 3  # without one good clip: then the fault is not in single clips
 
 
 class Background:
-    """Calls in daemon threads: a read that hangs holds up no exit, as those of concurrent.futures would."""
+    """Runs calls in daemon threads. Unlike the threads of concurrent.futures, they hold up no exit while a read
+    hangs."""
 
     def __init__(self, threads: int):
         self._waiting: SimpleQueue[tuple[Future, Callable[[], object]]] = SimpleQueue()
@@ -24,6 +25,7 @@ class Background:
             threading.Thread(target=self._work, daemon=True).start()
 
     def submit(self, call: Callable[[], object]) -> Future:
+        """Queue a call and return the future of its result."""
         future: Future = Future()
         self._waiting.put((future, call))
         return future
@@ -34,67 +36,67 @@ class Background:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(call())
-                except BaseException as error:  # for whoever asks for the result
+                except BaseException as error:  # raised again by future.result()
                     future.set_exception(error)
 
 
 class ClipReader:
-    """The clips of an order, for a process that reads `width` of its lanes."""
+    """The clips of an order, for a process that reads `lanes` of its lanes."""
 
-    def __init__(self, index: Index, shards: tuple[Shard, ...], order: ClipOrder, width: int, background: Background):
+    def __init__(self, index: Index, shards: tuple[Shard, ...], order: ClipOrder, lanes: int, background: Background):
         self.index, self.shards, self.order, self.background = index, shards, order, background
-        self.keep = (
-            min(width, order.lanes, len(shards)) + 2
-        )  # shards that are open; more come while they are read ahead
-        self._open: OrderedDict[int, OpenShard] = OrderedDict()  # the one used last comes last
+        self.most_open = min(lanes, order.lanes, len(shards)) + 2  # as many more may be being read ahead
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()  # the last one was used last
         self._ahead: dict[int, Future] = {}
 
     def read(self, positions: list[int]) -> tuple[list[Sample], list[Fault]]:
-        """The clips at some positions, and the faults of those that others stand in for.
+        """Return the clips at some positions, and the faults of the clips that others replace.
 
-        That is the next good clip of the order's shard, or of its next shards. Raises UserError when there is none.
+        The next good clip of the same shard, or of the order's next shards, replaces a clip that cannot be used. Raises
+        UserError if there is none.
         """
-        places = [self.order.find(position) for position in positions]
-        for place in places:
-            self._read_ahead(place.shard)
+        addresses = [self.order.find(position) for position in positions]
+        for address in addresses:
+            self._read_ahead(address.shard)
         samples, faults = [], []
-        for place in places:
-            sample, fault = self._clip(place)
+        for address in addresses:
+            sample, fault = self._read_or_replace(address)
             samples.append(sample)
-            faults += [fault] if fault is not None else []
-        for place in places:
-            if place.left <= self.shards[place.shard].clips // 2:
-                self._read_ahead(self.order.after(place))
+            if fault is not None:
+                faults.append(fault)
+        for address in addresses:
+            if address.remaining <= self.shards[address.shard].clips // 2:
+                self._read_ahead(self.order.next_shard(address))
         return samples, faults
 
-    def _clip(self, place: Place) -> tuple[Sample, Fault | None]:
-        lost = None
-        for candidates in self.order.instead(place, _SHARDS_IN_A_ROW):
+    def _read_or_replace(self, address: ClipAddress) -> tuple[Sample, Fault | None]:
+        fault = None
+        for candidates in self.order.candidates(address, _SHARDS_IN_A_ROW):
             for shard, clip in candidates:
                 try:
-                    return self._shard(shard)[clip], lost
+                    return self._opened(shard)[clip], fault
                 except ClipError as error:
-                    if lost is None:
-                        lost = Fault(self.shards[shard].path.name, clip, error.member, error.kind, error.reason)
+                    if fault is None:
+                        fault = Fault(self.shards[shard].path.name, clip, error.member, error.kind, error.reason)
         raise UserError(
-            f"{self.index.folder}: no good clip in {_SHARDS_IN_A_ROW} shards in a row, from {lost.file} on: "
-            f"{lost.kind}: {lost.reason}: {remedy(self.index.folder)}"
+            f"{self.index.folder}: no good clip in {_SHARDS_IN_A_ROW} shards in a row, from {fault.file} on: "
+            f"{fault.kind}: {fault.reason}: {remedy(self.index.folder)}"
         )
 
-    def _shard(self, number: int) -> OpenShard:
-        if number not in self._open:
-            future = self._ahead.pop(number, None)
+    def _opened(self, shard: int) -> OpenShard:
+        if shard not in self._open:
+            future = self._ahead.pop(shard, None)
             if future is None or future.cancel():  # not begun: it might wait behind others
-                self._open[number] = OpenShard(self.shards[number], self.index)
+                self._open[shard] = OpenShard(self.shards[shard], self.index)
             else:
-                self._open[number] = future.result()
-            while len(self._open) > self.keep:
+                self._open[shard] = future.result()
+            while len(self._open) > self.most_open:
                 self._open.popitem(last=False)
-        self._open.move_to_end(number)
-        return self._open[number]
+        self._open.move_to_end(shard)
+        return self._open[shard]
 
-    def _read_ahead(self, number: int) -> None:
-        if number not in self._open and number not in self._ahead:
-            self._ahead[number] = self.background.submit(lambda: OpenShard(self.shards[number], self.index))
-            if len(self._ahead) > self.keep:  # asked for, but its lane has gone to another rank
+    def _read_ahead(self, shard: int) -> None:
+        if shard not in self._open and shard not in self._ahead:
+            self._ahead[shard] = self.background.submit(lambda: OpenShard(self.shards[shard], self.index))
+            if len(self._ahead) > self.most_open:  # read ahead in vain: its lane has gone to another rank
                 self._ahead.pop(next(iter(self._ahead))).cancel()

@@ -1,15 +1,20 @@
-"""How a global batch is spread over ranks and micro-batches."""
+"""How the clips of a global batch are spread over ranks and micro-batches."""
 
 from dataclasses import dataclass
 
 from ..errors import UserError
 
 
+def ceil_div(number: int, divisor: int) -> int:
+    """Return number / divisor, rounded up."""
+    return -(-number // divisor)
+
+
 @dataclass(frozen=True)
 class BatchLayout:
-    """How the clips of a global batch are spread over ranks and accumulated micro-batches, as evenly as they can be.
+    """One rank's part of the global batches, which are spread over ranks and micro-batches as evenly as they can be.
 
-    batch_clips: of every global batch; None: train.batch_frames decides, bucket by bucket.
+    batch_clips: clips of every global batch; None: train.batch_frames decides, bucket by bucket.
     """
 
     batch_clips: int | None
@@ -31,16 +36,16 @@ class BatchLayout:
 
     @property
     def micro_batch(self) -> int:
-        """What DeepSpeed is told: the clips of the largest micro-batch, or 1 where they differ from step to step."""
-        return 1 if self.batch_clips is None else -(-self.batch_clips // self.parts)
+        """The size that DeepSpeed is told: clips of the largest micro-batch, or 1 if they differ from step to step."""
+        return 1 if self.batch_clips is None else ceil_div(self.batch_clips, self.parts)
 
     def places(self, micro: int, clips: int | None = None) -> range:
-        """The places of this rank's micro-batch in a global batch of so many clips."""
+        """Return the places that this rank's micro-batch takes in a global batch of so many clips."""
         clips = self.batch_clips if clips is None else clips
         part = micro * self.world + self.rank
         return range(part * clips // self.parts, (part + 1) * clips // self.parts)
 
     def weight(self, micro: int, clips: int) -> float:
-        """What the micro-batch's mean loss is multiplied by, so that the mean over ranks and micro-batches, which
-        DeepSpeed takes, is that over the global batch's clips."""
+        """Return the factor of the micro-batch's mean loss. With it, the mean over ranks and micro-batches, which
+        DeepSpeed takes, is the mean over the global batch's clips."""
         return len(self.places(micro, clips)) * self.parts / clips

@@ -1,17 +1,19 @@
-"""Batches for training and probing out of shards. Which clips a step takes is plan.py's; here they are read, ahead of
-time and in the background, faulty ones replaced, and put together.
-"""
+"""The micro-batches of a rank, read ahead of time by loader processes. plan.py says which clips a step takes."""
 
-import multiprocessing
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing import context, resource_tracker
+from multiprocessing.connection import wait
+from types import ModuleType
+from typing import Self
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..config import DataConfig
-from .batch import Batch, _packed, _unpacked, collate
+from .batch import Batch, PackedBatch, pack
 from .clip_reader import Background, ClipReader
 from .index import Index
 from .layout import BatchLayout
@@ -19,29 +21,111 @@ from .plan import BatchPlan
 from .reading import Fault
 from .samples import Sample
 
-_loaders: list[multiprocessing.Process] = []
 _READERS = 4  # threads that read ahead
 
 
+class TrainBatches:
+    """This rank's micro-batches in order, from optimizer step `step` on. They do not end, so that no rank runs out of
+    batches before the others.
+
+    plan: None for layout.batch_clips clips in every batch. data.workers processes read the shards and make the batches;
+    `close` ends them. With a GPU the batches are in pinned memory.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        data: DataConfig,
+        layout: BatchLayout,
+        *,
+        seed: int,
+        center: bool,
+        step: int = 0,
+        plan: BatchPlan | None = None,
+    ):
+        if plan is None:
+            plan = BatchPlan(index, data.speech_share, seed, clips=layout.batch_clips)
+        self._context = _LoaderContext()
+        self._batches: Iterator[PackedBatch] = iter(
+            DataLoader(
+                _RankBatches(index, plan, layout, center, step),
+                batch_size=None,
+                num_workers=data.workers,
+                pin_memory=torch.cuda.is_available(),
+                # Without one of its own it would draw from the generator whose state a resume has restored for dropout.
+                generator=torch.Generator(),
+                multiprocessing_context=self._context if data.workers else None,
+            )
+        )
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        """Return the next batch. Raises RuntimeError, which begins with "DataLoader worker", if a loader process
+        ended."""
+        try:
+            return next(self._batches).unpack()
+        except (OSError, EOFError) as error:  # of the connection to a process that ended while it handed over a batch
+            processes = {process.sentinel: process.pid for process in self._context.processes}
+            ended = [processes[sentinel] for sentinel in wait(processes, timeout=1)]
+            if not ended:
+                raise
+            raise RuntimeError(f"DataLoader worker (pid {ended[0]}) ended while it handed over a batch") from error
+
+    def close(self) -> None:
+        """End the loader processes. One that hangs in a read is killed: Python would wait for it at exit."""
+        self._batches = iter(())  # the end of DataLoader's iterator asks its processes to end
+        for process in self._context.processes:
+            process.kill()
+
+
+class _LoaderContext(context.SpawnContext):
+    """Starts loader processes and keeps them in `processes`. They are spawned: a fork of a process with CUDA, gloo and
+    threads would inherit their locks in whatever state they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.processes: list[_LoaderProcess] = []
+
+    def Process(self, *args, **kwargs) -> "_LoaderProcess":
+        self.processes.append(_LoaderProcess(*args, **kwargs))
+        return self.processes[-1]
+
+
+class _LoaderProcess(context.SpawnProcess):
+    @staticmethod
+    def _Popen(process: "_LoaderProcess"):
+        """Start the process without the main program, whose imports (DeepSpeed's) take seconds, and with the signals
+        blocked that a scheduler sends to every process of a job: the ranks decide when their loader processes end."""
+        resource_tracker.ensure_running()  # on its first start it unblocks SIGTERM
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+        try:
+            return context.SpawnProcess._Popen(process)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            sys.modules["__main__"] = main
+
+
 class _RankBatches(IterableDataset):
-    """This rank's micro-batches from a step on; loader worker w of W makes every W-th of them."""
+    """This rank's micro-batches from a step on; loader process w of W makes every W-th of them."""
 
     def __init__(self, index: Index, plan: BatchPlan, layout: BatchLayout, center: bool, step: int):
         self.index, self.plan, self.layout, self.center, self.step = index, plan, layout, center, step
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[PackedBatch]:
         worker = get_worker_info()
         number, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         background, readers = Background(_READERS), {}
         while True:
-            ahead, micro = divmod(number, self.layout.accumulation)
-            batch = self._batch(self.step + ahead, micro, readers, background)
-            yield _packed(batch) if worker else batch
+            steps, micro = divmod(number, self.layout.accumulation)
+            yield self._batch(self.step + steps, micro, readers, background)
             number += stride
 
     def _batch(
         self, step: int, micro: int, readers: dict[tuple[int, str], ClipReader], background: Background
-    ) -> Batch:
+    ) -> PackedBatch:
         plan, layout = self.plan, self.layout
         number, picks = plan.batch(step)
         bucket = plan.buckets[number]
@@ -49,59 +133,16 @@ class _RankBatches(IterableDataset):
         samples: dict[int, Sample] = {}
         faults: list[Fault] = []
         for domain in bucket.shards:
-            mine = [place for place in places if picks[place].domain == domain]
+            of_domain = [place for place in places if picks[place].domain == domain]
             if (number, domain) not in readers:
-                # Its lanes in all its micro-batches of a step, and one more at the edge of each.
-                width = layout.accumulation * (len(mine) + 2)
+                # The lanes of all this rank's micro-batches of a step, and one more at the edge of each.
+                lanes = layout.accumulation * (len(of_domain) + 2)
                 order, shards = plan.orders[number, domain], bucket.shards[domain]
-                readers[number, domain] = ClipReader(self.index, shards, order, width, background)
-            read, lost = readers[number, domain].read([picks[place].position for place in mine])
-            samples |= dict(zip(mine, read, strict=True))
-            faults += lost
+                readers[number, domain] = ClipReader(self.index, shards, order, lanes, background)
+            read, replaced = readers[number, domain].read([picks[place].position for place in of_domain])
+            samples |= dict(zip(of_domain, read, strict=True))
+            faults += replaced
         shape = {"frames": bucket.frames, "tokens": self.index.most_tokens(bucket.frames)} if plan.fixed_shapes else {}
         ordered = [samples[place] for place in places]
-        batch = collate(ordered, tuple(places), self.index, center=self.center, **shape)
-        return replace(batch, weight=layout.weight(micro, bucket.clips), faults=tuple(faults))
-
-
-def train_batches(
-    index: Index,
-    data: DataConfig,
-    layout: BatchLayout,
-    *,
-    seed: int,
-    center: bool,
-    step: int = 0,
-    plan: BatchPlan | None = None,
-) -> Iterator[Batch]:
-    """This rank's micro-batches in order, from optimizer step `step` on, without end: ranks cannot run out of batches
-    apart. plan: None for layout.batch_clips clips in every batch."""
-    if plan is None:
-        plan = BatchPlan(index, data.speech_share, seed, clips=layout.batch_clips)
-    # A generator of its own: DataLoader would draw from the one whose state a resumed run has restored for dropout.
-    loader = DataLoader(
-        _RankBatches(index, plan, layout, center, step),
-        batch_size=None,
-        num_workers=data.workers,
-        generator=torch.Generator(),
-        worker_init_fn=_ignore_signals,
-        multiprocessing_context="fork" if data.workers else None,  # plans are not pickled
-    )
-    others = set(multiprocessing.active_children())
-    batches = iter(loader)
-    _loaders.extend(set(multiprocessing.active_children()) - others)
-    return map(_unpacked, batches) if data.workers else batches
-
-
-def end_loaders() -> None:
-    """End loader processes that are left, such as one in the middle of a read that hangs: they ignore the signal that
-    multiprocessing would send them at exit, and it would wait."""
-    for process in _loaders:
-        process.kill()
-    _loaders.clear()
-
-
-def _ignore_signals(_worker: int) -> None:
-    """A scheduler's signal goes to every process of a job; the ranks decide when their loader processes end."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+        packed = pack(ordered, tuple(places), self.index, center=self.center, **shape)
+        return replace(packed, weight=layout.weight(micro, bucket.clips), faults=tuple(faults))

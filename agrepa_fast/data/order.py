@@ -1,4 +1,4 @@
-"""The endless order of the clips of some shards."""
+"""The endless order in which the clips of some shards are taken: a function of the seed, found at any position."""
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -13,23 +13,23 @@ from ..seeds import derive_seed
 LANES = 32
 
 
-class Place(NamedTuple):
+class ClipAddress(NamedTuple):
     """Where in a ClipOrder a clip is."""
 
     lane: int
     epoch: int
-    nth: int  # of the epoch's shards
+    turn: int  # of its shard among the epoch's
     shard: int
     offset: int  # in the epoch's order of the shard's clips
-    left: int  # clips of the shard that come after this one in its lane
+    remaining: int  # clips of the shard that come after this one in its lane
 
 
 class ClipOrder:
-    """The endless order of the clips of some shards: in each epoch every clip once, shards and the clips in them in an
-    order of their own.
+    """The clips of some shards, without end: in each epoch every clip once, with new orders of the shards and of the
+    clips inside each.
 
-    The epoch's clips, shard after shard, are cut into `lanes` runs of equal length, and the positions take turns among
-    them.
+    The epoch's clips, shard after shard, are divided into `lanes` runs of equal length. Position after position, the
+    lanes take turns.
     """
 
     def __init__(self, counts: Sequence[int], lanes: int, seed: int, name: str):
@@ -39,52 +39,61 @@ class ClipOrder:
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._clips = lru_cache(maxsize=4 * self.lanes)(self._make_clips)
 
-    def find(self, position: int) -> Place:
-        epoch, turn = divmod(position, self.total)
-        row, lane = divmod(turn, self.lanes)
-        return self._at(epoch, lane, self._start(lane) + row)
+    def __reduce__(self) -> tuple:
+        return ClipOrder, (self.counts, self.lanes, self.seed, self.name)  # without the caches, which cannot be pickled
+
+    def find(self, position: int) -> ClipAddress:
+        """Return the address of the clip at a position."""
+        epoch, step = divmod(position, self.total)
+        row, lane = divmod(step, self.lanes)
+        return self._address(epoch, lane, self._start(lane) + row)
 
     def lane(self, position: int) -> int:
+        """Return the lane that a position belongs to."""
         return position % self.total % self.lanes
 
-    def clip(self, place: Place) -> int:
-        """The number of a place's clip in its shard."""
-        return int(self._clips(place.epoch, place.shard)[place.offset])
+    def clip(self, address: ClipAddress) -> int:
+        """Return the number that the address's clip has in its shard."""
+        return int(self._clips(address.epoch, address.shard)[address.offset])
 
-    def after(self, place: Place) -> int:
-        """The shard that the place's lane comes to next."""
-        _, ends = self._epoch(place.epoch)
-        if ends[place.nth] < self._start(place.lane + 1):
-            return self._at(place.epoch, place.lane, int(ends[place.nth])).shard
-        return self._at(place.epoch + 1, place.lane, self._start(place.lane)).shard
+    def next_shard(self, address: ClipAddress) -> int:
+        """Return the shard that the address's lane comes to next."""
+        _, ends = self._epoch(address.epoch)
+        if ends[address.turn] < self._start(address.lane + 1):
+            return self._address(address.epoch, address.lane, int(ends[address.turn])).shard
+        return self._address(address.epoch + 1, address.lane, self._start(address.lane)).shard
 
-    def instead(self, place: Place, shards: int) -> Iterator[Iterator[tuple[int, int]]]:
-        """What stands in for a clip that cannot be read, as (shard, clip): the clips that follow it in its shard, and
-        round to itself; then those of the epoch's next shards, `shards` of them in all."""
-        order, _ = self._epoch(place.epoch)
+    def candidates(self, address: ClipAddress, shards: int) -> Iterator[Iterator[tuple[int, int]]]:
+        """Return (shard, clip) of the address and of the clips that replace it if it cannot be read, shard by shard:
+        first its own shard from the clip on, round to the clip before it; then the epoch's next shards, `shards` of
+        them in all."""
+        order, _ = self._epoch(address.epoch)
         for ahead in range(min(shards, len(order))):
-            shard = int(order[(place.nth + ahead) % len(order)])
-            clips = self._clips(place.epoch, shard)
-            yield ((shard, int(clips[(place.offset + n) % len(clips)])) for n in range(len(clips)))
+            shard = int(order[(address.turn + ahead) % len(order)])
+            clips = self._clips(address.epoch, shard)
+            yield ((shard, int(clips[(address.offset + n) % len(clips)])) for n in range(len(clips)))
 
     def _start(self, lane: int) -> int:
-        """Where in the epoch's clips a lane begins."""
+        """Return where in the epoch's clips a lane begins."""
         return lane * (self.total // self.lanes) + min(lane, self.total % self.lanes)
 
-    def _at(self, epoch: int, lane: int, clip: int) -> Place:
+    def _address(self, epoch: int, lane: int, clip: int) -> ClipAddress:
+        """Return the address of a lane's clip, given as its number among all of the epoch's."""
         order, ends = self._epoch(epoch)
-        nth = int(np.searchsorted(ends, clip, side="right"))
-        shard, end = int(order[nth]), int(ends[nth])
+        turn = int(np.searchsorted(ends, clip, side="right"))
+        shard, end = int(order[turn]), int(ends[turn])
         offset = clip - (end - int(self.counts[shard]))
-        return Place(lane, epoch, nth, shard, offset, min(end, self._start(lane + 1)) - clip - 1)
+        return ClipAddress(lane, epoch, turn, shard, offset, min(end, self._start(lane + 1)) - clip - 1)
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        order = _random(self.seed, self.name, epoch, "shards").permutation(len(self.counts))
+        """Return the epoch's shards in order, and the number of clips up to the end of each."""
+        order = seeded(self.seed, self.name, epoch, "shards").permutation(len(self.counts))
         return order, self.counts[order].cumsum()
 
     def _make_clips(self, epoch: int, shard: int) -> np.ndarray:
-        return _random(self.seed, self.name, epoch, f"clips of shard {shard}").permutation(self.counts[shard])
+        return seeded(self.seed, self.name, epoch, f"clips of shard {shard}").permutation(self.counts[shard])
 
 
-def _random(seed: int, *names: object) -> np.random.Generator:
+def seeded(seed: int, *names: object) -> np.random.Generator:
+    """Return a generator for one purpose, named by `names`."""
     return np.random.default_rng(derive_seed(seed, *names) % 2**63)

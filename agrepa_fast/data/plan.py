@@ -1,25 +1,27 @@
 """Which clips make up the global batch of an optimizer step: a function of (seed, step) alone.
 
-Neither ranks, nor accumulated micro-batches, nor loader processes change it, and it is found without anything that came
-before, so a run resumes anywhere, on any number of ranks, by opening the shards of one batch. What is promised:
+Neither ranks, nor accumulated micro-batches, nor loader processes change it. It is found without the steps before, so a
+run resumes anywhere, on any number of ranks, by opening the shards of one batch. The promises:
 
 * Within a domain and length bucket no clip comes twice before every clip came once.
-* A global batch has clips of one bucket, and as many of them whenever that bucket's turn comes: what the budget allows.
-* Over a cycle of steps each bucket comes as often as keeps all buckets of a domain in step, and the domains' clips are
-  mixed by data.speech_share, in every bucket by what each domain has there.
+* A global batch has clips of one bucket, and the same number of them whenever that bucket's turn comes: what the budget
+  allows.
+* Over a cycle of steps all buckets of a domain keep in step, and the domains' clips are mixed by data.speech_share, in
+  every bucket by the clips that each domain has there.
 * The plan has no end: every rank has the same number of batches, however many clips its shards hold.
 """
 
+import math
 from functools import lru_cache
 from typing import NamedTuple, Self
 
 import numpy as np
 
-from ..config import DOMAINS, Config
-from .buckets import Bucket, _buckets
+from ..config import Config
+from .buckets import Bucket, length_buckets
 from .index import Index
-from .layout import BatchLayout
-from .order import ClipOrder, _random
+from .layout import BatchLayout, ceil_div
+from .order import ClipOrder, seeded
 
 _CROWDED = 8  # reads of a shard in an epoch that are worth a warning
 
@@ -34,10 +36,9 @@ class Pick(NamedTuple):
 class BatchPlan:
     """The global batches of a run.
 
-    clips: of every batch; or budget: a batch holds as many clips of its bucket as cost at most so much, a clip of F
-    frames frames(F) + attention_cost * F^2 (train.batch_frames). fixed_shapes: batches are padded to their bucket,
-    whatever is in them, as they are wherever there are buckets or a budget. Raises UserError where a batch would have
-    fewer than `least` clips.
+    Either `clips` is the size of every batch, or `budget` bounds its cost (train.batch_frames): a clip of F frames
+    costs F + attention_cost * F^2 frames. fixed_shapes: batches are padded to their bucket, whatever is in them;
+    always so if there are several buckets or a budget. Raises UserError if a batch would have fewer than `least` clips.
     """
 
     def __init__(
@@ -53,17 +54,18 @@ class BatchPlan:
         fixed_shapes: bool = False,
     ):
         self.seed, self.attention_cost = seed, attention_cost
-        self.buckets = _buckets(index, speech_share, lambda frames: clips or int(budget / self.cost(frames)), least)
+        self.buckets = length_buckets(
+            index, speech_share, lambda frames: clips or int(budget / self.cost(frames)), least
+        )
         self.fixed_shapes = fixed_shapes or budget is not None or len(self.buckets) > 1
         self.orders = {
             (number, domain): ClipOrder(
-                [shard.clips for shard in shards], self._most(bucket, domain), seed, f"{domain} {bucket.frames}"
+                [shard.clips for shard in shards], _most_clips(bucket, domain), seed, f"{domain} {bucket.frames}"
             )
             for number, bucket in enumerate(self.buckets)
             for domain, shards in bucket.shards.items()
         }
         self.cycle = sum(bucket.steps for bucket in self.buckets)
-        self._turns = lru_cache(maxsize=2)(self._make_turns)
 
     @classmethod
     def of(cls, index: Index, config: Config, layout: BatchLayout) -> Self:
@@ -77,29 +79,31 @@ class BatchPlan:
         return cls(index, config.data.speech_share, config.run.seed, **options)
 
     def cost(self, frames: int) -> float:
-        """Of a clip, in frames: linear layers take their share of each frame, attention one of each pair."""
+        """Return the cost of a clip, in frames: its linear layers cost one per frame, attention a share per pair."""
         return frames + self.attention_cost * frames**2
 
     @property
     def worst(self) -> int:
-        """The bucket whose batch costs most."""
+        """The number of the bucket whose batch costs most."""
         costs = [bucket.clips * self.cost(bucket.frames) for bucket in self.buckets]
         return max(range(len(costs)), key=lambda number: (costs[number], self.buckets[number].frames))
 
     def bucket(self, step: int) -> tuple[int, int]:
-        """The bucket of a step, and how many steps it had before."""
+        """Return the number of a step's bucket, and how many steps that bucket had before."""
         cycle, turn = divmod(step, self.cycle)
-        turns = self._turns(cycle)
+        turns = _turns(self.seed, tuple(bucket.steps for bucket in self.buckets), cycle)
         number = int(turns[turn])
         return number, cycle * self.buckets[number].steps + int(np.count_nonzero(turns[:turn] == number))
 
     def batch(self, step: int) -> tuple[int, list[Pick]]:
-        """The bucket of a step and the clips of its global batch, place by place. The domains are spread evenly over
-        the places, and places of a domain are in the order of lanes: those of a rank stay in the same lanes."""
+        """Return the number of a step's bucket and the clips of its global batch, place by place.
+
+        The domains are spread evenly over the places. The clips of a domain are in the order of lanes, so that the
+        places of a rank stay in the same lanes.
+        """
         number, before = self.bucket(step)
         bucket = self.buckets[number]
-        first, end = (self._speech_before(bucket, turn) for turn in (before, before + 1))
-        speech = end - first
+        first, end = (_speech_before(bucket, turn) for turn in (before, before + 1))
         positions = {
             "speech": range(first, end),
             "audio": range(before * bucket.clips - first, (before + 1) * bucket.clips - end),
@@ -109,48 +113,50 @@ class BatchPlan:
             if len(of_domain):
                 lane = self.orders[number, domain].lane
                 picks[domain] = iter(sorted(of_domain, key=lambda position: (lane(position), position)))
-        domains = batch_domains(bucket.clips, speech)
+        domains = batch_domains(bucket.clips, end - first)
         return number, [Pick(domain, next(picks[domain])) for domain in domains]
 
     def describe(self) -> str:
-        """One line: what each bucket's batches are, and how often they come."""
+        """Return a line about the batches of each bucket, and how often they come."""
         parts = [
             f"{b.clips} clips of up to {b.frames} frames ({b.steps / self.cycle:.0%} of steps)" for b in self.buckets
         ]
         return "global batches: " + ", ".join(parts)
 
     def crowding(self, layout: BatchLayout, workers: int) -> str | None:
-        """One line when shards are so few that ranks and loader processes read each of them several times an epoch."""
-        processes, most, where = layout.world * max(1, workers), 0.0, None
+        """Return a warning if shards are so few that ranks and loader processes read each of them several times an
+        epoch."""
+        processes, most, crowded = layout.world * max(1, workers), 0.0, None
         for (number, domain), order in self.orders.items():
             bucket, shards = self.buckets[number], len(order.counts)
-            lanes = min(order.lanes, -(-bucket.clips // layout.world))  # of a rank
-            opened = min(shards, shards * lanes / order.lanes + lanes)
+            rank_lanes = min(order.lanes, ceil_div(bucket.clips, layout.world))
+            opened = min(shards, shards * rank_lanes / order.lanes + rank_lanes)
             if (times := processes * opened / shards) > most:
-                most, where = times, f"{shards} {domain} shards of up to {bucket.frames} frames"
+                most, crowded = times, f"{shards} {domain} shards of up to {bucket.frames} frames"
         if most <= _CROWDED:
             return None
         return (
-            f"{where}: each is read about {most:.0f} times an epoch by {layout.world} ranks x {max(1, workers)} loader "
-            "processes: prepare with a lower data.shard_clips, or lower data.workers"
+            f"{crowded}: each is read about {most:.0f} times an epoch by {layout.world} ranks x {max(1, workers)} "
+            "loader processes: prepare with a lower data.shard_clips, or lower data.workers"
         )
-
-    @staticmethod
-    def _speech_before(bucket: Bucket, turn: int) -> int:
-        """Speech clips of the bucket's batches before its turn-th."""
-        return int(turn * bucket.clips * bucket.speech)
-
-    @staticmethod
-    def _most(bucket: Bucket, domain: str) -> int:
-        """The most clips of a domain that a batch of the bucket has."""
-        share = bucket.speech if domain == "speech" else 1 - bucket.speech
-        return -int(-bucket.clips * share // 1)
-
-    def _make_turns(self, cycle: int) -> np.ndarray:
-        turns = np.repeat(np.arange(len(self.buckets)), [bucket.steps for bucket in self.buckets])
-        return _random(self.seed, "buckets", cycle, "turns").permutation(turns)
 
 
 def batch_domains(clips: int, speech: int) -> list[str]:
-    """The domain of each place of a global batch, the speech clips spread evenly."""
-    return [DOMAINS[(p + 1) * speech // clips == p * speech // clips] for p in range(clips)]
+    """Return the domain of each place of a global batch, with its speech clips spread evenly."""
+    return ["speech" if (place + 1) * speech // clips > place * speech // clips else "audio" for place in range(clips)]
+
+
+def _speech_before(bucket: Bucket, turn: int) -> int:
+    """Return the number of speech clips in the bucket's batches before its turn-th."""
+    return int(turn * bucket.clips * bucket.speech)
+
+
+def _most_clips(bucket: Bucket, domain: str) -> int:
+    """Return the most clips of a domain that a batch of the bucket has."""
+    return math.ceil(bucket.clips * (bucket.speech if domain == "speech" else 1 - bucket.speech))
+
+
+@lru_cache(maxsize=8)
+def _turns(seed: int, steps: tuple[int, ...], cycle: int) -> np.ndarray:
+    """Return the bucket of each step of a cycle. steps: of each bucket in a cycle."""
+    return seeded(seed, "buckets", cycle, "turns").permutation(np.repeat(np.arange(len(steps)), steps))

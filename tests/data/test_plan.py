@@ -47,19 +47,19 @@ def test_a_lane_reads_its_shards_one_after_the_other():
         assert len(visits) == 20  # 10 shards an epoch, each read once
         for place, following in pairwise(places):
             if following.shard == place.shard and following.epoch == place.epoch:
-                assert following.left == place.left - 1
+                assert following.remaining == place.remaining - 1
             else:
-                assert place.left == 0
-                assert order.after(place) == following.shard
+                assert place.remaining == 0
+                assert order.next_shard(place) == following.shard
 
 
 def test_what_stands_in_for_a_clip():
     order = ClipOrder(COUNTS, 2, 0, "speech")
     place = order.find(5)
-    same, following = (list(candidates) for candidates in order.instead(place, 2))
+    same, following = (list(candidates) for candidates in order.candidates(place, 2))
     assert same[0] == (place.shard, order.clip(place))
     assert Counter(same) == Counter((place.shard, number) for number in range(COUNTS[place.shard]))
-    assert {shard for shard, _ in following} == {order._epoch(0)[0][(place.nth + 1) % 4]}
+    assert {shard for shard, _ in following} == {order._epoch(0)[0][(place.turn + 1) % 4]}
 
 
 def index_of(**shards: list[tuple[int, int]]) -> SimpleNamespace:

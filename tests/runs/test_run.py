@@ -18,7 +18,7 @@ from agrepa_fast.config_file import load_config
 from agrepa_fast.data.batch import collate
 from agrepa_fast.data.index import load_index
 from agrepa_fast.data.layout import BatchLayout
-from agrepa_fast.data.loading import train_batches
+from agrepa_fast.data.loading import TrainBatches
 from agrepa_fast.flow import euler, flow_loss, reference_prefix, sample, sway_times, training_draws
 from agrepa_fast.kernels import flow_mix
 from agrepa_fast.lr_schedule import lr_factor
@@ -79,7 +79,7 @@ def test_a_step_by_hand(index, tmp_path):
         reduce=lambda: torch.tensor(0.0),
     )
     choice = SimpleNamespace(aligner=aligner, watch=lambda engine, step: watched.append(step))
-    batch = next(train_batches(index, config.data, BatchLayout(16, 2, 0, 1), seed=0, center=True))
+    batch = next(TrainBatches(index, config.data, BatchLayout(16, 2, 0, 1), seed=0, center=True))
     batch = replace(batch, places=tuple(range(8, 16)))
     Run(config, index, torch.device("cpu"), engine, None, choice, None, 0, 1, tmp_path).micro_step(batch, step=3)
     x_t, t, condition = engine.seen
@@ -154,7 +154,7 @@ def test_a_probe_repeated_by_a_resume_is_written_once(tmp_path):
 
 
 def test_a_batch_takes_every_clip_once_an_epoch(index):
-    batches = train_batches(index, DataConfig(), BatchLayout(8, 1, 0, 1), seed=0, center=True)
+    batches = TrainBatches(index, DataConfig(), BatchLayout(8, 1, 0, 1), seed=0, center=True)
     keys = [key for _ in range(11) for key in next(batches).keys]  # 44 clips a domain: two epochs of 22
     assert len(set(keys)) == 44
     assert {keys.count(key) for key in keys} == {2}

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from agrepa_fast.config_file import load_config
 from agrepa_fast.data.index import read_index
 from agrepa_fast.data.layout import BatchLayout
-from agrepa_fast.data.loading import train_batches
+from agrepa_fast.data.loading import TrainBatches
 from agrepa_fast.data.plan import BatchPlan
 from agrepa_fast.errors import UserError
 from agrepa_fast.models.audio_dit.dit import AudioDiT
@@ -100,7 +100,7 @@ def train_three_steps(preset: str, stage: int, dry: bool) -> tuple[list[float], 
     engine = build_engine(
         AudioDiT(config.model), config, resolve_ds_config(ds_values(stage), config.train, layout, device)
     )
-    batches, losses = train_batches(index, config.data, layout, seed=0, center=True, plan=plan), []
+    batches, losses = TrainBatches(index, config.data, layout, seed=0, center=True, plan=plan), []
     for step in range(3):
         if dry and step < 2:
             before = torch.get_rng_state()

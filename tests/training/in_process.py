@@ -13,7 +13,7 @@ from agrepa_fast.config import PRESETS
 from agrepa_fast.config_file import load_config
 from agrepa_fast.data.index import load_index
 from agrepa_fast.data.layout import BatchLayout
-from agrepa_fast.data.loading import train_batches
+from agrepa_fast.data.loading import TrainBatches
 from agrepa_fast.probing.schedule import LayerChoice
 from agrepa_fast.train import build_model, fit_to_shards
 from agrepa_fast.training.metrics import Metrics
@@ -51,7 +51,7 @@ def make_run(preset: str, values: dict, folder: Path, *overrides: str):
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(config, index, CPU, engine, Ema(engine, 0.5), choice, metrics, rank, world, folder)
     engine.module.train()
-    return run, train_batches(index, config.data, layout, seed=0, center=True)
+    return run, TrainBatches(index, config.data, layout, seed=0, center=True)
 
 
 def state(run: Run) -> dict[str, torch.Tensor]:
