@@ -7,8 +7,11 @@ if (
 ):  # imported from a checkout, where kernels/ stands beside this package
     __path__.append(str(Path(__file__).parents[1]))
 
-from .attribution.foga import ProbeBatch, ablate, foga
-from .attribution.gates import count_block_forwards, multi_gate
+from .attribution.ablate import ablate
+from .attribution.foga import foga
+from .attribution.gate_plan import count_block_forwards
+from .attribution.gates import multi_gate
+from .attribution.points import ProbeBatch
 from .attribution.scores import LayerScores
 from .attribution.selection import LayerSelection, NotRankableError, select_layers
 from .checkpoints.weights import load_model

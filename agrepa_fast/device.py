@@ -1,4 +1,4 @@
-"""CUDA graphs, and copies to the host that do not wait for the GPU."""
+"""CUDA graphs, and copies between host and device that wait for nothing."""
 
 from collections.abc import Callable, Hashable, Iterable
 
@@ -109,6 +109,24 @@ def tensors_of(*values) -> list[torch.Tensor]:
     for value in values:
         map_tensors(collect, value)
     return tensors
+
+
+class DeviceCopies:
+    """A tensor on the host and its copies on devices, one per device, made on first use without waiting for a GPU."""
+
+    def __init__(self, host: torch.Tensor):
+        self.host = host
+        self._copies: dict[torch.device, torch.Tensor] = {}
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        if device not in self._copies:
+            self._copies[device] = to_device(self.host, device)
+        return self._copies[device]
+
+
+def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a copy on the device. To a GPU it is only queued, from pinned memory; on a CPU it is `host` itself."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

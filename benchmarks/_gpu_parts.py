@@ -30,8 +30,9 @@ from _training import OurStep, ReleasedStep, Sizes, awake_model, graphed, random
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from agrepa_fast import count_block_forwards, multi_gate
-from agrepa_fast.attribution.foga import FogaProbe, ProbeBatch
-from agrepa_fast.attribution.gates import single_ablations
+from agrepa_fast.attribution.foga import FogaProbe
+from agrepa_fast.attribution.gate_plan import single_ablations
+from agrepa_fast.attribution.points import ProbeBatch, ProbePoints
 from agrepa_fast.kernels import force_backend, velocity_change
 
 OPERATIONS = (
@@ -224,10 +225,10 @@ def foga(plan: Plan) -> Measured:
             yield name, result
         if not plan.cuda:
             return
-        probe = FogaProbe(model, times=(0.5,), graph=True)
+        probe = FogaProbe(model, ProbePoints((0.5,)), graph=True)
         given = ProbeBatch(batch.mel, batch.condition, torch.zeros(clips, dtype=torch.long), tuple(range(clips)))
         measured = probe.launch(given)  # captures
-        eager = FogaProbe(model, times=(0.5,)).launch(given)
+        eager = FogaProbe(model, ProbePoints((0.5,))).launch(given)
         yield "graphed max score difference", float((measured.values - eager.values).abs().max())
         yield "host_sync", _host_sync(prefix_shared) or _host_sync(lambda: probe.launch(given))
         yield "graphed", time_interleaved({"graphed": lambda: probe.launch(given)}, s.repeats)["graphed"]

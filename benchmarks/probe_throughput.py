@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from agrepa_fast import AudioDiT, Condition, count_block_forwards, multi_gate
-from agrepa_fast.attribution.foga import FogaProbe, ProbeBatch, noised
-from agrepa_fast.attribution.gates import single_ablations
+from agrepa_fast.attribution.foga import FogaProbe
+from agrepa_fast.attribution.gate_plan import single_ablations
+from agrepa_fast.attribution.points import ProbeBatch, ProbePoints
 from agrepa_fast.config import ModelConfig
 from agrepa_fast.kernels import velocity_change
 
@@ -45,9 +46,10 @@ class Case:
             torch.nn.init.normal_(block.modulation.weight, std=0.1)
         self.clips, self.gates = clips, single_ablations(depth)
         self.batch = random_batch(clips, frames, self.device)
-        self.x, self.condition = noised(self.batch, T, 0.5, 0, 0), self.batch.condition
+        points = ProbePoints((T,))
+        self.x, self.condition = points.x_t(self.batch, T, 0), self.batch.condition
         self.t, self.lengths = torch.full((clips,), T, device=self.device), self.condition.lengths
-        self.probe = FogaProbe(self.model, times=(T,), graph=self.device.type == "cuda")
+        self.probe = FogaProbe(self.model, points, graph=self.device.type == "cuda")
 
     def velocity(self, rows: int = 1) -> torch.Tensor:
         return self.model(self.x.repeat(rows, 1, 1), self.t, self.condition).v

@@ -1,32 +1,57 @@
-"""Scores of every layer for every clip, whatever measured them, and the statistics that a choice of layers rests on."""
+"""Scores of every layer for every clip, whichever measure made them, and their statistics."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from ..config import DOMAINS
 
-MEASURES = ("foga", "foga-vjp", "gradnorm", "lasp", "ridge", "cka")
-CONTRIBUTION, STORAGE = MEASURES[:3], MEASURES[3:]
-RESAMPLES = 2000
+RESAMPLES = 2000  # of the clips, for bootstrap probabilities
+
+
+class BatchScores(NamedTuple):
+    """Scores of one batch of C clips, still on its device: nothing has waited for them."""
+
+    values: torch.Tensor  # (L, C, times, draws)
+    floor: torch.Tensor  # (C,) as in LayerScores
+    silent: torch.Tensor  # (C,) bool, or numbers that are not 0: the velocity is zero at some time
+
+    def check(self, places: Sequence[int]) -> None:
+        """Raises ValueError naming a clip whose velocity is zero, or a clip and layer whose score is not finite. Waits
+        for the device."""
+        values, silent = self.values.cpu(), self.silent.cpu()
+        for clip, place in enumerate(places):
+            if silent[clip]:
+                raise ValueError(
+                    f"probe clip {place}: the model's velocity is zero, so no relative change can be measured"
+                )
+            if not values[:, clip].isfinite().all():
+                layer = int((~values[:, clip].isfinite()).flatten(1).any(1).nonzero()[0]) + 1
+                raise ValueError(f"probe clip {place}, layer {layer}: the score is not finite")
+
+    def of_clips(self, places: Sequence[int], domain: torch.Tensor, times: Sequence[float], **labels) -> "LayerScores":
+        """Return the checked scores on the CPU. domain: (C,). labels: recipe, step, measure and names of LayerScores.
+        Raises ValueError as `check`."""
+        self.check(places)
+        return LayerScores(self.values.cpu(), self.floor.cpu(), domain.cpu(), tuple(times), **labels)
 
 
 @dataclass(frozen=True)
 class LayerScores:
-    """What one measure says of every layer, clip, time and draw, and its statistics.
+    """One measure's score of every layer, clip, time and draw, and statistics over them, on the CPU.
 
-    `values` is (L, C, times, draws) on the CPU, nan for a layer that was not measured; `floor` (C,) what the measure
-    gives for no ablation at all (arithmetic noise; 0 where a measure has no such thing); `domain` (C,) indexes DOMAINS.
     Scores of several ranks or chunks are joined clip by clip, never as means of means.
     """
 
-    values: torch.Tensor
-    floor: torch.Tensor
-    domain: torch.Tensor
-    times: tuple[float, ...]
-    recipe: str = "corrected"
-    step: int | None = None
+    values: torch.Tensor  # (L, C, times, draws); nan for a layer that was not measured
+    floor: torch.Tensor  # (C,) the measure's value where nothing is ablated: arithmetic noise; 0 for most measures
+    domain: torch.Tensor  # (C,) index into DOMAINS
+    times: tuple[float, ...]  # nan for a measure without times
+    recipe: str = "corrected"  # or official, the release's; "given" for a model and inputs of the user
+    step: int | None = None  # optimizer steps of the model before the measurement
     measure: str = "foga"
     names: tuple[str, ...] = ()  # of the layers, without their L; () for 1 ... L
 
@@ -35,7 +60,7 @@ class LayerScores:
         return self.values.shape[0]
 
     def layer_names(self) -> tuple[str, ...]:
-        """ "L1", "L2", ..., or "L1.attn", "L1.ffn", ... for parts of blocks."""
+        """Return "L1", "L2", ..., or "L1.attn", "L1.ffn", ... for parts of blocks."""
         return tuple(f"L{name}" for name in self.names or range(1, self.depth + 1))
 
     def domains(self) -> tuple[str, ...]:
@@ -45,31 +70,33 @@ class LayerScores:
         return int((self.domain == DOMAINS.index(domain)).sum())
 
     def of_domain(self, domain: str) -> torch.Tensor:
-        """(L, clips of the domain, times, draws)."""
+        """Return values (L, clips of the domain, times, draws)."""
         return self.values[:, self.domain == DOMAINS.index(domain)]
 
     def per_clip(self, domain: str) -> torch.Tensor:
-        """(L, clips of the domain): mean over times and draws."""
+        """Return the means over times and draws, (L, clips of the domain)."""
         return self.of_domain(domain).mean((2, 3))
 
     def mean(self, domain: str) -> torch.Tensor:
-        """(L,) score of each layer."""
+        """Return the score of each layer, (L,)."""
         return self.per_clip(domain).mean(1)
 
     def mean_at(self, domain: str) -> torch.Tensor:
-        """(L, times) score of each layer at each time."""
+        """Return the score of each layer at each time, (L, times)."""
         return self.of_domain(domain).mean((1, 3))
 
     def stderr(self, domain: str) -> torch.Tensor:
-        """(L,) standard error over clips; infinite for a single clip."""
+        """Return each score's standard error over clips, (L,); infinite for a single clip."""
         scores = self.per_clip(domain)
         if scores.shape[1] < 2:
             return torch.full_like(scores[:, 0], torch.inf)
         return scores.std(1) / scores.shape[1] ** 0.5
 
     def resampled(self, domain: str, time: int | None = None) -> torch.Tensor:
-        """(RESAMPLES, L) fp64: mean scores of bootstrap resamples of the domain's clips, at one of the times or over
-        all. The same numbers every time; layers that were not measured are -inf, below all others."""
+        """Return mean scores of bootstrap resamples of the domain's clips, (RESAMPLES, L) fp64, the same at every call.
+
+        time: index of one of the times; None: the mean over all. Layers that were not measured are -inf.
+        """
         scores = self.per_clip(domain) if time is None else self.of_domain(domain)[:, :, time].mean(2)
         scores = scores.double().nan_to_num(nan=-torch.inf)
         clips = scores.shape[1]
@@ -79,32 +106,37 @@ class LayerScores:
     def top_k_probability(
         self, domain: str, k: int, among: torch.Tensor | None = None, time: int | None = None
     ) -> float | None:
-        """Share of bootstrap resamples of the clips in which the k highest layers are the k highest of all clips: how
-        sure the choice is, given these clips. among: (L,) bool, the layers that may be chosen; time: index of one of
-        the times, instead of the mean over all. None for a single clip, which says nothing about others."""
+        """Return how sure the choice of the k highest layers is: the share of bootstrap resamples with the same choice.
+
+        among: (L,) bool, the layers that may be chosen. time: index of one of the times; None: the mean over all. None
+        is returned for a single clip, whose only resample is itself.
+        """
         if self.clips(domain) < 2:
             return None
         mean = self.mean(domain) if time is None else self.mean_at(domain)[:, time]
-        barred = torch.zeros_like(mean, dtype=torch.bool) if among is None else ~among
-        scores = self.resampled(domain, time).masked_fill(barred, -torch.inf)
-        best = mean.double().nan_to_num(nan=-torch.inf).masked_fill(barred, -torch.inf).topk(k).indices
+        excluded = torch.zeros_like(mean, dtype=torch.bool) if among is None else ~among
+        scores = self.resampled(domain, time).masked_fill(excluded, -torch.inf)
+        best = mean.double().nan_to_num(nan=-torch.inf).masked_fill(excluded, -torch.inf).topk(k).indices
         chosen = scores.topk(k, dim=1).indices.sort(dim=1).values
         return float((chosen == best.sort().values).all(1).double().mean())
 
     def share_probability(self, domain: str, layers: Sequence[int], share: float) -> float:
-        """Share of bootstrap resamples in which these layers (0-based) carry at least `share` of the sum over all. A
-        single clip is its only resample."""
+        """Return the share of bootstrap resamples in which these layers (0-based) carry at least `share` of the sum
+        over all layers. A single clip is its only resample."""
         resampled = self.resampled(domain).nan_to_num(neginf=0)
         return float((resampled[:, list(layers)].sum(1) >= share * resampled.sum(1)).double().mean())
 
     def rank_correlation(self, other: "LayerScores", domain: str) -> float:
-        """Spearman's correlation of the layers' mean scores with those of another probe or measure: 1 is the same
-        order. Layers that either did not measure are left out; nan for fewer than two, or equal scores."""
+        """Return Spearman's correlation of the layers' mean scores with those of another probe or measure.
+
+        1 is the same order. Layers that one of them did not measure are left out. nan for fewer than two layers, and
+        for equal scores.
+        """
         return rank_correlation(self.mean(domain).tolist(), other.mean(domain).tolist())
 
     def pooled_with(self, earlier: Sequence["LayerScores"]) -> "LayerScores":
-        """These scores and those of earlier probes of the same clips, as further draws of each clip. Raises ValueError
-        for other clips or times."""
+        """Return these scores with those of earlier probes of the same clips, as further draws of each clip. Raises
+        ValueError for other clips or times."""
         for scores in earlier:
             if not torch.equal(scores.domain, self.domain) or scores.times != self.times:
                 raise ValueError("only probes of the same clips and times can be pooled")
@@ -113,7 +145,7 @@ class LayerScores:
         return replace(self, values=values, floor=floor)
 
     def joined_with(self, earlier: Sequence["LayerScores"]) -> "LayerScores":
-        """These scores and those of other clips."""
+        """Return these scores with those of other clips."""
         parts = [*earlier, self]
         return replace(
             self,
@@ -123,12 +155,12 @@ class LayerScores:
         )
 
     def floor_of(self, domain: str) -> float:
-        """Mean over the domain's clips of what no ablation gives."""
+        """Return the mean floor of the domain's clips."""
         return float(self.floor[self.domain == DOMAINS.index(domain)].mean())
 
     def evidence(self) -> dict[str, dict]:
-        """Per domain what a choice of layers rests on, as plain numbers: measure, the layers' names, mean and stderr of
-        each, floor, clips, times, recipe, step. None stands for what was not measured."""
+        """Return the evidence of a choice of layers as plain values, per domain: measure, names of the layers, their
+        means and standard errors, floor, clips, times, recipe, step. None stands for a value that was not measured."""
         return {
             domain: {
                 "measure": self.measure,
@@ -150,10 +182,10 @@ def _plain(values: torch.Tensor) -> list[float | None]:
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's correlation of two lists, without the places where either is nan."""
+    """Return Spearman's correlation of two lists, without the places where one of them is nan."""
     from scipy.stats import spearmanr
 
-    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x == x and y == y]
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if not (math.isnan(x) or math.isnan(y))]
     if len(pairs) < 2 or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
         return float("nan")
     return float(spearmanr(*zip(*pairs, strict=True)).statistic)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from ..config import WEIGHTINGS, AlignConfig
+from ..config import STORAGE, WEIGHTINGS, AlignConfig
 from ..errors import UserError, nearest
 from ..files import write_atomically
-from .scores import STORAGE, LayerScores
+from .scores import LayerScores
 
 ABOVE_FLOOR = 3.0  # a layer counts as measured when its score clears this multiple of the floor by two standard errors
 

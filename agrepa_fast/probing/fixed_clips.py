@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from ..attribution.foga import probe_condition
+from ..attribution.points import probe_condition
 from ..config import DOMAINS, Config
 from ..data.batch import Batch, collate
 from ..data.index import Index

@@ -10,16 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 
-from ..attribution.foga import (
-    FogaProbe,
-    Measured,
-    ProbeBatch,
-    official_foga,
-    part_names,
-)
-from ..attribution.scores import STORAGE, LayerScores
+from ..attribution.blocks import part_names
+from ..attribution.foga import FogaProbe
+from ..attribution.official import official_foga
+from ..attribution.points import ProbeBatch, ProbePoints
+from ..attribution.scores import BatchScores, LayerScores
 from ..attribution.vjp import FogaVjp
-from ..config import Config
+from ..config import STORAGE, Config
 from ..data.index import Index
 from ..device import CaptureError, record, to_host
 from ..ranks import all_sum, first_failure
@@ -31,7 +28,7 @@ from .stored import _check_lasp, pooled_states, storage_scores
 class PendingScores:
     """Scores of all ranks' clips whose computation is queued on the device."""
 
-    measured: Measured  # on the host; filled when `ready` has come
+    measured: BatchScores  # on the host; filled when `ready` has come
     failures: torch.Tensor  # likewise: on how many ranks it failed
     ready: torch.cuda.Event | None
     scores: LayerScores  # all but the values and the floor
@@ -58,11 +55,11 @@ class ClipProbe:
         self.names = part_names(len(model.blocks), kind)
         self.layers = len(self.names) or len(model.blocks)
         probe = config.probe
-        options = {"times": probe.times, "draws": probe.draws, "sigma": config.flow.sigma}
+        points = ProbePoints(tuple(probe.times), probe.draws, config.flow.sigma)
         if measure == "foga-vjp":
-            self.one_batch = FogaVjp(model, **options)
+            self.one_batch = FogaVjp(model, points)
         else:
-            self.one_batch = FogaProbe(model, kind=kind, graph=clips.static, **options)
+            self.one_batch = FogaProbe(model, points, kind=kind, graph=clips.static)
 
     def launch(self, step: int | None = None, *, progress: bool = False) -> PendingScores:
         """Queue a probe. Every rank must call it; it runs the same forwards on each, and on a GPU nothing is waited
@@ -91,7 +88,7 @@ class ClipProbe:
         scores = LayerScores(
             values, floor, clips.domain, tuple(probe.times), step=step, measure=self.measure, names=self.names
         )
-        return PendingScores(Measured(values.view(shape), floor, silent), failures, ready, scores, failure)
+        return PendingScores(BatchScores(values.view(shape), floor, silent), failures, ready, scores, failure)
 
 
 def probe(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 
-from ..attribution.foga import OFFICIAL_TIME, ProbeBatch, noised, undisturbed
+from ..attribution.points import OFFICIAL_POINTS, ProbeBatch, ProbePoints, clip_times, evaluation_mode
 from ..attribution.scores import LayerScores
 from ..attribution.stored import PooledStates, cka, lasp, ridge
 from ..config import DOMAINS, Config
@@ -27,21 +27,25 @@ def pooled_states(
     """The time-means of every layer and of the token condition, beside the teacher, for all clips: what LASP, ridge and
     CKA need. The same on every rank, and every rank must call it; when it fails on one, all raise ValueError. x_t as
     FoG-A's; recipe "official": the clean mel, at t = 0.8."""
-    times = (OFFICIAL_TIME,) if recipe == "official" else tuple(config.probe.times)
+    points = (
+        OFFICIAL_POINTS if recipe == "official" else ProbePoints(tuple(config.probe.times), sigma=config.flow.sigma)
+    )
+    times = points.times
     layers, count, sizes = range(len(model.blocks) + 1), len(clips), config.model
     hidden = torch.zeros(len(layers) - 1, count, len(times), sizes.dim, device=clips.device)
     condition = torch.zeros(count, sizes.token_dim, device=clips.device)
     dims = {domain: clips.index.teacher(domain).dim for domain in clips.index.domains}
     teacher = {domain: torch.zeros(count, dim, device=clips.device) for domain, dim in dims.items()}
     failure = None
-    with undisturbed(model):
+    with evaluation_mode(model):
         for batch, owned in _with_bar(clips, config, "what layers store", progress):
             try:
                 for number, t in enumerate(times):
                     given = ProbeBatch(batch.mel, batch.condition, batch.domain, batch.places)
-                    x_t = batch.mel if recipe == "official" else noised(given, t, config.flow.sigma, 0, 0)
-                    t_clips = batch.mel.new_full((len(batch.keys),), t)
-                    pooled = model(x_t, t_clips, batch.condition, capture=tuple(layers), pooled=True).hidden
+                    x_t = points.x_t(given, t, 0)
+                    pooled = model(
+                        x_t, clip_times(given, t), batch.condition, capture=tuple(layers), pooled=True
+                    ).hidden
                     for row in owned:
                         place = batch.places[row]
                         hidden[:, place, number] = torch.stack([pooled[layer][row].float() for layer in layers[1:]])

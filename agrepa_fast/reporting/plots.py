@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from ..attribution.csv import COLOURS, NAMES, UNITS, read_csv
-from ..attribution.scores import CONTRIBUTION, STORAGE, rank_correlation
+from ..attribution.scores import rank_correlation
 from ..attribution.selection import LayerSelection
-from ..config import DOMAINS
+from ..config import CONTRIBUTION, DOMAINS, STORAGE
 
 STORED = {  # Okabe-Ito, none of them a domain's
     "lasp": {"color": "#000000", "marker": "o", "mfc": "none"},

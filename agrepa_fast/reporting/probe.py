@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..attribution.ablate import ablate
+from ..attribution.blocks import find_blocks
 from ..attribution.csv import append_csv
-from ..attribution.foga import ablate
-from ..attribution.gates import find_blocks
 from ..attribution.scores import LayerScores
 from ..attribution.selection import LayerSelection, select_as
 from ..checkpoints.weights import load_projections, step_of

@@ -6,8 +6,8 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from agrepa_fast import ablate, device, foga, select_layers
-from agrepa_fast.attribution import foga as foga_module
-from agrepa_fast.attribution.foga import ProbeBatch
+from agrepa_fast.attribution.foga import FogaProbe
+from agrepa_fast.attribution.points import ProbeBatch, ProbePoints
 from agrepa_fast.attribution.scores import LayerScores
 from agrepa_fast.attribution.selection import NotRankableError
 from agrepa_fast.attribution.vjp import FogaVjp
@@ -15,6 +15,8 @@ from agrepa_fast.kernels import flow_mix, philox_normal
 from agrepa_fast.seeds import clip_keys
 
 from ..testing import small_batch, small_model
+
+POINTS = ProbePoints((0.2, 0.6), draws=2)
 
 
 @torch.no_grad()
@@ -155,17 +157,6 @@ def test_scores_that_mean_nothing_are_refused(probe_batch):
     torch.nn.init.zeros_(model.out.bias)
     with pytest.raises(ValueError, match="probe clip 0: the model's velocity is zero"):
         foga(model, probe_batch, times=(0.5,))
-
-
-def test_rows_at_once_are_bounded_without_changing_a_score(probe_batch):
-    model, rows = small_model(depth=6), []
-    model.blocks[5].attn.qkv.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[0]))
-    free = foga(model, probe_batch, times=(0.5,))
-    assert max(rows) == 18
-    rows.clear()
-    bounded = foga(model, probe_batch, times=(0.5,), max_rows=7)
-    assert max(rows) == 6  # whole variants of 3 clips
-    torch.testing.assert_close(bounded.values, free.values, atol=1e-6, rtol=1e-6)
 
 
 def test_official_recipe_feeds_the_clean_mel_at_0_8(probe_batch):
@@ -341,7 +332,7 @@ class TestGraphs:
 
     def test_replays_are_of_live_weights_and_new_clips(self, captures):
         model = small_model()
-        probe = foga_module.FogaProbe(model, times=(0.2, 0.6), draws=2, graph=True)
+        probe = FogaProbe(model, POINTS, graph=True)
         self.assert_equals_foga(probe, model)
         for parameter in model.parameters():  # an optimizer's step, or load_state_dict
             parameter.data.mul_(1.1)
@@ -351,7 +342,7 @@ class TestGraphs:
 
     def test_weights_that_have_moved_are_captured_again(self, captures):
         model = small_model()
-        probe = foga_module.FogaProbe(model, times=(0.2, 0.6), draws=2, graph=True)
+        probe = FogaProbe(model, POINTS, graph=True)
         next(iter(self.batches()))
         self.assert_equals_foga(probe, model)
         model.blocks[1].ffn.fc1.weight.data = 2 * model.blocks[1].ffn.fc1.weight.data
@@ -360,7 +351,7 @@ class TestGraphs:
 
     def test_conditions_that_are_there_or_not_are_programs_of_their_own(self, captures):
         model, given = small_model(), next(iter(self.batches()))
-        probe = foga_module.FogaProbe(model, times=(0.2, 0.6), draws=2, graph=True)
+        probe = FogaProbe(model, POINTS, graph=True)
         dropped = replace(given.condition, keep_tokens=torch.tensor([True, False, True]))
         for condition in (dropped, given.condition, dropped):
             batch = given._replace(condition=condition)
@@ -371,7 +362,7 @@ class TestGraphs:
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures on a GPU")
     def test_real_graphs(self):
         model = small_model().cuda()
-        probes = [foga_module.FogaProbe(model, times=(0.2, 0.6), draws=2, graph=graph) for graph in (True, False)]
+        probes = [FogaProbe(model, POINTS, graph=graph) for graph in (True, False)]
         for _ in range(2):
             for given in self.batches():
                 batch = given._replace(mel=given.mel.cuda(), condition=given.condition.to("cuda"))
@@ -387,7 +378,7 @@ class TestGraphs:
             raise RuntimeError("operation not permitted when stream is capturing")
 
         monkeypatch.setattr(device, "captured", fails)
-        probe = foga_module.FogaProbe(model, graph=True)
+        probe = FogaProbe(model, POINTS, graph=True)
         with pytest.raises(RuntimeError, match="capturing"):
             probe.launch(next(iter(self.batches())))
         assert model.training
@@ -451,8 +442,8 @@ class TestVjp:
             mel=probe_batch.mel.double(),
             condition=probe_batch.condition.map(lambda x: x.double() if x.is_floating_point() else x),
         )
-        measured = FogaVjp(model, times=(t,)).launch(batch)
-        x_t, times = foga_module.noised(batch, t, 0.5, 0, 0), torch.full((3,), t, dtype=torch.float64)
+        measured = FogaVjp(model, ProbePoints((t,))).launch(batch)
+        x_t, times = ProbePoints().x_t(batch, t, 0), torch.full((3,), t, dtype=torch.float64)
         u = philox_normal(clip_keys(0, 0, batch.places, f"foga-vjp {t:g}"), 37 * 12).view(3, 37, 12)
         with torch.no_grad():
             v = model(x_t, times, batch.condition).v
@@ -472,19 +463,14 @@ class TestVjp:
         for block in model.blocks:
             torch.nn.init.normal_(block.modulation.weight, std=0.01)
         exact = foga(model, probe_batch, times=(0.5,)).values[:, :, 0, 0]
-        estimate = FogaVjp(model, times=(0.5,), draws=1)
-        draws = [replace_seed(estimate, seed).launch(probe_batch).values[:, :, 0, 0] for seed in range(200)]
+        draws = FogaVjp(model, ProbePoints((0.5,), draws=200)).launch(probe_batch).values[:, :, 0]
         # every draw has another x_t as well; the exact score differs little between them
-        torch.testing.assert_close(torch.stack(draws).mean(0), exact, rtol=0.25, atol=0)
+        torch.testing.assert_close(draws.mean(-1), exact, rtol=0.25, atol=0)
 
     def test_no_gradient_no_hook_and_no_mode_is_left(self, probe_batch):
         model = small_model(dropout=0.5).train()
-        a, b = (FogaVjp(model, times=(0.5,)).launch(probe_batch) for _ in range(2))
+        a, b = (FogaVjp(model, ProbePoints((0.5,))).launch(probe_batch) for _ in range(2))
         assert torch.equal(a.values, b.values)
         assert model.training
         assert all(p.grad is None for p in model.parameters())
         assert all(not block._forward_hooks for block in model.blocks)
-
-
-def replace_seed(estimate: FogaVjp, seed: int) -> FogaVjp:
-    return FogaVjp(estimate.model, times=estimate.times, seed=seed)

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from agrepa_fast import count_block_forwards, multi_gate
-from agrepa_fast.attribution.gates import prefix_order, single_ablations
+from agrepa_fast.attribution.gate_plan import prefix_order, single_ablations
 
 
 class Residual(nn.Module):

@@ -14,7 +14,8 @@ import torch._dynamo.guards  # before the stand-ins: half imported among them, i
 import torch.nn as nn
 
 from agrepa_fast import count_block_forwards, multi_gate
-from agrepa_fast.attribution.gates import find_blocks, single_ablations
+from agrepa_fast.attribution.blocks import find_blocks
+from agrepa_fast.attribution.gate_plan import single_ablations
 from agrepa_fast.audio.waves import import_torchaudio
 from agrepa_fast.cli import main
 

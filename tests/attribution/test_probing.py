@@ -7,7 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from agrepa_fast.attribution.foga import Measured, ProbeBatch, foga, official_foga
+from agrepa_fast.attribution.foga import foga
+from agrepa_fast.attribution.official import official_foga
+from agrepa_fast.attribution.points import ProbeBatch
+from agrepa_fast.attribution.scores import BatchScores
 from agrepa_fast.config import ModelConfig
 from agrepa_fast.config_file import load_config
 from agrepa_fast.data.batch import collate
@@ -129,7 +132,7 @@ def test_a_clips_place_decides_its_noise_and_its_scores(index, model):
 
 
 def test_the_floor_is_kept(index, model, monkeypatch):
-    part = Measured(torch.ones(3, 4, 2, 2), torch.full((4,), 0.25), torch.zeros(4, dtype=torch.bool))
+    part = BatchScores(torch.ones(3, 4, 2, 2), torch.full((4,), 0.25), torch.zeros(4, dtype=torch.bool))
     monkeypatch.setattr(measure, "FogaProbe", lambda *_, **__: SimpleNamespace(launch=lambda batch: part))
     clips = FixedClips(index, "val", 4, 4, "cpu")
     assert probe(model, clips, CONFIG).floor.tolist() == [0.25] * 8
