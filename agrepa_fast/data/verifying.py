@@ -1,4 +1,4 @@
-"""`agrepa prepare --verify`: everything that index.json says of a folder, held against the files."""
+"""`agrepa prepare --verify`: compare everything in index.json with the files of its folder."""
 
 import math
 import sys
@@ -20,11 +20,11 @@ _CLOSE = 1e-6  # relative: sums of the same numbers in another order
 
 
 @dataclass
-class _Found:
-    """What this rank has read: faults, keys, and by domain what the statistics are sums of."""
+class _Findings:
+    """Faults, keys and counts of the part that one rank has read, and the sums that the index's statistics rest on."""
 
     faults: list[str] = field(default_factory=list)
-    damaged: list[str] = field(default_factory=list)  # files that are not as the index says
+    damaged: list[str] = field(default_factory=list)  # files whose size or checksum differs from the index
     keys: Counter = field(default_factory=Counter)
     clips: Counter = field(default_factory=Counter)  # (domain, split)
     mel: dict[str, np.ndarray] = field(default_factory=dict)  # domain -> frames, sum, sum of squares of the train mels
@@ -32,34 +32,34 @@ class _Found:
 
 
 def verify_folder(folder: Path, ranks: Ranks = ALONE) -> Index:
-    """Read all of a folder of shards: size and SHA-256 of every file of the index, every clip with the targets of every
-    teacher, counts, statistics, length buckets, and that no key is there twice. Each rank reads its part.
+    """Read all of a folder of shards and return its index. Each rank reads its part.
 
-    Prints the first 20 faults and raises UserError when there are any.
+    Checked are size and SHA-256 of every file, every clip with the targets of every teacher, counts, statistics, length
+    buckets, and that no key occurs twice. Prints the first 20 faults and raises UserError if there are any.
     """
     index = ranks.from_rank_0(lambda: read_index(Path(folder)))
-    files, found = ranks.part_of(index_files(index.content)), _Found()
+    files, findings = ranks.part_of(index_files(index.content)), _Findings()
     shards = [(split, shard) for domain in index.domains for split in SPLITS for shard in index.shards(split, domain)]
     total = sum(entry["bytes"] for entry in files)
     part = f", rank 0 of {ranks.world}" if ranks.world > 1 else ""
     with tqdm(total=total, desc=f"checksums{part}", unit="B", unit_scale=True, disable=ranks.rank > 0) as bar:
         for entry in files:
             if fault := file_fault(index.folder, entry, checksum=True):
-                found.faults.append(fault)
-                found.damaged.append(entry["file"])
+                findings.faults.append(fault)
+                findings.damaged.append(entry["file"])
             bar.update(entry["bytes"])
             ranks.check_others()
-    damaged = {file for files in ranks.all_gather(found.damaged) for file in files}  # one line for each is enough
+    damaged = {file for files in ranks.all_gather(findings.damaged) for file in files}  # one line per file is enough
     own = ranks.part_of(shards)
     with tqdm(total=sum(s.clips for _, s in own), desc=f"clips{part}", unit="clip", disable=ranks.rank > 0) as bar:
         for split, shard in own:
             if shard.path.name not in damaged:
-                _read(index, split, shard, found, damaged)
+                _read(index, split, shard, findings, damaged)
             bar.update(shard.clips)
             ranks.check_others()
-    every = ranks.all_gather(found)
+    every = ranks.all_gather(findings)
     faults = [fault for one in every for fault in one.faults]
-    if not faults:  # else the sums lack what could not be read
+    if not faults:  # the sums lack clips that could not be read
         faults = _check_sums(index, every)
     if ranks.rank == 0:
         for fault in faults[:MAX_LINES]:
@@ -72,44 +72,44 @@ def verify_folder(folder: Path, ranks: Ranks = ALONE) -> Index:
     return index
 
 
-def _read(index: Index, split: str, shard: Shard, found: _Found, damaged: set[str]) -> None:
-    """A shard once for each teacher of its domain: the reader checks every clip, and that sidecars are in step."""
+def _read(index: Index, split: str, shard: Shard, findings: _Findings, damaged: set[str]) -> None:
+    """Read a shard once per teacher of its domain: reading checks every clip, and that sidecars are in its order."""
     domain, samples = shard.domain, None
     for name, teacher in index.content["domains"][domain]["teachers"].items():
         sidecar = (teacher["files"] or {}).get(shard.path.name)
         if sidecar is not None and sidecar["file"] in damaged:
             continue
         if teacher["files"] is not None and sidecar is None:
-            found.faults.append(f"{shard.path}: index.json names no sidecar of it for teacher {name}")
+            findings.faults.append(f"{shard.path}: index.json names no sidecar of it for teacher {name}")
             continue
         try:
             read = read_shard(shard, replace(index, chosen={domain: name}))
         except UserError as error:
-            found.faults.append(str(error))
+            findings.faults.append(str(error))
             continue
         if samples is None:
             samples = read
-            _count(split, shard, samples, found)
+            _count(split, shard, samples, findings)
         if split == "train":
-            total = found.teacher.setdefault((domain, name), np.zeros(teacher["dim"]))
+            total = findings.teacher.setdefault((domain, name), np.zeros(teacher["dim"]))
             total += sum(sample.pooled.astype(np.float64) for sample in read)
 
 
-def _count(split: str, shard: Shard, samples: list[Sample], found: _Found) -> None:
+def _count(split: str, shard: Shard, samples: list[Sample], findings: _Findings) -> None:
     frames = sum(sample.frames for sample in samples)
     if frames != shard.frames:
-        found.faults.append(f"{shard.path} has {frames} mel frames, not {shard.frames}")
-    found.keys.update(sample.key for sample in samples)
-    found.clips[shard.domain, split] += len(samples)
+        findings.faults.append(f"{shard.path} has {frames} mel frames, not {shard.frames}")
+    findings.keys.update(sample.key for sample in samples)
+    findings.clips[shard.domain, split] += len(samples)
     if split == "train":
-        sums = found.mel.setdefault(shard.domain, np.zeros(3))
+        sums = findings.mel.setdefault(shard.domain, np.zeros(3))
         for sample in samples:
             mel = sample.mel.astype(np.float64)
             sums += len(mel), mel.sum(), (mel**2).sum()
 
 
-def _check_sums(index: Index, every: list[_Found]) -> list[str]:
-    """What the ranks have found together, against the index's counts and statistics."""
+def _check_sums(index: Index, every: list[_Findings]) -> list[str]:
+    """Return the faults of the index's counts and statistics, compared with the sums of all ranks."""
     faults = []
     keys = sum((one.keys for one in every), Counter())
     faults += [f"{index.folder}: clip {key} is there {times} times" for key, times in keys.items() if times > 1]
@@ -126,5 +126,5 @@ def _check_sums(index: Index, every: list[_Found]) -> list[str]:
         for name, teacher in entry["teachers"].items():
             total = sum(one.teacher.get((domain, name), 0.0) for one in every)
             if not np.allclose(total / entry["clips"]["train"], teacher["mean"], rtol=1e-5, atol=1e-6):
-                faults.append(f"{index.folder}: the mean of {domain}'s teacher {name} is another one")
+                faults.append(f"{index.folder}: the mean of {domain}'s teacher {name} differs")
     return faults
