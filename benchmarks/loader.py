@@ -1,11 +1,12 @@
-"""The loader: training clips a second out of shards, with 0, 1 and 2 loader processes, from a folder and from a local
-http server, against decoding FLAC, resampling and mels on the fly; and how often an epoch reads each shard.
+"""The loader: training clips per second out of shards, with 0, 1 and 2 loader processes, from a folder and from a local
+http server, beside decoding FLAC, resampling and mels on the fly; the wait for the first batch; and how often an epoch
+reads each shard.
 
 python benchmarks/loader.py [--clips 1536] [--seconds 5] [--out FILE]
 
 There are more shards than a process keeps open, so that all are read again and again. The clips are noise of the size
 that training has, written for this: 10 s at 24 kHz, 100 mels, 500 tokens, a 1280-d teacher. The folder is in the page
-cache; nothing is said of a disk.
+cache; the numbers say nothing about a disk.
 """
 
 import argparse
@@ -101,25 +102,31 @@ def write_corpus(folder: Path, clips: int, shard_clips: int) -> Index:
 
 
 def rate(batches: Iterator, seconds: float, clips_of: Callable[[object], int]) -> dict[str, float]:
-    """Clips/s over `seconds` after the first batches, in five parts, for the spread; and the CPU time of a clip in this
-    process with its threads, which other programs on the machine change little."""
+    """Return clips/s over `seconds` after the first batches, in five parts for the spread, and the CPU time per clip of
+    this process with its threads, which other programs on the machine change little."""
     for _ in range(6):
         next(batches)
-    parts, every, cpu = [], 0, time.process_time()
+    parts, total, cpu = [], 0, time.process_time()
     for _ in range(5):
         clips, start = 0, time.perf_counter()
         while (took := time.perf_counter() - start) < seconds / 5:
             clips += clips_of(next(batches))
         parts.append(clips / took)
-        every += clips
-    found, cpu = spread(parts), time.process_time() - cpu
-    return {"clips_per_s": found["median_s"], "p20": found["p20_s"], "p80": found["p80_s"], "cpu_ms": 1e3 * cpu / every}
+        total += clips
+    cpu, spreads = time.process_time() - cpu, spread(parts)
+    percentiles = {"clips_per_s": spreads["median_s"], "p20": spreads["p20_s"], "p80": spreads["p80_s"]}
+    return percentiles | {"cpu_ms": 1e3 * cpu / total}
 
 
 def cached(index: Index, workers: int, seconds: float) -> dict[str, float]:
     layout = BatchLayout(BATCH, 1, 0, 1)
+    start = time.perf_counter()
     batches = TrainBatches(index, DataConfig(workers=workers), layout, seed=0, center=True)
-    return rate(batches, seconds, lambda batch: len(batch.keys))
+    next(batches)
+    first = time.perf_counter() - start
+    measured = rate(batches, seconds, lambda batch: len(batch.keys))
+    batches.close()
+    return measured | {"first_batch_s": first}
 
 
 class OnTheFly(IterableDataset):
@@ -152,7 +159,7 @@ def on_the_fly(folder: Path, workers: int, seconds: float) -> dict[str, float]:
 
 
 def serve(folder: Path) -> tuple[subprocess.Popen, str]:
-    """An http server in a process of its own, and its URL."""
+    """Start an http server in a process of its own; return it and its URL."""
     command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(folder)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     port = re.search(r"port (\d+)", server.stdout.readline())[1]
@@ -160,7 +167,7 @@ def serve(folder: Path) -> tuple[subprocess.Popen, str]:
 
 
 def stages(index: Index) -> dict[str, float]:
-    """Milliseconds of one clip in one process, by what is done to it."""
+    """Return the milliseconds per clip of each stage, in one process."""
     shard = index.shards("train", "speech")[0]
     content = shard.path.read_bytes()
     opened = OpenShard(shard, index)
@@ -184,7 +191,7 @@ def stages(index: Index) -> dict[str, float]:
 
 
 def reads_per_shard(index: Index, world: int, workers: int) -> float:
-    """How often an epoch reads each shard, over all ranks and their loader processes, by walking through the plan."""
+    """Return how often an epoch reads each shard, over all ranks and their loader processes, from the plan."""
     plan = BatchPlan(index, 0.5, 0, clips=BATCH * world)
     reads = 0
     steps = index.clips("train", "speech") * 2 // (BATCH * world)
@@ -206,7 +213,7 @@ def reads_per_shard(index: Index, world: int, workers: int) -> float:
 
 
 def many_shards(shards: int) -> Index:
-    """The index of a larger corpus, for plans alone."""
+    """Return the index of a larger corpus, without its files."""
     entry = {"split": "train", "clips": 64, "frames": 64 * FRAMES, "bucket": FRAMES, "bytes": 0, "sha256": ""}
     entries = [entry | {"file": f"{d}{n}", "domain": d} for d in DOMAINS for n in range(shards // 2)]
     return Index(Path(), {"domains": dict.fromkeys(DOMAINS), "shards": entries})
@@ -235,12 +242,20 @@ def main() -> None:
         server.terminate()
         milliseconds = stages(index)
     rows = [
-        (what, workers, f"{r['clips_per_s']:.0f}", f"{r['p20']:.0f} to {r['p80']:.0f}", f"{r['cpu_ms']:.2f}")
-        for what, of_workers in results.items()
+        (
+            source,
+            workers,
+            f"{r['clips_per_s']:.0f}",
+            f"{r['p20']:.0f} to {r['p80']:.0f}",
+            f"{r['cpu_ms']:.2f}",
+            f"{r['first_batch_s']:.2f}" if "first_batch_s" in r else "",
+        )
+        for source, of_workers in results.items()
         for workers, r in of_workers.items()
     ]
-    print_table("training clips of 10 s", ("from", "processes", "clips/s", "p20 to p80", "own CPU ms a clip"), rows)
-    print_table("one process", ("stage", "ms a clip"), [(name, f"{ms:.3f}") for name, ms in milliseconds.items()])
+    columns = ("from", "processes", "clips/s", "p20 to p80", "own CPU ms per clip", "first batch s")
+    print_table("training clips of 10 s", columns, rows)
+    print_table("one process", ("stage", "ms per clip"), [(name, f"{ms:.3f}") for name, ms in milliseconds.items()])
     large = many_shards(2048)
     reads = {
         f"{world} ranks x {workers}": reads_per_shard(large, world, workers)
