@@ -42,7 +42,7 @@ from agrepa_fast.kernels import (
     qk_norm_rope,
     velocity_change,
 )
-from agrepa_fast.kernels._library import OPERATORS
+from agrepa_fast.kernels._library import implementation
 
 LIMITS = Path(__file__).with_name("compile_limits.json")
 N, T, HEAD, MELS = 16, 938, 64, 100  # the batch of a training step on one GPU: 16 clips of 10 s
@@ -159,11 +159,10 @@ class WithoutProducts(TorchDispatchMode):
     PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.partition("::")[2]
-        if func.namespace == "agrepa":
-            with self:  # the mode is off in here
-                return OPERATORS[name](*args, **kwargs or {})
-        if name in self.PRODUCTS:
+        if ours := implementation(func):
+            with self:
+                return ours(*args, **kwargs or {})
+        if func._schema.name.partition("::")[2] in self.PRODUCTS:
             left, right = args[-2:]
             return left.new_empty((*left.shape[:-1], right.shape[-1]))
         return func(*args, **kwargs or {})
@@ -174,7 +173,7 @@ class Launched:
     """A compiled kernel and its launch."""
 
     name: str
-    variant: str  # the switches that are on
+    variant: str  # flags that are on, and -name for pointers that are None
     kernel: CompiledKernel
     sizes: dict[str, int]  # tensor argument -> elements, the most of all launches
 
@@ -186,7 +185,9 @@ def recording(arch: int) -> Iterator[dict[str, Launched]]:
 
     def compile_only(self, *args, grid, warmup=False, **options):
         given = dict(zip(self.arg_names, args, strict=False)) | options
-        variant = " ".join(name.lower() for name, value in given.items() if value is True)
+        on = [name.lower() for name, value in given.items() if value is True]
+        off = ["-" + name.removesuffix("_ptr") for name, value in given.items() if value is None]
+        variant = " ".join(on + off)
         kernel = run(self, *args, grid=(1,), warmup=True, **options)
         sizes = launched.setdefault(kernel.hash, Launched(self.__name__, variant, kernel, {})).sizes
         for name, value in given.items():

@@ -1,7 +1,7 @@
 """The fused operations, one per file, each with its plain-PyTorch reference. Import name: agrepa_fast.kernels.
 
-transformers and diffusers import whatever is called `kernels` on sys.path, and an exception there would kill them:
-under any other name this file defines nothing.
+transformers and diffusers import any `kernels` on sys.path, and an exception there would break them. Under another name
+this file defines nothing.
 """
 
 if __name__ == "agrepa_fast.kernels":

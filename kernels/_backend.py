@@ -1,8 +1,8 @@
-"""Which implementation of the operations runs: the only place that decides it.
+"""Choose the backend of the operations; nothing else does.
 
-triton on CUDA; native (csrc/cpu) on CPUs, or reference where it was not built. AGREPA_BACKEND, read once at import,
-forces one. float64 takes the reference everywhere, float16 on CPUs: the kernels compute in fp32, and the CPU library
-has fp32 and bf16 only.
+Triton on CUDA, native (csrc/cpu) on CPUs, and reference on CPUs without that library. AGREPA_BACKEND, read once at
+import, forces one. float64 runs the reference everywhere, and float16 on CPUs: the kernels compute in fp32, and the CPU
+library has fp32 and bf16 only.
 """
 
 import os
@@ -17,22 +17,25 @@ from . import _native
 try:
     import triton
     import triton.language as tl
-except ModuleNotFoundError:  # the kernels are still defined, so that CPU users need no Triton; nothing launches them
+except ModuleNotFoundError:  # CPU users need no Triton: kernels are defined all the same, and never launched
     triton = SimpleNamespace(jit=lambda function: function)
     tl = SimpleNamespace(constexpr=object)
 
 if hasattr(triton, "__version__") and os.environ.get("TRITON_INTERPRET") == "1":
     from . import _interpreter
 
-    _interpreter.mend()
+    _interpreter.patch()
 
 BACKENDS = ("triton", "native", "reference")
+# Of the process, not of a thread: autograd runs backwards in threads of its own.
 _forced: str | None = os.environ.get("AGREPA_BACKEND") or None
 
 
 def active_backend(device: torch.device | str | None = None) -> str:
-    """The backend of a device (default: the GPU if there is one). Raises ValueError when the forced one is unknown or
-    cannot run there, and RuntimeError on CUDA without Triton."""
+    """Return the backend of a device (default: the GPU if there is one).
+
+    Raises ValueError if the forced backend is unknown or cannot run there, and RuntimeError on CUDA without Triton.
+    """
     on_cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
     name = _forced or _best(on_cuda)
     if name not in BACKENDS:
@@ -54,7 +57,7 @@ def _best(on_cuda: bool) -> str:
 
 
 def backend_of(x: torch.Tensor) -> str:
-    """The backend that computes an operation on x. Never raises; a backend that is not there fails when it starts."""
+    """Return the backend that computes an operation on x. Never raises: a missing backend fails at its launch."""
     name = _forced or _best(x.is_cuda)
     if x.dtype == torch.float64 or (name == "native" and x.dtype not in _native.DTYPES):
         return "reference"
@@ -63,7 +66,9 @@ def backend_of(x: torch.Tensor) -> str:
 
 @contextmanager
 def force_backend(name: str | None) -> Iterator[None]:
-    """Inside it, this backend runs, for tests and benchmarks. Its operations' backward must be inside as well."""
+    """Inside it, this backend runs in all threads; None chooses as usual. A backward must run inside it as well.
+
+    Tests and benchmarks compare backends by it."""
     global _forced
     before, _forced = _forced, name
     try:

@@ -1,12 +1,15 @@
 """The CPU library of csrc/cpu, called through ctypes: plain C functions, so one build serves every torch version."""
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16)
-ISAS = ("generic", "avx2", "avx512")  # agrepa_isa() returns the place of the machine's own
+ISAS = ("generic", "avx2", "avx512")  # in the order of agrepa_isa's numbers
 
 
 def _load() -> ctypes.CDLL | None:
@@ -15,31 +18,48 @@ def _load() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(path))
-    except OSError:  # a torch that brought no OpenMP symbols into the process: take the system's
+    except OSError:  # this torch brought no OpenMP symbols into the process: use the system's
         ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
         return ctypes.CDLL(str(path))
 
 
 LIBRARY = _load()
-isa = ISAS[LIBRARY.agrepa_isa()] if LIBRARY else None  # tests set it to run the others
+_isa: str | None = ISAS[LIBRARY.agrepa_isa()] if LIBRARY else None
 
 
 def native_isa() -> str | None:
-    """The instruction set whose functions run (generic, avx2 or avx512), or None where the library was not built."""
-    return isa
+    """Return the instruction set in use (generic, avx2 or avx512), or None if the library was not built."""
+    return _isa
 
 
-_functions: dict[tuple[str, torch.dtype, str], ctypes._CFuncPtr] = {}
+@contextmanager
+def force_isa(name: str) -> Iterator[None]:
+    """Inside it, all threads run the functions of this instruction set, so that tests can compare narrower ones.
+
+    Raises ValueError if the machine or the library lacks it.
+    """
+    global _isa
+    if LIBRARY is None or name not in ISAS[: LIBRARY.agrepa_isa() + 1]:
+        raise ValueError(f"{name!r} does not run here: {_isa or 'the CPU library was not built'}")
+    before, _isa = _isa, name
+    try:
+        yield
+    finally:
+        _isa = before
+
+
+@cache
+def _function(operation: str, dtype: torch.dtype, isa: str) -> ctypes._CFuncPtr:
+    symbol = f"agrepa_{operation}_{str(dtype).removeprefix('torch.')}_{isa}"
+    return ctypes.CFUNCTYPE(None)(ctypes.c_void_p.in_dll(LIBRARY, symbol).value)
 
 
 def call(operation: str, dtype: torch.dtype, *arguments: torch.Tensor | int | float | None) -> None:
-    """Run a function of csrc/cpu for element type `dtype`. Tensors go as pointers (None as a null pointer), bools and
-    ints as int64, floats as fp32; the order is that of the C function."""
-    key = (operation, dtype, isa)
-    if key not in _functions:
-        symbol = f"agrepa_{operation}_{str(dtype).removeprefix('torch.')}_{isa}"
-        _functions[key] = ctypes.CFUNCTYPE(None)(ctypes.c_void_p.in_dll(LIBRARY, symbol).value)
-    _functions[key](*map(_as_c, arguments))
+    """Run a function of csrc/cpu for elements of `dtype`, with the arguments in its order.
+
+    Tensors become pointers (None a null pointer), bools and ints int64, and floats fp32.
+    """
+    _function(operation, dtype, _isa)(*map(_as_c, arguments))
 
 
 def _as_c(value: torch.Tensor | int | float | None):

@@ -11,12 +11,13 @@ Traffic:  with (C, D) modulations, forward 2 N T D elements (x, y), backward 3 (
 import torch
 import torch.nn.functional as F
 
-from . import _native
+from . import _native, _tiles
 from ._backend import backend_of, tl, triton
 from ._library import define, differentiate
 from ._rows import (
     BACKWARD_TILE,
     CHUNK,
+    ceil_div,
     check_rows,
     fit_modulation,
     modulation_strides,
@@ -34,100 +35,97 @@ def ada_norm_ref(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps:
 
 
 @triton.jit
-def row_statistics(x, inside, eps, D: tl.constexpr):
-    """Mean and 1 / std of the rows of an fp32 tile (ROWS, BLOCK); `inside` (1, BLOCK) masks columns beyond D."""
-    mean = tl.sum(x, axis=1) / D
-    centred = tl.where(inside, x - mean[:, None], 0.0)
-    return mean, 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
-
-
-@triton.jit
-def norm_backward(g, xhat, rstd, D: tl.constexpr):
-    """dx of rows whose normalised values are xhat, from g = dy (1 + scale)."""
-    along = tl.sum(g * xhat, axis=1) / D
-    total = tl.sum(g, axis=1) / D
-    return (g - total[:, None] - xhat * along[:, None]) * rstd[:, None]
-
-
-@triton.jit
-def load_rows(pointer, n, t, stride_n, stride_t, d, mask):
-    """Rows t of batch row n as an fp32 tile (ROWS, BLOCK), zero where the mask is off."""
-    offsets = n * stride_n + t.to(tl.int64)[:, None] * stride_t + d[None, :]  # int64: N*T*D overflows int32
-    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_rows(pointer, tile, n, t, frames, d, mask, D: tl.constexpr):
-    """Write a tile into rows t of the contiguous (N, T, D) tensor at pointer, in its dtype."""
-    offsets = (n * frames + t.to(tl.int64)[:, None]) * D + d[None, :]
-    tl.store(pointer + offsets, tile.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _ada_norm_fwd_kernel(
-    x_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr, frames, conditions,
-    x_n, x_t, scale_n, scale_t, shift_n, shift_t, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PER_FRAME: tl.constexpr,
-):  # fmt: skip
-    tiles = tl.cdiv(frames, ROWS)
-    n = (tl.program_id(0) // tiles).to(tl.int64)
+    x_ptr,  # (N, T, D)
+    scale_ptr,  # (C, D), or (C, T, D) if PER_FRAME
+    shift_ptr,  # as scale
+    y_ptr,  # (N, T, D) contiguous
+    mean_ptr,  # (N, T) fp32
+    rstd_ptr,  # (N, T) fp32
+    frames,
+    conditions,
+    x_n,
+    x_t,
+    scale_c,
+    scale_t,
+    shift_c,
+    shift_t,
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PER_FRAME: tl.constexpr,
+):
+    n, first = _tiles.span_of_program(frames, ROWS)
     c = n % conditions
-    t = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    t = first + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK)
     rows, inside = t < frames, (d < D)[None, :]
     mask = rows[:, None] & inside
-    x = load_rows(x_ptr, n, t, x_n, x_t, d, mask)
-    mean, rstd = row_statistics(x, inside, eps, D)
+    x = _tiles.load_rows(x_ptr, n, t, x_n, x_t, d, mask)
+    mean, rstd = _tiles.row_statistics(x, inside, eps, D)
     if PER_FRAME:
-        scale = load_rows(scale_ptr, c, t, scale_n, scale_t, d, mask)
-        shift = load_rows(shift_ptr, c, t, shift_n, shift_t, d, mask)
+        scale = _tiles.load_rows(scale_ptr, c, t, scale_c, scale_t, d, mask)
+        shift = _tiles.load_rows(shift_ptr, c, t, shift_c, shift_t, d, mask)
     else:
-        scale = tl.load(scale_ptr + c * scale_n + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        shift = tl.load(shift_ptr + c * shift_n + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        scale = _tiles.load_modulation(scale_ptr, c, scale_c, d, D)
+        shift = _tiles.load_modulation(shift_ptr, c, shift_c, d, D)
     y = (x - mean[:, None]) * rstd[:, None] * (1.0 + scale) + shift
-    store_rows(y_ptr, y, n, t, frames, d, mask, D)
+    _tiles.store_rows(y_ptr, y, n, t, frames, d, mask, D)
     tl.store(mean_ptr + n * frames + t, mean, mask=rows)
     tl.store(rstd_ptr + n * frames + t, rstd, mask=rows)
 
 
 @triton.jit
 def _ada_norm_bwd_kernel(
-    dy_ptr, x_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dscale_ptr, dshift_ptr, frames, conditions,
-    dy_n, dy_t, x_n, x_t, scale_n, scale_t,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PER_FRAME: tl.constexpr,
-):  # fmt: skip
-    chunks = tl.cdiv(frames, CHUNK)
-    n = (tl.program_id(0) // chunks).to(tl.int64)
+    dy_ptr,  # (N, T, D)
+    x_ptr,  # (N, T, D)
+    scale_ptr,  # (C, D), or (C, T, D) if PER_FRAME
+    mean_ptr,  # (N, T) fp32
+    rstd_ptr,  # (N, T) fp32
+    dx_ptr,  # (N, T, D) contiguous
+    dscale_ptr,  # (N, chunks, D) fp32 sums over CHUNK frames, or (N, T, D) if PER_FRAME
+    dshift_ptr,  # as dscale
+    frames,
+    conditions,
+    dy_n,
+    dy_t,
+    x_n,
+    x_t,
+    scale_c,
+    scale_t,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PER_FRAME: tl.constexpr,
+):
+    n, first = _tiles.span_of_program(frames, CHUNK)
     c = n % conditions
-    first = tl.program_id(0) % chunks * CHUNK
     d = tl.arange(0, BLOCK)
     inside = (d < D)[None, :]
     if not PER_FRAME:
-        scale = tl.load(scale_ptr + c * scale_n + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        scale = _tiles.load_modulation(scale_ptr, c, scale_c, d, D)
     dscale = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     dshift = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for start in range(0, CHUNK, ROWS):
         t = first + start + tl.arange(0, ROWS)
         rows = t < frames
         mask = rows[:, None] & inside
-        mean = tl.load(mean_ptr + n * frames + t, mask=rows, other=0.0)
-        rstd = tl.load(rstd_ptr + n * frames + t, mask=rows, other=0.0)
-        dy = load_rows(dy_ptr, n, t, dy_n, dy_t, d, mask)
-        xhat = (load_rows(x_ptr, n, t, x_n, x_t, d, mask) - mean[:, None]) * rstd[:, None]
-        xhat = tl.where(mask, xhat, 0.0)
+        dy = _tiles.load_rows(dy_ptr, n, t, dy_n, dy_t, d, mask)
+        xhat, rstd = _tiles.load_normalised(x_ptr, mean_ptr, rstd_ptr, n, t, frames, x_n, x_t, d, mask)
         if PER_FRAME:
-            scale = load_rows(scale_ptr, c, t, scale_n, scale_t, d, mask)
-            store_rows(dscale_ptr, dy * xhat, n, t, frames, d, mask, D)
-            store_rows(dshift_ptr, dy, n, t, frames, d, mask, D)
+            scale = _tiles.load_rows(scale_ptr, c, t, scale_c, scale_t, d, mask)
+            _tiles.store_rows(dscale_ptr, dy * xhat, n, t, frames, d, mask, D)
+            _tiles.store_rows(dshift_ptr, dy, n, t, frames, d, mask, D)
         else:
             dscale += dy * xhat
             dshift += dy
-        dx = norm_backward(dy * (1.0 + scale), xhat, rstd, D)
-        store_rows(dx_ptr, dx, n, t, frames, d, mask, D)
+        dx = _tiles.norm_backward(dy * (1.0 + scale), xhat, rstd, D)
+        _tiles.store_rows(dx_ptr, dx, n, t, frames, d, mask, D)
     if not PER_FRAME:
-        piece = tl.program_id(0).to(tl.int64) * D
-        tl.store(dscale_ptr + piece + d, tl.sum(dscale, axis=0), mask=d < D)
-        tl.store(dshift_ptr + piece + d, tl.sum(dshift, axis=0), mask=d < D)
+        _tiles.store_sums(dscale_ptr, dscale, d, D)
+        _tiles.store_sums(dshift_ptr, dshift, d, D)
 
 
 def _outputs(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:
@@ -144,7 +142,7 @@ def _forward(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: flo
         _native.call("ada_norm_fwd", x.dtype, *tensors, n, frames, width, scale.shape[0], *strides, eps)
     else:
         tile = row_tile(width)
-        _ada_norm_fwd_kernel[(n * triton.cdiv(frames, tile["ROWS"]),)](
+        _ada_norm_fwd_kernel[(n * ceil_div(frames, tile["ROWS"]),)](
             x, scale, shift, y, mean, rstd, frames, scale.shape[0], *strides, eps, PER_FRAME=scale.ndim == 3, **tile
         )
     return y, mean, rstd
@@ -162,21 +160,14 @@ def _backward(
     n, frames, width = x.shape
     dy, dx, per_frame = unit_stride(dy), x.new_empty(x.shape), scale.ndim == 3
     chunk = 1 if per_frame else CHUNK
-    dscale, dshift = (x.new_empty((n, -(-frames // chunk), width), dtype=torch.float32) for _ in range(2))
+    dscale, dshift = (x.new_empty((n, ceil_div(frames, chunk), width), dtype=torch.float32) for _ in range(2))
     strides = (*dy.stride()[:2], *x.stride()[:2], *modulation_strides(scale))
     tensors = (dy, x, scale, mean, rstd, dx, dscale, dshift)
     if backend_of(x) == "native":
         _native.call("ada_norm_bwd", x.dtype, *tensors, n, frames, width, scale.shape[0], chunk, *strides)
     else:
-        _ada_norm_bwd_kernel[(n * triton.cdiv(frames, CHUNK),)](
-            *tensors,
-            frames,
-            scale.shape[0],
-            *strides,
-            CHUNK=CHUNK,
-            PER_FRAME=per_frame,
-            **row_tile(width, BACKWARD_TILE),
-        )
+        launch = {"CHUNK": CHUNK, "PER_FRAME": per_frame, **row_tile(width, BACKWARD_TILE)}
+        _ada_norm_bwd_kernel[(n * ceil_div(frames, CHUNK),)](*tensors, frames, scale.shape[0], *strides, **launch)
     return dx, per_condition(dscale, scale), per_condition(dshift, scale)
 
 
@@ -208,10 +199,10 @@ differentiate("ada_norm", _differentiate, _save)
 
 
 def ada_norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """Modulated layer norm of x (N, T, D), in x's dtype; scale and shift are cast to it.
+    """Return the modulated layer norm of x (N, T, D) in x's dtype. scale and shift (C, D) or (C, T, D) are cast to it.
 
-    Raises ValueError naming what was wanted when shapes, devices or strides do not fit (x and the modulations need a
-    contiguous last dimension), or when the conditions do not divide the rows.
+    Raises ValueError with the wanted shape, device or stride if a tensor does not fit (the last dimension must be
+    contiguous), or if the C conditions do not divide the N rows.
     """
     check_rows("x", x)
     scale, shift = fit_modulation("scale", scale, x), fit_modulation("shift", shift, x)

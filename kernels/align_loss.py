@@ -1,5 +1,5 @@
 """Teacher-projection cosine loss of all aligned layers of one domain: loss_n = sum_k lambda_k (1 - cos(mlp_k(h_kn),
-y_n)), frame-wise the mean of it over the clip's frames.
+y_n)); frame-wise, its mean over the clip's frames.
 
 AG-REPA (arXiv 2603.01006), sec. "AG-REPA"; frame-wise it is REPA's loss (Yu et al. 2025) with the same heads.
 
@@ -7,14 +7,14 @@ Dims:     K aligned layers, N rows, T frames, D width, H hidden width of the hea
 Shapes:   hidden (K, N, D) pooled or (K, N, T, D) frame-wise; w1 (K, H, D), b1 (K, H), w2 (K, E, H), b2 (K, E);
           teacher (N, E) or (N, T, E), any row strides; weights (K,) or (K, N); mask (N,) bool; lengths (N,), frame-wise
           only; loss (N,) fp32.
-Numerics: GEMMs in the heads' dtype, whatever autocast says; GELU, cosine and its gradient in fp32; gradients of the
-          heads summed over chunks in fp32; no atomics, deterministic. A row whose mask is False and a frame past its
-          clip's length give exactly 0 and no gradient, whatever hidden states and teacher hold.
+Numerics: GEMMs in the heads' dtype, even under autocast; GELU, cosine and its gradient in fp32; gradients of the heads
+          summed over chunks in fp32; no atomics, deterministic. Rows with mask False and frames beyond their clip's
+          length give exactly 0 and no gradient, even if hidden states or teacher are not finite there.
 Traffic:  chunks of 4096 projected frames, which stay in the GPU's L2: two GEMMs, one pass that turns the projection
-          into its own gradient, then the chunk's gradients. Nothing of N T E or N T H elements exists.
+          into its own gradient, then the chunk's gradients. No tensor of N T E or N T H elements exists.
 
-align_loss_sum is what training calls: the rows' weights in the scalar loss are known, so gradients are finished in the
-forward. align_loss is exact for any gradient of its rows, and computes the chunks again in its backward.
+Training calls align_loss_sum: it knows the rows' weights in the scalar loss, so the forward finishes the gradients.
+align_loss is exact for any gradient of its rows, and computes the chunks again in its backward.
 """
 
 from collections.abc import Iterator
@@ -25,11 +25,12 @@ import torch.nn.functional as F
 from . import _native
 from ._backend import backend_of, tl, triton
 from ._library import define, differentiate
-from ._rows import BACKWARD_TILE, CHUNK, check_tensor, row_tile, valid_frames
+from ._rows import BACKWARD_TILE, CHUNK, ceil_div, check_tensor, row_tile, valid_frames
+from ._tiles import store_sums
 from .linear_gelu import gelu_rows, gelu_rows_backward
 
 PROJECTED = 4096  # frames projected at a time, of all heads together
-_TEACHERS = (torch.float32, torch.bfloat16, torch.float16)  # the places are those of csrc/cpu/align_loss.cpp
+_TEACHERS = (torch.float32, torch.bfloat16, torch.float16)  # in the order of teacher_row in csrc/cpu/align_loss.cpp
 
 
 def _heads(
@@ -41,7 +42,7 @@ def _heads(
 
 
 def _limits(mask: torch.Tensor, lengths: torch.Tensor | None, frames: int) -> torch.Tensor:
-    """(N,) int64: frames of each row that count."""
+    """Return the number of frames per row that count, (N,) int64."""
     return torch.where(mask, frames if lengths is None else lengths.long(), 0)
 
 
@@ -59,7 +60,7 @@ def align_loss_ref(
     frames = hidden.shape[2] if hidden.ndim == 4 else 1
     limits = _limits(mask, lengths, frames)
     valid = valid_frames(limits, frames).view(*hidden.shape[1:-1], 1)
-    # Not only the loss: 0 times a hidden state or a teacher that is not finite would reach the gradients.
+    # Masking the loss alone would not do: 0 times a value that is not finite would reach the gradients as NaN.
     hidden, teacher = torch.where(valid, hidden, 0), torch.where(valid, teacher, 0)
     distance = 1 - F.cosine_similarity(_heads(hidden, w1, b1, w2, b2), teacher.unsqueeze(0), dim=-1)
     distance = torch.where(valid.squeeze(-1), distance, 0).view(*hidden.shape[:2], frames)
@@ -68,10 +69,24 @@ def align_loss_ref(
 
 @triton.jit
 def _cosine_kernel(
-    z_ptr, bias_ptr, teacher_ptr, limits_ptr, coefficient_ptr, distance_ptr, dbias_ptr,
-    first, rows, clips, frames, teacher_n, teacher_t,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, GRADIENT: tl.constexpr,
-):  # fmt: skip
+    z_ptr,  # (K, rows, E) contiguous; becomes its gradient
+    bias_ptr,  # (K, E)
+    teacher_ptr,  # (N, T, E)
+    limits_ptr,  # (N,) int64
+    coefficient_ptr,  # (K, N) fp32, or None: no gradient
+    distance_ptr,  # (K, N * T) fp32
+    dbias_ptr,  # (K, chunks, E) fp32 sums over CHUNK rows, empty without gradient
+    first,
+    rows,
+    clips,
+    frames,
+    teacher_n,
+    teacher_t,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     chunks = tl.cdiv(rows, CHUNK)
     k = (tl.program_id(0) // chunks).to(tl.int64)
     d = tl.arange(0, BLOCK)
@@ -80,9 +95,9 @@ def _cosine_kernel(
     dbias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for start in range(0, CHUNK, ROWS):
         i = tl.program_id(0) % chunks * CHUNK + start + tl.arange(0, ROWS).to(tl.int64)
-        here = i < rows
+        exists = i < rows
         n, t = (first + i) // frames, (first + i) % frames
-        valid = t < tl.load(limits_ptr + n, mask=here, other=0)
+        valid = t < tl.load(limits_ptr + n, mask=exists, other=0)
         mask = valid[:, None] & inside
         z_at = z_ptr + (k * rows + i[:, None]) * D + d[None, :]
         z = tl.where(mask, tl.load(z_at, mask=mask, other=0.0).to(tl.float32) + bias, 0.0)
@@ -92,16 +107,15 @@ def _cosine_kernel(
         z_scale = 1.0 / tl.maximum(z_norm, 1e-8)  # the epsilon of F.cosine_similarity
         y_scale = 1.0 / tl.maximum(tl.sqrt(tl.sum(y * y, axis=1)), 1e-8)
         cosine = tl.sum(z * y, axis=1) * z_scale * y_scale
-        tl.store(distance_ptr + k * clips * frames + first + i, tl.where(valid, 1.0 - cosine, 0.0), mask=here)
-        if GRADIENT:
+        tl.store(distance_ptr + k * clips * frames + first + i, tl.where(valid, 1.0 - cosine, 0.0), mask=exists)
+        if coefficient_ptr is not None:
             scale = -z_scale * tl.load(coefficient_ptr + k * clips + n, mask=valid, other=0.0)
             along = cosine / tl.where(z_norm > 0.0, z_norm, 1.0)
             dz = scale[:, None] * (y * y_scale[:, None] - z * along[:, None])
             dbias += dz
-            tl.store(z_at, dz.to(z_ptr.dtype.element_ty), mask=here[:, None] & inside)
-    if GRADIENT:
-        piece = tl.program_id(0).to(tl.int64) * D
-        tl.store(dbias_ptr + piece + d, tl.sum(dbias, axis=0), mask=d < D)
+            tl.store(z_at, dz.to(z_ptr.dtype.element_ty), mask=exists[:, None] & inside)
+    if coefficient_ptr is not None:
+        store_sums(dbias_ptr, dbias, d, D)
 
 
 def _cosine(
@@ -113,25 +127,24 @@ def _cosine(
     distance: torch.Tensor,
     first: int,
 ) -> torch.Tensor | None:
-    """Distances of the rows z + bias (K, rows, E) to frames first, first + 1, ... of the teacher (N, T, E), into their
-    places in distance (K, N T). With coefficient (K, N), z becomes the gradient of sum(coefficient distance), and its
-    sums over rows (K, E) are returned."""
+    """Write the distances of the rows z + bias (K, rows, E) to frames first, first + 1, ... of the teacher (N, T, E) to
+    distance (K, N T). With coefficient (K, N), z becomes the gradient of sum(coefficient distance), and the sums of it
+    over rows (K, E) are returned."""
     heads, rows, width = z.shape
-    chunks, gradient = -(-rows // CHUNK), coefficient is not None
+    chunks, gradient = ceil_div(rows, CHUNK), coefficient is not None
     dbias = z.new_empty((heads, chunks if gradient else 0, width), dtype=torch.float32)
-    tensors = (z, bias, teacher, limits, coefficient if gradient else distance, distance, dbias)
+    tensors = (z, bias, teacher, limits, coefficient, distance, dbias)
     sizes = (first, rows, *teacher.shape[:2], *teacher.stride()[:2])
     if backend_of(z) == "native":
         kind = _TEACHERS.index(teacher.dtype)
         _native.call("align_cosine", z.dtype, *tensors, *sizes, heads, width, CHUNK, kind, gradient)
     else:
-        tile = row_tile(width, BACKWARD_TILE)
-        _cosine_kernel[(heads * chunks,)](*tensors, *sizes, CHUNK=CHUNK, GRADIENT=gradient, **tile)
+        _cosine_kernel[(heads * chunks,)](*tensors, *sizes, CHUNK=CHUNK, **row_tile(width, BACKWARD_TILE))
     return dbias.sum(1) if gradient else None
 
 
 def _pieces(heads: int, rows: int) -> Iterator[tuple[slice, slice]]:
-    """Heads and rows to project at a time: of many rows, PROJECTED of one head; of few rows, those of several heads."""
+    """Yield the heads and rows to project at a time: PROJECTED rows of one head, or fewer rows of several heads."""
     together = max(1, PROJECTED // max(rows, 1))
     for k in range(0, heads, together):
         for row in range(0, rows, PROJECTED):
@@ -139,7 +152,7 @@ def _pieces(heads: int, rows: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total (fp32) += left^T right."""
+    """Add left^T right to total (fp32)."""
     if left.dtype == total.dtype:
         total.baddbmm_(left.mT, right)
     else:
@@ -158,7 +171,8 @@ def _compute(
     lengths: torch.Tensor | None,
     row_weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
-    """Losses of the rows; with row_weights also the gradients of their weighted sum, to hidden, w1, b1, w2 and b2."""
+    """Return the losses of the rows; with row_weights also the gradients of their weighted sum, to hidden, w1, b1, w2
+    and b2."""
     heads, clips, width = hidden.shape[0], hidden.shape[1], hidden.shape[-1]
     frames = hidden.shape[2] if hidden.ndim == 4 else 1
     flat, b1, b2 = hidden.reshape(heads, -1, width), b1.contiguous(), b2.contiguous()
@@ -301,7 +315,7 @@ def _check(
 
 
 def _reference(hidden: torch.Tensor, w1: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
-    """align_loss_ref with the dtypes of the operation: GEMMs in the heads', the cosine at least in fp32."""
+    """Return align_loss_ref in the operation's dtypes: GEMMs in the heads' dtype, the cosine at least in fp32."""
     b1, w2, b2, teacher, *rest = others
     wide = torch.promote_types(w1.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -319,9 +333,9 @@ def align_loss(
     mask: torch.Tensor,
     lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Per-row loss (N,), fp32. Differentiates hidden states and heads, not the teacher nor the weights.
+    """Return the loss per row (N,), fp32. Hidden states and heads get gradients, teacher and weights do not.
 
-    Raises ValueError naming what was wanted when shapes, devices, strides or dtypes do not fit.
+    Raises ValueError with the wanted shape, device, stride or dtype if a tensor does not fit.
     """
     _check(hidden, w1, b1, w2, b2, teacher, weights, mask, lengths)
     teacher, weights = teacher.detach(), weights.detach()
@@ -343,8 +357,11 @@ def align_loss_sum(
     row_weights: torch.Tensor,
     lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """sum(row_weights * loss), fp32, and the losses (N,) detached. Gradients are computed here and only scaled in the
-    backward. Differentiates and raises as align_loss does; row_weights (N,) gets no gradient either."""
+    """Return sum(row_weights * loss), fp32, and the losses (N,) detached.
+
+    The gradients are computed here and only scaled in the backward. They and the errors are those of align_loss;
+    row_weights (N,) gets no gradient.
+    """
     _check(hidden, w1, b1, w2, b2, teacher, weights, mask, lengths)
     check_tensor("row_weights", row_weights, (hidden.shape[1],), hidden)
     row_weights = row_weights.detach()

@@ -2,13 +2,13 @@
 
 x_t = (1 - t) sigma eps + t x, target = x - sigma eps (Lipman et al. 2023; sigma as in the released AG-REPA code).
 Philox4x32-10 (Salmon et al. 2011) with Triton's conventions for counters and normals, so that a kernel can draw the
-same noise in place: element i of clip c is the (i mod 4)-th normal of counter i / 4 under key c, hence it depends
+same noise in place. Element i of clip c is the (i mod 4)-th normal of counter i / 4 under the clip's key, so it depends
 neither on the batch nor on the padding.
 
 Dims:     C clips, T frames, M mel bins.
 Shapes:   x, x_t, target (C, T, M); t (C,) or (C, T); keys (C,) int64.
-Numerics: fp32 inside, x_t and target in x's dtype; backends agree on the bits of the uniforms, and on the normals to
-          the rounding of log, sin and cos.
+Numerics: fp32 inside, x_t and target in x's dtype; backends draw the same bits, and their normals differ by the
+          rounding of log, sin and cos.
 Traffic:  3 passes over (C, T, M): x, x_t, target. No noise is stored.
 """
 
@@ -19,20 +19,21 @@ import torch
 from . import _native
 from ._backend import backend_of, tl, triton
 from ._library import define, differentiate
-from ._rows import check_rows, check_tensor
+from ._rows import ceil_div, check_rows, check_tensor
 
-_A, _B = 0xD2511F53, 0xCD9E8D57  # multipliers, and below the Weyl increments, of Salmon et al. 2011, table 2
+# The multipliers and the increments of the keys, of Salmon et al. 2011, table 2
+_A, _B = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 
 
 def _philox(keys: torch.Tensor, counters: int) -> list[torch.Tensor]:
-    """Four (C, counters) tensors of 32-bit words, held in int64."""
+    """Return four (C, counters) tensors of 32-bit words, in int64."""
     c0 = torch.arange(counters, device=keys.device).expand(len(keys), -1)
     c1 = c2 = c3 = torch.zeros_like(c0)
     k0, k1 = (keys & _LOW).unsqueeze(1), ((keys >> 32) & _LOW).unsqueeze(1)
     for _ in range(10):
-        high, low = c2 * _B, c0 * _A  # int64 products wrap, their 64 bits are still right
+        high, low = c2 * _B, c0 * _A  # int64 products wrap; their 64 bits are right all the same
         c0, c1, c2, c3 = (
             ((high >> 32) & _LOW) ^ c1 ^ k0,
             high & _LOW,
@@ -44,21 +45,19 @@ def _philox(keys: torch.Tensor, counters: int) -> list[torch.Tensor]:
 
 
 def _uniform(words: torch.Tensor) -> torch.Tensor:
-    signed = torch.where(
-        words >= 1 << 31, (1 << 32) - 1 - words, words
-    )  # Triton folds the sign bit instead of shifting
-    return signed.float() * 4.6566127342e-10
+    folded = torch.where(words >= 1 << 31, (1 << 32) - 1 - words, words)  # as Triton, which does not shift
+    return folded.float() * 4.6566127342e-10
 
 
 def philox_uniform(keys: torch.Tensor, count: int) -> torch.Tensor:
-    """(C, count) fp32 in [0, 1), from keys (C,) int64."""
-    words = torch.stack(_philox(keys, (count + 3) // 4), dim=-1)
+    """Return (C, count) fp32 uniforms in [0, 1), given keys (C,) int64."""
+    words = torch.stack(_philox(keys, ceil_div(count, 4)), dim=-1)
     return _uniform(words).flatten(1)[:, :count]
 
 
 def philox_normal(keys: torch.Tensor, count: int) -> torch.Tensor:
-    """(C, count) fp32 standard normals, from keys (C,) int64."""
-    u = [_uniform(words) for words in _philox(keys, (count + 3) // 4)]
+    """Return (C, count) fp32 standard normals, given keys (C,) int64."""
+    u = [_uniform(words) for words in _philox(keys, ceil_div(count, 4))]
     pairs = []
     for first, second in (u[:2], u[2:]):
         radius = torch.sqrt(-2 * torch.log(first.clamp(min=1e-7)))
@@ -77,9 +76,11 @@ def flow_mix_ref(
 
 @triton.jit
 def _normals(word1, word2):
-    """Box-Muller transform of two tiles of words. cos and sin are polynomials (Cephes, S. Moshier) of what is left of
-    the angle when the nearest quarter turn is taken off, exactly, in u: those of the GPU's library keep an array in
-    local memory for large angles."""
+    """Box-Muller transform of two tiles of words.
+
+    The nearest quarter turn is subtracted from the angle, exactly, in u; cos and sin of the rest are polynomials
+    (Cephes, S. Moshier). The GPU library's cos and sin keep an array in local memory for large angles.
+    """
     radius = tl.sqrt(-2.0 * tl.log(tl.maximum(tl.uint_to_uniform_float(word1), 1e-7)))
     u = tl.uint_to_uniform_float(word2)
     quarter = (4.0 * u + 0.5).to(tl.int32)
@@ -97,10 +98,21 @@ def _normals(word1, word2):
 
 @triton.jit
 def _flow_mix_kernel(
-    x_ptr, t_ptr, keys_ptr, x_t_ptr, target_ptr, elements, bins, t_c, t_t, sigma,
-    COUNTERS: tl.constexpr, PER_FRAME: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    elements = elements // ALIGN * ALIGN  # the same number, which the compiler now knows how to load widely
+    x_ptr,  # (C, T, M) contiguous
+    t_ptr,  # (C,), or (C, T) if PER_FRAME, fp32
+    keys_ptr,  # (C,) int64
+    x_t_ptr,  # (C, T, M) contiguous
+    target_ptr,  # (C, T, M) contiguous
+    elements,  # T * M
+    bins,
+    t_c,
+    t_t,
+    sigma,
+    COUNTERS: tl.constexpr,
+    PER_FRAME: tl.constexpr,
+    ALIGN: tl.constexpr,  # divides `elements`
+):
+    elements = elements // ALIGN * ALIGN  # changes no number; shows the compiler that whole vectors can be loaded
     tiles = tl.cdiv(elements, 4 * COUNTERS)
     c = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -135,10 +147,9 @@ def _forward(x: torch.Tensor, t: torch.Tensor, keys: torch.Tensor, sigma: float)
         _native.call("flow_mix", x.dtype, *tensors, clips, frames, bins, *t_strides, sigma)
     else:
         elements, counters = frames * bins, 512
-        _flow_mix_kernel[(clips * triton.cdiv(elements, 4 * counters),)](
-            *tensors, elements, bins, *t_strides, sigma,
-            COUNTERS=counters, PER_FRAME=t.ndim == 2, ALIGN=math.gcd(elements, 16), num_warps=4,
-        )  # fmt: skip
+        launch = {"COUNTERS": counters, "PER_FRAME": t.ndim == 2, "ALIGN": math.gcd(elements, 16), "num_warps": 4}
+        grid = (clips * ceil_div(elements, 4 * counters),)
+        _flow_mix_kernel[grid](*tensors, elements, bins, *t_strides, sigma, **launch)
     return x_t, target
 
 
@@ -162,10 +173,10 @@ differentiate("flow_mix", _differentiate, _save)
 def flow_mix(
     x: torch.Tensor, t: torch.Tensor, keys: torch.Tensor, sigma: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_t and the velocity target of clips x (C, T, M) at times t, in x's dtype. Only x gets a gradient.
+    """Return x_t and the velocity target of clips x (C, T, M), in x's dtype. Only x gets a gradient.
 
-    Raises ValueError naming what was wanted when shapes, dtypes or devices do not fit: one time a clip (C,) or a frame
-    (C, T), and one int64 key a clip.
+    t holds a time per clip (C,) or per frame (C, T), and keys an int64 key per clip. Raises ValueError with the wanted
+    shape, dtype or device if a tensor does not fit.
     """
     check_rows("x", x)
     clips, frames, _ = x.shape

@@ -5,23 +5,24 @@ adaLN-gated residual of Peebles & Xie 2023 (DiT), with the ablation gate m of AG
 Dims:     N rows, C conditions (C divides N, row n has condition n mod C), T frames, D width.
 Shapes:   h, f, h', y (N, T, D); gate, scale, shift (C, D) or (C, T, D), any row stride; m (N,) in [0, 1]; lengths (C,);
           time_sum (N, D) fp32; mean, rstd (N, T) fp32.
-Numerics: fp32 inside; a row with m = 0 hands h on untouched, whatever f holds, and gives f no gradient; time_sum adds
-          the valid frames in fp32; no atomics, deterministic.
+Numerics: fp32 inside; a row with m = 0 returns h bit for bit and gives f no gradient, even if f is not finite; time_sum
+          adds the valid frames in fp32; no atomics, deterministic.
 Traffic:  with (C, D) modulations, forward 4 N T D elements (h, f, h', y), backward 6 (dh', dy, f, h', dh, df); without
-          the norm 3 and 3 (dh', f, df: dh is dh' itself). The time-sum adds none to the forward; its gradient enters as
-          one (N, D) row, and then dh is written.
+          the norm 3 and 3 (dh', f, df: dh is dh' itself). The time-sum adds none to the forward; its gradient is one
+          (N, D) row, and then dh is written.
 """
 
 from typing import NamedTuple
 
 import torch
 
-from . import _native
+from . import _native, _tiles
 from ._backend import backend_of, tl, triton
 from ._library import define, differentiate
 from ._rows import (
     BACKWARD_TILE,
     CHUNK,
+    ceil_div,
     check_rows,
     check_tensor,
     fit_modulation,
@@ -33,13 +34,13 @@ from ._rows import (
     unit_stride,
     valid_frames,
 )
-from .ada_norm import ada_norm_ref, load_rows, norm_backward, row_statistics, store_rows
+from .ada_norm import ada_norm_ref
 
 
 class GatedResidual(NamedTuple):
     h: torch.Tensor  # (N, T, D)
-    y: torch.Tensor | None  # (N, T, D), the modulated norm of h, when scale and shift were given
-    time_sum: torch.Tensor | None  # (N, D) fp32, when it was asked for
+    y: torch.Tensor | None  # (N, T, D), the modulated norm of h, if scale and shift were given
+    time_sum: torch.Tensor | None  # (N, D) fp32, on request
 
 
 def gated_residual_ref(
@@ -54,14 +55,11 @@ def gated_residual_ref(
     time_sum: bool = False,
     eps: float = 1e-6,
 ) -> GatedResidual:
-    update = (split_rows(f, gate.shape[0]) * over_time(gate)).flatten(0, 1)
-    if m is None:
-        out = h + update
-    else:
+    if m is not None:  # f too: 0 times a branch that is not finite would reach the gradients as NaN
         rows = m.view(-1, 1, 1).to(h.dtype)
-        # f too: 0 times a branch that is not finite would reach the gradients
-        update = (split_rows(torch.where(rows == 0, 0, f), gate.shape[0]) * over_time(gate)).flatten(0, 1)
-        out = torch.where(rows == 0, h, h + rows * update)
+        f = torch.where(rows == 0, 0, f)
+    update = (split_rows(f, gate.shape[0]) * over_time(gate)).flatten(0, 1)
+    out = h + update if m is None else torch.where(rows == 0, h, h + rows * update)
     y = None if scale is None else ada_norm_ref(out, scale, shift, eps)
     total = None
     if time_sum:
@@ -74,89 +72,134 @@ def gated_residual_ref(
 
 
 @triton.jit
-def load_modulation(pointer, c, stride_n, d, D: tl.constexpr):
-    """Row c of a (C, D) modulation as an fp32 tile (1, BLOCK)."""
-    return tl.load(pointer + c * stride_n + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
 def _gated_residual_fwd_kernel(
-    h_ptr, f_ptr, gate_ptr, m_ptr, scale_ptr, shift_ptr, lengths_ptr, out_ptr, y_ptr, sums_ptr, mean_ptr, rstd_ptr,
-    frames, conditions, length_count,
-    h_n, h_t, f_n, f_t, gate_n, gate_t, scale_n, scale_t, shift_n, shift_t, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, PER_FRAME: tl.constexpr,
-    GATED: tl.constexpr, NORM: tl.constexpr, SUM: tl.constexpr, LENGTHS: tl.constexpr,
-):  # fmt: skip
-    spans = tl.cdiv(frames, SPAN)
-    n = (tl.program_id(0) // spans).to(tl.int64)
+    h_ptr,  # (N, T, D)
+    f_ptr,  # (N, T, D)
+    gate_ptr,  # (C, D), or (C, T, D) if PER_FRAME
+    m_ptr,  # (N,) fp32, or None: 1
+    scale_ptr,  # as gate, or None: no norm
+    shift_ptr,  # as scale
+    lengths_ptr,  # (length_count,) int64, or None: all frames are valid
+    out_ptr,  # h', (N, T, D) contiguous
+    y_ptr,  # (N, T, D) contiguous, None without norm
+    sums_ptr,  # (N, spans, D) fp32, or None: no time-sum
+    mean_ptr,  # (N, T) fp32, empty without norm
+    rstd_ptr,  # as mean
+    frames,
+    conditions,
+    length_count,
+    h_n,
+    h_t,
+    f_n,
+    f_t,
+    gate_c,
+    gate_t,
+    scale_c,
+    scale_t,
+    shift_c,
+    shift_t,
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPAN: tl.constexpr,
+    PER_FRAME: tl.constexpr,
+):
+    n, first = _tiles.span_of_program(frames, SPAN)
     c = n % conditions
-    first = tl.program_id(0) % spans * SPAN
     d = tl.arange(0, BLOCK)
     inside = (d < D)[None, :]
     valid = frames
-    if LENGTHS:
+    if lengths_ptr is not None:
         valid = tl.load(lengths_ptr + n % length_count)
     m = 1.0
-    if GATED:
+    if m_ptr is not None:
         m = tl.load(m_ptr + n)
     if not PER_FRAME:
-        gate = load_modulation(gate_ptr, c, gate_n, d, D)
-        if NORM:
-            scale = load_modulation(scale_ptr, c, scale_n, d, D)
-            shift = load_modulation(shift_ptr, c, shift_n, d, D)
+        gate = _tiles.load_modulation(gate_ptr, c, gate_c, d, D)
+        if scale_ptr is not None:
+            scale = _tiles.load_modulation(scale_ptr, c, scale_c, d, D)
+            shift = _tiles.load_modulation(shift_ptr, c, shift_c, d, D)
     sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for start in range(0, SPAN, ROWS):
         t = first + start + tl.arange(0, ROWS)
         rows = t < frames
         mask = rows[:, None] & inside
         if PER_FRAME:
-            gate = load_rows(gate_ptr, c, t, gate_n, gate_t, d, mask)
-        h = load_rows(h_ptr, n, t, h_n, h_t, d, mask)
-        out = h + m * gate * load_rows(f_ptr, n, t, f_n, f_t, d, mask)
-        if GATED:
+            gate = _tiles.load_rows(gate_ptr, c, t, gate_c, gate_t, d, mask)
+        h = _tiles.load_rows(h_ptr, n, t, h_n, h_t, d, mask)
+        out = h + m * gate * _tiles.load_rows(f_ptr, n, t, f_n, f_t, d, mask)
+        if m_ptr is not None:
             out = tl.where(m == 0.0, h, out)
-        out = out.to(out_ptr.dtype.element_ty).to(tl.float32)  # what is stored is what is normalised and summed
-        store_rows(out_ptr, out, n, t, frames, d, mask, D)
-        if SUM:
+        out = out.to(out_ptr.dtype.element_ty).to(tl.float32)  # norm and sum see h' as it is stored
+        _tiles.store_rows(out_ptr, out, n, t, frames, d, mask, D)
+        if sums_ptr is not None:
             sums += tl.where((t < valid)[:, None] & mask, out, 0.0)
-        if NORM:
+        if scale_ptr is not None:
             if PER_FRAME:
-                scale = load_rows(scale_ptr, c, t, scale_n, scale_t, d, mask)
-                shift = load_rows(shift_ptr, c, t, shift_n, shift_t, d, mask)
-            mean, rstd = row_statistics(out, inside, eps, D)
+                scale = _tiles.load_rows(scale_ptr, c, t, scale_c, scale_t, d, mask)
+                shift = _tiles.load_rows(shift_ptr, c, t, shift_c, shift_t, d, mask)
+            mean, rstd = _tiles.row_statistics(out, inside, eps, D)
             y = (out - mean[:, None]) * rstd[:, None] * (1.0 + scale) + shift
-            store_rows(y_ptr, y, n, t, frames, d, mask, D)
+            _tiles.store_rows(y_ptr, y, n, t, frames, d, mask, D)
             tl.store(mean_ptr + n * frames + t, mean, mask=rows)
             tl.store(rstd_ptr + n * frames + t, rstd, mask=rows)
-    if SUM:
-        tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * D + d, tl.sum(sums, axis=0), mask=d < D)
+    if sums_ptr is not None:
+        _tiles.store_sums(sums_ptr, sums, d, D)
 
 
 @triton.jit
 def _gated_residual_bwd_kernel(
-    dout_ptr, dy_ptr, dsum_ptr, f_ptr, out_ptr, gate_ptr, m_ptr, scale_ptr, lengths_ptr, mean_ptr, rstd_ptr,
-    dh_ptr, df_ptr, dgate_ptr, dscale_ptr, dshift_ptr, frames, conditions, length_count,
-    dout_n, dout_t, dy_n, dy_t, f_n, f_t, gate_n, gate_t, scale_n, scale_t,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PER_FRAME: tl.constexpr,
-    GATED: tl.constexpr, DOUT: tl.constexpr, NORM: tl.constexpr, SUM: tl.constexpr, LENGTHS: tl.constexpr,
-):  # fmt: skip
-    chunks = tl.cdiv(frames, CHUNK)
-    n = (tl.program_id(0) // chunks).to(tl.int64)
+    dout_ptr,  # of h', (N, T, D), or None: nothing used h'
+    dy_ptr,  # (N, T, D), or None: no norm, or nothing used y
+    dsum_ptr,  # (N, D) fp32 contiguous, or None
+    f_ptr,  # (N, T, D)
+    out_ptr,  # h', (N, T, D) contiguous, None without dy
+    gate_ptr,  # (C, D), or (C, T, D) if PER_FRAME
+    m_ptr,  # (N,) fp32, or None: 1
+    scale_ptr,  # as gate, None without dy
+    lengths_ptr,  # (length_count,) int64, or None: all frames are valid
+    mean_ptr,  # (N, T) fp32, None without dy
+    rstd_ptr,  # as mean
+    dh_ptr,  # (N, T, D) contiguous, or None: dh is dout
+    df_ptr,  # (N, T, D) contiguous
+    dgate_ptr,  # before m: (N, chunks, D) fp32 sums over CHUNK frames, or (N, T, D) if PER_FRAME
+    dscale_ptr,  # as dgate, None without dy
+    dshift_ptr,  # as dscale
+    frames,
+    conditions,
+    length_count,
+    dout_n,
+    dout_t,
+    dy_n,
+    dy_t,
+    f_n,
+    f_t,
+    gate_c,
+    gate_t,
+    scale_c,
+    scale_t,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PER_FRAME: tl.constexpr,
+):
+    n, first = _tiles.span_of_program(frames, CHUNK)
     c = n % conditions
-    first = tl.program_id(0) % chunks * CHUNK
     d = tl.arange(0, BLOCK)
     inside = (d < D)[None, :]
     valid = frames
-    if LENGTHS:
+    if lengths_ptr is not None:
         valid = tl.load(lengths_ptr + n % length_count)
     m = 1.0
-    if GATED:
+    if m_ptr is not None:
         m = tl.load(m_ptr + n)
     if not PER_FRAME:
-        gate = load_modulation(gate_ptr, c, gate_n, d, D)
-        if NORM:
-            scale = load_modulation(scale_ptr, c, scale_n, d, D)
-    if SUM:
+        gate = _tiles.load_modulation(gate_ptr, c, gate_c, d, D)
+        if dy_ptr is not None:
+            scale = _tiles.load_modulation(scale_ptr, c, scale_c, d, D)
+    if dsum_ptr is not None:
         dsum = tl.load(dsum_ptr + n * D + d, mask=d < D, other=0.0)[None, :]
     dgate = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     dscale = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
@@ -165,44 +208,40 @@ def _gated_residual_bwd_kernel(
         t = first + start + tl.arange(0, ROWS)
         rows = t < frames
         mask = rows[:, None] & inside
-        total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-        if DOUT:
-            total += load_rows(dout_ptr, n, t, dout_n, dout_t, d, mask)
-        if SUM:
+        total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)  # gradient of h' from all its uses
+        if dout_ptr is not None:
+            total += _tiles.load_rows(dout_ptr, n, t, dout_n, dout_t, d, mask)
+        if dsum_ptr is not None:
             total += tl.where((t < valid)[:, None] & mask, dsum, 0.0)
-        if NORM:
-            mean = tl.load(mean_ptr + n * frames + t, mask=rows, other=0.0)
-            rstd = tl.load(rstd_ptr + n * frames + t, mask=rows, other=0.0)
-            dy = load_rows(dy_ptr, n, t, dy_n, dy_t, d, mask)
-            xhat = (load_rows(out_ptr, n, t, frames * D, D, d, mask) - mean[:, None]) * rstd[:, None]
-            xhat = tl.where(mask, xhat, 0.0)
+        if dy_ptr is not None:
+            dy = _tiles.load_rows(dy_ptr, n, t, dy_n, dy_t, d, mask)
+            xhat, rstd = _tiles.load_normalised(out_ptr, mean_ptr, rstd_ptr, n, t, frames, frames * D, D, d, mask)
             if PER_FRAME:
-                scale = load_rows(scale_ptr, c, t, scale_n, scale_t, d, mask)
-                store_rows(dscale_ptr, dy * xhat, n, t, frames, d, mask, D)
-                store_rows(dshift_ptr, dy, n, t, frames, d, mask, D)
+                scale = _tiles.load_rows(scale_ptr, c, t, scale_c, scale_t, d, mask)
+                _tiles.store_rows(dscale_ptr, dy * xhat, n, t, frames, d, mask, D)
+                _tiles.store_rows(dshift_ptr, dy, n, t, frames, d, mask, D)
             else:
                 dscale += dy * xhat
                 dshift += dy
-            total += norm_backward(dy * (1.0 + scale), xhat, rstd, D)
-        if NORM or SUM:
-            store_rows(dh_ptr, total, n, t, frames, d, mask, D)
-        f = load_rows(f_ptr, n, t, f_n, f_t, d, mask)
+            total += _tiles.norm_backward(dy * (1.0 + scale), xhat, rstd, D)
+        if dh_ptr is not None:
+            _tiles.store_rows(dh_ptr, total, n, t, frames, d, mask, D)
+        f = _tiles.load_rows(f_ptr, n, t, f_n, f_t, d, mask)
         if PER_FRAME:
-            gate = load_rows(gate_ptr, c, t, gate_n, gate_t, d, mask)
+            gate = _tiles.load_rows(gate_ptr, c, t, gate_c, gate_t, d, mask)
         df, along = m * gate * total, f * total
-        if GATED:
+        if m_ptr is not None:
             df, along = tl.where(m == 0.0, 0.0, df), tl.where(m == 0.0, 0.0, along)
-        store_rows(df_ptr, df, n, t, frames, d, mask, D)
+        _tiles.store_rows(df_ptr, df, n, t, frames, d, mask, D)
         if PER_FRAME:
-            store_rows(dgate_ptr, along, n, t, frames, d, mask, D)
+            _tiles.store_rows(dgate_ptr, along, n, t, frames, d, mask, D)
         else:
             dgate += along
     if not PER_FRAME:
-        piece = tl.program_id(0).to(tl.int64) * D
-        tl.store(dgate_ptr + piece + d, tl.sum(dgate, axis=0), mask=d < D)
-        if NORM:
-            tl.store(dscale_ptr + piece + d, tl.sum(dscale, axis=0), mask=d < D)
-            tl.store(dshift_ptr + piece + d, tl.sum(dshift, axis=0), mask=d < D)
+        _tiles.store_sums(dgate_ptr, dgate, d, D)
+        if dy_ptr is not None:
+            _tiles.store_sums(dscale_ptr, dscale, d, D)
+            _tiles.store_sums(dshift_ptr, dshift, d, D)
 
 
 def _strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:
@@ -222,19 +261,15 @@ def _forward(h, f, gate, m, scale, shift, lengths, time_sum, eps) -> tuple[torch
     tile = row_tile(width)
     span = CHUNK if time_sum else tile["ROWS"]
     out, y, total, mean, rstd = _outputs(h, f, gate, m, scale, shift, lengths, time_sum, eps)
-    sums = h.new_empty((n, -(-frames // span), width), dtype=torch.float32) if time_sum else None
-    inputs = (h, f, gate, m, scale, shift, lengths)
+    sums = h.new_empty((n, ceil_div(frames, span), width), dtype=torch.float32) if time_sum else None
+    tensors = (h, f, gate, m, scale, shift, lengths, out, None if scale is None else y, sums, mean, rstd)
     sizes = (gate.shape[0], 1 if lengths is None else lengths.shape[0])
     strides = _strides(h, f, gate, scale, shift)
-    normed = scale is not None
     if backend_of(h) == "native":
-        results = (out, y if normed else None, sums, mean, rstd)
-        _native.call("gated_residual_fwd", h.dtype, *inputs, *results, n, frames, width, *sizes, span, *strides, eps)
+        _native.call("gated_residual_fwd", h.dtype, *tensors, n, frames, width, *sizes, span, *strides, eps)
     else:
-        _gated_residual_fwd_kernel[(n * triton.cdiv(frames, span),)](
-            *inputs, out, y, sums, mean, rstd, frames, *sizes, *strides, eps, SPAN=span, PER_FRAME=gate.ndim == 3,
-            GATED=m is not None, NORM=normed, SUM=time_sum, LENGTHS=lengths is not None, **tile,
-        )  # fmt: skip
+        launch = {"SPAN": span, "PER_FRAME": gate.ndim == 3, **tile}
+        _gated_residual_fwd_kernel[(n * ceil_div(frames, span),)](*tensors, frames, *sizes, *strides, eps, **launch)
     return out, y, sums.sum(1) if time_sum else total, mean, rstd
 
 
@@ -245,7 +280,7 @@ def _gradients(dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd) -> t
 
 
 def _empty_dh(dy, dsum, f) -> torch.Tensor:
-    """Room for dh, or nothing where dh is dout itself."""
+    """Return room for dh, or an empty tensor if dh is dout itself."""
     return f.new_empty((0,) if dy is None and dsum is None else f.shape)
 
 
@@ -256,7 +291,7 @@ def _backward(dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd) -> tu
     dsum = None if dsum is None else dsum.contiguous()
     dh, df = _empty_dh(dy, dsum, f), f.new_empty(f.shape)
     count = 1 if dy is None else 3
-    sums = [f.new_empty((n, -(-frames // chunk), width), dtype=torch.float32) for _ in range(count)]
+    sums = [f.new_empty((n, ceil_div(frames, chunk), width), dtype=torch.float32) for _ in range(count)]
     normed = (out, scale, mean, rstd) if dy is not None else (None,) * 4
     inputs = (dout, dy, dsum, f, normed[0], gate, m, normed[1], lengths, *normed[2:])
     results = (dh if dh.numel() else None, df, *sums, *[None] * (3 - count))
@@ -265,12 +300,10 @@ def _backward(dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd) -> tu
     if backend_of(f) == "native":
         _native.call("gated_residual_bwd", f.dtype, *inputs, *results, n, frames, width, *sizes, chunk, *strides)
     else:
-        _gated_residual_bwd_kernel[(n * triton.cdiv(frames, CHUNK),)](
-            *inputs, *results, frames, *sizes, *strides, CHUNK=CHUNK, PER_FRAME=gate.ndim == 3, GATED=m is not None,
-            DOUT=dout is not None, NORM=dy is not None, SUM=dsum is not None, LENGTHS=lengths is not None,
-            **row_tile(width, BACKWARD_TILE),
-        )  # fmt: skip
-    along, dm = sums[0], f.new_empty(0, dtype=torch.float32)  # f * dh', before m and gate
+        launch = {"CHUNK": CHUNK, "PER_FRAME": gate.ndim == 3, **row_tile(width, BACKWARD_TILE)}
+        grid = (n * ceil_div(frames, CHUNK),)
+        _gated_residual_bwd_kernel[grid](*inputs, *results, frames, *sizes, *strides, **launch)
+    along, dm = sums[0], f.new_empty(0, dtype=torch.float32)  # along: sums of f * dh', before m and gate
     if m is not None:
         weighted = split_rows(along if gate.ndim == 3 else along.sum(1, keepdim=True), gate.shape[0])
         dm = (weighted * over_time(gate).float()).sum((-2, -1)).flatten()
@@ -304,7 +337,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dout, dy, dsum, _dmean, _drstd) -> tuple[torch.Tensor | None, ...]:
-    dy = dy if ctx.normed else None  # empty outputs stand for what was not asked for
+    dy = dy if ctx.normed else None  # without norm and time-sum, y and total are empty tensors
     dsum = dsum if ctx.time_sum else None
     dh, df, dgate, dm, dscale, dshift = _gated_residual_backward(dout, dy, dsum, *ctx.saved_tensors)
     dscale, dshift = (None, None) if dy is None else (dscale, dshift)
@@ -328,17 +361,17 @@ def gated_residual(
     time_sum: bool = False,
     eps: float = 1e-6,
 ) -> GatedResidual:
-    """Residual update, the next modulated norm when scale and shift are given, and the masked time-sum when asked, in
-    h's dtype; f and the modulations are cast to it.
+    """Return h' (N, T, D) in h's dtype, its modulated norm if scale and shift are given, and its masked time-sum on
+    request. f and the modulations are cast to h's dtype.
 
-    Raises ValueError naming what was wanted when shapes, devices or strides do not fit, when the conditions do not
-    divide the rows, or when only one of scale and shift is given.
+    Raises ValueError with the wanted shape, device or stride if a tensor does not fit, if the conditions do not divide
+    the rows, or if only one of scale and shift is given.
     """
     check_rows("h", h)
     check_tensor("f", f, tuple(h.shape), h)
     f, gate = f.to(h.dtype), fit_modulation("gate", gate, h)
     if m is not None:
-        m = m.contiguous() if h.dtype == torch.float64 else m.float().contiguous()  # a column of (N, 2) gates
+        m = m.contiguous() if h.dtype == torch.float64 else m.float().contiguous()  # m may be a column of (N, 2) gates
         check_tensor("m", m, h.shape[:1], h)
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift come together: one of them is missing")

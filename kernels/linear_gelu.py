@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from . import _native
 from ._backend import backend_of, tl, triton
 from ._library import define, differentiate
-from ._rows import check_tensor
+from ._rows import ceil_div, check_tensor
 
 _APPROXIMATE = {"erf": "none", "tanh": "tanh"}
-_CHUNK = 64  # rows whose bias gradients are summed in registers; fixed: same bits every time
-_TILE = {"BLOCK": 1024, "ROWS": 2, "num_warps": 4}  # 128 bits a load, of the bias too; 16 elements a thread
+_CHUNK = 64  # rows per partial sum of the bias gradient; fixed, so that results repeat bit for bit
+_TILE = {"BLOCK": 1024, "ROWS": 2, "num_warps": 4}  # 16 elements per thread; 128-bit loads, of the bias too
 
 
 def linear_gelu_ref(
@@ -30,7 +30,7 @@ def linear_gelu_ref(
 
 @triton.jit
 def _tanh(u):
-    """An odd polynomial (Cephes) for |u| < 0.625, beyond it 1 - 2 / (exp(2 |u|) + 1)."""
+    """tanh by an odd polynomial (Cephes) for |u| < 0.625, and 1 - 2 / (exp(2 |u|) + 1) beyond."""
     size, square = tl.abs(u), u * u
     p = -5.70498872745e-3 * square + 2.06390887954e-2
     p = p * square - 5.37397155531e-2
@@ -41,93 +41,105 @@ def _tanh(u):
 
 
 @triton.jit
-def _sigmoid(z, TANH: tl.constexpr):
-    """2 gelu(z) / z - 1 of an fp32 tile: an erf or a tanh."""
+def _odd_part(z, TANH: tl.constexpr):
+    """2 gelu(z) / z - 1 of an fp32 tile: erf or tanh."""
     return _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z)) if TANH else tl.erf(z * 0.7071067811865476)
 
 
 @triton.jit
 def _gelu(z, TANH: tl.constexpr):
-    return 0.5 * z * (1.0 + _sigmoid(z, TANH))
+    return 0.5 * z * (1.0 + _odd_part(z, TANH))
 
 
 @triton.jit
 def _slope(z, TANH: tl.constexpr):
     """gelu'(z) of an fp32 tile."""
-    sigmoid = _sigmoid(z, TANH)
+    odd = _odd_part(z, TANH)
     if TANH:
-        steepness = (1.0 - sigmoid * sigmoid) * 0.3989422804014327 * (1.0 + 0.134145 * z * z)
+        steepness = (1.0 - odd * odd) * 0.3989422804014327 * (1.0 + 0.134145 * z * z)
     else:
         steepness = tl.exp(-0.5 * z * z) * 0.3989422804014327
-    return 0.5 * (1.0 + sigmoid) + z * steepness
+    return 0.5 * (1.0 + odd) + z * steepness
 
 
 @triton.jit
 def _gelu_fwd_kernel(
-    z_ptr, bias_ptr, y_ptr, rows,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TANH: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
+    z_ptr,  # (groups, M, E) contiguous
+    bias_ptr,  # (groups, E), or None
+    y_ptr,  # (groups, M, E) contiguous; may be z
+    rows,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    TANH: tl.constexpr,
+):
     group = tl.program_id(2).to(tl.int64)
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = (m < rows)[:, None] & (e < D)[None, :]
-    offsets = (group * rows + m.to(tl.int64)[:, None]) * D + e[None, :]  # int64: M*E overflows int32
+    mask = (m < rows)[:, None] & (e < E)[None, :]
+    offsets = (group * rows + m.to(tl.int64)[:, None]) * E + e[None, :]  # int64: M*E overflows int32
     z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if BIAS:
-        z += tl.load(bias_ptr + group * D + e, mask=e < D, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + group * E + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + offsets, _gelu(z, TANH).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _gelu_bwd_kernel(
-    dy_ptr, z_ptr, bias_ptr, dz_ptr, dbias_ptr, rows,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TANH: tl.constexpr,
-    BIAS: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,  # (groups, M, E) contiguous
+    z_ptr,  # (groups, M, E) contiguous
+    bias_ptr,  # (groups, E), or None
+    dz_ptr,  # (groups, M, E) contiguous; may be dy
+    dbias_ptr,  # (groups, chunks, E) fp32, sums over CHUNK rows
+    rows,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TANH: tl.constexpr,
+):
     group = tl.program_id(2).to(tl.int64)
     chunk = tl.program_id(0)
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     bias = tl.zeros((BLOCK,), dtype=tl.float32)
-    if BIAS:
-        bias += tl.load(bias_ptr + group * D + e, mask=e < D, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + group * E + e, mask=e < E, other=0.0).to(tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for start in range(0, CHUNK, ROWS):
         m = chunk * CHUNK + start + tl.arange(0, ROWS)
-        mask = (m < rows)[:, None] & (e < D)[None, :]
-        offsets = (group * rows + m.to(tl.int64)[:, None]) * D + e[None, :]
+        mask = (m < rows)[:, None] & (e < E)[None, :]
+        offsets = (group * rows + m.to(tl.int64)[:, None]) * E + e[None, :]
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
         dz = dy * _slope(z, TANH)
         dbias += dz
         tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask=mask)
-    piece = (group * tl.num_programs(0) + chunk) * D
-    tl.store(dbias_ptr + piece + e, tl.sum(dbias, axis=0), mask=e < D)
+    piece = (group * tl.num_programs(0) + chunk) * E
+    tl.store(dbias_ptr + piece + e, tl.sum(dbias, axis=0), mask=e < E)
 
 
 def gelu_rows(z: torch.Tensor, bias: torch.Tensor | None, tanh: bool, y: torch.Tensor) -> None:
-    """y = gelu(z + bias) of contiguous z (groups, M, E), bias (groups, E); y may be z."""
+    """Write gelu(z + bias) to y, given contiguous z (groups, M, E) and bias (groups, E). y may be z."""
     groups, rows, width = z.shape
     if backend_of(z) == "native":
         _native.call("gelu_fwd", z.dtype, z, bias, y, groups, rows, width, tanh)
     else:
-        grid = (triton.cdiv(rows, _TILE["ROWS"]), triton.cdiv(width, _TILE["BLOCK"]), groups)
-        pointers = (z, z if bias is None else bias, y)
-        _gelu_fwd_kernel[grid](*pointers, rows, D=width, TANH=tanh, BIAS=bias is not None, **_TILE)
+        grid = (ceil_div(rows, _TILE["ROWS"]), ceil_div(width, _TILE["BLOCK"]), groups)
+        _gelu_fwd_kernel[grid](z, bias, y, rows, E=width, TANH=tanh, **_TILE)
 
 
 def gelu_rows_backward(
     dy: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None, tanh: bool, dz: torch.Tensor
 ) -> torch.Tensor:
-    """dz = dy gelu'(z + bias), all contiguous (groups, M, E), and its sums over rows, (groups, E) fp32; dz may be
-    dy."""
+    """Write dy gelu'(z + bias) to dz, all contiguous (groups, M, E), and return its sums over rows, (groups, E) fp32.
+    dz may be dy."""
     groups, rows, width = z.shape
-    dbias = z.new_empty((groups, -(-rows // _CHUNK), width), dtype=torch.float32)
+    dbias = z.new_empty((groups, ceil_div(rows, _CHUNK), width), dtype=torch.float32)
     if backend_of(z) == "native":
         _native.call("gelu_bwd", z.dtype, dy, z, bias, dz, dbias, groups, rows, width, _CHUNK, tanh)
     else:
-        grid = (dbias.shape[1], triton.cdiv(width, _TILE["BLOCK"]), groups)
-        pointers = (dy, z, z if bias is None else bias, dz, dbias)
-        _gelu_bwd_kernel[grid](*pointers, rows, D=width, CHUNK=_CHUNK, TANH=tanh, BIAS=bias is not None, **_TILE)
+        grid = (dbias.shape[1], ceil_div(width, _TILE["BLOCK"]), groups)
+        _gelu_bwd_kernel[grid](dy, z, bias, dz, dbias, rows, E=width, CHUNK=_CHUNK, TANH=tanh, **_TILE)
     return dbias.sum(1)
 
 
@@ -141,7 +153,7 @@ def _outputs(
 def _forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tanh: bool, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y (M, E), and z if it is to be kept for the backward."""
+    """Return y (M, E), and z with `keep`, for the backward; else an empty tensor."""
     z = torch.mm(x, weight.t())
     y = z.new_empty(z.shape) if keep else z
     gelu_rows(z.unsqueeze(0), bias, tanh, y)
@@ -203,10 +215,10 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gel
 
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str = "erf") -> torch.Tensor:
-    """gelu(x W^T + b), in x's dtype; under autocast in autocast's, as a linear layer.
+    """Return gelu(x W^T + b) (..., E) in x's dtype, or in autocast's, as a linear layer does.
 
-    Raises ValueError for another gelu than erf or tanh, and naming what was wanted when shapes, devices, strides or
-    dtypes do not fit.
+    Raises ValueError if gelu is neither erf nor tanh, or with the wanted shape, device, stride or dtype if a tensor
+    does not fit.
     """
     _check(x, weight, bias, gelu)
     device = x.device.type

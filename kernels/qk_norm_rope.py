@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from . import _native
 from ._backend import backend_of, tl, triton
 from ._library import define
-from ._rows import check_rows, check_tensor, unit_stride
+from ._pairs import inverse_rms, load_angles, load_pairs, store_pairs
+from ._rows import ceil_div, check_rows, check_tensor, unit_stride
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -50,72 +51,50 @@ def qk_norm_rope_ref(
 
 
 @triton.jit
-def _load_pairs(pointer, offsets, rows, E: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The first and the second members of all pairs of some heads, as fp32 tiles (ROWS, BLOCK / 2); offsets, rows
-    (ROWS, 1) are where each head starts and whether it is there."""
-    if INTERLEAVED:  # one wide load, taken apart in registers
-        e = tl.arange(0, BLOCK)[None, :]
-        x = tl.load(pointer + offsets + e, mask=rows & (e < E), other=0.0).to(tl.float32)
-        a, b = tl.split(tl.reshape(x, (x.shape[0], BLOCK // 2, 2)))
-    else:
-        e = tl.arange(0, BLOCK // 2)[None, :]
-        half: tl.constexpr = (E + 1) // 2  # an odd E has a norm at most
-        a = tl.load(pointer + offsets + e, mask=rows & (e < half), other=0.0).to(tl.float32)
-        b = tl.load(pointer + offsets + half + e, mask=rows & (e < E - half), other=0.0).to(tl.float32)
-    return a, b
-
-
-@triton.jit
-def _store_pairs(pointer, a, b, offsets, rows, E: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The inverse of _load_pairs, in the dtype at pointer."""
-    dtype = pointer.dtype.element_ty
-    if INTERLEAVED:
-        e = tl.arange(0, BLOCK)[None, :]
-        x = tl.reshape(tl.join(a.to(dtype), b.to(dtype)), (a.shape[0], BLOCK))
-        tl.store(pointer + offsets + e, x, mask=rows & (e < E))
-    else:
-        e = tl.arange(0, BLOCK // 2)[None, :]
-        half: tl.constexpr = (E + 1) // 2
-        tl.store(pointer + offsets + e, a.to(dtype), mask=rows & (e < half))
-        tl.store(pointer + offsets + half + e, b.to(dtype), mask=rows & (e < E - half))
-
-
-@triton.jit
-def _load_angles(cos_ptr, sin_ptr, t, h, rows, ROTARY: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
-    """cos and sin (ROWS, BLOCK / 2) of frames t; those of angle 0 for heads that are not rotated."""
-    e = tl.arange(0, BLOCK // 2)[None, :]
-    mask = rows & (h < ROTARY)[:, None] & (e < E // 2)
-    offsets = t[:, None] * (E // 2) + e
-    return tl.load(cos_ptr + offsets, mask=mask, other=1.0), tl.load(sin_ptr + offsets, mask=mask, other=0.0)
-
-
-@triton.jit
-def _inverse_rms(a, b, rows, eps, E: tl.constexpr):
-    squares = tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)
-    return tl.where(rows, 1.0 / tl.sqrt(squares / E + eps)[:, None], 0.0)
-
-
-@triton.jit
 def _forward_part(
-    x_ptr, weight_ptr, y_ptr, x_offsets, y_offsets, zeros, cos, sin, rows, eps,
-    E: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-):  # fmt: skip
-    a, b = _load_pairs(x_ptr, x_offsets, rows, E, BLOCK, INTERLEAVED)
-    if NORM:
-        weight_a, weight_b = _load_pairs(weight_ptr, zeros, rows, E, BLOCK, INTERLEAVED)
-        rrms = _inverse_rms(a, b, rows, eps, E)
+    x_ptr,  # q or k of qkv
+    weight_ptr,  # (E,), or None: no norm
+    y_ptr,  # (N, T, H, E) contiguous
+    x_offsets,  # (ROWS, 1), start of each head
+    y_offsets,  # (ROWS, 1)
+    angles,  # cos and sin (ROWS, BLOCK / 2), or None: no rotation
+    rows,
+    eps,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    a, b = load_pairs(x_ptr, x_offsets, rows, E, BLOCK, INTERLEAVED)
+    if weight_ptr is not None:
+        weight_a, weight_b = load_pairs(weight_ptr, tl.zeros_like(x_offsets), rows, E, BLOCK, INTERLEAVED)
+        rrms = inverse_rms(a, b, rows, eps, E)
         a, b = a * rrms * weight_a, b * rrms * weight_b
-    if ROPE:
+    if angles is not None:
+        cos, sin = angles
         a, b = a * cos - b * sin, b * cos + a * sin
-    _store_pairs(y_ptr, a, b, y_offsets, rows, E, BLOCK, INTERLEAVED)
+    store_pairs(y_ptr, a, b, y_offsets, rows, E, BLOCK, INTERLEAVED)
 
 
 @triton.jit
 def _qk_norm_rope_fwd_kernel(
-    x_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, q_ptr, k_ptr, frames, x_n, x_t, eps,
-    HEADS: tl.constexpr, ROTARY: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    INTERLEAVED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-):  # fmt: skip
+    x_ptr,  # qkv, (N, T, 3 D)
+    cos_ptr,  # (T, E / 2) fp32 contiguous, or None: no rotation
+    sin_ptr,  # as cos
+    q_weight_ptr,  # (E,), or None: no norm
+    k_weight_ptr,  # as q_weight
+    q_ptr,  # (N, T, H, E) contiguous
+    k_ptr,  # (N, T, H, E) contiguous
+    frames,
+    x_n,
+    x_t,
+    eps,
+    HEADS: tl.constexpr,
+    ROTARY: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
     tiles = tl.cdiv(frames * HEADS, ROWS)
     n = (tl.program_id(0) // tiles).to(tl.int64)
     row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)  # heads of all frames, one after another
@@ -123,35 +102,43 @@ def _qk_norm_rope_fwd_kernel(
     rows = (t < frames)[:, None]
     x_offsets = (n * x_n + t.to(tl.int64) * x_t + h * E)[:, None]  # int64: N*T*3D overflows int32
     y_offsets = ((n * frames * HEADS + row) * E)[:, None]
-    zeros = tl.zeros((ROWS, 1), dtype=tl.int32)
-    cos, sin = 1.0, 0.0
-    if ROPE:
-        cos, sin = _load_angles(cos_ptr, sin_ptr, t, h, rows, ROTARY, E, BLOCK)
+    angles = None
+    if cos_ptr is not None:
+        angles = load_angles(cos_ptr, sin_ptr, t, h, rows, ROTARY, E, BLOCK)
     if tl.program_id(1) == 0:
-        _forward_part(
-            x_ptr, q_weight_ptr, q_ptr, x_offsets, y_offsets, zeros, cos, sin, rows, eps,
-            E, BLOCK, INTERLEAVED, NORM, ROPE,
-        )  # fmt: skip
+        _forward_part(x_ptr, q_weight_ptr, q_ptr, x_offsets, y_offsets, angles, rows, eps, E, BLOCK, INTERLEAVED)
     else:
-        _forward_part(
-            x_ptr + HEADS * E, k_weight_ptr, k_ptr, x_offsets, y_offsets, zeros, cos, sin, rows, eps,
-            E, BLOCK, INTERLEAVED, NORM, ROPE,
-        )  # fmt: skip
+        x_ptr += HEADS * E
+        _forward_part(x_ptr, k_weight_ptr, k_ptr, x_offsets, y_offsets, angles, rows, eps, E, BLOCK, INTERLEAVED)
 
 
 @triton.jit
 def _backward_part(
-    dy_ptr, dy_n, dy_h, dy_t, x_ptr, x_n, x_t, cos_ptr, sin_ptr, weight_ptr, dx_ptr, dweight_ptr, frames, eps,
-    HEADS: tl.constexpr, ROTARY: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    STEPS: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-):  # fmt: skip
+    dy,  # pointer to (N, H, T, E), its strides over N, H and T
+    x,  # pointer to q or k of qkv, its strides over N and T
+    rope,  # pointers to cos and sin (T, E / 2) fp32, or Nones: no rotation
+    weight_ptr,  # (E,), or None: no norm, and x is not read
+    dx_ptr,  # q, k or v of (N, T, 3 D) contiguous
+    dw_ptr,  # q's or k's of (programs, 2, E) fp32
+    frames,
+    eps,
+    HEADS: tl.constexpr,
+    ROTARY: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    dy_ptr, dy_n, dy_h, dy_t = dy
+    x_ptr, x_n, x_t = x
+    cos_ptr, sin_ptr = rope
     chunks = tl.cdiv(frames * HEADS, ROWS * STEPS)
     n = (tl.program_id(0) // chunks).to(tl.int64)
     first = tl.program_id(0) % chunks * (ROWS * STEPS)
-    every = tl.full((ROWS, 1), 1, dtype=tl.int1)
-    if NORM:
-        zeros = tl.zeros((ROWS, 1), dtype=tl.int32)
-        weight_a, weight_b = _load_pairs(weight_ptr, zeros, every, E, BLOCK, INTERLEAVED)
+    if weight_ptr is not None:
+        zeros, every = tl.zeros((ROWS, 1), dtype=tl.int32), tl.full((ROWS, 1), 1, dtype=tl.int1)
+        weight_a, weight_b = load_pairs(weight_ptr, zeros, every, E, BLOCK, INTERLEAVED)
         sum_a = tl.zeros((ROWS, BLOCK // 2), dtype=tl.float32)
         sum_b = tl.zeros((ROWS, BLOCK // 2), dtype=tl.float32)
     for step in range(STEPS):
@@ -160,14 +147,14 @@ def _backward_part(
         rows = (t < frames)[:, None]
         long_t, long_h = t.to(tl.int64), h.to(tl.int64)
         dy_offsets = (n * dy_n + long_t * dy_t + long_h * dy_h)[:, None]
-        a, b = _load_pairs(dy_ptr, dy_offsets, rows, E, BLOCK, INTERLEAVED)
-        if ROPE:
-            cos, sin = _load_angles(cos_ptr, sin_ptr, t, h, rows, ROTARY, E, BLOCK)
+        a, b = load_pairs(dy_ptr, dy_offsets, rows, E, BLOCK, INTERLEAVED)
+        if cos_ptr is not None:
+            cos, sin = load_angles(cos_ptr, sin_ptr, t, h, rows, ROTARY, E, BLOCK)
             a, b = a * cos + b * sin, b * cos - a * sin
-        if NORM:
+        if weight_ptr is not None:
             x_offsets = (n * x_n + long_t * x_t + h * E)[:, None]
-            x_a, x_b = _load_pairs(x_ptr, x_offsets, rows, E, BLOCK, INTERLEAVED)
-            rrms = _inverse_rms(x_a, x_b, rows, eps, E)
+            x_a, x_b = load_pairs(x_ptr, x_offsets, rows, E, BLOCK, INTERLEAVED)
+            rrms = inverse_rms(x_a, x_b, rows, eps, E)
             x_a, x_b = x_a * rrms, x_b * rrms
             sum_a += a * x_a
             sum_b += b * x_b
@@ -175,41 +162,69 @@ def _backward_part(
             along = ((tl.sum(a * x_a, axis=1) + tl.sum(b * x_b, axis=1)) / E)[:, None]
             a, b = (a - x_a * along) * rrms, (b - x_b * along) * rrms
         dx_offsets = ((n * frames + long_t) * (3 * HEADS * E) + h * E)[:, None]
-        _store_pairs(dx_ptr, a, b, dx_offsets, rows, E, BLOCK, INTERLEAVED)
-    if NORM:
+        store_pairs(dx_ptr, a, b, dx_offsets, rows, E, BLOCK, INTERLEAVED)
+    if weight_ptr is not None:
         piece = tl.zeros((1, 1), dtype=tl.int64) + tl.program_id(0) * (2 * E)
         one = tl.full((1, 1), 1, dtype=tl.int1)
         sum_a, sum_b = tl.sum(sum_a, axis=0)[None, :], tl.sum(sum_b, axis=0)[None, :]
-        _store_pairs(dweight_ptr, sum_a, sum_b, piece, one, E, BLOCK, INTERLEAVED)
+        store_pairs(dw_ptr, sum_a, sum_b, piece, one, E, BLOCK, INTERLEAVED)
 
 
 @triton.jit
 def _qk_norm_rope_bwd_kernel(
-    dq_ptr, dk_ptr, dv_ptr, x_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, dx_ptr, dweight_ptr,
-    frames, dq_n, dq_h, dq_t, dk_n, dk_h, dk_t, dv_n, dv_h, dv_t, x_n, x_t, eps,
-    HEADS: tl.constexpr, ROTARY: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    STEPS: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-):  # fmt: skip
+    dq_ptr,  # (N, H, T, E)
+    dk_ptr,  # (N, H, T, E)
+    dv_ptr,  # (N, H, T, E)
+    x_ptr,  # qkv, (N, T, 3 D), or None: no norm
+    cos_ptr,  # (T, E / 2) fp32 contiguous, or None: no rotation
+    sin_ptr,  # as cos
+    q_weight_ptr,  # (E,), or None: no norm
+    k_weight_ptr,  # as q_weight
+    dx_ptr,  # (N, T, 3 D) contiguous
+    dw_ptr,  # (programs, 2, E) fp32, empty without norm
+    frames,
+    dq_n,
+    dq_h,
+    dq_t,
+    dk_n,
+    dk_h,
+    dk_t,
+    dv_n,
+    dv_h,
+    dv_t,
+    x_n,
+    x_t,
+    eps,
+    HEADS: tl.constexpr,
+    ROTARY: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
     D: tl.constexpr = HEADS * E
-    if tl.program_id(1) == 0:
+    dq, dk, dv = (dq_ptr, dq_n, dq_h, dq_t), (dk_ptr, dk_n, dk_h, dk_t), (dv_ptr, dv_n, dv_h, dv_t)
+    xq, xk, rope = (x_ptr, x_n, x_t), (None, 0, 0), (cos_ptr, sin_ptr)
+    if x_ptr is not None:
+        xk = x_ptr + D, x_n, x_t
+    dxk_ptr, dwk_ptr = dx_ptr + D, dw_ptr + E
+    part = tl.program_id(1)
+    if part == 0:
         _backward_part(
-            dq_ptr, dq_n, dq_h, dq_t, x_ptr, x_n, x_t, cos_ptr, sin_ptr, q_weight_ptr, dx_ptr, dweight_ptr,
-            frames, eps, HEADS, ROTARY, E, BLOCK, ROWS, STEPS, INTERLEAVED, NORM, ROPE,
-        )  # fmt: skip
-    elif tl.program_id(1) == 1:
+            dq, xq, rope, q_weight_ptr, dx_ptr, dw_ptr, frames, eps, HEADS, ROTARY, E, BLOCK, ROWS, STEPS, INTERLEAVED
+        )
+    elif part == 1:
         _backward_part(
-            dk_ptr, dk_n, dk_h, dk_t, x_ptr + D if NORM else x_ptr, x_n, x_t, cos_ptr, sin_ptr, k_weight_ptr,
-            dx_ptr + D, dweight_ptr + E, frames, eps, HEADS, ROTARY, E, BLOCK, ROWS, STEPS, INTERLEAVED, NORM, ROPE,
-        )  # fmt: skip
+            dk, xk, rope, k_weight_ptr, dxk_ptr, dwk_ptr, frames, eps, HEADS, ROTARY, E, BLOCK, ROWS, STEPS, INTERLEAVED
+        )
     else:  # v: a copy
-        _backward_part(
-            dv_ptr, dv_n, dv_h, dv_t, x_ptr, x_n, x_t, cos_ptr, sin_ptr, q_weight_ptr, dx_ptr + 2 * D, dweight_ptr,
-            frames, eps, HEADS, ROTARY, E, BLOCK, ROWS, STEPS, False, False, False,
-        )  # fmt: skip
+        no_rope, dxv_ptr = (None, None), dx_ptr + 2 * D
+        _backward_part(dv, xq, no_rope, None, dxv_ptr, dw_ptr, frames, eps, HEADS, 0, E, BLOCK, ROWS, STEPS, False)
 
 
 def _tile(heads: int, width: int) -> dict[str, int]:
-    """Launch settings: 4096 elements a tile, 16 a thread, at 64 elements a head."""
+    """Return the launch settings: 4096 elements per tile and 16 per thread at 64 elements per head."""
     block = max(16, 1 << (width - 1).bit_length())
     return {"HEADS": heads, "E": width, "BLOCK": block, "ROWS": min(64, max(1, 4096 // block)), "num_warps": 8}
 
@@ -219,17 +234,7 @@ def _outputs(qkv, heads, cos, sin, q_weight, k_weight, interleaved, rotary_heads
     return qkv.new_empty(shape), qkv.new_empty(shape)
 
 
-def _forward(
-    qkv: torch.Tensor,
-    heads: int,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    interleaved: bool,
-    rotary_heads: int,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(qkv, heads, cos, sin, q_weight, k_weight, interleaved, rotary_heads, eps) -> tuple[torch.Tensor, ...]:
     n, frames, _ = qkv.shape
     q, k = _outputs(qkv, heads, cos, sin, q_weight, k_weight, interleaved, rotary_heads, eps)
     width, strides = q.shape[3], qkv.stride()[:2]
@@ -238,11 +243,10 @@ def _forward(
         sizes = (n, frames, heads, width, rotary_heads, interleaved)
         _native.call("qk_norm_rope_fwd", qkv.dtype, *tensors, *sizes, *strides, eps)
     else:
-        tile, norm, rope = _tile(heads, width), q_weight is not None, cos is not None
-        _qk_norm_rope_fwd_kernel[(n * triton.cdiv(frames * heads, tile["ROWS"]), 2)](
-            qkv, cos, sin, q_weight, k_weight, q, k, frames, *strides, eps,
-            ROTARY=rotary_heads, INTERLEAVED=interleaved and rope, NORM=norm, ROPE=rope, **tile,
-        )  # fmt: skip
+        tile, tensors = _tile(heads, width), (qkv, cos, sin, q_weight, k_weight, q, k)
+        launch = {"ROTARY": rotary_heads, "INTERLEAVED": interleaved and cos is not None, **tile}
+        grid = (n * ceil_div(frames * heads, tile["ROWS"]), 2)
+        _qk_norm_rope_fwd_kernel[grid](*tensors, frames, *strides, eps, **launch)
     return q, k
 
 
@@ -250,46 +254,31 @@ def _float(weight: torch.Tensor | None) -> torch.Tensor | None:
     return None if weight is None else weight.float()
 
 
-def _gradients(
-    dq, dk, dv, qkv, cos, sin, q_weight, k_weight, interleaved, rotary_heads, eps
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _gradients(dq, dk, dv, qkv, cos, sin, q_weight, k_weight, interleaved, rotary_heads, eps):
     n, heads, frames, width = dq.shape
     return dq.new_empty((n, frames, 3 * heads * width)), dq.new_empty((2, width), dtype=torch.float32)
 
 
-def _backward(
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    qkv: torch.Tensor | None,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    interleaved: bool,
-    rotary_heads: int,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dqkv (N, T, 3 D) and the weights' gradients (2, E) fp32, zeros without a norm. qkv is None without a norm."""
+def _backward(dq, dk, dv, qkv, cos, sin, q_weight, k_weight, interleaved, rotary_heads, eps):
+    """Return dqkv (N, T, 3 D) and the weights' gradients (2, E) fp32. Without a norm qkv is None and these are 0."""
     n, heads, frames, width = dq.shape
     gradients = tuple(map(unit_stride, (dq, dk, dv)))
-    dqkv, norm, rope = dq.new_empty((n, frames, 3 * heads * width)), qkv is not None, cos is not None
+    dqkv, norm = dq.new_empty((n, frames, 3 * heads * width)), qkv is not None
     strides = [stride for gradient in gradients for stride in gradient.stride()[:3]]
     strides += qkv.stride()[:2] if norm else (0, 0)
     if backend_of(dq) == "native":
-        chunk = max(1, 16 // heads)  # frames: about 16 heads are summed one after another, few for fp32's sake
-        dweight = dq.new_empty((n * -(-frames // chunk) if norm else 0, 2, width), dtype=torch.float32)
+        chunk = max(1, 16 // heads)  # frames: about 16 heads in a row, since long sums in fp32 lose accuracy
+        dweight = dq.new_empty((n * ceil_div(frames, chunk) if norm else 0, 2, width), dtype=torch.float32)
         tensors = (*gradients, qkv, cos, sin, _float(q_weight), _float(k_weight), dqkv, dweight)
         sizes = (n, frames, heads, width, rotary_heads, interleaved, chunk)
         _native.call("qk_norm_rope_bwd", dq.dtype, *tensors, *sizes, *strides, eps)
     else:
         tile, steps = _tile(heads, width), 8 if norm else 1
-        pieces = n * triton.cdiv(frames * heads, tile["ROWS"] * steps)
+        pieces = n * ceil_div(frames * heads, tile["ROWS"] * steps)
         dweight = dq.new_empty((pieces if norm else 0, 2, width), dtype=torch.float32)
-        _qk_norm_rope_bwd_kernel[(pieces, 3)](
-            *gradients, qkv, cos, sin, q_weight, k_weight, dqkv, dweight, frames, *strides, eps,
-            ROTARY=rotary_heads, STEPS=steps, INTERLEAVED=interleaved and rope, NORM=norm, ROPE=rope, **tile,
-        )  # fmt: skip
+        tensors = (*gradients, qkv, cos, sin, q_weight, k_weight, dqkv, dweight)
+        launch = {"ROTARY": rotary_heads, "STEPS": steps, "INTERLEAVED": interleaved and cos is not None, **tile}
+        _qk_norm_rope_bwd_kernel[(pieces, 3)](*tensors, frames, *strides, eps, **launch)
     return dqkv, dweight.sum(0)
 
 
@@ -303,8 +292,8 @@ _qk_norm_rope_backward = define(
 
 
 class _QkNormRope(torch.autograd.Function):
-    """The differentiable boundary: an operator may not return v, a view of its input, and the three gradients fill one
-    packed tensor."""
+    """Joins both operators for autograd. `differentiate` of _library cannot: an operator may not return v, a view of
+    its input, and the three gradients fill one packed tensor."""
 
     @staticmethod
     def forward(ctx, qkv, heads, cos, sin, q_weight, k_weight, *options):
@@ -340,10 +329,11 @@ def qk_norm_rope(
     rotary_heads: int | None = None,
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v (N, H, T, E) in qkv's dtype, from qkv (N, T, 3 D). `rope` is (cos, sin), which get no gradient; None
-    leaves positions out; weights None leave the norm out; rotary_heads rotates the first n heads only.
+    """Return q, k, v (N, H, T, E) in qkv's dtype, given qkv (N, T, 3 D).
 
-    Raises ValueError naming what was wanted when shapes, devices or strides do not fit.
+    `rope` is (cos, sin), without gradients; with None nothing is rotated. Without weights there is no norm.
+    rotary_heads rotates the first n heads only. Raises ValueError with the wanted shape, device or stride if a tensor
+    does not fit.
     """
     check_rows("qkv", qkv)
     if qkv.shape[-1] % (3 * heads):
@@ -365,15 +355,7 @@ def qk_norm_rope(
     if backend_of(qkv) == "reference" or (rope is None and q_weight is None):  # then all three are views
         if q_weight is not None:
             q_weight, k_weight = q_weight.to(qkv.dtype), k_weight.to(qkv.dtype)
-        return qk_norm_rope_ref(
-            qkv,
-            heads,
-            rope,
-            q_weight=q_weight,
-            k_weight=k_weight,
-            interleaved=interleaved,
-            rotary_heads=rotary_heads,
-            eps=eps,
-        )
+        options = {"interleaved": interleaved, "rotary_heads": rotary_heads, "eps": eps}
+        return qk_norm_rope_ref(qkv, heads, rope, q_weight=q_weight, k_weight=k_weight, **options)
     cos, sin = (None, None) if rope is None else (table.float().contiguous() for table in rope)
     return _QkNormRope.apply(qkv, heads, cos, sin, q_weight, k_weight, interleaved, rotary_heads, eps)

@@ -5,7 +5,7 @@ AG-REPA (arXiv 2603.01006), the FoG-A score of one clip.
 Dims:     V variants, C clips, T frames, M mel bins.
 Shapes:   variants (V, C, T, M); base (C, T, M), any strides over variants and clips; lengths (C,) or None;
           change (V, C) fp32.
-Numerics: fp32 inside, no atomics, deterministic; padded frames count for nothing, whatever they hold.
+Numerics: fp32 inside, no atomics, deterministic; padded frames never influence the result, even if not finite.
 Traffic:  1 pass over the variants (and the base, once in the CPU library, V + 1 times through the GPU's L2 cache).
 """
 
@@ -16,9 +16,9 @@ import torch
 from . import _native
 from ._backend import backend_of, tl, triton
 from ._library import define
-from ._rows import check_tensor, valid_frames
+from ._rows import ceil_div, check_tensor, valid_frames
 
-_PIECE = 4096  # elements of a clip whose squares are summed at once; fixed: same bits every time
+_PIECE = 4096  # elements per partial sum of a clip; fixed, so that results repeat bit for bit
 
 
 def velocity_change_ref(
@@ -33,19 +33,29 @@ def velocity_change_ref(
 
 @triton.jit
 def _velocity_change_kernel(
-    variants_ptr, base_ptr, lengths_ptr, squares_ptr, variants_v, variants_c, base_c, clips, frames, bins,
-    PIECE: tl.constexpr, MASKED: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """Sums of squares of one piece of one clip: of the base at v = 0, of variant v - 1 minus the base beyond."""
+    variants_ptr,  # (V, C, T, M), clips contiguous
+    base_ptr,  # (C, T, M), clips contiguous
+    lengths_ptr,  # (C,) int64, or None: all frames are valid
+    squares_ptr,  # (V + 1, C, pieces) fp32: of the base at v = 0, of variant v - 1 minus the base beyond
+    variants_v,
+    variants_c,
+    base_c,
+    clips,
+    frames,
+    bins,
+    PIECE: tl.constexpr,
+    ALIGN: tl.constexpr,  # divides all strides and the elements of a clip
+):
+    """The sum of squares of one piece of one clip."""
     pieces = tl.cdiv(frames * bins, PIECE)
     piece = tl.program_id(0) % pieces
     c = (tl.program_id(0) // pieces % clips).to(tl.int64)
     v = (tl.program_id(0) // (pieces * clips)).to(tl.int64)
     valid = frames * bins
-    if MASKED:
+    if lengths_ptr is not None:
         valid = tl.minimum(tl.load(lengths_ptr + c), frames).to(tl.int32) * bins
     i = piece * PIECE + tl.arange(0, PIECE)
-    # Whole vectors are loaded: ALIGN divides the strides and a clip's elements, and the compiler must see it.
+    # Rounding by ALIGN changes no number; it shows the compiler that whole vectors can be loaded.
     mask = i < (valid + ALIGN - 1) // ALIGN * ALIGN
     base_clip = c * (base_c // ALIGN * ALIGN)  # int64: V*C*T*M overflows int32
     x = tl.load(base_ptr + base_clip + i, mask=mask, other=0.0).to(tl.float32)
@@ -63,22 +73,21 @@ def _output(variants: torch.Tensor, base: torch.Tensor, lengths: torch.Tensor | 
 def _forward(variants: torch.Tensor, base: torch.Tensor, lengths: torch.Tensor | None, eps: float) -> torch.Tensor:
     count, clips, frames, bins = variants.shape
     variants, base = _packed_clips(variants), _packed_clips(base)
-    squares = variants.new_empty((count + 1, clips, -(-frames * bins // _PIECE)), dtype=torch.float32)
+    squares = variants.new_empty((count + 1, clips, ceil_div(frames * bins, _PIECE)), dtype=torch.float32)
     strides = (*variants.stride()[:2], base.stride(0))
     if backend_of(variants) == "native":
         sizes = (count, clips, frames, bins, _PIECE)
         _native.call("velocity_change", variants.dtype, variants, base, lengths, squares, *sizes, *strides)
     else:
-        _velocity_change_kernel[(squares.numel(),)](
-            variants, base, lengths, squares, *strides, clips, frames, bins,
-            PIECE=_PIECE, MASKED=lengths is not None, ALIGN=math.gcd(*strides, frames * bins, 16), num_warps=8,
-        )  # fmt: skip
+        launch = {"PIECE": _PIECE, "ALIGN": math.gcd(*strides, frames * bins, 16), "num_warps": 8}
+        tensors = (variants, base, lengths, squares)
+        _velocity_change_kernel[(squares.numel(),)](*tensors, *strides, clips, frames, bins, **launch)
     norms = squares.sum(2).sqrt()
     return norms[1:] / (norms[0] + eps)
 
 
 def _packed_clips(x: torch.Tensor) -> torch.Tensor:
-    """x itself when the frames of every clip follow one another, else a copy."""
+    """Return x, copied if the frames of a clip do not follow one another in memory."""
     return x if x.stride()[-2:] == (x.shape[-1], 1) else x.contiguous()
 
 
@@ -90,10 +99,10 @@ _velocity_change = define(
 def velocity_change(
     variants: torch.Tensor, base: torch.Tensor, lengths: torch.Tensor | None = None, eps: float = 1e-8
 ) -> torch.Tensor:
-    """Change of every variant and clip (V, C), fp32 (float64 for float64).
+    """Return the change of every variant and clip (V, C), fp32 (float64 for float64).
 
-    The fused backends have no backward: where a gradient is wanted, the reference runs. Raises ValueError naming what
-    was wanted when shapes, dtypes or devices do not fit.
+    The fused backends have no backward: if a gradient is wanted, the reference runs. Raises ValueError with the wanted
+    shape, dtype or device if a tensor does not fit.
     """
     if variants.ndim != 4 or variants.shape[1:] != base.shape:
         raise ValueError(f"variants {tuple(variants.shape)} must be (V, *{tuple(base.shape)})")

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agrepa_fast.kernels import force_backend
-from agrepa_fast.kernels._library import OPERATORS
+from agrepa_fast.kernels._library import implementation
 
 FUSED = ("triton", "native")  # what runs here; without a GPU, Triton in its interpreter (conftest.py)
 CANARY = 256  # elements on each side
@@ -42,11 +42,11 @@ class Guard(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.namespace == "agrepa":
+        if ours := implementation(func):
             was, self.inside = self.inside, True
             try:
-                with self:  # the mode is off inside __torch_dispatch__; the operator's own calls must be seen
-                    return OPERATORS[func._schema.name.removeprefix("agrepa::")](*args, **kwargs)
+                with self:
+                    return ours(*args, **kwargs)
             finally:
                 self.inside = was
         result = func(*args, **kwargs)

@@ -6,21 +6,31 @@ import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agrepa_fast.kernels import align_loss, force_backend
-from agrepa_fast.kernels._library import OPERATORS
+from agrepa_fast.kernels._library import implementation
 from agrepa_fast.kernels.align_loss import align_loss_sum
 
 from .accuracy import DEVICE, assert_as_accurate, assert_repeatable, fused_backends
 
 K, N, T, D, H, E = 2, 5, 4, 6, 7, 3
 MODULE = import_module("agrepa_fast.kernels.align_loss")  # the package's attribute of that name is the function
-# (K, N, T, D, H, E), T None for pooled: one frame a clip; rows past a chunk of 32 in four tiles; clips past a chunk
-SHAPES = [(1, 16, 1, 8, 40, 65), (3, 37, None, 24, 40, 130), (2, 3, 35, 24, 40, 33)]
-# hidden states and heads
-DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
+FP32, BF16, MIXED = DTYPES = [  # of hidden states and heads
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+]
+# (K, N, T, D, H, E), T None for pooled; dtypes
+CASES = [
+    ((1, 16, 1, 8, 40, 65), FP32),  # one frame per clip
+    ((3, 37, None, 24, 40, 130), FP32),  # rows beyond a chunk of 32 in four tiles
+    ((3, 37, None, 24, 40, 130), BF16),
+    ((3, 37, None, 24, 40, 130), MIXED),
+    ((2, 3, 35, 24, 40, 33), FP32),  # clips beyond a chunk
+    ((2, 3, 35, 24, 40, 33), MIXED),
+]
 
 
 def inputs(k, n, t, d, h, e, dtypes, teacher_dtype=torch.float32):
-    """Rows 1, 4, 7 ... belong to another domain; clip lengths go from 1 to T; the teacher is a view of wider rows."""
+    """Return inputs whose rows 1, 4, 7 ... are of another domain, with lengths from 1 to T and a strided teacher."""
     torch.manual_seed(0)
     frames = () if t is None else (t,)
 
@@ -52,8 +62,7 @@ def rows(**tensors):
 
 
 @pytest.mark.parametrize("backend", fused_backends())
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtypes"), CASES, ids=str)
 def test_as_accurate_as_the_reference(shape, dtypes, backend):
     assert_as_accurate(rows, *inputs(*shape, dtypes), backend)
 
@@ -61,7 +70,7 @@ def test_as_accurate_as_the_reference(shape, dtypes, backend):
 @pytest.mark.parametrize("backend", fused_backends())
 @pytest.mark.parametrize("dtypes", DTYPES[:2], ids=str)
 def test_chunks_that_end_within_a_clip_are_as_accurate(dtypes, backend, monkeypatch):
-    """40 projected frames at a time: of 3 clips of 23, 40 and 29 of each head; of 15 rows, two heads and then one."""
+    """With 40 projected frames at a time, 3 clips of 23 give 40 and 29 per head, and 15 rows two heads, then one."""
     monkeypatch.setattr(MODULE, "PROJECTED", 40)
     assert_as_accurate(rows, *inputs(2, 3, 23, 24, 40, 33, dtypes), backend)
     assert_as_accurate(rows, *inputs(3, 15, None, 24, 40, 33, dtypes), backend)
@@ -83,7 +92,7 @@ def test_repeatable(backend):
 @pytest.mark.parametrize("backend", fused_backends())
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_the_sums_gradients_are_bitwise_those_of_the_rows(dtypes, backend):
-    """With row_weights for the rows' gradients; then scaled by what comes down to the sum."""
+    """row_weights play the rows' gradients; then the sum gets a gradient that scales all of them."""
     tensors, (drows,) = inputs(2, 3, 13, 6, 9, 33, dtypes)
     tensors = narrowed(**tensors)
     leaves = [tensors[name].requires_grad_() for name in ("hidden", "w1", "b1", "w2", "b2")]
@@ -213,16 +222,16 @@ def test_the_sum_is_the_weighted_sum_with_and_without_gradients(backend):
 
 
 class Largest(TorchDispatchMode):
-    """Remembers how many elements the largest tensor made inside it has, in the operators' own code too."""
+    """Records the elements of the largest tensor made inside it, the operators' own tensors included."""
 
     def __init__(self):
         super().__init__()
         self.elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "agrepa":
+        if ours := implementation(func):
             with self:
-                return OPERATORS[func._schema.name.removeprefix("agrepa::")](*args, **(kwargs or {}))
+                return ours(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor) and func._schema.returns[0].alias_info is None:  # views are nothing new
             self.elements = max(self.elements, result.numel())

@@ -1,10 +1,10 @@
-"""How many passes over a tensor an operation makes, counted from what it runs.
+"""Count the passes over a tensor that an operation makes, by watching everything that it runs.
 
-A pass moves as many bytes as one [N, T, D] tensor of the operation. What is counted, of tensors at least half as large:
-- every aten operator: the tensors it reads and those it writes (views and allocations move nothing);
-- every Triton launch, interpreted: the elements that its loads and stores really touch, each time they do;
-- every call into the CPU library: its tensor arguments once, twice when it changes one that held values before.
-Products (mm, bmm ...) are counted apart: their operands are read more than once, by no rule of ours.
+A pass moves as many bytes as one (N, T, D) tensor of the operation. Tensors less than half as large are left out.
+- An aten operator counts the tensors that it reads and writes. Views and allocations move nothing.
+- An interpreted Triton launch counts the elements of every load and store.
+- A call into the CPU library counts each tensor argument once, or twice if it changes one that held values before.
+- Products (mm, bmm ...) are counted apart: they read their operands several times.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from agrepa_fast.kernels import _native, force_backend
-from agrepa_fast.kernels._library import OPERATORS
+from agrepa_fast.kernels._library import implementation
 
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
@@ -26,7 +26,7 @@ VIEWS = ("_unsafe_view", "lift_fresh", "alias")  # those that their schema does 
 
 
 def large_tensors(values, least: int) -> Iterator[torch.Tensor]:
-    """The tensors among nested arguments that hold at least `least` elements of their own (a broadcast holds few)."""
+    """Yield the tensors among nested arguments with at least `least` elements in memory (a broadcast has few)."""
     if isinstance(values, torch.Tensor):
         if _own(values) >= least:
             yield values
@@ -45,21 +45,21 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts while it is on. `moved` maps what moved ("ada_norm_fwd: argument 0", "aten.clone: read") to bytes, and
-    `products` likewise for matrix products."""
+    """Counts bytes inside it: `moved` by name ("ada_norm_fwd: argument 0", "aten.clone: read"), and `products` for
+    matrix products."""
 
     def __init__(self, least: int):
         super().__init__()
         self.least = least  # elements
         self.moved, self.products = Counter(), Counter()
-        self.fresh: dict[int, torch.Tensor] = {}  # allocations that nothing has written to, by address
+        self.fresh: dict[int, torch.Tensor] = {}  # address -> allocation that nothing has written yet
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        namespace, _, name = func._schema.name.partition("::")
-        if namespace == "agrepa":
-            with self:  # the mode is off in here
-                return OPERATORS[name](*args, **kwargs)
+        if ours := implementation(func):
+            with self:
+                return ours(*args, **kwargs)
+        name = func._schema.name.partition("::")[2]
         result = func(*args, **kwargs)
         if name in ALLOCATIONS:
             self.fresh[result.untyped_storage().data_ptr()] = result
@@ -86,7 +86,7 @@ class Traffic(TorchDispatchMode):
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Inside it, Triton launches and calls into the CPU library are counted too."""
+        """Inside it, Triton launches and calls into the CPU library count too."""
         with mock.patch.object(_native, "call", self._native_call(_native.call)), self._interpreter():
             yield
 
@@ -149,7 +149,7 @@ class Traffic(TorchDispatchMode):
 
 
 def _extent(tensor: torch.Tensor) -> int:
-    """Bytes from its first element to beyond its last."""
+    """Return the bytes from its first element to the end of its last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
 
@@ -157,7 +157,7 @@ def _extent(tensor: torch.Tensor) -> int:
 def passes(
     call: Callable, inputs: dict[str, torch.Tensor], unit: torch.Tensor, backend: str
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """What moved in the forward and in the backward of call(**inputs), in tensors like `unit`, products left out.
+    """Return the passes of call(**inputs) by name, forward and backward, in tensors like `unit`, without products.
 
     Floating-point inputs are leaves; every differentiable output gets a random gradient."""
     leaves = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in inputs.items()}
