@@ -5,13 +5,21 @@ from agrepa_fast.kernels import ada_norm, force_backend, gated_residual
 
 from .accuracy import DEVICE, assert_as_accurate, assert_repeatable, fused_backends
 
-# (N, C, T, D): one token; T past a chunk of 32 with D past a power of two; one row a tile; D no multiple of a vector.
-# Rows enough for the gradient of m, one number a row, to have an RMS error that is not luck.
-SHAPES = [(36, 3, 1, 24), (12, 3, 37, 40), (6, 1, 3, 2100), (18, 3, 33, 21)]
+# (N, C, T, D), gated, per frame, dtype. The gradient of m has one number per row: its RMS error needs enough rows.
+CASES = [
+    ((36, 3, 1, 24), True, True, torch.float32),  # one token
+    ((12, 3, 37, 40), True, False, torch.float32),  # T beyond a chunk of 32, D beyond a power of two
+    ((12, 3, 37, 40), True, False, torch.bfloat16),
+    ((12, 3, 37, 40), True, True, torch.bfloat16),
+    ((12, 3, 37, 40), False, False, torch.float32),
+    ((12, 3, 37, 40), False, True, torch.bfloat16),
+    ((6, 1, 3, 2100), False, False, torch.float32),  # one row per tile
+    ((18, 3, 33, 21), True, False, torch.bfloat16),  # D no multiple of a vector
+]
 
 
 def fused_inputs(n, c, t, d, dtype, per_frame=False, gated=True):
-    """Strided rows of h and f, chunks of one modulation, gates of every kind, lengths that end inside a chunk."""
+    """Return strided rows of h and f, chunks of one modulation, gates of every kind, lengths that end in a chunk."""
     torch.manual_seed(0)
     wide = torch.randn(n, t, 2 * d, device=DEVICE)
     modulation = torch.randn(*((c, t, 3 * d) if per_frame else (c, 3 * d)), device=DEVICE)
@@ -39,18 +47,14 @@ def gradients(inputs, outputs):
 
 
 @pytest.mark.parametrize("backend", fused_backends())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("per_frame", [False, True])
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "gated", "per_frame", "dtype"), CASES, ids=str)
 def test_as_accurate_as_the_reference(shape, gated, per_frame, dtype, backend):
     inputs = fused_inputs(*shape, dtype, per_frame, gated)
     assert_as_accurate(full, inputs, gradients(inputs, 3), backend)
 
 
 @pytest.mark.parametrize("backend", fused_backends())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("gated", "dtype"), [(False, torch.bfloat16), (True, torch.float32)], ids=str)
 def test_block_end_as_accurate_as_the_reference(gated, dtype, backend):
     inputs = fused_inputs(6, 3, 37, 40, dtype, gated=gated)
     assert_as_accurate(block_end, inputs, gradients(inputs, 1), backend)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from agrepa_fast.kernels import active_backend, force_backend
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -13,7 +15,7 @@ def python(code: str, **kwargs) -> subprocess.CompletedProcess:
 
 
 def test_defines_nothing_under_another_name():
-    """transformers and diffusers import whatever is called `kernels`; with the checkout on sys.path that is ours."""
+    """transformers and diffusers import any `kernels`; with the checkout on sys.path it is ours."""
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -26,7 +28,7 @@ print([name for name in vars(kernels) if not name.startswith("_")])
 
 
 def test_import_needs_torch_alone():
-    """`import agrepa_fast` must not pull in what only some commands need (torch itself imports tqdm where it is)."""
+    """`import agrepa_fast` must not import packages that only some commands need (torch itself imports tqdm)."""
     heavy = [
         "omegaconf",
         "deepspeed",
@@ -43,26 +45,39 @@ def test_import_needs_torch_alone():
     assert done.stdout.strip() == "[]"
 
 
-BACKEND = "from agrepa_fast.kernels import active_backend; print(active_backend({device!r}))"
+@pytest.mark.parametrize(
+    ("forced", "interpret", "device", "answer"),
+    [
+        (None, "0", "cpu", "native"),
+        (None, "0", "cuda", "triton"),
+        ("reference", "0", "cuda", "reference"),
+        ("triton", "1", "cpu", "triton"),
+    ],
+)
+def test_backend_decision(forced, interpret, device, answer, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    with force_backend(forced):
+        assert active_backend(device) == answer
 
 
 @pytest.mark.parametrize(
-    ("environment", "device", "answer"),
+    ("forced", "device", "message"),
     [
-        ({}, "cpu", "native"),
-        ({}, "cuda", "triton"),
-        ({"AGREPA_BACKEND": "reference"}, "cuda", "reference"),
-        ({"AGREPA_BACKEND": "triton", "TRITON_INTERPRET": "1"}, "cpu", "triton"),
-        ({"AGREPA_BACKEND": "tritn"}, "cpu", "choose one of triton, native, reference"),
-        ({"AGREPA_BACKEND": "triton"}, "cpu", "set TRITON_INTERPRET=1 too"),
-        ({"AGREPA_BACKEND": "native"}, "cuda", "the CPU library runs on CPUs only"),
+        ("tritn", "cpu", "choose one of triton, native, reference"),
+        ("triton", "cpu", "set TRITON_INTERPRET=1 too"),
+        ("native", "cuda", "the CPU library runs on CPUs only"),
     ],
 )
-def test_backend_decision(environment, device, answer):
-    """AGREPA_BACKEND is read at import: each case is a process."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("AGREPA_BACKEND", "TRITON_INTERPRET")}
-    done = python(BACKEND.format(device=device), cwd=ROOT, env=clean | environment)
-    assert answer in (done.stdout if done.returncode == 0 else done.stderr.splitlines()[-1])
+def test_a_backend_that_cannot_run_is_refused(forced, device, message, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with force_backend(forced), pytest.raises(ValueError, match=message):
+        active_backend(device)
+
+
+def test_the_environment_forces_a_backend():
+    code = "from agrepa_fast.kernels import active_backend; print(active_backend('cuda'))"
+    done = python(code, cwd=ROOT, env=os.environ | {"AGREPA_BACKEND": "reference"})
+    assert done.stdout.strip() == "reference", done.stderr
 
 
 def test_without_triton_and_without_the_library():

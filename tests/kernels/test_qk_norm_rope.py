@@ -8,9 +8,19 @@ from agrepa_fast.models.audio_dit.conditioning import rotary_tables
 
 from .accuracy import DEVICE, assert_as_accurate, assert_repeatable, fused_backends
 
-# (N, T, H, E): one token; frames past a chunk of 32, heads and head width no powers of two, more rows than a tile;
-# one head narrower than the smallest block, frames past several tiles of 64 heads
-SHAPES = [(2, 1, 2, 8), (2, 37, 3, 48), (1, 150, 1, 6)]
+WIDE = (2, 37, 3, 48)  # frames beyond a chunk of 32, heads and head width no powers of two, more rows than a tile
+# (N, T, H, E), interleaved, norm, rope, dtype
+CASES = [
+    ((2, 1, 2, 8), True, True, True, torch.float32),  # one token
+    (WIDE, True, True, True, torch.float32),
+    (WIDE, True, True, False, torch.float32),
+    (WIDE, True, False, True, torch.float32),
+    (WIDE, False, True, True, torch.float32),
+    (WIDE, False, False, True, torch.bfloat16),
+    (WIDE, True, True, True, torch.bfloat16),
+    (WIDE, False, True, False, torch.bfloat16),
+    ((1, 150, 1, 6), True, True, True, torch.float32),  # a head narrower than the smallest block, beyond several tiles
+]
 
 
 def inputs(n, frames, heads, width, dtype, norm):
@@ -35,19 +45,7 @@ def caller(heads, width, frames, rope, **options):
 
 
 @pytest.mark.parametrize("backend", fused_backends())
-@pytest.mark.parametrize(
-    ("norm", "rope", "dtype"),
-    [
-        (True, True, torch.float32),
-        (True, False, torch.float32),
-        (False, True, torch.float32),
-        (True, True, torch.bfloat16),
-        (False, True, torch.bfloat16),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("interleaved", [True, False])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "interleaved", "norm", "rope", "dtype"), CASES, ids=str)
 def test_as_accurate_as_the_reference(shape, interleaved, norm, rope, dtype, backend):
     _, frames, heads, width = shape
     call = caller(heads, width, frames, rope, interleaved=interleaved, rotary_heads=(heads + 1) // 2)
