@@ -11,7 +11,6 @@ from agrepa_fast.errors import UserError
 from agrepa_fast.teachers import load_teacher
 
 import_torchaudio()  # before speechbrain
-pytest.importorskip("speechbrain", reason="needs speechbrain: pip install speechbrain")
 
 # Less than a step (2800 samples), 0.5 s, a step that ends in the last sample, one sample less, 2 s.
 LENGTHS = (300, 8000, 2800 + 5 * 2560, 2799 + 5 * 2560, 32000)

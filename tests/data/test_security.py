@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from agrepa_fast.audio.vocoder import load_vocoder
 from agrepa_fast.audio.waves import import_torchaudio
 from agrepa_fast.checkpoints.weights import find_checkpoint
 from agrepa_fast.cli import main
-from agrepa_fast.config import DataConfig, TrainConfig
+from agrepa_fast.config import TrainConfig
 from agrepa_fast.config_file import load_config
 from agrepa_fast.data.index import INDEX, Shard, load_index
 from agrepa_fast.data.layout import BatchLayout
@@ -277,7 +276,7 @@ class TestCheckpoints:
 
 
 class TestModels:
-    """Folders of teachers and vocoders."""
+    """Folders of teachers. test_vocoder has those of vocoders, test_beats and test_tokens files of other encoders."""
 
     @pytest.mark.parametrize("model_type", ["evil", "hubert"])
     def test_code_beside_a_teacher_is_not_run(self, model_type, marker, tmp_path, monkeypatch):
@@ -303,17 +302,6 @@ class TestModels:
         (tmp_path / "pytorch_model.bin").write_bytes(pickled(marker, "torch"))
         with pytest.raises(UserError):
             load_teacher(str(tmp_path))
-
-    def test_a_vocoder_s_configuration_names_no_other_classes(self, marker, tmp_path):
-        parts = {
-            "feature_extractor": {"class_path": "vocos.feature_extractors.MelSpectrogramFeatures"},
-            "backbone": {"class_path": "vocos.models.VocosBackbone"},
-            "head": {"class_path": "os.mkdir", "init_args": {"path": str(marker)}},
-        }
-        (tmp_path / "config.yaml").write_text(json.dumps(parts))
-        (tmp_path / "pytorch_model.bin").write_bytes(pickled(marker, "torch"))
-        with pytest.raises(UserError, match=r"os\.mkdir"):
-            load_vocoder(str(tmp_path), DataConfig())
 
 
 class TestConfigurations:

@@ -39,7 +39,7 @@ class Outcome:
     exit_codes: list[int | None] = field(default_factory=list)
     seconds_to_end: float = 0.0  # of all processes, after the fault
     message: str = ""
-    resumed_from: int | None = None
+    resumed_from: int = 0
     lost: int = 0  # steps
     difference: float = float("inf")  # largest of any loss or gradient norm of any step
     broken: list[str] = field(default_factory=list)  # promises
@@ -87,10 +87,7 @@ class FaultDrill:
                 outcome.broken.append(f"the fault did not come about: {error}")
                 return outcome
             wait_for_end(target.job, outcome, target.ends_by_itself)
-            outcome.resumed_from = saved_step(target.run)
-            if outcome.resumed_from is None:
-                outcome.broken.append("no checkpoint")
-                return outcome
+            outcome.resumed_from = saved_step(target.run) or 0  # without a checkpoint the run starts again
             outcome.lost = last_step(target.run) - outcome.resumed_from
             if outcome.lost > injection.promised:
                 outcome.broken.append(f"{outcome.lost} steps lost, {injection.promised} promised")
@@ -152,14 +149,17 @@ def table(outcomes: list[Outcome]) -> Table:
 def summary(outcomes: list[Outcome]) -> list[str]:
     """Return a few lines for results.md."""
     judged = [outcome for outcome in outcomes if not outcome.injection.documented]
-    signalled = [outcome.lost for outcome in judged if outcome.injection.name.startswith(("SIGTERM", "SIGUSR1"))]
+    free, others = (
+        [outcome.lost for outcome in judged if outcome.injection.promised == promised] for promised in (0, SAVE_EVERY)
+    )
     saves = [outcome.happened for outcome in outcomes if "in a save" in outcome.injection.name]
     difference = max(outcome.difference for outcome in outcomes)
     broken = [f"- BROKEN: {outcome.injection}: {'; '.join(outcome.broken)}" for outcome in outcomes if outcome.broken]
     return [
         f"- {len(outcomes)} faults, {len(broken)} with broken promises",
-        f"- steps lost: at most {max(outcome.lost for outcome in judged)} by any fault, with a save every {SAVE_EVERY} "
-        f"steps; {sum(signalled)} by the {len(signalled)} signals to stop",
+        f"- steps lost, with a save every {SAVE_EVERY}: {sum(free)} by the {len(free)} faults that may cost none "
+        "(signals to stop, one full disk, a server that comes back), at most "
+        f"{max(others, default=0)} by each other fault",
         f"- largest difference of a loss or gradient norm from the undisturbed run: {difference:.1e}",
         f"- all processes ended within {max(outcome.seconds_to_end for outcome in judged):.0f} s of the fault",
         f"- {len(saves)} kills in a save; {sum('cut to' in event for event in saves)} of these files were cut by hand, "

@@ -88,9 +88,9 @@ class Injection:
         return f"{self.name} (ZeRO {self.stage})"
 
 
-def send(number: signal.Signals, *ranks: int) -> Callable[[Target], str]:
+def send(number: signal.Signals, *ranks: int, after: int = MOMENT) -> Callable[[Target], str]:
     def strike(target: Target) -> str:
-        step = target.wait_for_step(MOMENT)
+        step = target.wait_for_step(after)
         pids = target.job.ranks()
         kill([pids[rank] for rank in ranks], number)
         return f"{number.name} to rank {' and '.join(map(str, ranks))} in step {step}"
