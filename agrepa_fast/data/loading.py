@@ -66,10 +66,12 @@ class TrainBatches:
         ended."""
         try:
             return next(self._batches).unpack()
-        except (OSError, EOFError) as error:  # of the connection to a process that ended while it handed over a batch
+        except (OSError, EOFError, RuntimeError) as error:
+            # A process that ends while it hands over a batch shows first as a fault of its connection, or of the thread
+            # that pins.
             processes = {process.sentinel: process.pid for process in self._context.processes}
             ended = [processes[sentinel] for sentinel in wait(processes, timeout=1)]
-            if not ended:
+            if not ended or str(error).startswith("DataLoader worker"):
                 raise
             raise RuntimeError(f"DataLoader worker (pid {ended[0]}) ended while it handed over a batch") from error
 
