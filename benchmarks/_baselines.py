@@ -1,5 +1,5 @@
-"""What the fused code is measured against: the released recipe written from its description, plain SDPA, and FoG-A
-without shared prefixes. Blocks take GatedDiTBlock's weights as they are."""
+"""Baselines: the released recipe written from its description, plain SDPA, and FoG-A without shared prefixes. Blocks load
+GatedDiTBlock's weights unchanged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +14,10 @@ from agrepa_fast import AudioDiT, Condition, GatedDiTBlock
 
 
 class PlainBlock(GatedDiTBlock):
-    """The block in plain PyTorch, with its own modulation Linear. Attention is PyTorch's SDPA as it comes."""
+    """The block in plain PyTorch, with its own modulation Linear and PyTorch's default SDPA."""
 
     def forward(self, x, cond, *, modulation=None, rope=None, lengths=None, time_sum=False):
-        """As GatedDiTBlock without gates, rotary positions or masks; a ready `modulation` is not used."""
+        """Return what GatedDiTBlock does without gates, rotary positions and masks. `modulation` is ignored."""
         modulations = self.modulation(F.silu(cond)).unsqueeze(1).chunk(6, dim=-1)
         scale1, shift1, scale2, shift2, gate1, gate2 = modulations
         h = x + gate1 * self._attend(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1)
@@ -33,7 +33,7 @@ class PlainBlock(GatedDiTBlock):
 
 
 class ReleasedBlock(PlainBlock):
-    """The released AG-REPA block: nn.MultiheadAttention's arithmetic, which computes and returns its weights."""
+    """The released AG-REPA block: attention as nn.MultiheadAttention computes it, weights included."""
 
     def _attend(self, y):
         rows, a = y.transpose(0, 1), self.attn
@@ -45,7 +45,7 @@ class ReleasedBlock(PlainBlock):
 
 
 def with_blocks(model: AudioDiT, kind: type[PlainBlock]) -> AudioDiT:
-    """The model with its blocks replaced by blocks of this kind, same weights and options."""
+    """Replace the model's blocks by blocks of this kind with the same weights and options; return the model."""
     for number, block in enumerate(model.blocks):
         out = block.attn.out
         with out.weight.device:
@@ -56,7 +56,7 @@ def with_blocks(model: AudioDiT, kind: type[PlainBlock]) -> AudioDiT:
 
 
 def sequential_velocities(model: AudioDiT, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-    """(L + 1, C, T, M): the whole model's, then one forward without each block."""
+    """Return velocities (L + 1, C, T, M): of the whole model, then of a forward without each block."""
     blocks, velocities = model.blocks, [model(x_t, t, condition).v]
     try:
         for left_out in range(len(blocks)):
@@ -69,8 +69,7 @@ def sequential_velocities(model: AudioDiT, x_t: torch.Tensor, t: torch.Tensor, c
 
 @contextmanager
 def row_gates(model: AudioDiT, gates: torch.Tensor, clips: int) -> Iterator[None]:
-    """Inside it, the model computes all variants of gates (V, L), on its device, as one batch of V * clips rows that
-    share nothing."""
+    """Inside it, the model computes all variants of gates (V, L) as one batch of V * clips rows that share nothing."""
     for layer, block in enumerate(model.blocks):
         gate = gates[:, layer].repeat_interleave(clips)
         block.forward = partial(type(block).forward, block, gate=gate)
@@ -82,8 +81,9 @@ def row_gates(model: AudioDiT, gates: torch.Tensor, clips: int) -> Iterator[None
 
 
 class TeacherStandIn(nn.Module):
-    """A transformer encoder with a teacher's size and random weights: its time, not its answers. Whisper-large-v3's is
-    32 x 1280 over 1500 frames whatever the clip's length, BEATs' 12 x 768 over 496 patches of 10 s."""
+    """A transformer encoder of a teacher's size with random weights, to measure its time.
+
+    Whisper-large-v3 is 32 x 1280 over 1500 frames for clips of any length, BEATs 12 x 768 over 496 patches of 10 s."""
 
     def __init__(self, depth: int, width: int, frames: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""One optimizer step on random clips: ours as training/run.py takes it, and the released recipe's."""
+"""One optimizer step on random clips: ours, and the released recipe's."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -21,7 +21,7 @@ FLOW = FlowConfig()
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is trained (AG-REPA, config A), and on which clips."""
+    """Sizes of the model (AG-REPA, config A) and of its clips."""
 
     dim: int = 1024
     depth: int = 24
@@ -52,12 +52,12 @@ class Sizes:
         return LayerSelection("fixed", {"speech": layers, "audio": layers}, {"speech": third, "audio": third})
 
     def clip_flops(self) -> float:
-        """Forward and backward of one clip through the blocks' matrix products and attention."""
+        """Return the operations of one clip's forward and backward in the blocks' matrix products and attention."""
         return 3 * self.depth * self.frames * (24 * self.dim**2 + 4 * self.frames * self.dim)
 
 
 def awake_model(sizes: Sizes, dtype: torch.dtype) -> AudioDiT:
-    """A random model whose zero-initialised modulations have values, so that every block does something."""
+    """Return a random model whose modulations are not zero, so that every block does something."""
     torch.manual_seed(0)
     with torch.device(sizes.device):
         model = AudioDiT(sizes.model)
@@ -75,7 +75,7 @@ class Clips(NamedTuple):
 
 
 def random_clips(sizes: Sizes, clips: int) -> Clips:
-    """Equally long clips, every other one speech; the reference is left for the step to draw."""
+    """Return clips of one length, every other one speech, without references: the step draws these."""
     draw = torch.Generator().manual_seed(1)
     mel = torch.randn(clips, sizes.frames, sizes.mels, generator=draw)
     tokens = torch.randint(sizes.vocab, (clips, sizes.frames // 2), generator=draw)
@@ -88,8 +88,8 @@ def random_clips(sizes: Sizes, clips: int) -> Clips:
 
 
 class OurStep:
-    """Forward, loss with pooled alignment, backward, clipping, AdamW and EMA, without DeepSpeed: bf16 weights, fp32
-    masters, one device. Nothing in it waits for the GPU, so a CUDA graph can hold it."""
+    """Forward, loss with pooled alignment, backward, clipping, AdamW and EMA on one device, without DeepSpeed: bf16
+    weights and fp32 masters. It never waits for the GPU, so a CUDA graph can capture it."""
 
     def __init__(self, sizes: Sizes, clips: int):
         self.clips = random_clips(sizes, clips)
@@ -135,8 +135,8 @@ class OurStep:
 
 
 class ReleasedStep:
-    """The released recipe: fp32, attention with weights, dropout 0.2, teachers run on every batch (BEATs twice).
-    Without teachers: what one gets out of it with bf16 autocast, SDPA and cached teachers."""
+    """The released recipe: fp32, attention with weights, dropout 0.2, teachers run on every batch (BEATs twice). Without
+    teachers: the same recipe with bf16 autocast, SDPA and cached teachers."""
 
     def __init__(self, sizes: Sizes, teachers: tuple[TeacherStandIn, TeacherStandIn] | None):
         self.clips, self.device = random_clips(sizes, sizes.small_batch), sizes.device
@@ -166,7 +166,8 @@ class ReleasedStep:
 
 
 def graphed(call, warmup: int = 3):
-    """A function that replays `call` as one CUDA graph, and the tensor it fills. `call` has run `warmup` times."""
+    """Return a function that replays `call` as one CUDA graph, and the tensor that it fills. `call` runs `warmup` times
+    before."""
     result = []
 
     def run() -> None:
