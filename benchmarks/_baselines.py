@@ -1,5 +1,6 @@
-"""Baselines: the released recipe written from its description, plain SDPA, and FoG-A without shared prefixes. Blocks load
-GatedDiTBlock's weights unchanged."""
+"""Baselines: the released recipe written from its description, plain SDPA, and FoG-A without shared prefixes.
+
+Blocks load GatedDiTBlock's weights unchanged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

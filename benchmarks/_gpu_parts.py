@@ -1,4 +1,4 @@
-"""The parts of gpu_suite.py. Each yields (key, value) as it goes: what was measured survives what fails next."""
+"""The parts of gpu_suite.py. Each yields (key, value) per measurement, so a later failure loses none of them."""
 
 import gc
 import importlib.util
@@ -49,7 +49,7 @@ Measured = Iterator[tuple[str, object]]
 
 @dataclass(frozen=True)
 class Plan:
-    """What the parts run at: the real sizes, or tiny ones on a CPU."""
+    """Sizes of the parts: the real ones, or tiny ones on a CPU."""
 
     sizes: Sizes = field(default_factory=Sizes)
     compiler: str = "inductor"
@@ -101,7 +101,7 @@ def _median(call: Callable[[], object], repeats: int) -> float:
 
 
 def ceilings(plan: Plan) -> Measured:
-    """What the device can do: copies, and matrix products at the model's shapes."""
+    """Measure the device's ceilings: copies, and matrix products at the model's shapes."""
     s, repeats = plan.sizes, plan.sizes.repeats
     real = plan.large_batch * s.frames * s.dim * 2
     for name, size in (("copy_gb_per_s", plan.copy_bytes), ("copy_60k_tokens_gb_per_s", real)):
@@ -235,7 +235,7 @@ def foga(plan: Plan) -> Measured:
 
 
 def _host_sync(call: Callable[[], object]) -> str:
-    """What makes `call` wait for the GPU, or nothing."""
+    """Return the error of an operation in `call` that waits for the GPU, or an empty string."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         call()
@@ -281,14 +281,14 @@ def step(plan: Plan) -> Measured:
             parameters = sum(weight.numel() for weight in ours.weights)
             yield "wide", timed(wide, ours, clips) | {"parameters": parameters, "clips": clips}
             return
-        except torch.OutOfMemoryError:  # half as many clips, and the result says so
+        except torch.OutOfMemoryError:  # again with half as many clips; the result holds their number
             ours = None
         _free()
 
 
 def released(plan: Plan) -> Measured:
-    """The released recipe's step, the same brought up to date, and what its teachers cost in the run's precision.
-    Teachers are stand-ins of their size."""
+    """Measure the released recipe's step, the same with bf16, SDPA and cached teachers, and its teachers' time in the
+    run's precision. Teachers are stand-ins of their size."""
     s, repeats = plan.sizes, max(2, plan.sizes.repeats // 3)
     with torch.device(s.device):
         teachers = TeacherStandIn(*plan.whisper), TeacherStandIn(*plan.beats)

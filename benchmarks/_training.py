@@ -135,8 +135,9 @@ class OurStep:
 
 
 class ReleasedStep:
-    """The released recipe: fp32, attention with weights, dropout 0.2, teachers run on every batch (BEATs twice). Without
-    teachers: the same recipe with bf16 autocast, SDPA and cached teachers."""
+    """The released recipe: fp32, attention with weights, dropout 0.2, teachers run on every batch (BEATs twice).
+
+    Without teachers: the same recipe with bf16 autocast, SDPA and cached teachers."""
 
     def __init__(self, sizes: Sizes, teachers: tuple[TeacherStandIn, TeacherStandIn] | None):
         self.clips, self.device = random_clips(sizes, sizes.small_batch), sizes.device

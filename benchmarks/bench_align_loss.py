@@ -1,7 +1,7 @@
 """Alignment loss of three layers to a 1280-wide teacher, pooled and frame-wise. Options: --help.
 
-Pooled, all in fp32 as training keeps it; frame-wise, hidden states and heads in the run's precision. The two are the
-weighted sum of the rows' losses, whose gradients are finished in the forward; align_loss_rows is each row's loss.
+Pooled runs in fp32, as in training; frame-wise, hidden states and heads have the run's precision. Both are the weighted
+sum of the rows' losses, whose forward finishes the gradients. align_loss_rows is the loss per row.
 """
 
 import torch
@@ -35,7 +35,7 @@ def _rows(hidden, w1, b1, w2, b2, teacher, weights, mask, row_weights):
 
 
 def _rows_reference(hidden, w1, b1, w2, b2, teacher, weights, mask, row_weights):
-    """Products in the heads' precision, the cosine at least in fp32, as the operation's contract says."""
+    """Return the losses in the operation's dtypes: products in the heads' precision, the cosine at least in fp32."""
     wide = torch.promote_types(w1.dtype, torch.float32)
     return align_loss_ref(hidden.to(w1.dtype), w1, b1, w2, b2, teacher.to(wide), weights, mask)
 
@@ -50,7 +50,7 @@ def _op(name: str, fused, reference, frames: bool) -> Op:
         return b * (t if frames else 1)
 
     def traffic(d, t, b):
-        """Forward: weights, states and teacher, and the gradients of weights and states; backward: those, scaled."""
+        """The forward reads weights, states and teacher and writes gradients; the backward scales the gradients."""
         weights, states = LAYERS * (d * d + TEACHER * d), LAYERS * rows(t, b) * d
         return 2 * (weights + states) + rows(t, b) * TEACHER, 2 * (weights + states)
 

@@ -1,13 +1,13 @@
-"""Forward + backward of a stack of 4 blocks: released-style, SDPA, torch.compile, and ours. Same weights, same tensors.
+"""Time forward and backward of 4 blocks: released style, SDPA, torch.compile and ours, with equal weights and inputs.
 
 python benchmarks/bench_block.py [--shapes d,T,B ...] [--repeats N] [--profile] [--out FILE]
 
 released        attention computes and returns its weights, fp32
-eager           the blocks' reference backend: SDPA; bf16 on a GPU, as all below
-torch.compile   of the whole stack of those
-ours            GatedDiTBlock on its own backend (native on a CPU, triton on a GPU)
+eager           the blocks' reference backend with SDPA; bf16 on a GPU, like all below
+torch.compile   the same, compiled
+ours            GatedDiTBlock on its own backend (native on a CPU, Triton on a GPU)
 
-On a GPU also: the plain block with PyTorch's default SDPA, eager and compiled (ours puts cuDNN first), and ours under
+A GPU run adds the plain block with PyTorch's default SDPA, eager and compiled (ours puts cuDNN first), and ours under
 torch.compile(fullgraph=True). Outputs and all gradients are checked first; a wrong method is not timed.
 """
 
@@ -69,7 +69,7 @@ class Method:
 
 
 def build(shape: tuple[int, int, int], compiler: str) -> tuple[dict[str, Method], Method]:
-    """The methods by name, all with one state_dict, and the one that is exact."""
+    """Return the methods by name, all with one state_dict, and the exact method that judges them."""
     d, t, b = shape
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -79,12 +79,12 @@ def build(shape: tuple[int, int, int], compiler: str) -> tuple[dict[str, Method]
         nn.init.normal_(block.modulation.bias, std=0.3)
     state = stack.state_dict()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    # rounded to the run's precision once, so that every method starts from the same numbers
+    # Rounded to the run's precision once: every method starts from the same numbers.
     state = {name: value.to(dtype).float().to(device) for name, value in state.items()}
     inputs = {"x": torch.randn(b, t, d), "cond": torch.randn(b, d)}
     inputs = {name: value.to(device, dtype) for name, value in inputs.items()}
     given = (state, inputs, torch.randn(b, t, d, device=device).to(dtype))
-    exact_dtype = torch.float32 if device == "cuda" else torch.float64  # of bf16, fp32 is exact enough
+    exact_dtype = torch.float32 if device == "cuda" else torch.float64  # fp32 is exact enough to judge bf16
     methods = {
         "released": Method(ReleasedBlock, *given, torch.float32),
         "eager": Method(GatedDiTBlock, *given, dtype, "reference"),
@@ -99,7 +99,7 @@ def build(shape: tuple[int, int, int], compiler: str) -> tuple[dict[str, Method]
 
 
 def measure(shape: tuple[int, int, int], repeats: int, compiler: str = "inductor") -> tuple[dict, dict[str, Method]]:
-    """Timings by method, or {"wrong": what}, and the methods that were timed."""
+    """Return timings by method, or {"wrong": message}, and the methods that were timed."""
     torch._dynamo.reset()
     methods, exactly = build(shape, compiler)
     exact, plain = exactly.results(), methods["eager"].results()
@@ -135,7 +135,7 @@ HEADER = ("d, T, B", "method", "forward ms (p20 to p80)", "backward ms", "both m
 
 
 def print_profile(name: str, method: Method) -> None:
-    """Where one method's forward and backward go."""
+    """Print the operators that take one method's time."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)

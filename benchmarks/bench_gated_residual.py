@@ -1,5 +1,5 @@
-"""Gated residual with the next modulated norm, without it (the block's end), and both with ada_norm as one block chains
-them. Options: --help."""
+"""Gated residual with the next modulated norm, without it (at a block's end), and the chain of both and ada_norm in one
+block. Options: --help."""
 
 import torch
 from _bench import Op, bench_op
@@ -44,7 +44,7 @@ END = Op(
 
 
 def _chain(norm, residual):
-    """All that a block does between its matrix products; f1, f2 are what its two branches returned."""
+    """Return everything that a block does between its matrix products; f1 and f2 are the outputs of its branches."""
 
     def run(x, f1, f2, modulation):
         scale1, shift1, scale2, shift2, gate1, gate2 = modulation.chunk(6, dim=-1)

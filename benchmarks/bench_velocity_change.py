@@ -19,7 +19,7 @@ def make_inputs(d, t, b, dtype, device):
 
 
 def _reference(variants, base, lengths):
-    """In fp32 as the public function's contract says, in float64 when everything is."""
+    """Return the change computed in fp32, as the public function does, or in float64 for float64."""
     if variants.dtype == torch.float64:
         return velocity_change_ref(variants, base, lengths)
     return velocity_change_ref(variants.float(), base.float(), lengths)

@@ -28,7 +28,7 @@ from _timing import milliseconds
 
 RESERVE = 5  # seconds below which a part is not started
 LOG_LINES = 15
-LIMITS = {  # seconds a part may take, in the order in which they run: what matters most comes first
+LIMITS = {  # seconds per part, in the order of the run: the most important first
     "ceilings": 40,
     "accuracy": 110,
     "block": 120,
@@ -43,8 +43,8 @@ LIMITS = {  # seconds a part may take, in the order in which they run: what matt
 
 
 def run_parts(names: list[str], dry_run: bool, seconds: float) -> dict[str, dict]:
-    """What each part measured, whatever became of the process that ran them, with `status`, `log` unless it is ok, and
-    the `seconds` of the process."""
+    """Run parts in a process of their own and return the results per part, with `status`, `log` (empty if ok) and the
+    `seconds` of the process. Results up to a crash or a time-out are kept."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         file, log = Path(folder) / "results.json", Path(folder) / "log"
@@ -64,14 +64,14 @@ def run_parts(names: list[str], dry_run: bool, seconds: float) -> dict[str, dict
 
 
 def stop(process: subprocess.Popen) -> None:
-    """End a process that leads a group, and what it started."""
+    """End a process group by its leader."""
     with suppress(ProcessLookupError):  # all of them have ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def run_in_process(names: list[str], dry_run: bool, file: Path) -> None:
-    """Run parts here, writing after each thing measured."""
+    """Run parts in this process, and write the results after each measurement."""
     import _gpu_parts
 
     plan = _gpu_parts.DRY if dry_run else _gpu_parts.Plan()
@@ -92,7 +92,7 @@ def run_in_process(names: list[str], dry_run: bool, file: Path) -> None:
 
 
 def write(results: dict, file: Path) -> None:
-    """Whole, whenever this process is stopped."""
+    """Write the results by a rename, so that the file is whole at any time."""
     made = file.with_suffix(".new")
     made.write_text(json.dumps(results))
     made.replace(file)

@@ -1,14 +1,14 @@
-"""FoG-A of all layers, five ways, on the same model and clips: block forwards, seconds, memory, score differences, and
-the share of training that one probe every 200 steps takes.
+"""Time FoG-A of all layers five ways on the same model and clips: block forwards, seconds, memory, score differences,
+and the share of training that a probe every 200 steps takes.
 
 python benchmarks/probe_throughput.py [--depths 12 24] [--dim 256] [--frames 200] [--clips 2] [--batch 16] [--repeats 4]
 [--out FILE]
 
-sequential      one forward of the whole model and one for each layer without it: L + L(L-1) block forwards
+sequential      a forward of the whole model, and one without each layer: L + L(L-1) block forwards
 stacked         all L + 1 variants as one batch with a gate matrix: L(L+1)
-prefix-shared   multi_gate: variants share what lies below their ablated block: L(L+1)/2
+prefix-shared   multi_gate: variants share the blocks below their ablated block: L(L+1)/2
 chunked         the same, at most a quarter of the rows at a time
-graphed         the same as CUDA graphs, replayed (GPUs only); on a CPU "buffers", its code without the graph
+graphed         the same as a replayed CUDA graph (GPUs only); on a CPU "buffers", its code without the graph
 """
 
 import argparse

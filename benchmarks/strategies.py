@@ -1,10 +1,9 @@
-"""The demo run with each layer-selection strategy, at equal steps and the same seed: losses, clips/s, wall time per
-stage.
+"""Compare layer-selection strategies by the demo run's losses, at equal steps and the same seed. Not a speed benchmark.
 
 python benchmarks/strategies.py [--strategies none foga ...] [--seeds 0] [--out FILE] [section.field=value ...]
 
-Runs go to runs/strategies/<strategy>-seed<seed>-<overrides>; a finished one is not run again, so remove the folder
-after a change of the code.
+Runs go to runs/strategies/<strategy>-seed<seed>-<overrides>. A finished run is not repeated: remove its folder after a
+change of the code.
 """
 
 import argparse
@@ -22,7 +21,7 @@ STRATEGIES = ["none", "foga", "foga-vjp", "gradnorm", "lasp", "shallow", "deep",
 
 
 def run(strategy: str, seed: int, overrides: list[str]) -> dict:
-    """The summary of one run of the demo preset, through the real launcher."""
+    """Run the demo preset through the real launcher, unless that is done; return its summary."""
     name = "-".join([strategy, f"seed{seed}", *overrides])
     folder = Path("runs/strategies") / re.sub(r"[^\w.-]", "-", name)
     if folder.exists() and not (folder / "summary.json").is_file():
