@@ -77,7 +77,10 @@ class TrainBatches:
 
     def close(self) -> None:
         """End the loader processes. One that hangs in a read is killed: Python would wait for it at exit."""
-        self._batches = iter(())  # the end of DataLoader's iterator asks its processes to end
+        if self._context.processes:
+            # DataLoader calls it when its iterator is dropped, but the traceback of an error would keep the iterator,
+            # whose SIGCHLD handler raises for ended processes, here or anywhere later.
+            self._batches._shutdown_workers()
         for process in self._context.processes:
             process.kill()
 
