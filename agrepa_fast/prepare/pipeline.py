@@ -14,11 +14,11 @@ from functools import cache
 from pathlib import Path
 
 from ..config import DOMAINS, Config, DataConfig, ShardConfig, values_of
-from ..config_file import without_removed
 from ..corpora.demo import demo_sources
 from ..corpora.folder import folder_source
 from ..corpora.recordings import Recording, Source
 from ..data.index import INDEX, SCHEMA, Index, load_index, write_index
+from ..data.matching import known_features
 from ..errors import UserError
 from ..files import FolderLock
 from ..ranks import ALONE, Ranks
@@ -96,7 +96,7 @@ def existing(data: DataConfig, out: Path, sources: list[Source], teachers: bool 
     if not (out / INDEX).is_file():
         return {"schema": SCHEMA, "features": settings, "domains": {}, "shards": []}
     content = load_index(out, verify=False).content
-    features = without_removed("data", content["features"])
+    features = known_features(out, content["features"])
     for name, value in settings.items():
         same_setting(out, name, features.get(name), value)
     check_extra(out, data, content)
