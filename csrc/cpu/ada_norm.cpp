@@ -1,11 +1,20 @@
-// ada_norm: see kernels/ada_norm.py for formula and shapes. Strides are in elements, x_n over rows, x_t over frames.
+// ada_norm: kernels/ada_norm.py has the formula. Strides are in elements: _n over rows (conditions for modulations), _t
+// over frames.
 #include "norm.h"
 
 namespace {
 
 template <class T>
-void ada_norm_fwd(const T* x, const T* scale, const T* shift, T* y, float* mean, float* rstd, i64 N, i64 frames, i64 D,
-                  i64 C, i64 x_n, i64 x_t, i64 scale_n, i64 scale_t, i64 shift_n, i64 shift_t, float eps) {
+void ada_norm_fwd(
+    const T* x,  // (N, T, D)
+    const T* scale,  // (C, D), or (C, T, D)
+    const T* shift,  // as scale
+    T* y,  // (N, T, D) contiguous
+    float* mean,  // (N, T)
+    float* rstd,  // (N, T)
+    i64 N, i64 frames, i64 D, i64 C,
+    i64 x_n, i64 x_t, i64 scale_n, i64 scale_t, i64 shift_n, i64 shift_t,
+    float eps) {
 #pragma omp parallel if (N * frames * D > PARALLEL)
   {
     Row row(D), scales(D), shifts(D);
@@ -20,11 +29,18 @@ void ada_norm_fwd(const T* x, const T* scale, const T* shift, T* y, float* mean,
   }
 }
 
-// dscale, dshift: (N, chunks, D) fp32, sums over `chunk` frames each.
 template <class T>
-void ada_norm_bwd(const T* dy, const T* x, const T* scale, const float* mean, const float* rstd, T* dx, float* dscale,
-                  float* dshift, i64 N, i64 frames, i64 D, i64 C, i64 chunk, i64 dy_n, i64 dy_t, i64 x_n, i64 x_t,
-                  i64 scale_n, i64 scale_t) {
+void ada_norm_bwd(
+    const T* dy,  // (N, T, D)
+    const T* x,  // (N, T, D)
+    const T* scale,  // (C, D), or (C, T, D)
+    const float* mean,  // (N, T)
+    const float* rstd,  // (N, T)
+    T* dx,  // (N, T, D) contiguous
+    float* dscale,  // (N, chunks, D), sums over `chunk` frames each
+    float* dshift,  // as dscale
+    i64 N, i64 frames, i64 D, i64 C, i64 chunk,
+    i64 dy_n, i64 dy_t, i64 x_n, i64 x_t, i64 scale_n, i64 scale_t) {
   const i64 chunks = (frames + chunk - 1) / chunk;
 #pragma omp parallel if (N * frames * D > PARALLEL)
   {

@@ -1,4 +1,4 @@
-// The cosine of align_loss: see kernels/align_loss.py. z (K, rows, E) are projections of frames first, first + 1, ... of
+// The cosine of align_loss; kernels/align_loss.py has the formula. z are projections of frames first, first + 1, ... of
 // the (N, frames) frames of a batch; row i belongs to clip n = (first + i) / frames.
 #include "common.h"
 
@@ -8,7 +8,7 @@ struct half {
   uint16_t bits;
 };
 
-// The exponent is moved to fp32's by a product, which makes subnormals right too.
+// A product moves the exponent to fp32's, which is right for subnormals too.
 inline float to_float(half value) {
   const uint32_t sign = uint32_t(value.bits & 0x8000) << 16, magnitude = uint32_t(value.bits & 0x7FFF) << 13;
   float result;
@@ -27,7 +27,7 @@ inline const float* as_float(const half* from, float* buffer, i64 size) {
   return buffer;
 }
 
-// Element types of a teacher, in the order of _TEACHERS.
+// A row of the teacher in fp32. `kind` is the place of its dtype in _TEACHERS of kernels/align_loss.py.
 inline const float* teacher_row(const void* teacher, i64 kind, i64 at, float* buffer, i64 E) {
   if (kind == 0) return static_cast<const float*>(teacher) + at;
   if (kind == 1) return as_float(static_cast<const bf16*>(teacher) + at, buffer, E);
@@ -36,7 +36,7 @@ inline const float* teacher_row(const void* teacher, i64 kind, i64 at, float* bu
 
 inline float larger(float a, float b) { return a > b ? a : b; }
 
-// 1 - cos(z, y); with a gradient, z becomes that of scale * (1 - cos) and is added to dbias.
+// Returns 1 - cos(z, y). With `gradient`, z becomes the gradient of scale * (1 - cos) and is added to dbias.
 inline float cosine_row(float* z, const float* y, float scale, float* dbias, i64 E, bool gradient) {
   float dot = 0, zz = 0, yy = 0;
 #pragma omp simd reduction(+ : dot, zz, yy)
@@ -59,11 +59,17 @@ inline float cosine_row(float* z, const float* y, float scale, float* dbias, i64
   return 1 - cosine;
 }
 
-// distance: (K, N frames); coefficient (K, N); dbias: (K, chunks, E), sums over `chunk` rows each.
 template <class T>
-void align_cosine(T* z, const T* bias, const void* teacher, const i64* limits, const float* coefficient,
-                  float* distance, float* dbias, i64 first, i64 rows, i64 N, i64 frames, i64 teacher_n, i64 teacher_t,
-                  i64 K, i64 E, i64 chunk, i64 kind, i64 gradient) {
+void align_cosine(
+    T* z,  // (K, rows, E); becomes its gradient
+    const T* bias,  // (K, E)
+    const void* teacher,  // (N, T, E)
+    const i64* limits,  // (N,), valid frames
+    const float* coefficient,  // (K, N)
+    float* distance,  // (K, N * T)
+    float* dbias,  // (K, chunks, E), sums over `chunk` rows each
+    i64 first, i64 rows, i64 N, i64 frames, i64 teacher_n, i64 teacher_t,
+    i64 K, i64 E, i64 chunk, i64 kind, i64 gradient) {
   const i64 chunks = (rows + chunk - 1) / chunk;
 #pragma omp parallel if (K * rows * E > PARALLEL)
   {

@@ -1,8 +1,8 @@
-// What every CPU operation shares: element types, row buffers, and the names under which functions are exported.
+// Element types, row buffers and exported names of all CPU operations.
 //
-// Each operation's file is compiled three times (AGREPA_ISA = generic, avx2, avx512) and Python picks one at run time.
-// Everything lives in unnamed namespaces and nothing from the C++ library is instantiated: an inline function compiled
-// for AVX-512 must not be the one that the linker keeps for a machine without it.
+// Each operation's file is compiled three times (AGREPA_ISA = generic, avx2, avx512), and Python picks one at run time.
+// Everything lives in unnamed namespaces and nothing from the C++ library is instantiated: otherwise the linker could
+// keep an inline function compiled for AVX-512, which a machine without it would run.
 #pragma once
 #include <stdint.h>
 #include <stdlib.h>
@@ -35,7 +35,7 @@ inline void store(bf16* to, float value) {
   to->bits = uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? quiet : rounded);
 }
 
-// A thread's own fp32 row.
+// An fp32 row that belongs to one thread.
 struct Row {
   float* data;
   explicit Row(i64 size) : data(static_cast<float*>(aligned_alloc(64, (size * sizeof(float) + 63) / 64 * 64 + 64))) {
@@ -46,7 +46,7 @@ struct Row {
   operator float*() { return data; }
 };
 
-// `size` elements at `from` as fp32: where they are, or converted into `buffer`.
+// `size` elements at `from` as fp32: in place, or converted into `buffer`.
 inline const float* as_float(const float* from, float*, i64) { return from; }
 
 inline const float* as_float(const bf16* from, float* buffer, i64 size) {

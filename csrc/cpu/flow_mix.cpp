@@ -1,5 +1,5 @@
-// flow_mix: see kernels/flow_mix.py for formula and shapes. The noise is drawn here: Philox4x32-10, then Box-Muller with
-// polynomials of the Cephes library (S. Moshier), whose loops vectorise.
+// flow_mix: kernels/flow_mix.py has the formula. The noise is Philox4x32-10, then Box-Muller with polynomials of the
+// Cephes library (S. Moshier), whose loops vectorise.
 #include "common.h"
 
 namespace {
@@ -61,7 +61,7 @@ inline float logarithm(float x) {
   return exponent * 0.693359375f + (f + (f * f2 * p - 0.5f * f2 + exponent * -2.12194440e-4f));
 }
 
-// cos and sin of 2 pi u, u in [0, 1): the nearest quarter turn is taken off exactly, in u.
+// cos and sin of 2 pi u, u in [0, 1): the nearest quarter turn is subtracted exactly, in u.
 inline void turn(float u, float* cos, float* sin) {
   const int32_t quarter = int32_t(4 * u + 0.5f);
   const float angle = 6.283185307179586f * (u - 0.25f * float(quarter)), z = angle * angle;
@@ -91,8 +91,14 @@ inline void draw(uint64_t key, uint32_t first, Words* words, float* normals) {
 }
 
 template <class T>
-void flow_mix(const T* x, const float* t, const i64* keys, T* x_t, T* target, i64 C, i64 frames, i64 bins, i64 t_c,
-              i64 t_t, float sigma) {
+void flow_mix(
+    const T* x,  // (C, T, M) contiguous
+    const float* t,  // (C,), or (C, T)
+    const i64* keys,  // (C,)
+    T* x_t,  // (C, T, M) contiguous
+    T* target,  // (C, T, M) contiguous
+    i64 C, i64 frames, i64 bins, i64 t_c, i64 t_t,
+    float sigma) {
   const i64 elements = frames * bins, tiles = (elements + 4 * COUNTERS - 1) / (4 * COUNTERS);
 #pragma omp parallel if (C * elements > PARALLEL)
   {

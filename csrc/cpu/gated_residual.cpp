@@ -1,15 +1,27 @@
-// gated_residual: see kernels/gated_residual.py for formula and shapes. Null pointers stand for what is absent; strides
-// are in elements, _n over rows (conditions for modulations), _t over frames.
+// gated_residual: kernels/gated_residual.py has the formula. Absent tensors are null. Strides are in elements: _n over
+// rows (conditions for modulations), _t over frames.
 #include "norm.h"
 
 namespace {
 
-// sums: (N, chunks, D) fp32, valid frames of h' summed over `chunk` frames each.
 template <class T>
-void gated_residual_fwd(const T* h, const T* f, const T* gate, const float* m, const T* scale, const T* shift,
-                        const i64* lengths, T* out, T* y, float* sums, float* mean, float* rstd, i64 N, i64 frames,
-                        i64 D, i64 C, i64 length_count, i64 chunk, i64 h_n, i64 h_t, i64 f_n, i64 f_t, i64 gate_n,
-                        i64 gate_t, i64 scale_n, i64 scale_t, i64 shift_n, i64 shift_t, float eps) {
+void gated_residual_fwd(
+    const T* h,  // (N, T, D)
+    const T* f,  // (N, T, D)
+    const T* gate,  // (C, D), or (C, T, D)
+    const float* m,  // (N,), or null: 1
+    const T* scale,  // as gate, null without norm
+    const T* shift,  // as scale
+    const i64* lengths,  // (length_count,), or null: all frames are valid
+    T* out,  // h', (N, T, D) contiguous
+    T* y,  // (N, T, D) contiguous, or null: no norm
+    float* sums,  // (N, chunks, D), sums of valid h' over `chunk` frames each, or null: no time-sum
+    float* mean,  // (N, T)
+    float* rstd,  // (N, T)
+    i64 N, i64 frames, i64 D, i64 C, i64 length_count, i64 chunk,
+    i64 h_n, i64 h_t, i64 f_n, i64 f_t, i64 gate_n, i64 gate_t,
+    i64 scale_n, i64 scale_t, i64 shift_n, i64 shift_t,
+    float eps) {
   const i64 chunks = (frames + chunk - 1) / chunk;
 #pragma omp parallel if (N * frames * D > PARALLEL)
   {
@@ -24,7 +36,7 @@ void gated_residual_fwd(const T* h, const T* f, const T* gate, const float* m, c
         const i64 i = n * frames + t;
         T* stored = out + i * D;
         const T* h_in = h + n * h_n + t * h_t;
-        if (row_gate == 0) {  // h itself, whatever f holds
+        if (row_gate == 0) {  // h bit for bit, even if f is not finite
           __builtin_memcpy(stored, h_in, D * sizeof(T));
         } else {
           const float *in = as_float(h_in, h_row, D), *branch = as_float(f + n * f_n + t * f_t, f_row, D);
@@ -49,13 +61,27 @@ void gated_residual_fwd(const T* h, const T* f, const T* gate, const float* m, c
   }
 }
 
-// dgate (before m), dscale, dshift: (N, chunks, D) fp32, sums over `chunk` frames each; dy null: no norm; dh null: it is dout.
 template <class T>
-void gated_residual_bwd(const T* dout, const T* dy, const float* dsum, const T* f, const T* out, const T* gate,
-                        const float* m, const T* scale, const i64* lengths, const float* mean, const float* rstd, T* dh,
-                        T* df, float* dgate, float* dscale, float* dshift, i64 N, i64 frames, i64 D, i64 C,
-                        i64 length_count, i64 chunk, i64 dout_n, i64 dout_t, i64 dy_n, i64 dy_t, i64 f_n, i64 f_t,
-                        i64 gate_n, i64 gate_t, i64 scale_n, i64 scale_t) {
+void gated_residual_bwd(
+    const T* dout,  // of h', (N, T, D), or null
+    const T* dy,  // (N, T, D), or null: no norm
+    const float* dsum,  // (N, D), or null
+    const T* f,  // (N, T, D)
+    const T* out,  // h', (N, T, D) contiguous, null without dy
+    const T* gate,  // (C, D), or (C, T, D)
+    const float* m,  // (N,), or null: 1
+    const T* scale,  // as gate, null without dy
+    const i64* lengths,  // (length_count,), or null: all frames are valid
+    const float* mean,  // (N, T), null without dy
+    const float* rstd,  // as mean
+    T* dh,  // (N, T, D) contiguous, or null: it is dout
+    T* df,  // (N, T, D) contiguous
+    float* dgate,  // (N, chunks, D), before m: sums over `chunk` frames each
+    float* dscale,  // as dgate, null without dy
+    float* dshift,  // as dscale
+    i64 N, i64 frames, i64 D, i64 C, i64 length_count, i64 chunk,
+    i64 dout_n, i64 dout_t, i64 dy_n, i64 dy_t, i64 f_n, i64 f_t,
+    i64 gate_n, i64 gate_t, i64 scale_n, i64 scale_t) {
   const i64 chunks = (frames + chunk - 1) / chunk;
 #pragma omp parallel if (N * frames * D > PARALLEL)
   {

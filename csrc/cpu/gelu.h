@@ -1,12 +1,12 @@
-// GELU of one element and its derivative, exact (erf) and tanh, in fp32. No calls and no branches, so that loops over a
-// row vectorise; every function is within about 1 ulp of its value, or of 1 where it is a part of one.
+// GELU of one element and its derivative, exact (erf) and tanh, in fp32. Without calls and branches, loops over a row
+// vectorise. Every function is accurate to about 1 ulp of its value, or of 1 if it is a term of a sum with 1.
 #pragma once
 #include "common.h"
 
 namespace {
 
-// a where the sign bit of `test` is set, else b. Made of bits: compilers turn conditionals into branches, and such
-// loops vectorise with AVX-512 only.
+// a if the sign bit of `test` is set, else b, by bit operations: compilers turn conditionals into branches, and loops with
+// branches vectorise with AVX-512 only.
 inline float where_negative(float test, float a, float b) {
   uint32_t t, x, y;
   __builtin_memcpy(&t, &test, 4);
@@ -18,12 +18,12 @@ inline float where_negative(float test, float a, float b) {
   return result;
 }
 
-// Where exp(+-x) is a normal number: x, at most 87.
+// x, at most 87: exp(+-87) is a normal number.
 inline float capped(float x) { return where_negative(87 - x, 87, x); }
 
 // exp(x) for |x| <= 87: x = n ln2 + r, a polynomial in r (Cephes), times 2^n by its exponent bits.
 inline float exponential(float x) {
-  const float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
+  const float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
   const float shifted = x * 1.44269504f + MAGIC;
   const float n = shifted - MAGIC;
   const float r = x - n * 0.693359375f + n * 2.12194440e-4f;

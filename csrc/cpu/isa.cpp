@@ -27,7 +27,7 @@ bool has(unsigned word, unsigned bits) { return (word & bits) == bits; }
 
 }  // namespace
 
-// The instruction set of a machine with these four words of features; apart from agrepa_isa so that tests can mask bits.
+// The instruction set of a machine with these four words of features. Tests mask single bits.
 EXPORTED int agrepa_isa_of(unsigned leaf1, unsigned leaf7, unsigned extended, unsigned saved) {
   if (!has(leaf1, V3_LEAF1) || !has(leaf7, V3_LEAF7) || !has(extended, V3_EXTENDED) || !has(saved, V3_SAVED)) return 0;
   return has(leaf7, V4_LEAF7) && has(saved, V4_SAVED) ? 2 : 1;

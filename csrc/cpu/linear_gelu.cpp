@@ -1,5 +1,4 @@
-// The elementwise passes of linear_gelu: see kernels/linear_gelu.py. z holds groups of M rows of E elements, one bias
-// (E,) a group; a null bias is zero.
+// The elementwise passes of linear_gelu; kernels/linear_gelu.py has the formula. All tensors are contiguous.
 #include "gelu.h"
 
 namespace {
@@ -33,7 +32,11 @@ inline void slope_row(const float* dy, float* z, float* dbias, i64 E) {
 }
 
 template <class T>
-void gelu_fwd(const T* z, const T* bias, T* y, i64 groups, i64 M, i64 E, i64 tanh) {
+void gelu_fwd(
+    const T* z,  // (groups, M, E)
+    const T* bias,  // (groups, E), or null: 0
+    T* y,  // (groups, M, E); may be z
+    i64 groups, i64 M, i64 E, i64 tanh) {
 #pragma omp parallel if (groups * M * E > PARALLEL)
   {
     Row row(E);
@@ -48,10 +51,14 @@ void gelu_fwd(const T* z, const T* bias, T* y, i64 groups, i64 M, i64 E, i64 tan
   }
 }
 
-// dbias: (groups, chunks, E) fp32, sums over `chunk` rows each. dz may be dy.
 template <class T>
-void gelu_bwd(const T* dy, const T* z, const T* bias, T* dz, float* dbias, i64 groups, i64 M, i64 E, i64 chunk,
-              i64 tanh) {
+void gelu_bwd(
+    const T* dy,  // (groups, M, E)
+    const T* z,  // (groups, M, E)
+    const T* bias,  // (groups, E), or null: 0
+    T* dz,  // (groups, M, E); may be dy
+    float* dbias,  // (groups, chunks, E), sums over `chunk` rows each
+    i64 groups, i64 M, i64 E, i64 chunk, i64 tanh) {
   const i64 chunks = (M + chunk - 1) / chunk;
 #pragma omp parallel if (groups * M * E > PARALLEL)
   {

@@ -1,4 +1,4 @@
-// Layer norm of one row and its gradient, in fp32. x, dy ... are rows of D elements.
+// Layer norm of one row of D elements and its gradient, in fp32.
 #pragma once
 #include "common.h"
 
@@ -6,7 +6,7 @@ namespace {
 
 // Two passes over a row that stays in cache: no cancellation.
 inline void row_statistics(const float* x, i64 D, float eps, float* mean, float* rstd) {
-  constexpr i64 LANES = 32;  // sums of few terms each, on every instruction set: fp32 keeps them accurate
+  constexpr i64 LANES = 32;  // partial sums of few terms, on every instruction set, keep fp32 accurate
   float sums[LANES] = {}, squares[LANES] = {};
   const i64 whole = D / LANES * LANES;
   for (i64 d = 0; d < whole; d += LANES)

@@ -1,5 +1,5 @@
-// qk_norm_rope: see kernels/qk_norm_rope.py for formula and shapes. Strides are in elements: _n over rows, _h over
-// heads, _t over frames. cos and sin are null without rotary positions, the weights without a norm.
+// qk_norm_rope: kernels/qk_norm_rope.py has the formula. Strides are in elements: _n over rows, _h over heads, _t over
+// frames.
 #include "common.h"
 
 namespace {
@@ -11,7 +11,7 @@ inline float inverse_rms(const float* x, i64 E, float eps) {
   return 1.0f / __builtin_sqrtf(squares / E + eps);
 }
 
-// Turns the pairs of a head in place; `direction` -1 turns back.
+// Rotates the pairs of a head in place; `direction` -1 rotates back.
 inline void rotate(float* x, const float* cos, const float* sin, float direction, i64 E, bool interleaved) {
   const i64 half = E / 2;
   if (interleaved) {
@@ -32,9 +32,16 @@ inline void rotate(float* x, const float* cos, const float* sin, float direction
 }
 
 template <class T>
-void qk_norm_rope_fwd(const T* qkv, const float* cos, const float* sin, const float* q_weight, const float* k_weight,
-                      T* q, T* k, i64 N, i64 frames, i64 H, i64 E, i64 rotary, i64 interleaved, i64 x_n, i64 x_t,
-                      float eps) {
+void qk_norm_rope_fwd(
+    const T* qkv,  // (N, T, 3 D)
+    const float* cos,  // (T, E / 2), or null: no rotation
+    const float* sin,  // as cos
+    const float* q_weight,  // (E,), or null: no norm
+    const float* k_weight,  // as q_weight
+    T* q,  // (N, T, H, E) contiguous
+    T* k,  // (N, T, H, E) contiguous
+    i64 N, i64 frames, i64 H, i64 E, i64 rotary, i64 interleaved, i64 x_n, i64 x_t,
+    float eps) {
   const i64 D = H * E;
 #pragma omp parallel if (N * frames * D > PARALLEL)
   {
@@ -79,12 +86,22 @@ inline void norm_head_backward(float* dy, const float* x, const float* weight, f
   for (i64 e = 0; e < E; ++e) dy[e] = (dy[e] * weight[e] - x[e] * rrms * mean) * rrms;
 }
 
-// dqkv is contiguous; dweight: (N * chunks, 2, E) fp32, sums over `chunk` frames each, untouched without a norm.
 template <class T>
-void qk_norm_rope_bwd(const T* dq, const T* dk, const T* dv, const T* qkv, const float* cos, const float* sin,
-                      const float* q_weight, const float* k_weight, T* dqkv, float* dweight, i64 N, i64 frames, i64 H,
-                      i64 E, i64 rotary, i64 interleaved, i64 chunk, i64 dq_n, i64 dq_h, i64 dq_t, i64 dk_n, i64 dk_h,
-                      i64 dk_t, i64 dv_n, i64 dv_h, i64 dv_t, i64 x_n, i64 x_t, float eps) {
+void qk_norm_rope_bwd(
+    const T* dq,  // (N, H, T, E)
+    const T* dk,  // (N, H, T, E)
+    const T* dv,  // (N, H, T, E)
+    const T* qkv,  // (N, T, 3 D), or null: no norm
+    const float* cos,  // (T, E / 2), or null: no rotation
+    const float* sin,  // as cos
+    const float* q_weight,  // (E,), or null: no norm
+    const float* k_weight,  // as q_weight
+    T* dqkv,  // (N, T, 3 D) contiguous
+    float* dweight,  // (N * chunks, 2, E), sums over `chunk` frames each; not written without norm
+    i64 N, i64 frames, i64 H, i64 E, i64 rotary, i64 interleaved, i64 chunk,
+    i64 dq_n, i64 dq_h, i64 dq_t, i64 dk_n, i64 dk_h, i64 dk_t, i64 dv_n, i64 dv_h, i64 dv_t,
+    i64 x_n, i64 x_t,
+    float eps) {
   const i64 D = H * E, chunks = (frames + chunk - 1) / chunk;
 #pragma omp parallel if (N * frames * D > PARALLEL)
   {

@@ -1,13 +1,16 @@
-// velocity_change: see kernels/velocity_change.py for formula and shapes. Strides are in elements: _v over variants, _c
-// over clips. lengths is null where every frame counts.
+// velocity_change: kernels/velocity_change.py has the formula. Strides are in elements: _v over variants, _c over
+// clips.
 #include "common.h"
 
 namespace {
 
-// squares (V + 1, C, pieces): sums over `piece` elements of a clip, of the base first, then of each variant minus it.
 template <class T>
-void velocity_change(const T* variants, const T* base, const i64* lengths, float* squares, i64 V, i64 C, i64 frames,
-                     i64 bins, i64 piece, i64 variants_v, i64 variants_c, i64 base_c) {
+void velocity_change(
+    const T* variants,  // (V, C, T, M), clips contiguous
+    const T* base,  // (C, T, M), clips contiguous
+    const i64* lengths,  // (C,), or null: all frames are valid
+    float* squares,  // (V + 1, C, pieces), sums over `piece` elements of the base, then of each variant minus it
+    i64 V, i64 C, i64 frames, i64 bins, i64 piece, i64 variants_v, i64 variants_c, i64 base_c) {
   const i64 pieces = (frames * bins + piece - 1) / piece;
 #pragma omp parallel if (V * C * frames * bins > PARALLEL)
   {
