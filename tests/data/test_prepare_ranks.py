@@ -1,15 +1,18 @@
 """agrepa prepare on several ranks: the same bytes as on one, whatever ends a run on the way, and on however many ranks
 it goes on. Ranks are processes where one is killed or a launcher starts them, and threads elsewhere."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+from agrepa_fast.cli import main
 from agrepa_fast.corpora.folder import folder_recordings
 from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
@@ -20,29 +23,29 @@ from agrepa_fast.prepare.teacher_pass import BATCH
 from agrepa_fast.ranks import Ranks
 from agrepa_fast.teachers.whisper import WhisperTeacher
 
-from ..ranks import ROOT, start_ranks
+from ..ranks import ROOT, fork_ranks
 from .test_prepare import contents, settings, write_bad, write_corpus
 
 OVERRIDES = ("data.bucket_seconds=[1.0,1.1,1.8]", "data.teacher_rate=10", "data.shard_clips=4")
 CLIPS = 24
 
-# One rank of the command; an environment variable says after how many files (renamed into place) it is to end, and how.
-RANK = """
-import errno, os, signal, sys
-from pathlib import Path
-from agrepa_fast.cli import main
-left, replace = int(os.environ.get(f"FILES_{os.environ.get('RANK', '0')}", "0")), Path.replace
-def count(self, target):
-    global left
-    left -= 1
-    if left == 0 and os.environ["END"] == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if left == 0:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-    return replace(self, target)
-Path.replace = count
-main(sys.argv[1:])
-"""
+
+def prepare_until(arguments: list[str], end: str, files: dict[int, int]) -> None:
+    """One rank of the command. files: how many files a rank renames into place before it ends, by `end`: "kill" or
+    "full"."""
+    left, replace = files.get(int(os.environ["RANK"]), 0), Path.replace
+
+    def count(self, target):
+        nonlocal left
+        left -= 1
+        if left == 0 and end == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if left == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        return replace(self, target)
+
+    Path.replace = count
+    main(arguments)
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +63,12 @@ def single(whisper, corpus, tmp_path_factory):
 @pytest.fixture
 def command(whisper, corpus, tmp_path):
     """Start `agrepa prepare folder` into tmp_path/out on some ranks; (exit code, output) of each."""
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
     overrides = [f"data.speech_teacher={whisper}", "data.codebook=8", *OVERRIDES]
+    arguments = ["prepare", "folder", str(corpus), "--domain", "speech", "--out", str(tmp_path / "out"), *overrides]
 
-    def run(ranks, end="", **files):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("END", end)
-            for rank, count in files.items():
-                patch.setenv(f"FILES_{rank[1:]}", str(count))
-            arguments = ["prepare", "folder", str(corpus), "--domain", "speech", "--out", str(tmp_path / "out")]
-            processes = start_ranks(ranks, script, *arguments, *overrides, cwd=tmp_path)
-            outputs = [process.communicate(timeout=240)[0] for process in processes]
-        return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+    def run(ranks, end="", files=()):
+        ended = fork_ranks(ranks, prepare_until, arguments, end, dict(files))
+        return [(rank.code, rank.output) for rank in ended]
 
     return run
 
@@ -174,7 +170,7 @@ def test_shards_of_other_settings_are_never_taken_for_these(single, whisper, cor
 def test_interrupted_on_changing_numbers_of_ranks(command, single, whisper, corpus, tmp_path):
     out, work = tmp_path / "out", tmp_path / "out" / ".work"
     # Rank 1 of 2 finds the disk full at its 6th mel, and rank 0 has 12 to make: both end, in one line.
-    (code_0, said_0), (code_1, said_1) = command(2, "full", r1=6)
+    (code_0, said_0), (code_1, said_1) = command(2, "full", {1: 6})
     assert (code_0, code_1) == (2, 2)
     lines = [line for said in (said_0, said_1) for line in said.splitlines() if line.startswith("agrepa prepare:")]
     assert len(lines) == 1
@@ -185,7 +181,7 @@ def test_interrupted_on_changing_numbers_of_ranks(command, single, whisper, corp
     # Rank 0, to which every other recording belongs, is killed after its last mel and two clips' teacher frames; rank 1
     # does not wait for it.
     own = [place for place in places_of_mels(corpus, work) if place % 2 == 0]
-    (code_0, _), (code_1, said_1) = command(2, "kill", r0=CLIPS // 2 - len(own) + 3)
+    (code_0, _), (code_1, said_1) = command(2, "kill", {0: CLIPS // 2 - len(own) + 3})
     assert (code_0, code_1) == (-signal.SIGKILL, 2)
     assert "agrepa prepare: another rank has ended without a word" in said_1
     assert "Traceback" not in said_1
@@ -203,6 +199,15 @@ def test_interrupted_on_changing_numbers_of_ranks(command, single, whisper, corp
     assert index.content == single.content
 
 
+def test_two_ranks_write_the_same_bytes_through_gloo(command, single, tmp_path):
+    (code_0, said_0), (code_1, _) = command(2)
+    assert (code_0, code_1) == (0, 0), said_0
+    assert contents(tmp_path / "out") == contents(single.folder)
+    assert "speech: decode: 24 clips" in said_0
+    assert "on 2 ranks" in said_0
+
+
+@pytest.mark.drill
 def test_launched_by_torchrun(single, whisper, corpus, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     prepare = ["-m", "agrepa_fast.cli", "prepare", "folder", str(corpus), "--domain", "speech", "--out", "out"]
