@@ -5,8 +5,8 @@
 
 namespace {
 
-// a if the sign bit of `test` is set, else b, by bit operations: compilers turn conditionals into branches, and loops with
-// branches vectorise with AVX-512 only.
+// a if the sign bit of `test` is set, else b, by bit operations: compilers turn conditionals into branches, and loops
+// with branches vectorise with AVX-512 only.
 inline float where_negative(float test, float a, float b) {
   uint32_t t, x, y;
   __builtin_memcpy(&t, &test, 4);
