@@ -286,7 +286,8 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from .checkpoints.weights import export, resolve_checkpoint, step_of
+    from .checkpoints.find import resolve_checkpoint, step_of
+    from .checkpoints.weights import export
 
     path = resolve_checkpoint(args.checkpoint)
     export(path, args.out, live=args.live)

@@ -22,14 +22,10 @@ import torch.distributed as dist
 from agrepa_fast.alignment.aligner import Aligner
 from agrepa_fast.attribution.csv import drop_later_probes
 from agrepa_fast.audio.vocoder import load_vocoder
+from agrepa_fast.checkpoints.find import find_checkpoint, resolve_checkpoint
+from agrepa_fast.checkpoints.load import load_checkpoint
 from agrepa_fast.checkpoints.save import Checkpoints
-from agrepa_fast.checkpoints.weights import (
-    find_checkpoint,
-    load_projections,
-    load_weights,
-    resolve_checkpoint,
-    weights_file,
-)
+from agrepa_fast.checkpoints.weights import load_projections, load_weights, weights_file
 from agrepa_fast.config import Config
 from agrepa_fast.config_file import load_config, save_config
 from agrepa_fast.data.index import Index
@@ -186,10 +182,10 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     own_folder = folder if rank == 0 else None
     choice = LayerChoice(config, engine.module, aligner, probe_clips, stored_clips, metrics.say, own_folder)
     checkpoints = Checkpoints(folder / "checkpoints", rank, world, config, index, metrics.say)
-    checkpoints.clean()
+    checkpoints.remove_interrupted()
     first = 0
     if resume is not None:
-        first = checkpoints.load(find_checkpoint(folder, resume), engine, ema, choice)
+        first = load_checkpoint(find_checkpoint(folder, resume), checkpoints, engine, ema, choice)
         if rank == 0:
             drop_later_probes(folder / "attribution.csv", first)
     else:
@@ -227,7 +223,7 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
             if saves:
                 with run.timed("checkpoint"):
                     run.guard.check_weights(done)
-                    checkpoints.save(engine, ema, choice, done, must=done == steps or stops)
+                    checkpoints.save(engine, ema, choice, done, must_succeed=done == steps or stops)
             if stops:
                 break
     batches.close()

@@ -1,4 +1,4 @@
-"""A copy of a run's checkpoints elsewhere, made in the background: another disk, or an object store through fsspec."""
+"""A copy of a run's checkpoints, made in the background on another disk or in an object store (fsspec)."""
 
 import json
 import os
@@ -8,17 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError
-from .weights import MARKER, NAMES, checkpoints
+from .find import MARKER, POINTERS, complete_checkpoints
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "attribution.csv", "selection.json")  # what a resume reads beside
+RUN_FILES = ("config.yaml", "metrics.jsonl", "attribution.csv", "selection.json")  # read by a resume beside the checkpoints
 
 
 class Mirror:
-    """Makes `to` hold what the run's folder holds, whenever `update` is called.
+    """Copies the run's checkpoints to `to` at every `update`, and removes there those that the run has removed.
 
-    The newest checkpoint goes first. Its marker is written last, in one piece, so a copy is complete or none, as the
-    checkpoints themselves are; what the run has dropped is dropped there after that. A failure is said and tried again
-    on the next update; a call while a copy is under way makes one more round after it.
+    The newest checkpoint goes first. Its marker goes last and in one piece, so a copy is complete or no checkpoint at
+    all. After a failure `say` is told, and the next update tries again. An update while a copy is under way starts
+    another round after it.
     """
 
     def __init__(self, run: Path, to: str, run_id: str | None, say: Callable[[str], object]):
@@ -30,12 +30,13 @@ class Mirror:
             raise UserError(f"train.copy_to={to}: {error}") from error
         self.run, self.root, self.to, self.say = run, root.rstrip("/"), to, say
         self._refuse_another_run(run_id)
-        self.copying: str | None = None  # the tag that must not be dropped now
+        self.copying: str | None = None  # the tag that the run must not remove now
         self._lock, self._changed = threading.Lock(), False
-        self._thread: threading.Thread | None = None  # None when nothing is under way
+        self._thread: threading.Thread | None = None  # None while nothing is copied
 
     def _refuse_another_run(self, run_id: str | None) -> None:
-        """Its copies would be dropped, since this run does not hold them: the ones that a lost disk is replaced by."""
+        """Raise UserError if `to` holds checkpoints of another run: this one would remove them, and they may replace a
+        lost disk."""
         try:
             for tag in self._complete():
                 copied = json.loads(self.fs.cat_file(f"{self.root}/checkpoints/{tag}/{MARKER}"))["run"]
@@ -45,7 +46,7 @@ class Mirror:
             raise UserError(f"train.copy_to={self.to} cannot be read ({error})") from error
 
     def update(self) -> None:
-        """Copy what is not there yet, in the background."""
+        """Start to copy the checkpoints and files that are not there yet, and return."""
         with self._lock:
             self._changed = True
             if self._thread is None:
@@ -59,7 +60,7 @@ class Mirror:
             thread.join()
 
     def _work(self) -> None:
-        if sys.platform == "linux":  # there, of this thread alone
+        if sys.platform == "linux":  # elsewhere it would lower the priority of the whole process
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         while True:
             with self._lock:
@@ -69,24 +70,24 @@ class Mirror:
                 self._changed = False
             try:
                 self._round()
-            except Exception as error:  # a file system's own errors are many; training must not end for any of them
+            except Exception as error:  # every file system has errors of its own, and training goes on after all of them
                 self.say(f"the copy to {self.to} failed ({error}): tried again at the next save")
             self.copying = None
 
     def _round(self) -> None:
-        here = checkpoints(self.run / "checkpoints")
-        there = self._complete()
-        for path in reversed(here):
-            if path.name not in there:
+        saved = complete_checkpoints(self.run / "checkpoints")
+        copied = self._complete()
+        for path in reversed(saved):
+            if path.name not in copied:
                 self._copy(path)
         for name in RUN_FILES:
             if (self.run / name).is_file():
                 self._put(self.run / name, name)
-        for name in NAMES:
+        for name in POINTERS:
             if (self.run / "checkpoints" / name).is_file():
                 self._put(self.run / "checkpoints" / name, f"checkpoints/{name}")
-        for tag in self._tags() - {path.name for path in checkpoints(self.run / "checkpoints")}:
-            self._drop(tag)
+        for tag in self._tags() - {path.name for path in complete_checkpoints(self.run / "checkpoints")}:
+            self._remove(tag)
 
     def _copy(self, path: Path) -> None:
         self.copying = path.name
@@ -97,7 +98,7 @@ class Mirror:
             self._put(path / MARKER, f"checkpoints/{path.name}/{MARKER}")
         except FileNotFoundError:
             if path.is_dir():
-                raise  # else the run has dropped it, and the next round drops what was copied
+                raise  # else the run has removed it: the next round removes the part that was copied
 
     def _put(self, file: Path, name: str) -> None:
         target = f"{self.root}/{name}"
@@ -114,7 +115,7 @@ class Mirror:
     def _complete(self) -> set[str]:
         return {tag for tag in self._tags() if self.fs.isfile(f"{self.root}/checkpoints/{tag}/{MARKER}")}
 
-    def _drop(self, tag: str) -> None:
+    def _remove(self, tag: str) -> None:
         folder = f"{self.root}/checkpoints/{tag}"
         if self.fs.isfile(f"{folder}/{MARKER}"):
             self.fs.rm_file(f"{folder}/{MARKER}")

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..checkpoints.weights import load_model, resolve_checkpoint
+from ..checkpoints.find import resolve_checkpoint
+from ..checkpoints.weights import load_model
 from ..config import Config
 from ..config_file import load_config
 from ..data.index import Index

@@ -10,7 +10,8 @@ from ..attribution.blocks import find_blocks
 from ..attribution.csv import append_csv
 from ..attribution.scores import LayerScores
 from ..attribution.selection import LayerSelection, select_as
-from ..checkpoints.weights import load_projections, step_of
+from ..checkpoints.find import step_of
+from ..checkpoints.weights import load_projections
 from ..errors import UserError
 from ..probing.probe import measure_model
 from .opened import open_checkpoint

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from agrepa_fast.audio.waves import import_torchaudio
-from agrepa_fast.checkpoints.weights import find_checkpoint
+from agrepa_fast.checkpoints.find import find_checkpoint
 from agrepa_fast.cli import main
 from agrepa_fast.config import TrainConfig
 from agrepa_fast.config_file import load_config

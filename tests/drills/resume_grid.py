@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from agrepa_fast.checkpoints.weights import find_checkpoint
+from agrepa_fast.checkpoints.find import find_checkpoint
 
 from ..ranks import run_training
 from ..testing import write_small_shards

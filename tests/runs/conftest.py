@@ -54,7 +54,7 @@ def made(preset, tmp_path, monkeypatch):
         config = Config()
         config = replace(config, train=replace(config.train, **train), run=replace(config.run, id="this"))
         ours = checkpoint.Checkpoints(tmp_path / "checkpoints", 0, 1, config, index, said.append)
-        return ours, lambda step, must=False: ours.save(engine, ema, choice, step, must=must)
+        return ours, lambda step, **more: ours.save(engine, ema, choice, step, **{"must_succeed": False} | more)
 
     make.said = said
     return make

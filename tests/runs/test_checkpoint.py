@@ -12,7 +12,9 @@ import torch
 
 from agrepa_fast import config_file
 from agrepa_fast.checkpoints import save as checkpoint
-from agrepa_fast.checkpoints.weights import damage, find_checkpoint, resolve_checkpoint
+from agrepa_fast.checkpoints.find import damage, find_checkpoint, resolve_checkpoint
+from agrepa_fast.checkpoints.load import load_checkpoint
+from agrepa_fast.checkpoints.shard_facts import shard_hash
 from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
 from agrepa_fast.files import write_atomically
@@ -40,7 +42,7 @@ def test_a_checkpoint_is_complete_last_of_all_and_the_newest_stay(made, tmp_path
     (ours.folder / "step00000009").mkdir()  # an interrupted save
     with pytest.raises(UserError, match="no checkpoint 'step00000009'"):
         find_checkpoint(tmp_path, "step00000009")
-    ours.clean()
+    ours.remove_interrupted()
     assert not (ours.folder / "step00000009").exists()
 
 
@@ -76,7 +78,7 @@ def test_what_somebody_put_beside_the_checkpoints_stays(made, tmp_path):
     ours.score = 2.0
     for step in (2, 3, 4):
         assert save(step)
-    ours.clean()
+    ours.remove_interrupted()
     kept = {"keep", "step00000001-keep", "step00000009", "notes", "step00000001", "step00000004"}
     assert {path.name for path in ours.folder.iterdir() if path.is_dir()} == kept
     assert damage(elsewhere) is None
@@ -143,7 +145,7 @@ def test_a_disk_that_is_full_at_any_file_leaves_the_older_checkpoint(made, tmp_p
     assert names(ours.folder) == {"step00000002"}
     monkeypatch.setattr(torch, "save", full(torch.save, lambda args: Path(args[1]), iter([victim])))
     with pytest.raises(UserError, match="make room, then --resume latest"):
-        save(3, must=True)
+        save(3, must_succeed=True)
 
 
 def test_a_kill_at_any_file_of_a_save_leaves_a_run_to_resume(saved, made, tmp_path):
@@ -162,7 +164,7 @@ def test_a_kill_at_any_file_of_a_save_leaves_a_run_to_resume(saved, made, tmp_pa
         (part / name).write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
         (ours.folder / "latest").write_text("step00000003")
         assert find_checkpoint(tmp_path, "latest").name == "step00000003"
-        ours.clean()
+        ours.remove_interrupted()
         assert names(ours.folder) == {"step00000003"}
         shutil.rmtree(ours.folder)
 
@@ -185,9 +187,9 @@ def test_a_teacher_that_is_added_to_the_shards_is_no_change_of_the_run(preset):
     index = load_index(preset.parent)
     content = json.loads(json.dumps(index.content))
     content["domains"]["speech"]["teachers"]["later"] = {"spec": "other", "dim": 2, "rate": None, "files": None}
-    assert checkpoint._identity(replace(index, content=content)) == checkpoint._identity(index)
+    assert shard_hash(replace(index, content=content)) == shard_hash(index)
     content["domains"]["speech"]["teachers"]["teacher_speech"]["mean"][0] += 1
-    assert checkpoint._identity(replace(index, content=content)) != checkpoint._identity(index)
+    assert shard_hash(replace(index, content=content)) != shard_hash(index)
 
 
 def test_a_checkpoint_of_another_run_is_refused(saved, made):
@@ -195,4 +197,4 @@ def test_a_checkpoint_of_another_run_is_refused(saved, made):
     foreign = ours.folder / "step00000003"
     shutil.copytree(saved / "checkpoints" / foreign.name, foreign)
     with pytest.raises(UserError, match=r"another run.*train\.start_from="):
-        ours.load(foreign, None, None, None)
+        load_checkpoint(foreign, ours, None, None, None)

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from agrepa_fast import UserError, load_model
-from agrepa_fast.checkpoints.weights import resolve_checkpoint, weights_file
+from agrepa_fast.checkpoints.find import resolve_checkpoint
+from agrepa_fast.checkpoints.weights import weights_file
 from agrepa_fast.cli import main
 
 from ..ranks import ROOT, run_training

@@ -110,9 +110,9 @@ def save_on_a_full_disk(folder: Path, shards: Path) -> None:
     choice = SimpleNamespace(
         state_dict=dict, aligner=SimpleNamespace(selection=None, export=lambda: {"bitc": torch.ones(1)})
     )
-    assert ours.save(engine, Ema(engine, 0.9), choice, 1, must=False)
+    assert ours.save(engine, Ema(engine, 0.9), choice, 1, must_succeed=False)
     checkpoint.save_file = fails
-    assert not ours.save(engine, Ema(engine, 0.9), choice, 2, must=False)
+    assert not ours.save(engine, Ema(engine, 0.9), choice, 2, must_succeed=False)
     assert "No space left" in said[0]
     dist.barrier()
     assert {path.name for path in folder.glob("step*")} == {"step00000001"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from agrepa_fast.checkpoints.weights import damage
+from agrepa_fast.checkpoints.find import damage
 from agrepa_fast.errors import UserError
 
 

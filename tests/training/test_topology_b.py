@@ -201,7 +201,8 @@ def test_a_run_trains_is_probed_and_sampled(preset, tmp_path, no_pictures):
     run = tmp_path / "run"
     saved = load_config(run / "config.yaml")
     assert (saved.model.extra_vocab, saved.data.extra_codebook) == (EXTRA_CODES, EXTRA_CODES)
-    from agrepa_fast.checkpoints.weights import load_model, resolve_checkpoint
+    from agrepa_fast.checkpoints.find import resolve_checkpoint
+    from agrepa_fast.checkpoints.weights import load_model
 
     model, _ = load_model(resolve_checkpoint(run), live=True)
     start = AudioDiT(saved.model)

@@ -1,0 +1,24 @@
+"""The random state of a rank. Only dropout draws from it: everything else is drawn by keys (seeds.py)."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """Return the state of torch's generators on this rank."""
+    state = {"cpu_rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(file: Path, seed: int) -> None:
+    """Restore the state that this rank saved to `file`; start from `seed` if the save had no such rank."""
+    torch.manual_seed(seed)
+    if file.is_file():
+        state = load_file(file)
+        torch.set_rng_state(state["cpu_rng"])
+        if torch.cuda.is_available() and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"])
