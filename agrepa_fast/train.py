@@ -50,6 +50,7 @@ from agrepa_fast.training.run import Run
 from agrepa_fast.training.stop import StopRequest
 from agrepa_fast.zero.construction import gathered, new_model
 from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config, zero_stage
+from agrepa_fast.zero.ds_sections import adopt_sections
 from agrepa_fast.zero.ema import Ema
 from agrepa_fast.zero.engine import build_engine
 from agrepa_fast.zero.process_group import join_process_group, set_collective_timeout
@@ -245,7 +246,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     try:
         config = choose_config(args)
-        train(config, find_ds_config(args.ds_config), args.resume)
+        ds_values, settings, lines = adopt_sections(find_ds_config(args.ds_config), config.train, args.overrides)
+        if os.environ.get("RANK", "0") == "0":
+            for line in lines:
+                print(line)
+        train(replace(config, train=settings), ds_values, args.resume)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):
             print(f"agrepa train: {error}", file=sys.stderr)

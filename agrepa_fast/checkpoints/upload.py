@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import UserError
 from .find import MARKER, POINTERS, complete_checkpoints
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "attribution.csv", "selection.json")  # read by a resume beside the checkpoints
+RUN_FILES = ("config.yaml", "metrics.jsonl", "attribution.csv", "selection.json")  # a resume reads them, too
 
 
 class Mirror:
@@ -70,7 +70,7 @@ class Mirror:
                 self._changed = False
             try:
                 self._round()
-            except Exception as error:  # every file system has errors of its own, and training goes on after all of them
+            except Exception as error:  # file systems have errors of their own; training goes on after any
                 self.say(f"the copy to {self.to} failed ({error}): tried again at the next save")
             self.copying = None
 
