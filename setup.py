@@ -18,7 +18,8 @@ EXTRAS = {
     "wandb": ["wandb>=0.20"],  # train.wandb=PROJECT
 }
 X86 = platform.machine() in ("x86_64", "AMD64")
-# One object per operation and instruction set; Python picks at run time what the machine has (kernels/_native.py).
+# One object per operation and instruction set. csrc/cpu/isa.cpp picks the machine's at run time, and tests all features
+# of a level named here.
 ISAS = {"generic": []}
 if X86:
     ISAS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}

@@ -1,8 +1,8 @@
-"""How an operation is held against its reference: error against float64, guarded buffers, repeatability.
+"""Compare an operation with its reference: error against float64, guarded buffers, repeatability.
 
-A fused result may be at most 1.5 times as far from float64 as plain PyTorch in the same dtype (RMS; bf16 statistics
-pass a maximum-error rule and fail this one). Inputs and outputs lie between NaN canaries, and every buffer that the
-operation allocates starts as NaN: what is read or written out of bounds, or not written at all, shows.
+The RMS error of a fused result against float64 may be 1.5 times that of plain PyTorch in the same dtype. (bf16
+statistics would pass a rule on the maximum error.) Inputs and outputs lie between NaN canaries, and the operation's
+allocations start as NaN, so reads and writes out of bounds and unwritten elements fail the test.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from agrepa_fast.kernels import force_backend
 from agrepa_fast.kernels._library import implementation
 
-FUSED = ("triton", "native")  # what runs here; without a GPU, Triton in its interpreter (conftest.py)
+FUSED = ("triton", "native")  # without a GPU, Triton runs in its interpreter (conftest.py)
 CANARY = 256  # elements on each side
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -23,7 +23,7 @@ def fused_backends(*, cuda: bool = DEVICE == "cuda") -> tuple[str, ...]:
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy between canaries, same shape; integers are between zeros."""
+    """Return a copy of the same shape between NaN canaries, or between zeros for integers."""
     fill = float("nan") if tensor.is_floating_point() else 0
     buffer = torch.full((tensor.numel() + 2 * CANARY,), fill, dtype=tensor.dtype, device=tensor.device)
     inner = buffer[CANARY:-CANARY].view(tensor.shape)
@@ -31,8 +31,8 @@ def guarded(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Guard(TorchDispatchMode):
-    """Allocations of agrepa's operators lie between canaries and start as NaN. Leaving it raises AssertionError when
-    one was overwritten."""
+    """Inside it, allocations of our operators lie between canaries and start as NaN. Leaving it raises AssertionError
+    if a canary was overwritten."""
 
     ALLOCATE = (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default)
 
@@ -65,8 +65,8 @@ class Guard(TorchDispatchMode):
 
 
 def run(call: Callable, inputs: dict[str, torch.Tensor], gradients: list[torch.Tensor], backend: str, dtype=None):
-    """Outputs and gradients of call(**inputs), by name. Floating-point inputs are leaves in `dtype` (default: theirs);
-    `gradients` are those of the floating-point outputs, cast to each output's dtype."""
+    """Return outputs and gradients of call(**inputs), by name. Floating-point inputs become leaves in `dtype` (default:
+    their own); `gradients` are those of the outputs, cast to each output's dtype."""
     leaves = {}
     for name, value in inputs.items():
         leaf = value.detach().to(dtype if dtype is not None and value.is_floating_point() else value.dtype)
@@ -87,7 +87,7 @@ def rms(x: torch.Tensor) -> float:
 def assert_as_accurate(
     call: Callable, inputs: dict[str, torch.Tensor], gradients: list[torch.Tensor], backend: str, factor: float = 1.5
 ) -> None:
-    """call(**inputs), built on public operations, is as close to float64 as its reference is, in the inputs' dtype."""
+    """Check that call(**inputs), built on public operations, is as close to float64 as its reference."""
     fused = run(call, inputs, gradients, backend)
     plain = run(call, inputs, gradients, "reference")
     exact = run(call, inputs, gradients, "reference", torch.float64)
@@ -101,7 +101,7 @@ def assert_as_accurate(
 
 
 def assert_repeatable(call: Callable, inputs: dict[str, torch.Tensor], gradients: list[torch.Tensor], backend: str):
-    """Outputs and gradients are bitwise the same twice."""
+    """Check that two runs give outputs and gradients with the same bits."""
     first, second = (run(call, inputs, gradients, backend) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), f"{name} differs between two runs"
