@@ -318,6 +318,7 @@ def zero2(plan: Plan) -> Measured:
     from agrepa_fast.config import Config, DataConfig, TrainConfig
     from agrepa_fast.data.batch import Batch
     from agrepa_fast.data.layout import BatchLayout
+    from agrepa_fast.training.context import RunContext
     from agrepa_fast.training.run import Run
     from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config
     from agrepa_fast.zero.ema import Ema
@@ -332,11 +333,13 @@ def zero2(plan: Plan) -> Measured:
     engine = build_engine(awake_model(s, torch.float32), config, ds_config)
     aligner = Aligner(config, {"speech": s.speech_teacher, "audio": s.audio_teacher}, device)
     aligner.select(s.selection)
-    metrics = SimpleNamespace(add=lambda **_values: None, count=lambda **_counts: None)  # a step only hands it numbers
+    metrics = SimpleNamespace(
+        add=lambda **_values: None, count_batch=lambda **_counts: None
+    )  # a step only hands it numbers
     ema = Ema(engine, config.train.ema_decay)
     choice = SimpleNamespace(aligner=aligner, watch=lambda *_: None)  # nothing is measured here
     index = SimpleNamespace(domains=())  # the one batch comes from no shards
-    run = Run(config, index, device, engine, ema, choice, metrics, 0, 1, Path())
+    run = Run(RunContext(config, index, device, 0, 1, Path()), engine, ema, choice, metrics)
     engine.module.train()
     clips = random_clips(replace(s, device="cpu"), s.batch)
     places = tuple(range(s.batch))

@@ -46,6 +46,8 @@ def find_checkpoint(run: Path, name: str, say: Callable[[str], object] = lambda 
     the newest one, `latest` is the newest that is whole, and `say` is told. Raises UserError if there is none."""
     folder = run / "checkpoints"
     whole = complete_checkpoints(folder)
+    if not whole and (damaged := sorted(path.parent for path in folder.glob(f"*/{MARKER}"))):
+        raise UserError(f"{damaged[-1]} is damaged: {damage(damaged[-1])}; no checkpoint of {run} is whole")
     if not whole:
         raise UserError(f"{run} has no checkpoint to resume: it ended before its first train.save_every steps")
     tag = (folder / name).read_text().strip() if name in POINTERS and (folder / name).is_file() else name

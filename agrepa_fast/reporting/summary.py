@@ -1,8 +1,9 @@
-"""What a person sees at the end of a run: plots, wavs and summary.json."""
+"""The end of a run: plots, wavs and summary.json."""
 
 import json
 import os
 import platform
+import statistics
 import time
 
 import torch
@@ -12,6 +13,7 @@ from ..files import write_atomically
 from ..kernels import active_backend
 from ..probing.fixed_clips import FixedClips
 from ..probing.validation import validation_loss
+from ..ranks import all_sum
 from ..training.metrics import read_metrics
 from ..training.run import Run
 from ..zero.ds_config import precision
@@ -20,41 +22,48 @@ from .plots import plot_all
 from .samples import sample_clips, write_samples
 
 
-def finish(run: Run, val_clips: FixedClips, vocoder: Vocoder | None, started: float) -> None:
-    """Plots, wavs and the summary. Every rank runs the model; rank 0, which has the vocoder, writes."""
-    config, folder = run.config, run.folder
+def finish(run: Run, validation_clips: FixedClips, vocoder: Vocoder | None) -> None:
+    """Measure the layers and the averaged weights after the last step, and write plots, wavs and summary.json. Every
+    rank must call it; rank 0, which has the vocoder, writes."""
+    config, index, folder = run.config, run.context.index, run.context.folder
+    on_rank_0 = run.context.rank == 0
     with run.timed("probe"):
         evidence = run.choice.finish(config.train.steps)
     selection = run.choice.aligner.selection
     with run.ema.applied():
         with run.timed("validation"):
-            averaged = validation_loss(run.engine.module, val_clips, config, progress=run.rank == 0)
+            averaged = validation_loss(run.engine.module, validation_clips, config, progress=on_rank_0)
         with run.timed("samples"):
-            batch, sampled = sample_clips(run.engine.module, run.index, config, 1, run.device, progress=run.rank == 0)
-    if run.rank != 0:
+            batch, sampled = sample_clips(run.engine.module, index, config, 1, run.device, progress=on_rank_0)
+    clips = all_sum(torch.tensor([run.metrics.clips], dtype=torch.float64, device=run.device)).item()
+    if not on_rank_0:
         return
     with run.timed("samples"):
-        wavs = write_samples(batch, sampled, run.index, vocoder, folder / "samples", folder / "plots" / "mel.png")
-    dissociation = plot_all(folder / "attribution.csv", evidence, selection, folder / "plots", config.align.k)
+        wavs = write_samples(batch, sampled, index, vocoder, folder / "samples", folder / "plots" / "mel.png")
+    correlations = plot_all(folder / "attribution.csv", evidence, selection, folder / "plots", config.align.k)
     plot_loss(folder / "metrics.jsonl", folder / "plots" / "loss.png", selection.step if selection else None)
     if selection:
         selection.save(folder / "selection.json")
     series = read_metrics(folder / "metrics.jsonl")
-    first_loss, last_loss = series["val/flow_loss"][0][1], series["val/flow_loss"][-1][1]
-    clips_per_s = [value for _, value in series["train/clips_per_s"]]
+    losses = {
+        "first": series["val/flow_loss"][0][1],
+        "last": series["val/flow_loss"][-1][1],
+        "ema": averaged["val/flow_loss"],
+    }
     summary = {
         "preset": config.run.preset,
         "recipe": "corrected",
         "steps": config.train.steps,
-        "val/flow_loss": {"first": first_loss, "last": last_loss, "ema": averaged["val/flow_loss"]},
-        "val/flow_loss_by_domain": {d: averaged[f"val/flow_loss_{d}"] for d in run.index.domains},
+        "val/flow_loss": losses,
+        "val/flow_loss_by_domain": {domain: averaged[f"val/flow_loss_{domain}"] for domain in index.domains},
         "strategy": config.align.strategy,
         "selection": selection.describe() if selection else None,
-        "store_contribute_rank_correlation": dissociation,
-        "clips_per_s": sorted(clips_per_s)[len(clips_per_s) // 2],
+        "store_contribute_rank_correlation": correlations,
+        "clips_per_s": clips / run.seconds["train"] if clips else None,
+        "clips_per_s_median": statistics.median(value for _, value in series["train/clips_per_s"]),
         "seconds": {name: round(value, 1) for name, value in run.seconds.items()},
-        "seconds_total": round(time.perf_counter() - started, 1),
-        "ranks": run.world,
+        "seconds_total": round(time.perf_counter() - run.started, 1),
+        "ranks": run.context.world,
         "zero_stage": run.engine.zero_optimization_stage(),
         "precision": precision(config.train, run.device),
         "device": torch.cuda.get_device_name() if run.device.type == "cuda" else f"cpu, {os.cpu_count()} cores",
@@ -64,7 +73,7 @@ def finish(run: Run, val_clips: FixedClips, vocoder: Vocoder | None, started: fl
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    run.metrics.say(
-        f"validation flow loss {first_loss:.3f} -> {last_loss:.3f} (EMA {averaged['val/flow_loss']:.3f}); "
+    run.metrics.print(
+        f"validation flow loss {losses['first']:.3f} -> {losses['last']:.3f} (EMA {losses['ema']:.3f}); "
         f"look at {folder}/plots and listen to {folder}/samples ({vocoder.name})"
     )

@@ -1,14 +1,140 @@
-"""Build what a run needs, from its configuration and shards."""
+"""Build a run from its settings, shards and checkpoint: everything that can refuse it first, then its folder, then the
+engine and the parts beside it."""
 
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
+import torch
+import torch.distributed as dist
+
+from ..alignment.aligner import Aligner
+from ..attribution.csv import drop_later_probes
+from ..audio.vocoder import Vocoder, load_vocoder
+from ..checkpoints.find import resolve_checkpoint
+from ..checkpoints.load import load_checkpoint
+from ..checkpoints.save import Checkpoints
+from ..checkpoints.weights import load_projections, load_weights, weights_file
 from ..config import Config
+from ..config_file import load_config, save_config
 from ..data.index import Index
+from ..data.layout import BatchLayout
+from ..data.loading import TrainBatches
+from ..data.matching import matching_index
+from ..data.plan import BatchPlan
 from ..errors import UserError
+from ..files import FolderLock
+from ..models.audio_dit.dit import AudioDiT
+from ..probing.fixed_clips import FixedClips, storage_clips
+from ..probing.schedule import LayerChoice
+from ..ranks import on_rank_0
+from ..zero.construction import gathered, new_model
+from ..zero.ds_config import resolve_ds_config, zero_stage
+from ..zero.ema import Ema
+from ..zero.engine import build_engine
+from ..zero.process_group import join_process_group, set_collective_timeout
+from .captured_step import check_graphs
+from .context import RunContext
+from .dry_run import dry_run
+from .flops import peak_flops
+from .folder import locate_run, open_folder
+from .metrics import Metrics
+from .run import Run
+from .tracker import check_tracker, open_tracker
+
+
+@dataclass
+class Training:
+    """A run that is ready for its next step, and what surrounds the step."""
+
+    run: Run
+    batches: TrainBatches
+    checkpoints: Checkpoints
+    validation_clips: FixedClips
+    vocoder: Vocoder | None  # on rank 0
+    first_step: int
+    lock: FolderLock  # of the run's folder, held by rank 0
+
+    def close(self) -> None:
+        """Finish the files of the run and leave the process group. Every rank must call it."""
+        self.run.close()
+        dist.barrier()
+        dist.destroy_process_group()  # its threads, left to the interpreter's exit, now and then abort the process
+        self.checkpoints.close()  # an upload may take longer than ranks wait for each other
+        self.lock.release()
+
+
+def build(config: Config, ds_values: dict, resume: str | None) -> Training:
+    """Return a run on the ranks of the launcher, from its beginning or from a checkpoint. Every rank must call it.
+
+    ds_values: the content of the --ds_config file. resume: latest, best or a checkpoint's tag. Raises UserError if the
+    settings do not fit each other, the machine, the shards or the checkpoint; a new run has then written nothing.
+    """
+    started = time.perf_counter()
+    device = join_process_group()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    config, checkpoint = locate_run(config, resume)
+    fixed_clips_per_step = config.train.batch_clips if config.train.batch_frames is None else None
+    layout = BatchLayout(fixed_clips_per_step, config.train.accumulation, rank, world)
+    ds_config = resolve_ds_config(ds_values, config.train, layout, device)
+    check_graphs(config.train, device, zero_stage(ds_config))
+    on_rank_0(lambda: check_tracker(config.train))
+    index = prepared_index(config)
+    config = fit_to_shards(config, index)
+    context = RunContext(config, index, device, rank, world, Path(config.run.dir))
+    plan = BatchPlan.of(index, config, layout)
+    clips = make_fixed_clips(context, partitioned=zero_stage(ds_config) == 3)
+    vocoder = load_vocoder_on_rank_0(config)
+    model = build_model(config, index, ds_config, checkpoint is not None)
+    lock = open_folder(context.folder, new=checkpoint is None)
+
+    prepared = time.perf_counter()
+    engine = build_engine(model, config, ds_config)
+    set_collective_timeout(config.train.patience)
+    ema = Ema(engine, config.train.ema_decay)
+    metrics = Metrics(context.folder, rank, world, peak_flops(config.train, device))
+    aligner = Aligner(config, {domain: index.teacher(domain).dim for domain in index.domains}, device)
+    own_folder = context.folder if rank == 0 else None
+    choice = LayerChoice(config, engine.module, aligner, clips.probe, clips.storage, metrics.print, own_folder)
+    checkpoints = Checkpoints(context.folder / "checkpoints", rank, world, config, index, metrics.print)
+    checkpoints.remove_interrupted()
+    if checkpoint is None:
+        first_step = 0
+        begin(context, choice)
+    else:
+        first_step = load_checkpoint(checkpoint, checkpoints, engine, ema, choice)
+    if rank == 0:  # not before a resume was accepted: the run's own settings and records must survive a refusal
+        drop_later_probes(context.folder / "attribution.csv", first_step)
+        save_config(config, context.folder / "config.yaml")
+    metrics.open(config.train.steps, first_step, open_tracker(context))
+    run = Run(context, engine, ema, choice, metrics, started)
+    run.seconds |= {"prepare": prepared - started, "build": time.perf_counter() - prepared}
+    for line in lines_before_the_first_step(engine, context, plan, layout):
+        metrics.print(line)
+    reading = {"seed": config.run.seed, "center": config.align.center, "step": first_step}
+    batches = TrainBatches(index, config.data, layout, **reading, plan=plan)
+    return Training(run, batches, checkpoints, clips.validation, vocoder, first_step, lock)
+
+
+def prepared_index(config: Config) -> Index:
+    """Return the index of the run's shards. The demo preset's shards are made if they are missing. Raises UserError, on
+    every rank, if the shards do not match data.*. Every rank must call it."""
+    demo = load_config("demo").data.path
+
+    def prepare_and_check() -> None:
+        if config.run.preset == "demo" and config.data.path == demo and not (Path(demo) / "index.json").is_file():
+            from ..prepare.pipeline import prepare_demo
+
+            prepare_demo(config, Path(demo))
+        matching_index(config.data)
+
+    on_rank_0(prepare_and_check)
+    return matching_index(config.data)
 
 
 def fit_to_shards(config: Config, index: Index) -> Config:
-    """Sizes that the shards decide. Raises UserError when the run asks for others."""
+    """Return the settings with the sizes that the shards decide. Raises UserError if the run asks for others."""
     for name, value in (("n_mels", index.n_mels), ("vocab", index.vocab)):
         if getattr(config.model, name) not in (None, value):
             raise UserError(
@@ -21,3 +147,73 @@ def fit_to_shards(config: Config, index: Index) -> Config:
             f"set model.extra_vocab={'null' if index.extra_vocab is None else index.extra_vocab}"
         )
     return replace(config, model=replace(config.model, n_mels=index.n_mels, vocab=index.vocab))
+
+
+class FixedSets(NamedTuple):
+    """The clips that probes, storage measures and validation use at every step."""
+
+    probe: FixedClips
+    storage: FixedClips
+    validation: FixedClips
+
+
+def make_fixed_clips(context: RunContext, partitioned: bool) -> FixedSets:
+    """Return the fixed clips of this rank. partitioned: ZeRO-3, where a probe cannot be a CUDA graph, because weights
+    exist only inside a forward."""
+    config, index, device, chunk = context.config, context.index, context.device, context.config.probe.chunk
+    ranks = {"rank": context.rank, "world": context.world, "center": config.align.center}
+    graphs = config.probe.graph and device.type == "cuda" and not partitioned  # they need one shape of chunks
+    return FixedSets(
+        FixedClips(index, "train", config.probe.clips, chunk, device, static=graphs, **ranks),
+        storage_clips(index, config, device, context.rank, context.world),
+        FixedClips(index, "val", config.eval.clips, chunk, device, **ranks),
+    )
+
+
+def load_vocoder_on_rank_0(config: Config) -> Vocoder | None:
+    """Return the vocoder on rank 0, and None elsewhere. It is loaded before the first step: it may have to be fetched,
+    and then every rank raises UserError if it cannot be had."""
+    loaded = []
+
+    def load() -> None:
+        loaded.append(load_vocoder(config.eval.vocoder, config.data, "cpu"))
+
+    on_rank_0(load)
+    return loaded[0] if loaded else None
+
+
+def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> AudioDiT:
+    """Return a new model, with the averaged weights of train.start_from if that is set. resume: a checkpoint will
+    replace all weights."""
+    torch.manual_seed(config.run.seed)
+    model = new_model(config, ds_config)
+    if config.train.start_from is not None and not resume:
+        load_weights(model, weights_file(resolve_checkpoint(Path(config.train.start_from))), "this run's")
+        return model
+    code_mels = (torch.from_numpy(index.code_mels()) - index.mel_mean) / index.mel_std
+    if config.model.token_dim >= index.n_mels:
+        with gathered([model.tokens.embedding.weight]):
+            model.tokens.start_from(code_mels)
+    return model
+
+
+def begin(context: RunContext, choice: LayerChoice) -> None:
+    """Make the heads and projections of a run that starts at step 0."""
+    start_from = context.config.train.start_from
+    if start_from is not None:
+        choice.aligner.start_from(load_projections(resolve_checkpoint(Path(start_from))))
+    choice.start(context.index.domains)
+
+
+def lines_before_the_first_step(engine, context: RunContext, plan: BatchPlan, layout: BatchLayout) -> list[str]:
+    """Return lines about the batches, the last of them after a dry run of the largest. Every rank must call it.
+
+    A CPU without length buckets has no dry run: its batches are as long as their clips, and no error reports that
+    memory ran out.
+    """
+    lines = [plan.describe()] if plan.fixed_shapes else []
+    if crowded := plan.crowding(layout, context.config.data.workers):
+        lines.append(crowded)
+    if plan.fixed_shapes or context.device.type == "cuda":
+        lines.append(dry_run(engine, context.index, plan, layout, context.device))
+    return lines

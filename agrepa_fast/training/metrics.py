@@ -1,10 +1,11 @@
-"""Numbers of a run: metrics.jsonl and TensorBoard, a progress bar, and the picture of the losses."""
+"""The numbers of a run: metrics.jsonl, TensorBoard and the progress bar."""
 
 import json
 import resource
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,18 +14,20 @@ from tqdm import tqdm
 from ..files import write_atomically
 from ..ranks import all_max, all_sum
 
-_GB = 2**30
+_GIB = 2**30
 
 
 class Metrics:
-    """Collects per-step tensors without a host sync; `flush` reduces them over ranks and writes them on rank 0.
+    """Collects the numbers of steps without waiting for the device; `flush` reduces them over ranks and writes them on
+    rank 0.
 
-    peak_flops: FLOP/s that a rank's device could do, for MFU; None writes none.
+    peak_flops: FLOP/s that a rank's device could do, for MFU; None for no MFU.
     """
 
     def __init__(self, folder: Path, rank: int, world: int, peak_flops: float | None = None):
         self.folder, self.rank, self.world, self.peak_flops = folder, rank, world, peak_flops
-        self._file = self._board = self._tracker = self.bar = None
+        self.clips = 0  # that this rank has read since `open`
+        self._file = self._board = self._tracker = self._bar = None
         self._start_window()
 
     def _start_window(self) -> None:
@@ -34,16 +37,15 @@ class Metrics:
         self._clock = time.perf_counter()
 
     def open(self, steps: int, first_step: int, tracker=None) -> None:
-        """The files and the progress bar of rank 0, from first_step of `steps` on. tracker: gets every line, too, by
-        its write(step, values)."""
+        """Open the files and the progress bar of rank 0 for the steps from first_step to `steps`. The lines of later
+        steps, which a resumed run writes again, are dropped. tracker: its write(step, values) gets every line, too."""
         if self.rank == 0:
-            path = self.folder / "metrics.jsonl"
             self._tracker = tracker
             for name in ("metrics.jsonl", "skipped.jsonl"):
                 _drop_later_steps(self.folder / name, first_step)
-            self._file = path.open("ab", buffering=0)  # nothing is kept back that could fail later
+            self._file = (self.folder / "metrics.jsonl").open("ab", buffering=0)  # no buffer that could fail later
             self._open_board(first_step + 1 if first_step else None)
-            self.bar = tqdm(
+            self._bar = tqdm(
                 total=steps, initial=first_step, desc="train", unit="step", smoothing=0.1, dynamic_ncols=True
             )
 
@@ -57,23 +59,33 @@ class Metrics:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0) + value
         self._steps += 1
+        self._advance_bar()
 
     def skip(self) -> None:
-        """Count one optimizer step that was left out, instead of `add`."""
+        """Count one optimizer step that was left out; called instead of `add`."""
         self._skipped += 1
+        self._advance_bar()
 
-    def count(self, *, clips: int, frames: int, flops: float, wait: float) -> None:
-        """What this rank has read for a step, what it computes of it, and the seconds it waited for it."""
+    def _advance_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def count_batch(self, *, clips: int, frames: int, flops: float, wait: float) -> None:
+        """Count a micro-batch of this rank: its clips and frames, the FLOPs of its step, the seconds waited for it."""
+        self.clips += clips
         for name, value in (("clips", clips), ("frames", frames), ("flops", flops), ("wait", wait)):
             self._counts[name] += value
 
-    def pause(self) -> "_Pause":
-        """Time inside (validation, probe, checkpoint) does not count as training time."""
-        return _Pause(self)
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time inside (validation, probe, checkpoint) out of the rates."""
+        start = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - start
 
     def flush(self, step: int, device: torch.device | str = "cpu", **extra: float) -> dict[str, float]:
-        """Write as train/<name> the means over the steps since the last flush, how many were skipped, and the rates and
-        the memory of all ranks. Every rank must call it."""
+        """Write and return as train/<name> the means over the steps since the last flush, how many were skipped, and
+        the rates and the memory of all ranks. Every rank must call it."""
         names, counts = sorted(self._sums), list(self._counts)
         seconds = time.perf_counter() - self._clock
         local = torch.stack([*(self._sums[name].double() for name in names)]) if names else torch.zeros(0)
@@ -92,13 +104,14 @@ class Metrics:
         values["train/skipped"] = self._skipped
         values |= {f"train/{name}": value for name, value in extra.items()}
         self.write(step, values)
-        if self.bar is not None and names:
-            self.bar.set_postfix(loss=f"{values['train/loss']:.3f}", clips_s=f"{values['train/clips_per_s']:.0f}")
+        if self._bar is not None and names:
+            self._bar.set_postfix(loss=f"{values['train/loss']:.3f}", clips_s=f"{values['train/clips_per_s']:.0f}")
         self._start_window()
         return values
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and TensorBoard scalars. A full disk loses them, and nothing else."""
+        """Write one line of metrics.jsonl, and TensorBoard scalars. On a full disk they are lost, and training goes
+        on."""
         if self._file is None:
             return
         line = (json.dumps({"step": step, **values}) + "\n").encode()
@@ -111,52 +124,38 @@ class Metrics:
                 self._board.add_scalar(name, value, step)
         except OSError as error:
             self._board = None  # its thread has ended
-            self.say(f"step {step}: metrics could not be written ({error.strerror or error}); training goes on")
+            self.print(f"step {step}: metrics could not be written ({error.strerror or error}); training goes on")
         if self._tracker is not None:
             self._tracker.write(step, values)
 
-    def say(self, line: str) -> None:
-        """A line above the progress bar, on rank 0."""
+    def print(self, line: str) -> None:
+        """Print a line above the progress bar, on rank 0."""
         if self.rank == 0:
             tqdm.write(line)
 
     def close(self) -> None:
-        if self._file is not None:
-            self.bar.close()
-            self._file.close()
-            if self._board is not None:
-                self._board.close()
-        if self._tracker is not None:
-            self._tracker.close()
-
-
-class _Pause:
-    def __init__(self, metrics: Metrics):
-        self.metrics = metrics
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_) -> None:
-        self.metrics._clock += time.perf_counter() - self.start
+        """Close what `open` has opened."""
+        for opened in (self._bar, self._file, self._board, self._tracker):
+            if opened is not None:
+                opened.close()
 
 
 def peak_memory(device: torch.device | str) -> float:
-    """GiB: the most that PyTorch had allocated on a GPU, or that this process had resident on a CPU."""
+    """Return the most GiB that PyTorch had allocated on a GPU, or that this process had resident on a CPU."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / _GB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GB
+        return torch.cuda.max_memory_allocated(device) / _GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB
 
 
 def _drop_later_steps(path: Path, step: int) -> None:
-    """A resumed run writes the steps after its checkpoint again."""
+    """Rewrite a metrics.jsonl without the lines of steps after `step`."""
     if path.is_file():
         lines = [json.dumps(line) + "\n" for line in _read_lines(path) if line["step"] <= step]
         write_atomically(path, "".join(lines))
 
 
 def _read_lines(path: Path) -> Iterator[dict]:
-    """The lines of a metrics.jsonl, but for those that a kill, a full disk or a crash of the machine cut."""
+    """Yield the lines of a metrics.jsonl, without those that a kill, a full disk or a crash of the machine cut."""
     for text in path.read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
@@ -167,7 +166,7 @@ def _read_lines(path: Path) -> Iterator[dict]:
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Name -> (step, value) pairs of a metrics.jsonl."""
+    """Return name -> (step, value) pairs of a metrics.jsonl."""
     series = defaultdict(list)
     for values in _read_lines(path):
         step = values.pop("step")

@@ -1,4 +1,4 @@
-"""One rank's part of a run: the optimizer step and validation."""
+"""The optimizer step of a run, on one rank."""
 
 import time
 from collections import defaultdict
@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from ..config import Config
 from ..data.batch import Batch
-from ..data.index import Index
 from ..errors import LocalError, UserError
 from ..flow import flow_loss, reference_prefix, training_draws
 from ..kernels import flow_mix
@@ -25,47 +22,52 @@ from ..zero.ema import Ema
 from ..zero.gradients import gradient_norms, make_gradient_nan
 from ..zero.update_ratio import update_ratio
 from .captured_step import GraphedLosses, Losses
-from .faultlog import FaultLog
+from .context import RunContext
 from .flops import step_flops
+from .lost_clips import LostClips
 from .metrics import Metrics
-from .nonfinite import SkipGuard, guarded
+from .nonfinite import NonFiniteSteps, nan_gradient_unless_finite
 from .profile import ProfileWindow
 
 
 @dataclass
 class Run:
-    """One rank's part of a run."""
+    """One rank's part of a run: the optimizer step, validation, and the time that each stage takes."""
 
-    config: Config
-    index: Index
-    device: torch.device
+    context: RunContext
     engine: object
     ema: Ema
     choice: LayerChoice
     metrics: Metrics
-    rank: int
-    world: int
-    folder: Path
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    started: float = field(default_factory=time.perf_counter)  # when the command began to build it
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # by stage
 
     def __post_init__(self) -> None:
-        train = self.config.train
-        self.guard = SkipGuard(self.engine, self.metrics, self.folder, train.max_skipped)
-        self.profile = ProfileWindow(train.profile, self.folder, self.rank)
-        self.graphs = GraphedLosses(self._trained, train.graphs, self.metrics.say) if train.graphs else None
-        self.faults = FaultLog(self.index, self.config.data.max_faults, self.metrics, self.folder, self.device)
+        self.config, self.device = self.context.config, self.context.device
+        graphs = self.config.train.graphs
+        self.graphs = GraphedLosses(self._trained, graphs, self.metrics.print) if graphs else None
+        self.nonfinite = NonFiniteSteps(self.context, self.engine, self.metrics)
+        self.lost_clips = LostClips(self.context, self.metrics)
+        self.profile = ProfileWindow(self.context)
 
     @contextmanager
     def timed(self, stage: str):
-        """Wall time of a stage for the summary; it does not count as training time."""
+        """Add the wall time inside to the stage's. It does not count as training time."""
         start = time.perf_counter()
         with self.metrics.pause():
             yield
         self.seconds[stage] += time.perf_counter() - start
 
+    @contextmanager
+    def training_time(self):
+        """Add the wall time inside, without that of the stages timed inside, to stage "train"."""
+        start, others = time.perf_counter(), sum(self.seconds.values())
+        yield
+        self.seconds["train"] += time.perf_counter() - start - (sum(self.seconds.values()) - others)
+
     def micro_step(self, batch: Batch, step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Forward and backward of one micro-batch, and after the last of a step the update of the model; every draw
-        depends on (seed, step, place in the global batch). The losses, and each clip's flow loss (B,)."""
+        """Forward and backward of one micro-batch, and after the last of a step the update of the model. Returns the
+        losses, and each clip's flow loss (B,). Every draw depends on (seed, step, place in the global batch)."""
         batch, seed, aligner = batch.to(self.device), self.config.run.seed, self.choice.aligner
         keys = torch.stack([clip_keys(seed, step, batch.places, use) for use in ("draws", "noise")]).to(self.device)
         if self.graphs is None:
@@ -74,7 +76,7 @@ class Run:
         else:
             compute = partial(self.losses, self.engine.module, step=step)
             total, losses, clips = self.graphs(compute, batch, keys, aligner.layers(step))
-        self.engine.backward(guarded(batch.weight * total))
+        self.engine.backward(nan_gradient_unless_finite(batch.weight * total))
         if self.engine.is_gradient_accumulation_boundary():
             self.choice.watch(lambda: gradient_norms(self.engine, self.engine.module.blocks), step)
             make_gradient_nan(self.engine, unless_finite=aligner.reduce())
@@ -82,7 +84,8 @@ class Run:
         return {name: batch.weight * loss.detach() for name, loss in losses.items()}, clips.detach()
 
     def losses(self, model, batch: Batch, keys: torch.Tensor, step: int) -> tuple[Losses, torch.Tensor]:
-        """Means over the micro-batch, and each clip's flow loss (B,). keys (2, B): of the clips' draws and noise."""
+        """Return the losses, means over the micro-batch, and each clip's flow loss (B,). keys (2, B): of the draws and
+        the noise of each clip."""
         flow, aligner = self.config.flow, self.choice.aligner
         draws = training_draws(flow, batch.condition.lengths, keys[0])
         condition = replace(
@@ -98,23 +101,20 @@ class Run:
         losses["flow_loss"] = clips.mean()
         return losses, clips
 
-    def _trained(self) -> list[torch.nn.Parameter]:
-        return [*self.engine.module.parameters(), *self.choice.aligner.parameters()]
-
     def step(self, batches, step: int) -> None:
-        """One optimizer step over the global batch, left out by all ranks when it is not finite."""
+        """Take one optimizer step over the global batch; all ranks leave it out if it is not finite. step: from 0."""
         accumulation = self.config.train.accumulation
         sums: dict[str, torch.Tensor] = {}
         clips: list[tuple[tuple[str, ...], torch.Tensor]] = []
-        self.profile.begin(step + 1)
+        self.profile.before_step(step + 1)
         for _ in range(accumulation):
             batch = self._next(batches)
-            self.faults.note(batch.faults)
+            self.lost_clips.add(batch.faults)
             losses, clip_losses = self.micro_step(batch, step)
             clips.append((batch.keys, clip_losses))
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value / accumulation
-        if self.guard.skipped(step, clips):
+        if self.nonfinite.skipped(step, clips):
             self.choice.aligner.discard()
             self.metrics.skip()
         else:
@@ -123,38 +123,42 @@ class Run:
             sums["loss"] = sum(sums.values())
             sums["grad_norm"] = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.device)
             self.metrics.add(**sums)
-        self.profile.end(step + 1)
+        self.profile.after_step(step + 1)
 
     def log(self, done: int) -> None:
-        """Write the numbers of the steps since the last call, the latest being step `done` (counted from 1), and what
-        could not be read. Raises UserError when that is more than data.max_faults."""
-        train, ratio = self.config.train, 0.0  # nothing was updated by a step that was skipped
-        if not self.guard.in_row:
+        """Write the numbers of the steps since the last call, up to step `done` (counted from 1), and the clips that
+        could not be read. Raises UserError if more than data.max_faults of them are lost."""
+        train, ratio = self.config.train, 0.0  # a step that was skipped has updated nothing
+        if not self.nonfinite.in_row:
             ratio = update_ratio(self.engine, train.lr * lr_factor(train, done - 1)).item()
         self.metrics.flush(done, self.device, lr=self.engine.get_lr()[0], update_ratio=ratio)
-        self.faults.flush(done)
+        self.lost_clips.report(done)
+
+    def validate(self, clips: FixedClips, step: int) -> float:
+        """Write the validation losses after so many steps, and return the flow loss over all clips."""
+        with self.timed("validation"):
+            values = validation_loss(self.engine.module, clips, self.config, progress=self.context.rank == 0)
+            self.metrics.write(step, values)
+        self.metrics.print(f"step {step}: validation flow loss {values['val/flow_loss']:.4f}")
+        return values["val/flow_loss"]
 
     def close(self) -> None:
+        """Finish the files of metrics and of a trace that is under way."""
         self.profile.close()
         self.metrics.close()
 
-    def validate(self, clips: FixedClips, step: int) -> dict[str, float]:
-        with self.timed("validation"):
-            values = validation_loss(self.engine.module, clips, self.config, progress=self.rank == 0)
-            self.metrics.write(step, values)
-        self.metrics.say(f"step {step}: validation flow loss {values['val/flow_loss']:.4f}")
-        return values
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [*self.engine.module.parameters(), *self.choice.aligner.parameters()]
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch, counted. A fault in the shards is this rank's alone; from a loader process it comes inside a
-        traceback."""
+        """Return the next batch, counted. Raises LocalError for a fault in the shards, which this rank alone sees."""
         start = time.perf_counter()
         try:
             batch = next(batches)
-        except UserError as error:
+        except UserError as error:  # of a loader process: it comes inside a traceback
             raise LocalError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from error
         wait = time.perf_counter() - start
         lengths = batch.condition.lengths.tolist()  # still on the host
         flops = step_flops(self.config.model, lengths)
-        self.metrics.count(clips=len(lengths), frames=sum(lengths), flops=flops, wait=wait)
+        self.metrics.count_batch(clips=len(lengths), frames=sum(lengths), flops=flops, wait=wait)
         return batch

@@ -36,7 +36,7 @@ def test_a_line_that_was_cut_costs_itself(cut, tmp_path):
 def test_a_full_disk_costs_metrics_and_no_run(tmp_path, monkeypatch):
     said = []
     ours = Metrics(tmp_path, 0, 1, None)
-    monkeypatch.setattr(ours, "say", said.append)
+    monkeypatch.setattr(ours, "print", said.append)
     ours.open(4, 0)
     file, full = ours._file, [False]
 

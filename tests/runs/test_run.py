@@ -26,6 +26,7 @@ from agrepa_fast.models.audio_dit.dit import Velocity
 from agrepa_fast.probing.fixed_clips import FixedClips
 from agrepa_fast.probing.validation import validation_loss
 from agrepa_fast.seeds import clip_keys
+from agrepa_fast.training.context import RunContext
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
 
@@ -81,7 +82,8 @@ def test_a_step_by_hand(index, tmp_path):
     choice = SimpleNamespace(aligner=aligner, watch=lambda engine, step: watched.append(step))
     batch = next(TrainBatches(index, config.data, BatchLayout(16, 2, 0, 1), seed=0, center=True))
     batch = replace(batch, places=tuple(range(8, 16)))
-    Run(config, index, torch.device("cpu"), engine, None, choice, None, 0, 1, tmp_path).micro_step(batch, step=3)
+    context = RunContext(config, index, torch.device("cpu"), 0, 1, tmp_path)
+    Run(context, engine, None, choice, None).micro_step(batch, step=3)
     x_t, t, condition = engine.seen
     draws = training_draws(config.flow, condition.lengths, clip_keys(0, 3, range(8, 16), "draws"))
     wanted, target = flow_mix(batch.mel, draws.t, clip_keys(0, 3, range(8, 16), "noise"), 0.7)

@@ -15,7 +15,8 @@ from agrepa_fast.data.index import load_index
 from agrepa_fast.data.layout import BatchLayout
 from agrepa_fast.data.loading import TrainBatches
 from agrepa_fast.probing.schedule import LayerChoice
-from agrepa_fast.train import build_model, fit_to_shards
+from agrepa_fast.training.builder import build_model, fit_to_shards
+from agrepa_fast.training.context import RunContext
 from agrepa_fast.training.metrics import Metrics
 from agrepa_fast.training.run import Run
 from agrepa_fast.zero.ds_config import resolve_ds_config
@@ -47,9 +48,9 @@ def make_run(preset: str, values: dict, folder: Path, *overrides: str):
     layers, weights = dict.fromkeys(index.domains, (1, 3)), dict.fromkeys(index.domains, (0.5, 0.5))
     aligner.select(LayerSelection("fixed:1,3", layers, weights))
     metrics = Metrics(folder, rank, world)
-    choice = LayerChoice(config, engine.module, aligner, None, None, metrics.say)
+    choice = LayerChoice(config, engine.module, aligner, None, None, metrics.print)
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(config, index, CPU, engine, Ema(engine, 0.5), choice, metrics, rank, world, folder)
+    run = Run(RunContext(config, index, CPU, rank, world, folder), engine, Ema(engine, 0.5), choice, metrics)
     engine.module.train()
     return run, TrainBatches(index, config.data, layout, seed=0, center=True)
 

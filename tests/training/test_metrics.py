@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from agrepa_fast.config import TrainConfig
 from agrepa_fast.config_file import load_config
 from agrepa_fast.errors import UserError
 from agrepa_fast.kernels import active_backend
-from agrepa_fast.reporting.tracker import Wandb, find_tracker
+from agrepa_fast.training.context import RunContext
 from agrepa_fast.training.flops import peak_flops, peak_tflops, step_flops
 from agrepa_fast.training.metrics import Metrics, read_metrics
+from agrepa_fast.training.tracker import Wandb, check_tracker
 
 from ..ranks import run_training
 from ..testing import metrics, small_batch, small_model
@@ -57,9 +59,9 @@ def test_means_and_rates_since_the_last_flush(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     made = Metrics(tmp_path, 0, 1, peak_flops=50.0)
     for loss in (1.0, 4.0):
-        made.count(clips=8, frames=100, flops=40.0, wait=0.25)
+        made.count_batch(clips=8, frames=100, flops=40.0, wait=0.25)
         made.add(loss=torch.tensor(loss))
-    made.count(clips=8, frames=100, flops=40.0, wait=0.5)
+    made.count_batch(clips=8, frames=100, flops=40.0, wait=0.5)
     made.skip()
     with made.pause():
         clock[0] += 50
@@ -94,20 +96,27 @@ def test_a_run_writes_them_and_a_trace_of_the_steps_asked_for(preset, tmp_path):
 
 
 def test_wandb_is_asked_for_by_name_and_missed_in_one_line(tmp_path, monkeypatch):
-    find_tracker(TrainConfig())
+    check_tracker(TrainConfig())
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
-        find_tracker(TrainConfig(wandb="project"))
+        check_tracker(TrainConfig(wandb="project"))
+
+
+def wandb_run(folder: Path, run_id: str) -> Wandb:
+    config = load_config("demo", ["train.wandb=project", f"run.id={run_id}"])
+    folder.mkdir(parents=True)
+    return Wandb(RunContext(config, None, torch.device("cpu"), 0, 1, folder))
 
 
 def test_wandb_gets_every_line_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="pip install 'agrepa_fast[wandb]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    tracker = Wandb(load_config("demo", ["train.wandb=project"]), tmp_path)
+    tracker = wandb_run(tmp_path / "a" / "run", "1f")
     for step in (1, 2, 2):  # a resumed run writes a step again
         tracker.write(step, {"train/loss": 0.5})
     assert dict(tracker._run.summary)["train/loss"] == 0.5
     tracker.close()
-    (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    (written,) = tmp_path.glob("a/run/wandb/offline-run-*/*.wandb")
     assert written.stat().st_size > 0
+    assert (tracker._run.id, tracker._run.name) == ("1f", "run")  # b/run is another run

@@ -9,7 +9,7 @@ import torch
 
 from agrepa_fast.train import main, run_process
 
-from ..testing import ROOT
+from ..ranks import ROOT
 
 FOLDER = str(ROOT / "agrepa_fast")
 

@@ -1,0 +1,79 @@
+"""The folder of a run: its name, the checkpoint to go on from, and the files of an attempt that left no checkpoint."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from uuid import uuid4
+
+from ..checkpoints.find import MARKER, find_checkpoint
+from ..config import Config
+from ..errors import UserError
+from ..files import FolderLock
+from ..ranks import from_rank_0, on_rank_0
+from . import lost_clips, nonfinite
+
+# Everything that training writes before its first checkpoint.
+_WRITTEN = ("config.yaml", "metrics.jsonl", "attribution.csv", "selection.json", nonfinite.FILE, lost_clips.FILE)
+_WRITTEN += ("tensorboard", "wandb", "profile")
+
+
+def locate_run(config: Config, resume: str | None) -> tuple[Config, Path | None]:
+    """Return the settings with run.dir and run.id, and the checkpoint to go on from, or None for a run that starts at
+    step 0. The same on every rank; every rank must call it.
+
+    Raises UserError if run.dir holds a run already and `resume` is None, or has no checkpoint of that name. A run that
+    ended before its first save starts again, with `resume` "latest" too.
+    """
+
+    def locate() -> tuple[Config, Path | None]:
+        run = config.run
+        folder = Path(run.dir or f"runs/{run.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+        checkpoint = _checkpoint(folder, resume)
+        identity = uuid4().hex if checkpoint is None else run.id
+        return replace(config, run=replace(run, dir=str(folder), id=identity)), checkpoint
+
+    return from_rank_0(locate)
+
+
+def _checkpoint(folder: Path, resume: str | None) -> Path | None:
+    saved = any(folder.glob(f"checkpoints/*/{MARKER}")) or (folder / "summary.json").exists()
+    if not saved and resume in (None, "latest"):
+        return None
+    if resume is None:
+        raise UserError(
+            f"run.dir={folder} already holds a run: continue it with --resume latest, or choose another folder"
+        )
+    return find_checkpoint(folder, resume, print)
+
+
+def open_folder(folder: Path, new: bool) -> FolderLock:
+    """Create the folder of a run, or reopen it, and return its lock, which rank 0 holds. new: the run starts at step 0,
+    and the files of an attempt that left no checkpoint are set aside. Raises UserError, on every rank, if another
+    process trains in the folder. Every rank must call it."""
+    lock = FolderLock(folder, "choose another run.dir")
+
+    def create() -> None:
+        lock.acquire()
+        (folder / "plots").mkdir(exist_ok=True)
+        if new:
+            _set_attempt_aside(folder)
+
+    on_rank_0(create)
+    return lock
+
+
+def _set_attempt_aside(folder: Path) -> None:
+    """Move the files of an attempt to attempt-<n>/, and print that. Do nothing if there was no attempt."""
+    if not (folder / "config.yaml").exists():
+        return
+    number = 1
+    while (aside := folder / f"attempt-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for name in _WRITTEN:
+        if (folder / name).exists():
+            (folder / name).rename(aside / name)
+    print(
+        f"{folder} has no checkpoint, for training ended before its first save: it starts again from step 0; the files "
+        f"of the attempt are in {aside}"
+    )

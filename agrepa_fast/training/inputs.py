@@ -1,0 +1,40 @@
+"""What a run is given on the command line, as settings."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..config import Config
+from ..config_file import load_config
+from ..errors import UserError
+from ..zero.ds_config import find_ds_config
+from ..zero.ds_sections import adopt_sections
+
+
+def read_inputs(preset: str, overrides: Sequence[str], ds_config: str, resume: str | None) -> tuple[Config, dict]:
+    """Return the settings of a preset, or of the run that --resume continues, and the values of a ds_config for the
+    engine. Settings that the ds_config has, such as its optimizer's, are taken from it; rank 0 prints those. Raises
+    UserError if there is no such preset, run or ds_config, or a value is refused."""
+    config = load_config(preset, overrides) if resume is None else _load_run_config(preset, overrides)
+    ds_values, train, lines = adopt_sections(find_ds_config(ds_config), config.train, overrides)
+    if os.environ.get("RANK", "0") == "0":
+        for line in lines:
+            print(line)
+    return replace(config, train=train), ds_values
+
+
+def _load_run_config(preset: str, overrides: Sequence[str]) -> Config:
+    """Return the settings of the run that --resume continues, with overrides: the run in run.dir, or else the newest of
+    the preset in runs/. Raises UserError if there is no run."""
+    folders = [value for name, _, value in (override.partition("=") for override in overrides) if name == "run.dir"]
+    if folders:
+        folder = Path(folders[-1])
+    else:
+        runs = sorted(Path("runs").glob(f"{Path(preset).stem}-*/config.yaml"), key=lambda path: path.stat().st_mtime)
+        if not runs:
+            raise UserError(f"--resume: no run of preset {preset!r} in runs/; name it with run.dir=…")
+        folder = runs[-1].parent
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"--resume: {folder} holds no run (no config.yaml): start it without --resume")
+    return load_config(folder / "config.yaml", [*overrides, f"run.dir={folder}"])

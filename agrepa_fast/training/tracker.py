@@ -1,0 +1,46 @@
+"""Weights & Biases, which gets the numbers of metrics.jsonl too if train.wandb is set."""
+
+from dataclasses import asdict
+
+from ..config import TrainConfig
+from ..errors import UserError
+from .context import RunContext
+
+
+def check_tracker(train: TrainConfig) -> None:
+    """Raise UserError if train.wandb is set and the package is missing."""
+    if train.wandb is not None:
+        try:
+            import wandb  # noqa: F401
+        except ImportError as error:
+            raise UserError("train.wandb: pip install wandb, or set train.wandb=null") from error
+
+
+class Wandb:
+    """One run of a W&B project. A resumed run continues its W&B run; WANDB_MODE=offline works."""
+
+    def __init__(self, context: RunContext):
+        import wandb
+
+        self._run = wandb.init(
+            project=context.config.train.wandb,
+            name=context.folder.name,
+            id=context.config.run.id,  # folders of the same name are different runs
+            resume="allow",
+            dir=str(context.folder),
+            config=asdict(context.config),
+        )
+        self._run.define_metric("*", step_metric="step")  # a resumed run writes some steps again
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Send the values of a step."""
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        """Wait until everything is sent."""
+        self._run.finish()
+
+
+def open_tracker(context: RunContext) -> Wandb | None:
+    """Return the tracker that train.wandb asks for; None without one, and on all ranks but 0."""
+    return Wandb(context) if context.config.train.wandb is not None and context.rank == 0 else None
