@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-if (
-    not Path(__file__).with_name("kernels").is_dir()
-):  # imported from a checkout, where kernels/ stands beside this package
+if not Path(__file__).with_name("kernels").is_dir():  # a checkout, where kernels/ is beside this package
     __path__.append(str(Path(__file__).parents[1]))
 
+from . import openmp  # noqa: F401 - before torch
 from .attribution.ablate import ablate
 from .attribution.foga import foga
 from .attribution.gate_plan import count_block_forwards
