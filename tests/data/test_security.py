@@ -256,9 +256,10 @@ class TestCheckpoints:
         assert "ema.safetensors" in output
         assert "Traceback" not in output
 
-    def test_a_resume_does_not_unpickle(self, planted, marker, tmp_path):
-        """The folder may be somebody's who made it look like the run's own."""
-        self.plant(planted, "*.pt", marker)
+    @pytest.mark.parametrize("pattern", ["state.pt", "*_states.pt"], ids=["our file", "DeepSpeed's files"])
+    def test_a_resume_does_not_unpickle(self, pattern, planted, marker, tmp_path):
+        """A stranger may have made the folder look like the run's own."""
+        self.plant(planted, pattern, marker)
         output = run_training(1, "--resume", "latest", "run.dir=run", "train.steps=3", cwd=tmp_path, wanted=2)
         assert "was not loaded" in output
         assert "Traceback" not in output
