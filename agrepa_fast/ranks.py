@@ -249,9 +249,3 @@ def all_max(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
-
-
-# Names until today's branches have landed.
-agree, ONE = on_rank_0, ALONE
-Ranks.first, Ranks.gather, Ranks.own, Ranks.whole = Ranks.from_rank_0, Ranks.all_gather, Ranks.part_of, Ranks.join_parts
-Ranks.loaded, Ranks.poll, Ranks.fail = Ranks.load_on_every_rank, Ranks.check_others, Ranks.fail_everywhere

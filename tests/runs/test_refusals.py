@@ -70,7 +70,7 @@ class TestRefusals:
             ('{"train_micro_batch_size_per_gpu": 3}', "3 contradicts the run's 8"),
             ('{"bf16": {"enabled": true}}', "contradicts fp32 on cpu"),
             ('{"fp16": {"enabled": true}}', "bf16 or fp32"),
-            ('{"optimizer": {"type": "Adam"}}', "remove it"),
+            ('{"optimizer": {"type": "Lamb"}}', "remove it"),
             ('{"bf16": true}', "an object is wanted"),
             ('{"zero_optimization": {"stage": 9}}', "stage 9 is unknown"),
             ('{"zero_optimization": {"stage": 1, "reduce_bucket_size": -5}}', "DeepSpeed refuses"),
