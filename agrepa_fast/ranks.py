@@ -21,7 +21,7 @@ from .errors import UserError
 from .launch import complete_launch_environment, local_device
 
 PATIENCE = timedelta(hours=12)  # ranks wait while rank 0 prepares recordings; torch's default is 10 or 30 minutes
-_CHECK_SECONDS = 1.0
+_CHECK_SECONDS = 1.0  # between two looks for failed ranks
 _AGAIN = "run the same command again, it goes on where it stopped"
 
 
@@ -222,8 +222,7 @@ def on_rank_0(action: Callable[[], object]) -> None:
 
 
 def from_rank_0(make: Callable[[], Any]) -> Any:
-    """Return what `make` returns on rank 0, which alone calls it, on every rank. Raises UserError on all if `make`
-    does. Every rank must call it."""
+    """Return on every rank what `make` returns on rank 0. Raises UserError on all if it does. A collective call."""
     return _training_ranks().from_rank_0(make)
 
 
