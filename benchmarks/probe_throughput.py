@@ -173,7 +173,8 @@ def main() -> None:
             table.add_row(*cells)
     Console(width=120).print(table)
     print(f"of training: one probe at one time every {EVERY} steps of {args.batch} clips")
-    print("wrote", write_json("probe_throughput", {"settings": vars(args), "results": results}, args.out))
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    print("wrote", write_json("probe_throughput", {"settings": settings, "results": results}, args.out))
 
 
 if __name__ == "__main__":
