@@ -48,6 +48,7 @@ def test_presets_are_filled_in_from_the_run(stage):
     ("ranks", "variants"),
     [
         (1, ["plain", "compiled"]),
+        pytest.param(1, ["plain", "compiled by inductor"], marks=pytest.mark.drill),
         (
             2,
             [
@@ -73,7 +74,7 @@ def test_ways_to_compute_a_step_give_the_same_weights(ranks, variants, preset, t
         assert found["norm"] == pytest.approx(norm, rel=1e-5), name
         forwards = {"recomputed": 6, "compiled": 0}
         assert found["forwards"] == next((n for what, n in forwards.items() if what in name), 3), name
-        assert (found["graphs"] > 0) == (name == "compiled")
+        assert (found["graphs"] > 0) == name.startswith("compiled")
         assert found["breaks"] == 0
     if "dropout" in variants:
         assert everywhere[0]["dropout"]["losses"] != everywhere[0]["plain"]["losses"]
