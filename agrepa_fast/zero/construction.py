@@ -1,4 +1,4 @@
-"""The model of a run, made part by part so that ZeRO-3 never holds it whole, and writing into partitioned weights."""
+"""Making the model of a run part by part, so that ZeRO-3 never holds it whole, and writing into partitioned weights."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +13,8 @@ from .engine import deepspeed_refusals
 
 
 def new_model(config: Config, ds_config: dict) -> AudioDiT:
-    """A model with random weights from torch's random state, the same at every stage; partitioned under ZeRO-3."""
+    """Return a model whose weights are drawn from torch's random state, the same at every stage; partitioned under
+    ZeRO-3. ds_config: resolved."""
     model = AudioDiT(config.model, partitioner(ds_config))
     model.partitioned = zero_stage(ds_config) == 3
     model.recompute = config.train.activation_checkpointing
@@ -23,12 +24,12 @@ def new_model(config: Config, ds_config: dict) -> AudioDiT:
 
 
 def partitioner(ds_config: dict) -> Callable[[nn.Module], nn.Module]:
-    """What AudioDiT is to do with every finished part: under ZeRO-3 spread it over the ranks, so that none ever holds
-    more than one part whole; below, nothing. ds_config: resolved.
+    """Return the function that AudioDiT calls on every finished part. Under ZeRO-3 it spreads the part over the ranks,
+    so that none ever holds more than one part whole; at lower stages it does nothing. ds_config: resolved.
 
-    Parts are made on the CPU in fp32 on every rank, from the one random stream of run.seed, and partitioned then:
-    the weights are those of every other stage, bit for bit. (Made inside `deepspeed.zero.Init()`, they would be drawn
-    on the GPU, in bf16.) Every rank must make the same parts in the same order.
+    Every rank makes each part on the CPU in fp32, from the one random stream of run.seed, and partitions it then. So
+    the weights equal those of every other stage, bit for bit: inside `deepspeed.zero.Init()` they would be drawn on
+    the GPU, in bf16. Every rank must make the same parts in the same order.
     """
     if zero_stage(ds_config) < 3:
         return lambda part: part
@@ -45,7 +46,7 @@ def partitioner(ds_config: dict) -> Callable[[nn.Module], nn.Module]:
 
 
 def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
-    """Inside, the parameters are whole on every rank; what rank 0 has written into them at the end is everybody's.
+    """Inside, the parameters are whole on every rank; at the end every rank gets the values that rank 0 has written.
     Every rank must enter it. Parameters that are not partitioned are left alone."""
     parameters = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not parameters:
@@ -56,5 +57,5 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Shape of a parameter, partitioned or not."""
+    """Return the shape of a whole parameter, partitioned or not."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

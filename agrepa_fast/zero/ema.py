@@ -9,8 +9,8 @@ from .masters import WholeTensors, masters, publish_masters, write_masters
 
 
 class Ema:
-    """Averages this rank's master weights. The decay warms up as (1 + n) / (10 + n), so that early averages forget the
-    start."""
+    """The average of this rank's master weights. After n updates the decay is at most (1 + n) / (10 + n), so that early
+    averages forget the start."""
 
     def __init__(self, engine, decay: float):
         self.engine, self.decay, self.updates = engine, decay, 0
@@ -18,14 +18,15 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Add the current weights to the average. Call it after every optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.average, masters(self.engine), 1 - decay)
         self.updates += 1
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model computes with the averaged weights inside; the live ones come back bit for bit. Every rank must
-        enter it."""
+        """Inside, the model computes with the averaged weights; afterwards the live ones are back, bit for bit. Every
+        rank must enter it."""
         self._swap()
         try:
             yield
@@ -42,7 +43,7 @@ class Ema:
 
     @torch.no_grad()
     def load(self, whole: WholeTensors, updates: int) -> None:
-        """Take the average of whole weights, after so many updates, whatever ranks and stage they come from."""
+        """Continue from an average of whole weights after so many updates, saved on any ranks at any stage."""
         live = [weights.clone() for weights in masters(self.engine)]
         self.average = write_masters(self.engine, whole)
         torch._foreach_copy_(masters(self.engine), live)

@@ -8,20 +8,20 @@ from ..ranks import all_sum
 from .masters import masters
 from .optimizers import optimizer_inside
 
-_CHUNK = 1 << 24  # elements worked on at once: bounds what the norms need beside the weights
+_CHUNK = 1 << 24  # elements per chunk: bounds the memory that the norms take beside the weights
 
 
 def weight_norm(engine) -> torch.Tensor:
-    """Norm of all fp32 master weights, 0-dim fp32. Every rank must call it."""
+    """Return the norm of all fp32 master weights, 0-dim fp32. Every rank must call it."""
     squares = [part.square().sum() for weights in masters(engine) for part in weights.flatten().split(_CHUNK)]
     return _global(engine, squares).sqrt()
 
 
 def update_ratio(engine, lr: float) -> torch.Tensor:
-    """Norm of AdamW's last update over the norm of the weights before it, 0-dim; lr: the update's. Every rank must call
-    it.
+    """Return the norm of AdamW's last update over the norm of the weights before it, 0-dim. lr: of that update. Every
+    rank must call it.
 
-    Worked out from the moments, so that no copy of the weights has to be kept through a step.
+    It is computed from the moments, so that no copy of the weights is kept through a step.
     """
     updates, weights = [], []
     for update, before in _updates(optimizer_inside(engine), lr):
@@ -31,7 +31,7 @@ def update_ratio(engine, lr: float) -> torch.Tensor:
 
 
 def _updates(optimizer: torch.optim.AdamW, lr: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(what was subtracted, from what), piece by piece of this rank's share."""
+    """Yield (update, weights before it) for every chunk of this rank's masters."""
     options = optimizer.defaults
     (beta1, beta2), eps, decay = options["betas"], options["eps"], lr * options["weight_decay"]
     for weights, state in optimizer.state.items():
@@ -44,6 +44,6 @@ def _updates(optimizer: torch.optim.AdamW, lr: float) -> Iterator[tuple[torch.Te
 
 
 def _global(engine, squares: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Sum over ranks of the squares of what each owns; at stage 0 every rank owns everything."""
+    """Return the sum of the squares over ranks; at stage 0 every rank has all of them."""
     total = torch.stack(list(squares)).sum().to(engine.device)
     return all_sum(total) if engine.zero_optimization_stage() > 0 else total
