@@ -70,7 +70,8 @@ def _auto(data: DataConfig, device: str) -> Vocoder:
 def _hifigan(data: DataConfig, device: str) -> Vocoder:
     _check_mel("package:hifigan", hifigan.MEL, data)
     generator = hifigan.load_generator().to(device)
-    return Vocoder(f"HiFi-GAN universal ({hifigan.PACKAGE} {hifigan.VERSION})", data, generator, device)
+    name = f"HiFi-GAN universal ({hifigan.PACKAGE} {hifigan.VERSION})"
+    return Vocoder(name, data, lambda log_mel: generator(log_mel.mT), device)
 
 
 def _check_mel(vocoder: str, wanted: dict, data: DataConfig) -> None:
