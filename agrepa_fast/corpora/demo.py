@@ -1,8 +1,11 @@
-"""The demo corpus: recordings in Debian packages."""
+"""The demo corpus: recordings in packages of Debian and Ubuntu.
+
+demo_recordings.txt lists them by content, so that every release that has the same recordings gives the same corpus,
+whatever its versions and folders are called. Debian 12 and 13 and Ubuntu 24.04 have all of them.
+"""
 
 import gzip
 import hashlib
-import json
 import math
 import re
 from dataclasses import dataclass, replace
@@ -10,67 +13,15 @@ from functools import partial
 from pathlib import Path
 
 from ..config import DataConfig
-from .recordings import Recording, Source, key_characters
+from ..errors import UserError
+from ..fetch import cache_dir, fetch_apt
+from .recordings import Recording, Source, key_characters, too_many_bad
 
-CREATIVE_COMMONS_BY_SA = "CC-BY-SA-3.0"
-
-
-@dataclass(frozen=True)
-class DebianPackage:
-    """A pinned package: fetched by name and version, accepted by checksum. `licence` is its copyright file's."""
-
-    name: str
-    version: str
-    sha256: str
-    licence: str
-
-    def fetch(self) -> Path:
-        from ..fetch import fetch_apt
-
-        return fetch_apt(self.name, self.version, self.sha256)
-
-
-PROMPTS = DebianPackage(
-    "asterisk-core-sounds-en-g722",
-    "1.6.1-1",
-    "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806",
-    CREATIVE_COMMONS_BY_SA,
-)
-
-
-PROMPT_TEXTS = DebianPackage(
-    "asterisk-core-sounds-en",
-    "1.6.1-1",
-    "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
-    CREATIVE_COMMONS_BY_SA,
-)
-
-
-SAMPLES = DebianPackage(
-    "sonic-pi-samples",
-    "3.2.2~repack-8",
-    "25f2312d2fae005e6ad0f4726b8ed3084e776006a5a132083506e960224ac79d",
-    "CC0",
-)
-
-
-GAME_SOUNDS = DebianPackage(
-    "lincity-ng-data",
-    "2.9~git20150314-5",
-    "8f5e85bd42879abdc7099b035d7a3d7468eceb6b93b52a12270c28f3f3c792f9",
-    "GPL-2+",  # the copyright file: sound effects are also under CC-BY-SA-2.0
-)
-
-
-DEMO_PACKAGES = {"speech": (PROMPTS, PROMPT_TEXTS), "audio": (SAMPLES, GAME_SOUNDS)}
-
-
+MANIFEST = Path(__file__).with_name("demo_recordings.txt")
+_DIGITS = 32  # of a recording's SHA-256 in the manifest
+# Of the recordings in the manifest. Shards of version 0.1 carry the same.
+_IDENTITIES = {"speech": "ef3da916bd79e923", "audio": "7aca5c9e67fa3f7e"}
 _G722_BYTES_PER_SECOND = 8000
-
-
-_MIN_PROMPT_SECONDS = 1.0  # shorter prompts are single digits and letters
-
-
 _SAMPLE_KINDS = {
     "ambi": "ambience",
     "bass": "bass",
@@ -89,56 +40,113 @@ _SAMPLE_KINDS = {
 }
 
 
+@dataclass(frozen=True)
+class DemoPackage:
+    """A package with recordings of the demo. `licence` is its copyright file's."""
+
+    name: str
+    licence: str
+    suffix: str  # of its recordings
+    prefix: str = ""  # of their keys
+
+    def recording(self, domain: str, name: str, file: Path | None, **fields) -> Recording:
+        """Return a recording of the manifest; without a file it has a problem."""
+        return Recording(
+            name=f"{self.prefix}{key_characters(name)}",
+            path=str(file or ""),
+            domain=domain,
+            source=f"{self.name}/{name}{self.suffix}",
+            licence=self.licence,
+            problem="" if file else "in no file of the package, or changed",
+            **fields,
+        )
+
+
+PROMPTS = DemoPackage("asterisk-core-sounds-en-g722", "CC-BY-SA-3.0", ".g722", "asterisk-")
+PROMPT_TEXTS = DemoPackage("asterisk-core-sounds-en", "CC-BY-SA-3.0", ".txt.gz")
+SAMPLES = DemoPackage("sonic-pi-samples", "CC0", ".flac", "sonic-pi-")
+# Its copyright file: sound effects are also under CC-BY-SA-2.0.
+GAME_SOUNDS = DemoPackage("lincity-ng-data", "GPL-2+", ".wav", "lincity-")
+DEMO_PACKAGES = {"speech": (PROMPTS, PROMPT_TEXTS), "audio": (SAMPLES, GAME_SOUNDS)}
+
+
 def demo_sources(data: DataConfig) -> list[Source]:
-    """The demo corpus, known by its packages' checksums: nothing is fetched before its recordings are asked for."""
+    """Return the demo corpus, one source per domain. Fetches nothing before its recordings are asked for."""
     sources = []
     for domain, packages in DEMO_PACKAGES.items():
-        identity = hashlib.sha256(json.dumps([package.sha256 for package in packages]).encode()).hexdigest()[:16]
         recordings = partial(demo_recordings, domain, data.max_seconds, data.min_seconds)
-        sources.append(Source(domain, "demo", identity, recordings))
+        sources.append(Source(domain, "demo", _IDENTITIES[domain], recordings))
         for package in packages:
-            print(f"{domain}: {package.name} {package.version}, {package.licence}")
+            print(f"{domain}: {package.name}, {package.licence}")
     return sources
 
 
 def demo_recordings(domain: str, max_seconds: float, min_seconds: float) -> list[Recording]:
-    """The demo corpus of one domain; fetches its packages on first use.
+    """Return the demo corpus of one domain. Fetches its packages on first use.
 
-    Speech: the spoken prompts of at least 1 s. Audio: sound effects and instrument samples, those longer than
-    `max_seconds` cut into consecutive clips of that length, since there are few of them; a rest below `min_seconds` is
-    left out.
+    Speech: spoken prompts of at least 1 s. Audio: sound effects and instrument samples, those longer than `max_seconds`
+    cut into consecutive clips of that length, since there are few of them; a rest below `min_seconds` is left out.
+    Recordings that the fetched version lacks are printed in one line and have a problem. Raises UserError if too many
+    are missing.
     """
     if domain == "speech":
-        return _prompts(PROMPTS.fetch(), PROMPT_TEXTS.fetch(), min_seconds)
-    sounds = _samples(SAMPLES.fetch()) + _game_sounds(GAME_SOUNDS.fetch())
-    return [part for sound in _without_copies(sounds) for part in _parts(sound, max_seconds, min_seconds)]
+        return _prompts(min_seconds)
+    sounds = [
+        SAMPLES.recording("audio", name, file, labels=_sample_labels(name))
+        for name, file in _find_recordings(SAMPLES, fetch_apt(SAMPLES.name)).items()
+    ]
+    sounds += [
+        GAME_SOUNDS.recording("audio", name, file, labels=(_words_of(name),))
+        for name, file in _find_recordings(GAME_SOUNDS, fetch_apt(GAME_SOUNDS.name)).items()
+    ]
+    return [part for sound in sounds for part in _parts(sound, max_seconds, min_seconds)]
 
 
-def _prompts(root: Path, text_root: Path, min_seconds: float) -> list[Recording]:
-    folder = root / "usr/share/asterisk/sounds/en_US_f_Allison"
-    texts = _prompt_texts(text_root / "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz")
-    recordings = []
-    for path in sorted(folder.rglob("*.g722")):
-        inside = path.relative_to(folder).with_suffix("").as_posix()
-        text = texts.get(inside, "")
-        is_tone = inside.startswith("silence/") or text.startswith("[")  # "[ascending tones]"
-        if is_tone or path.stat().st_size < max(_MIN_PROMPT_SECONDS, min_seconds) * _G722_BYTES_PER_SECOND:
-            continue
-        recording = Recording(
-            name="asterisk-" + key_characters(inside),
-            path=str(path),
-            domain="speech",
-            text=text,
-            source=f"{PROMPTS.name}/{inside}.g722",
-            licence=PROMPTS.licence,
-        )
-        recordings.append(recording)
-    return recordings
+def read_manifest() -> dict[str, dict[str, str]]:
+    """Return {package: {name of a recording: first digits of its SHA-256}}."""
+    packages: dict[str, dict[str, str]] = {}
+    for line in MANIFEST.read_text().splitlines():
+        if line.startswith("["):
+            names = packages.setdefault(line.strip("[]"), {})
+        elif not line.startswith("#"):
+            digits, name = line.split(" ")
+            names[name] = digits
+    return packages
 
 
-def _prompt_texts(path: Path) -> dict[str, str]:
-    """File name without suffix -> what is said, from lines `name: text`; lines that start with `;` are comments."""
+def _find_recordings(package: DemoPackage, root: Path) -> dict[str, Path | None]:
+    """Return {name: file} of a package's recordings, None for missing ones. root: the folder of the fetched version."""
+    wanted = read_manifest()[package.name]
+    files: dict[str, Path] = {}
+    for path in sorted(root.rglob(f"*{package.suffix}")):
+        files.setdefault(hashlib.sha256(path.read_bytes()).hexdigest()[:_DIGITS], path)
+    found = {name: files.get(digits) for name, digits in wanted.items()}
+    missing = [name for name, file in found.items() if file is None]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        line = f"{root.name} lacks {len(missing)} of {len(wanted)} recordings: {', '.join(missing[:5])}{more}"
+        if too_many_bad(len(missing), len(wanted)):
+            raise UserError(
+                f"{line}; put the .deb of Debian 12, from packages.debian.org/bookworm/{package.name}, into "
+                f"{cache_dir() / 'downloads'}"
+            )
+        print(line)
+    return found
+
+
+def _prompts(min_seconds: float) -> list[Recording]:
+    texts = _prompt_texts(fetch_apt(PROMPT_TEXTS.name))
+    return [
+        PROMPTS.recording("speech", name, file, text=texts.get(name, ""))
+        for name, file in _find_recordings(PROMPTS, fetch_apt(PROMPTS.name)).items()
+        if file is None or file.stat().st_size >= min_seconds * _G722_BYTES_PER_SECOND
+    ]
+
+
+def _prompt_texts(root: Path) -> dict[str, str]:
+    """Return {file name without suffix: spoken text} from lines `name: text`; lines that begin with ; are comments."""
     texts = {}
+    path = root / "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
     for line in gzip.decompress(path.read_bytes()).decode("utf-8").splitlines():
         name, colon, text = line.partition(":")
         if colon and not line.startswith(";"):
@@ -146,46 +154,23 @@ def _prompt_texts(path: Path) -> dict[str, str]:
     return texts
 
 
-def _samples(root: Path) -> list[Recording]:
-    recordings = []
-    for path in sorted((root / "usr/share/sonic-pi/samples").glob("*.flac")):
-        kind, _, rest = path.stem.partition("_")
-        labels = (_SAMPLE_KINDS.get(kind, kind), rest.replace("_", " "))
-        recordings.append(_sound("sonic-pi-", path, labels, SAMPLES))
-    return recordings
+def _sample_labels(name: str) -> tuple[str, ...]:
+    """Return the labels of a sample: bd_haus -> bass drum, haus."""
+    kind, _, rest = name.partition("_")
+    return _SAMPLE_KINDS.get(kind, kind), rest.replace("_", " ")
 
 
-def _game_sounds(root: Path) -> list[Recording]:
-    recordings = []
-    for path in sorted((root / "usr/share/games/lincity-ng/sounds").glob("*.wav")):  # music/ is left out
-        words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+", path.stem)
-        recordings.append(_sound("lincity-", path, (" ".join(words).lower(),), GAME_SOUNDS))
-    return recordings
-
-
-def _sound(prefix: str, path: Path, labels: tuple[str, ...], package: DebianPackage) -> Recording:
-    return Recording(
-        name=prefix + key_characters(path.stem),
-        path=str(path),
-        domain="audio",
-        labels=labels,
-        source=f"{package.name}/{path.name}",
-        licence=package.licence,
-    )
-
-
-def _without_copies(recordings: list[Recording]) -> list[Recording]:
-    """The first of each set of identical files: a copy in validation would be a training clip."""
-    first: dict[bytes, Recording] = {}
-    for recording in recordings:
-        first.setdefault(hashlib.sha256(Path(recording.path).read_bytes()).digest(), recording)
-    return list(first.values())
+def _words_of(name: str) -> str:
+    """Return the words of a game sound's name: FireStation3 -> fire station."""
+    return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+", name)).lower()
 
 
 def _parts(recording: Recording, max_seconds: float, min_seconds: float) -> list[Recording]:
-    """Consecutive clips of at most max_seconds, numbered from 1; the recording itself when it makes only one."""
+    """Return consecutive clips of at most max_seconds, numbered from 1; the recording itself if there is only one."""
     import soundfile
 
+    if recording.problem:
+        return [recording]
     seconds = soundfile.info(recording.path).duration
     if seconds < min_seconds:
         return []

@@ -1,11 +1,9 @@
 """agrepa prepare, end to end on recordings and a small random Whisper written by the tests."""
 
-import gzip
 import re
 import signal
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +13,14 @@ import soundfile
 from agrepa_fast.audio.mel import LogMel, frame_count
 from agrepa_fast.audio.waves import decode, resample
 from agrepa_fast.config_file import load_config
-from agrepa_fast.corpora import demo, recordings
+from agrepa_fast.corpora import recordings
 from agrepa_fast.data.index import load_index
 from agrepa_fast.data.reading import read_shard
 from agrepa_fast.errors import UserError
 from agrepa_fast.files import FolderLock
 from agrepa_fast.prepare import pipeline as prepare
-from agrepa_fast.prepare.pipeline import prepare_demo, prepare_folder
-from agrepa_fast.tokenizers.kmeans import tokens_of_frames
+from agrepa_fast.prepare.pipeline import prepare_folder
+from agrepa_fast.tokenizers.base import tokens_of_frames
 
 CODES = 8
 
@@ -125,7 +123,7 @@ def test_statistics_are_those_of_the_train_clips(prepared):
 def test_second_run_does_nothing(prepared, corpus, whisper, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in prepared.folder.iterdir()}
     monkeypatch.setattr(recordings, "decode", lambda *_: pytest.fail("decoded again"))
-    monkeypatch.setattr(prepare, "load_on_all", lambda *_: pytest.fail("teacher loaded again"))
+    monkeypatch.setattr(prepare, "load_teacher_on_every_rank", lambda *_: pytest.fail("teacher loaded again"))
     again = prepare_folder(settings(whisper), corpus, "speech", prepared.folder)
     assert again.content == prepared.content
     assert {path: path.stat().st_mtime_ns for path in prepared.folder.iterdir()} == before
@@ -209,7 +207,7 @@ def test_killed_runs_are_resumed_to_the_same_bytes(prepared, corpus, whisper, tm
         assert code == -signal.SIGKILL
         with pytest.raises(UserError, match=r"has no index\.json"):
             load_index(out)
-        done = [list(out.glob(files)) for files in (".work/*-mel-*/*/*.npz", ".work/*/*/*.frames.npz", "*.tar")]
+        done = [list(out.glob(files)) for files in (".work/*-mel-*/*/*.npz", ".work/*-frames-*/*/*.npz", "*.tar")]
         stages.append([len(files) for files in done])
     assert stages == [[9, 0, 0], [24, 7, 0], [24, prepared.clips("train", "speech"), 1]]
     prepare_folder(config, corpus, "speech", out)
@@ -309,58 +307,3 @@ def test_too_large_a_codebook_names_the_setting(whisper, tmp_path):
     corpus = write_corpus(tmp_path / "corpus", 6)
     with pytest.raises(UserError, match=r"data\.codebook=4096: the speech train clips have only \d+ teacher frames"):
         prepare_folder(settings(whisper, "data.codebook=4096"), corpus, "speech", tmp_path / "out")
-
-
-@pytest.fixture
-def demo_packages(tmp_path, monkeypatch):
-    """The demo's packages in miniature, laid out as the real ones."""
-    roots = {package.name: tmp_path / package.name for domain in demo.DEMO_PACKAGES.values() for package in domain}
-    monkeypatch.setattr(demo.DebianPackage, "fetch", lambda self: roots[self.name])
-    prompts = roots[demo.PROMPTS.name] / "usr/share/asterisk/sounds/en_US_f_Allison"
-    for name, size in {"digits/1": 4000, "beep": 16000, "silence/2": 16000}.items():
-        (prompts / name).parent.mkdir(parents=True, exist_ok=True)
-        (prompts / f"{name}.g722").write_bytes(bytes(size))
-    for number in range(20):
-        noise = np.random.default_rng(number).integers(0, 256, 8800 + 800 * number, dtype=np.uint8)
-        (prompts / f"say-{number}.g722").write_bytes(noise.tobytes())
-    lines = [f"say-{number}: Say  {number}." for number in range(20)]
-    texts = roots[demo.PROMPT_TEXTS.name] / "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
-    texts.parent.mkdir(parents=True)
-    texts.write_bytes(gzip.compress("\n".join(["; comment", "", *lines, "beep: [a beep]"]).encode()))
-    samples = roots[demo.SAMPLES.name] / "usr/share/sonic-pi/samples"
-    sounds = roots[demo.GAME_SOUNDS.name] / "usr/share/games/lincity-ng/sounds"
-    samples.mkdir(parents=True)
-    sounds.mkdir(parents=True)
-    for number in range(12):
-        soundfile.write(samples / f"bd_kick_{number}.flac", tone(0.4 + 0.6 * number, 44100, number), 44100)
-        soundfile.write(sounds / f"FireStation{number}.wav", tone(1.0 + 0.3 * number, 11025, 50 + number), 11025)
-    (sounds / "Copy1.wav").write_bytes((sounds / "FireStation3.wav").read_bytes())
-    return tmp_path
-
-
-def test_demo(demo_packages, whisper, tmp_path):
-    data = settings(whisper).data
-    index = prepare_demo(settings(whisper), tmp_path / "out")
-    assert index.domains == ("speech", "audio")
-    speech = read_all(index)
-    assert {clip.text for split in speech.values() for clip in split} == {f"Say {n}." for n in range(20)}
-    for domain in index.domains:
-        read = read_all(index, domain)
-        assert len(read["val"]) >= 0.1 * (len(read["val"]) + len(read["train"]))
-        splits_of = defaultdict(set)
-        for split, found in read.items():
-            for clip in found:
-                splits_of[clip.source].add(split)
-        assert all(len(splits) == 1 for splits in splits_of.values()), "parts of a recording met across the splits"
-    audio = [clip for split in read_all(index, "audio").values() for clip in split]
-    assert {clip.labels for clip in audio if "sonic" in clip.source} == {
-        ("bass drum", f"kick {n}") for n in range(1, 12)
-    }
-    assert {clip.labels for clip in audio if "lincity" in clip.source} <= {("fire station",), ("copy",)}
-    assert len({clip.source for clip in audio}) == 11 + 12  # one shorter than data.min_seconds, one copy
-    longest = [clip for clip in audio if "bd_kick_11" in clip.source]  # 7.0 s in parts of 2.2 s and a rest of 0.4 s
-    assert [clip.seconds for clip in longest] == [data.max_seconds] * 3
-    assert all(clip.cut for clip in longest)
-    assert len({clip.key for clip in longest}) == 3
-    again = prepare_demo(settings(whisper), tmp_path / "out")
-    assert again.content == index.content
