@@ -249,9 +249,10 @@ def _source(args: argparse.Namespace):
 
 
 def _fit_tokens(args: argparse.Namespace) -> None:
-    from .tokenizers.vq_fit import fit_vq
+    from .prepare.fit_tokens import fit_tokens
 
-    fit_vq(args.path, VqFitConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(VqFitConfig)}), args.out)
+    config = VqFitConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(VqFitConfig)})
+    fit_tokens(args.path, config, args.out)
 
 
 def _probe(args: argparse.Namespace) -> None:

@@ -60,16 +60,7 @@ def floor(name: str) -> int:
     return len(FLOORS) - FLOORS.index(room(name)) if room(name) in FLOORS else 0
 
 
-UPWARD = {"agrepa_fast.tokenizers.vq_fit"}  # moves to where it may import what it reads
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True) if name in UPWARD else ())
-        for name in sorted(MODULES.keys() - {PACKAGE})
-    ],
-)
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {PACKAGE}))
 def test_imports_go_down(name):
     upward = [f"line {line}: {target}" for target, line in imported(name) if floor(target) > floor(name)]
     whole = [f"line {line}: {target}" for target, line in imported(name) if target == PACKAGE]

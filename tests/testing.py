@@ -17,7 +17,8 @@ from agrepa_fast.files import file_sha256, write_atomically
 from agrepa_fast.models.audio_dit.conditioning import Condition
 from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.settings import setting_names
-from agrepa_fast.tokenizers.kmeans import Codebook, codebook_bytes
+from agrepa_fast.tokenizers.code_mels import codebook_bytes
+from agrepa_fast.tokenizers.kmeans import Codebook
 
 FRAMES, MEL_BINS, VOCAB = 37, 12, 30  # of the small model and batch
 CLOCK = [f"train/{name}" for name in ("clips_per_s", "frames_per_s", "data_wait", "mfu", "peak_memory_gib")]

@@ -1,7 +1,7 @@
-"""What every stage of a preparation needs: domain, ranks, a bar, a line about its throughput, and its work files.
+"""What every stage of a preparation needs: domain, ranks, threads, a progress bar, and work files.
 
-A stage keeps what it makes of each clip in a file of its own below <out>/.work, written atomically, so that a run which
-was interrupted at any moment goes on, on any number of ranks.
+A stage keeps its result for each clip in a file of its own below <out>/.work. Files appear whole or not at all, so a
+preparation that was killed at any moment goes on, on any number of ranks.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from ..files import write_atomically
 from ..ranks import Ranks
 
 WORK = ".work"
-REPORT = "prepare.json"  # how fast each stage was; not in index.json, which is the same whenever it is written
+REPORT = "prepare.json"  # throughput per stage; not in index.json, which does not depend on the machine
 
 
 @dataclass(frozen=True)
@@ -38,68 +38,70 @@ class Job:
     pool: ThreadPoolExecutor
     throughput: dict[str, dict] = field(default_factory=dict)  # stage -> figures; on rank 0
 
-    def folder(self, kind: str, digest: str, alone: bool = False) -> Path:
-        """The folder of a stage's results, which whatever they depend on names. `alone`: what they describe is outside,
-        and about to be overwritten, so that those with another digest are forgotten; every rank must call it."""
+    def work_folder(self, kind: str, inputs: object, *, only: bool = False) -> Path:
+        """Return the work folder for `kind`, named by a digest of its inputs. With `only`, delete the folders of the
+        same kind with other inputs first; every rank must call it then."""
         work = self.out / WORK
-        folder = work / f"{self.domain}-{kind}-{digest}"
-        if alone:
-            self.ranks.on_rank_0(lambda: remove(f for f in work.glob(f"{self.domain}-{kind}-*") if f != folder))
+        folder = work / f"{self.domain}-{kind}-{digest(inputs)}"
+        if only:
+            others = f"{self.domain}-{kind}-*"
+            self.ranks.on_rank_0(lambda: remove_folders(path for path in work.glob(others) if path != folder))
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         if self.ranks.rank == 0:
             print(line)
 
     @contextmanager
     def stage(self, name: str, clips: int) -> Iterator["Stage"]:
-        """A stage in which this rank has `clips` to do; all ranks end it together."""
+        """Show and record the progress of a stage in which this rank has `clips` to do. All ranks end it together."""
         world = self.ranks.world
         part = f", rank 0 of {world}" if world > 1 else ""
         with tqdm(total=clips, desc=f"{self.domain}: {name}{part}", unit="clip", disable=self.ranks.rank > 0) as bar:
             stage = Stage(self.ranks, bar)
             yield stage
         wall = time.monotonic() - stage.started
-        each = np.array(self.ranks.all_gather((stage.clips, stage.found, stage.audio, wall)))
-        wall = each[:, 3].max()
-        clips, found, audio = each[:, :3].sum(axis=0)
-        before = f", {found:.0f} were there" if found else ""
-        self.say(
-            f"{self.domain}: {name}: {clips:.0f} clips ({audio:.0f} s of audio) in {wall:.1f} s on {world} rank"
-            f"{'s' * (world > 1)}: {clips / wall:.1f} clips/s, {audio / wall:.0f} x real time{before}"
+        of_ranks = np.array(self.ranks.all_gather((stage.clips, stage.kept, stage.audio, wall)))
+        wall = of_ranks[:, 3].max()
+        clips, kept, audio = of_ranks[:, :3].sum(axis=0)
+        earlier = f", {kept:.0f} were there" if kept else ""
+        ranks = "1 rank" if world == 1 else f"{world} ranks"
+        self.print(
+            f"{self.domain}: {name}: {clips:.0f} clips ({audio:.0f} s of audio) in {wall:.1f} s on {ranks}: "
+            f"{clips / wall:.1f} clips/s, {audio / wall:.0f} x real time{earlier}"
         )
-        figures = {"ranks": world, "clips": int(clips), "found": int(found)}
+        figures = {"ranks": world, "clips": int(clips), "found": int(kept)}
         times = {"audio_s": audio, "wall_s": wall, "clips_per_s": clips / wall, "x_real_time": audio / wall}
         self.throughput[name] = figures | {name: round(float(value), 2) for name, value in times.items()}
 
 
 @dataclass
 class Stage:
-    """Counts of this rank in a running stage."""
+    """This rank's counts in a running stage."""
 
     ranks: Ranks
     bar: tqdm
     clips: int = 0  # computed
-    audio: float = 0.0  # seconds of them
-    found: int = 0  # computed by an earlier run
+    audio: float = 0.0  # their seconds
+    kept: int = 0  # computed by an earlier run
     started: float = field(default_factory=time.monotonic)
 
-    def done(self, seconds: float) -> None:
-        """A clip of so many seconds has been computed."""
-        self.clips, self.audio = self.clips + 1, self.audio + seconds
-        self.bar.update()
+    def add(self, seconds: float, clips: int = 1) -> None:
+        """Count clips that have been computed, `seconds` long together."""
+        self.clips, self.audio = self.clips + clips, self.audio + seconds
+        self.bar.update(clips)
         self.ranks.check_others()
 
     def skip(self, clips: int = 1) -> None:
-        """The results of so many clips were there."""
-        self.found += clips
+        """Count clips whose results an earlier run has computed."""
+        self.kept += clips
         self.bar.update(clips)
         self.ranks.check_others()
 
 
 def write_report(out: Path, throughput: dict[str, dict]) -> None:
-    """Throughput by domain and stage into prepare.json, beside that of other domains."""
+    """Write throughput by domain and stage into prepare.json, beside that of other domains."""
     path = out / REPORT
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -110,27 +112,47 @@ def write_report(out: Path, throughput: dict[str, dict]) -> None:
     write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
 
 
-def remove(folders: Iterable[Path]) -> None:
+def digest(inputs: object) -> str:
+    """Return 16 hex digits that change with `inputs`, a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def remove_folders(folders: Iterable[Path]) -> None:
     for folder in list(folders):
         shutil.rmtree(folder)
 
 
 def work_file(folder: Path, name: str) -> Path:
-    """The file of that name below a stage's folder: one folder of a million files is slow on network file systems."""
+    """Return the path of a work file: one of 256 folders below `folder`, since network file systems are slow with a
+    million files in one."""
     return folder / hashlib.sha1(name.encode()).hexdigest()[:2] / name
 
 
 def write_work(file: Path, **arrays) -> None:
-    """The .npz of a clip, atomically."""
+    """Write a .npz that appears whole or not at all."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     try:
-        write_atomically(file, buffer.getvalue())
+        write_atomically(file, buffer.getvalue(), durable=False)
     except FileNotFoundError:
         file.parent.mkdir(exist_ok=True)
-        write_atomically(file, buffer.getvalue())
+        write_atomically(file, buffer.getvalue(), durable=False)
 
 
-def work_names(folder: Path) -> set[str]:
-    """Names of all files that work_file has placed below a folder: 256 listings instead of a look for each."""
+def read_work(file: Path) -> dict[str, np.ndarray]:
+    """Return all arrays of a work file."""
+    with np.load(file, allow_pickle=False) as stored:
+        return dict(stored)
+
+
+def list_work(folder: Path) -> set[str]:
+    """Return the names of all work files of a folder: 256 listings instead of a look for each."""
     return {name for part in folder.iterdir() if part.is_dir() for name in os.listdir(part)}  # noqa: PTH208 - names alone
+
+
+def read_record(record: Path, written: Path) -> dict[str, np.ndarray] | None:
+    """Return the work file that describes a written tar, or None unless both exist and the tar has the size in it."""
+    if not (record.is_file() and written.is_file()):
+        return None
+    stored = read_work(record)
+    return stored if json.loads(str(stored["entry"]))["bytes"] == written.stat().st_size else None

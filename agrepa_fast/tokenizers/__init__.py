@@ -1,0 +1,19 @@
+"""Tokenizers turn a clip into int32 ids: `kmeans` and `vq:FILE` from a teacher's frames, `s3:NAME` from waves.
+
+A k-means codebook is fitted in preparation, a vector quantiser before it, by `agrepa tokens fit`.
+"""
+
+from pathlib import Path
+
+from .base import FrameTokenizer, WaveTokenizer
+
+__all__ = ["FrameTokenizer", "WaveTokenizer", "load_tokenizer"]
+
+
+def load_tokenizer(spec: str, device: str = "cpu") -> FrameTokenizer | WaveTokenizer:
+    """Return the tokenizer of vq:FILE, s3:NAME or s3:FILE. Raises UserError if it cannot be loaded."""
+    from .s3 import load_s3
+    from .vq import VqTokenizer
+
+    kind, _, source = spec.partition(":")
+    return VqTokenizer.load(Path(source), device) if kind == "vq" else load_s3(source, device)

@@ -16,7 +16,7 @@ import torch
 from ..audio.waves import import_torchaudio
 from ..errors import UserError, nearest
 from ..teachers.base import batches_by_length, check_waves, weights_sha256
-from .kmeans import WaveTokenizer
+from .base import WaveTokenizer
 
 NAMES = ("speech_tokenizer_v1", "speech_tokenizer_v1_25hz", "speech_tokenizer_v2_25hz")
 _HEAD_DIM = 64  # of every S3 tokenizer

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from ..errors import UserError
 from ..files import file_sha256
-from .kmeans import FrameTokenizer
+from .base import FrameTokenizer
 
 FORMAT = "agrepa-vq-1"
 _AVERAGED = 15  # frames per code in the codebook's moving averages, RepCodec's (decay 0.8, 3 frames a code and step)

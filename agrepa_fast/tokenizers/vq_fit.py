@@ -1,15 +1,12 @@
-"""`agrepa tokens fit`: recordings -> frames of a teacher -> a FrameCodec (vq.py) in one .safetensors file.
+"""Fit a FrameCodec (vq.py) on a teacher's frames.
 
-Frames and, every few hundred steps, the state of the training wait in <file>.fit, written atomically: an interrupted
-fit goes on where it stopped and, on a CPU, ends with the same bytes. Every draw of a step comes from (seed, step).
+Every draw of a step comes from (seed, step). The state of the training is written every few hundred steps.
 """
 
 import json
 import math
-import shutil
 from bisect import bisect_right
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -17,139 +14,29 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..config import DataConfig
-from ..corpora.folder import folder_recordings
-from ..corpora.recordings import Recording, Source
 from ..errors import UserError
-from ..files import FolderLock, write_atomically
-from ..prepare.decode import MAX_BAD, MAX_BAD_SHARE, ahead, cut_wave, digest, name_hash
+from ..files import write_atomically
 from ..seeds import derive_seed
 from .kmeans import Codebook, fit_frames
-from .vq import FORMAT, FrameCodec, VqTokenizer, codec_bytes
+from .vq import FrameCodec, VqTokenizer
 from .vq_config import VqFitConfig
 
 _WINDOW = 96  # frames, as RepCodec's
-_CHUNK = 16  # recordings per call of the teacher
-_HELD_OUT = 0.05
 _INIT_FRAMES_PER_CODE = 8  # encoded frames that k-means starts the codebook from
 _CLIP_NORM = 1.0
 _SAVE_EVERY, _LOG_EVERY = 500, 100
 
 
-def fit_vq(path: Path, config: VqFitConfig, out: Path) -> dict:
-    """Fit on the recordings below `path` and write `out`. Returns the file's metadata, `held_out` among it: share of
-    the variance of held-out frames that is lost, of the quantiser (`vq`) and of k-means with as many codes (`kmeans`).
-
-    Does nothing when `out` is of the same recordings and settings. Raises UserError for an `out` that is not, a folder
-    without recordings, too many bad ones and fewer frames than codes.
-    """
-    out, device = Path(out), "cuda" if torch.cuda.is_available() else "cpu"
-    recordings = sorted(folder_recordings(Path(path), "audio"), key=lambda r: name_hash("order", r.name))
-    asked = digest([asdict(config), Source.of(str(path), "audio", recordings).identity])
-    if out.is_file():
-        about = VqTokenizer.load(out).about
-        if about["asked"] != asked:
-            raise UserError(f"{out} was fitted on other recordings, or with other settings: choose another --out")
-        print(f"{out}: fitted before with the same settings, nothing to do")
-        return about
-    work = out.with_name(f"{out.name}.fit")
-    with FolderLock(work, "choose another --out"):
-        from ..teachers import load_teacher
-
-        teacher = load_teacher(config.teacher, device)
-        frames = _Frames.of(recordings, config, teacher, work / f"frames-{digest([teacher.identity, asked])}")
-        if sum(map(len, frames.train)) < config.codes:
-            raise UserError(
-                f"--codes={config.codes}: {path} gives only {sum(map(len, frames.train))} teacher frames to fit on: "
-                f"add recordings, or lower --codes"
-            )
-        with torch.random.fork_rng():
-            codec = _train(frames, config, teacher.dim, device, work / f"state-{asked}.safetensors")
-        held_out = _held_out(codec, frames, config, device)
-        about = {"format": FORMAT, "asked": asked, "teacher": teacher.identity, "teacher_name": teacher.name}
-        about |= {"dim": teacher.dim, "codes": config.codes, "stride": config.stride}
-        about |= {"rate": teacher.rate / config.stride, "steps": config.steps, "held_out": held_out}
-        write_atomically(out, codec_bytes(codec, about))
-    shutil.rmtree(work)
-    print(
-        f"{out}: of the variance of {held_out['frames']} held-out frames {held_out['vq']:.2%} are lost, by k-means "
-        f"with {config.codes} codes {held_out['kmeans']:.2%}; {held_out['used']:.1%} of the codes used there, "
-        f"perplexity {held_out['perplexity']:.0f}"
-    )
-    return about
-
-
 @dataclass
-class _Frames:
+class FitFrames:
     """Teacher frames (S, dim) fp16 per recording, some recordings held out."""
 
     train: list[np.ndarray]
     held_out: list[np.ndarray]
 
-    @classmethod
-    def of(cls, recordings: list[Recording], config: VqFitConfig, teacher, folder: Path) -> "_Frames":
-        """Of the first recordings in hash order that have enough; each is run through the teacher once."""
-        folder.mkdir(exist_ok=True)
-        data = DataConfig(max_seconds=config.max_seconds, min_seconds=min(0.01, config.max_seconds / 2))
-        chunks = [recordings[start : start + _CHUNK] for start in range(0, len(recordings), _CHUNK)]
-        found, total, bad = {}, 0, []
-        with ThreadPoolExecutor(4) as pool, tqdm(total=config.max_frames, desc="teacher", unit="frame") as bar:
-            files = [folder / f"{number:06d}.safetensors" for number in range(len(chunks))]
 
-            def waves(number: int) -> list[np.ndarray | UserError]:
-                return [] if files[number].is_file() else [_wave(r, data, teacher.sample_rate) for r in chunks[number]]
-
-            for number, loaded in enumerate(ahead(pool, waves, range(len(chunks)), depth=3)):
-                if total >= config.max_frames:
-                    break
-                for name, frames in _chunk_frames(files[number], chunks[number], loaded, teacher).items():
-                    if len(frames):
-                        found[name] = frames
-                        total += len(frames)
-                        bar.update(len(frames))
-                    else:
-                        bad.append(name)
-        if (len(bad) > MAX_BAD and len(bad) > MAX_BAD_SHARE * (len(found) + len(bad))) or len(found) < 2:
-            raise UserError(
-                f"{len(bad)} of {len(found) + len(bad)} recordings cannot be used ({', '.join(bad[:3]) or 'too few'}): "
-                f"at most {MAX_BAD_SHARE:.0%} may be bad and at least 2 must be good"
-            )
-        names = sorted(found, key=lambda name: name_hash("split", name))
-        held = set(names[: max(1, round(_HELD_OUT * len(names)))])
-        return cls([found[n] for n in found if n not in held], [found[n] for n in found if n in held])
-
-
-def _wave(recording: Recording, data: DataConfig, rate: int) -> np.ndarray | UserError:
-    try:
-        wave = cut_wave(recording, data, rate)
-    except UserError as error:
-        return error
-    usable = len(wave) > 0 and np.isfinite(wave).all()
-    return wave if usable else UserError(f"{recording.source}: empty, or not finite")
-
-
-def _chunk_frames(file: Path, chunk: list[Recording], waves: list, teacher) -> dict[str, np.ndarray]:
-    """Name -> frames of a chunk, an empty array for a bad recording; kept in `file`, or read from it."""
-    from safetensors.numpy import load_file, save
-
-    if not file.is_file():
-        good = [wave for wave in waves if not isinstance(wave, UserError)]
-        of_wave = iter(teacher.frames(good) if good else [])
-        result = {}
-        for recording, wave in zip(chunk, waves, strict=True):
-            if isinstance(wave, UserError):
-                print(f"skipped {wave}")
-            frames = np.zeros((0, teacher.dim)) if isinstance(wave, UserError) else next(of_wave)
-            frames = frames.astype(np.float16)
-            if not np.isfinite(frames).all():
-                raise UserError(f"{recording.source}: teacher {teacher.name} gives values that fp16 cannot hold")
-            result[recording.name] = frames
-        write_atomically(file, save(result))
-    return load_file(file)
-
-
-class _Windows:
-    """Windows of the train frames, as likely to begin at any frame: batches (B, W, dim), masks (B, W)."""
+class Windows:
+    """Windows of the train frames that begin at any frame with the same probability."""
 
     def __init__(self, clips: list[np.ndarray], config: VqFitConfig):
         self.clips, self.config = clips, config
@@ -157,6 +44,7 @@ class _Windows:
         self.ends = list(accumulate(len(clip) for clip in clips))
 
     def batch(self, *seed: int | str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return windows (count, W, dim) float32 and their masks (count, W), False beyond the end of a recording."""
         draw = np.random.default_rng(derive_seed(self.config.seed, *seed) % 2**63)
         frames = torch.zeros(count, self.length, self.clips[0].shape[1])
         mask = torch.zeros(count, self.length, dtype=torch.bool)
@@ -170,8 +58,10 @@ class _Windows:
         return frames, mask
 
 
-def _train(frames: _Frames, config: VqFitConfig, dim: int, device: str, state: Path) -> FrameCodec:
-    windows = _Windows(frames.train, config)
+def fit_codec(frames: FitFrames, config: VqFitConfig, device: str, state: Path) -> FrameCodec:
+    """Return a codec that is fitted on the train frames. `state` is a file that an interrupted fit goes on from; on a
+    CPU it ends with the same bytes."""
+    windows, dim = Windows(frames.train, config), frames.train[0].shape[1]
     torch.manual_seed(derive_seed(config.seed, "weights"))
     fair = config.batch * windows.length / config.stride / config.codes
     codec = FrameCodec(dim, config.codes, config.stride, fair).to(device)
@@ -211,7 +101,8 @@ def _train(frames: _Frames, config: VqFitConfig, dim: int, device: str, state: P
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Share of the learning rate: a linear warm-up over a tenth of the steps, at most 1000, then a cosine to 0.1."""
+    """Return the share of the learning rate: a linear warm-up over a tenth of the steps, at most 1000, then a cosine
+    decay to 0.1."""
     warmup = min(1000, max(1, steps // 10))
     if step < warmup:
         return (step + 1) / warmup
@@ -220,7 +111,7 @@ def _schedule(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def _normalise(codec: FrameCodec, clips: list[np.ndarray]) -> None:
-    """Mean of every dimension, and one standard deviation for all: errors keep their proportions."""
+    """Centre every dimension, and scale all by one number, so that errors keep their proportions."""
     count = sum(map(len, clips))
     mean = sum(clip.sum(axis=0, dtype=np.float64) for clip in clips) / count
     square = sum((clip.astype(np.float64) ** 2).sum() for clip in clips) / count / len(mean)
@@ -229,26 +120,28 @@ def _normalise(codec: FrameCodec, clips: list[np.ndarray]) -> None:
 
 
 @torch.no_grad()
-def _start_codebook(codec: FrameCodec, windows: _Windows, config: VqFitConfig, device: str) -> None:
-    """k-means over more encoded frames than a batch has: with fewer than codes it would start several in one place."""
+def _start_codebook(codec: FrameCodec, windows: Windows, config: VqFitConfig, device: str) -> None:
+    """Start the codes from k-means over encoded frames, more of them than a batch has: with fewer frames than codes,
+    several codes would start in one place."""
     needed = min(_INIT_FRAMES_PER_CODE * config.codes, windows.ends[-1])
-    encoded, found, number = [], 0, 0
-    while found < needed:
+    encoded, count, number = [], 0, 0
+    while count < needed:
         batch, mask = windows.batch("first codes", number, count=config.batch)
         encoded.append(codec.encode(batch.to(device), mask.to(device))[mask[:, :: config.stride].to(device)])
-        found, number = found + len(encoded[-1]), number + 1
+        count, number = count + len(encoded[-1]), number + 1
     codec.quantizer._codebook.init_embed_(torch.cat(encoded)[None].float())
 
 
 def _usage(counts: torch.Tensor) -> tuple[float, float]:
-    """Perplexity of the codes, and the share of them that occur."""
+    """Return the perplexity of the codes, and the share of them that occur."""
     share = counts / counts.sum()
     return float(torch.exp(torch.special.entr(share).sum())), float((counts > 0).float().mean())
 
 
 @torch.no_grad()
-def _held_out(codec: FrameCodec, frames: _Frames, config: VqFitConfig, device: str) -> dict:
-    """The share of the held-out frames' variance that is lost, by the quantiser and by k-means."""
+def lost_variance(codec: FrameCodec, frames: FitFrames, config: VqFitConfig, device: str) -> dict:
+    """Return the share of the held-out frames' variance that is lost by the quantiser (`vq`) and by k-means with as
+    many codes (`kmeans`), the number of `frames`, and `perplexity` and share (`used`) of the codes there."""
     tokenizer = VqTokenizer(codec, {}, {}, device)
     enough = fit_frames(config.codes)
     draw = np.random.default_rng(config.seed)
@@ -276,7 +169,7 @@ def _save_state(path: Path, codec: FrameCodec, optimizer: torch.optim.Adam, step
 
 
 def _load_state(path: Path, codec: FrameCodec, optimizer: torch.optim.Adam) -> int:
-    """The step it goes on from."""
+    """Load a state that _save_state wrote. Returns the number of steps done."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:

@@ -16,10 +16,9 @@ from agrepa_fast.cli import main
 from agrepa_fast.corpora.folder import folder_recordings
 from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
-from agrepa_fast.prepare import pipeline as prepare
-from agrepa_fast.prepare import teacher_pass as encode
+from agrepa_fast.prepare import out_folder, passes
+from agrepa_fast.prepare.passes import BATCH
 from agrepa_fast.prepare.pipeline import prepare_folder
-from agrepa_fast.prepare.teacher_pass import BATCH
 from agrepa_fast.ranks import Ranks
 from agrepa_fast.teachers.whisper import WhisperTeacher
 
@@ -130,7 +129,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(single, whisper, corpus, tmp_
 
 def test_batches_do_not_depend_on_ranks_or_interruptions(whisper, corpus, tmp_path, monkeypatch):
     """On GPUs a clip's numbers depend on the batch that it is in; on a CPU a teacher is made to."""
-    frames, write_work, written = WhisperTeacher.frames, encode.write_work, []
+    frames, write_work, written = WhisperTeacher.frames, passes.write_work, []
 
     def of_batch(self, waves):
         samples = sum(map(len, waves))
@@ -147,7 +146,7 @@ def test_batches_do_not_depend_on_ranks_or_interruptions(whisper, corpus, tmp_pa
     prepare_folder(config, corpus, "speech", outs[0])
     run_threads(3, lambda ranks: prepare_folder(config, corpus, "speech", outs[1], ranks))
     with monkeypatch.context() as patch:
-        patch.setattr(encode, "write_work", stops_amid_a_batch)
+        patch.setattr(passes, "write_work", stops_amid_a_batch)
         with pytest.raises(KeyboardInterrupt):
             prepare_folder(config, corpus, "speech", outs[2])
     run_threads(2, lambda ranks: prepare_folder(config, corpus, "speech", outs[2], ranks))
@@ -159,7 +158,7 @@ def test_shards_of_other_settings_are_never_taken_for_these(single, whisper, cor
     names and sizes; notes of the first run for that teacher must not vouch for those of the second."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "write_index", lambda *_: 1 / 0)
+        patch.setattr(out_folder, "write_index", lambda *_: 1 / 0)
         for change in ("data.shard_clips=2", "data.val_share=0.1", f"data.speech_teacher={whisper}@1"):
             with pytest.raises(ZeroDivisionError):
                 prepare_folder(settings(whisper, *OVERRIDES, change), corpus, "speech", out)
@@ -186,7 +185,7 @@ def test_interrupted_on_changing_numbers_of_ranks(command, single, whisper, corp
     assert "agrepa prepare: another rank has ended without a word" in said_1
     assert "Traceback" not in said_1
     assert files_below(work, "*-mel-*/*/*.npz") == CLIPS
-    frames = files_below(work, "*-teacher-*/*/*.frames.npz")
+    frames = files_below(work, "*-frames-*/*/*.npz")
     assert 2 <= frames < single.clips("train", "speech")
     with pytest.raises(UserError, match=r"has no index\.json"):
         load_index(out)
@@ -235,7 +234,7 @@ def test_ranks_agree_on_what_is_wrong(whisper, tmp_path):
 def test_another_domain_does_not_lose_what_an_interrupted_one_has(whisper, corpus, tmp_path, monkeypatch):
     config, out = settings(whisper, *OVERRIDES), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("agrepa_fast.prepare.pipeline.TeacherStage", lambda *_: 1 / 0)
+        patch.setattr("agrepa_fast.prepare.pipeline.TeacherPass", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare_folder(config, corpus, "speech", out)
     prepare_folder(config, corpus, "audio", out)

@@ -19,7 +19,9 @@ from agrepa_fast.data.tars import split_clips
 from agrepa_fast.data.writing import write_shard
 from agrepa_fast.errors import UserError
 from agrepa_fast.files import file_sha256
-from agrepa_fast.tokenizers.kmeans import Codebook, CodeMels, codebook_bytes, tokens_of_frames
+from agrepa_fast.tokenizers.base import tokens_of_frames
+from agrepa_fast.tokenizers.code_mels import CodeMels, codebook_bytes
+from agrepa_fast.tokenizers.kmeans import Codebook
 
 N_MELS, CODES, DIM = 5, 4, 3
 

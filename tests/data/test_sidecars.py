@@ -24,7 +24,7 @@ from agrepa_fast.files import file_sha256
 from agrepa_fast.prepare import sidecars
 from agrepa_fast.prepare.pipeline import prepare_folder
 from agrepa_fast.prepare.sidecars import add_teacher
-from agrepa_fast.prepare.teacher_pass import resample_frames
+from agrepa_fast.prepare.targets import resample_frames
 
 from .test_prepare import contents, read_all, settings, write_corpus
 from .test_prepare_ranks import run_threads
@@ -174,7 +174,7 @@ def test_adding_is_resumed_and_idempotent_on_any_number_of_ranks(
     write_index(other, prepared.content)
     add(whisper, corpus, other)
     assert contents(other) == contents(prepared.folder)
-    monkeypatch.setattr(sidecars, "load_on_all", lambda *_: pytest.fail("teacher loaded again"))
+    monkeypatch.setattr(sidecars, "load_teacher_on_every_rank", lambda *_: pytest.fail("teacher loaded again"))
     add(whisper, corpus, other)
     assert "nothing to do" in capsys.readouterr().out
 

@@ -11,7 +11,8 @@ from agrepa_fast.corpora import folder as sources
 from agrepa_fast.corpora.recordings import Recording
 from agrepa_fast.corpora.walk import walk_folders
 from agrepa_fast.errors import UserError
-from agrepa_fast.prepare import decode as clips
+from agrepa_fast.prepare.decode import Clip
+from agrepa_fast.prepare.split import validation_groups
 
 
 def recording(name, path="", start=0.0):
@@ -73,12 +74,12 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
 
 def test_validation_share_holds_for_any_count():
     for count in (2, 3, 9, 10, 11, 40, 137):
-        made = [clips.Clip(recording(f"r-{n}"), Path(), 1, 1.0) for n in range(count)]
-        held_out = clips.validation_groups(made, 0.1)
+        made = [Clip(recording(f"r-{n}"), Path(), 1, 1.0) for n in range(count)]
+        held_out = validation_groups(made, 0.1)
         assert np.ceil(0.1 * count) <= len(held_out) < count
         assert len(held_out) <= 0.25 * count + 1
-        more = [*made, clips.Clip(recording("new"), Path(), 1, 1.0)]
-        assert len(held_out ^ clips.validation_groups(more, 0.1)) <= 2  # adding one recording moves no others around
+        more = [*made, Clip(recording("new"), Path(), 1, 1.0)]
+        assert len(held_out ^ validation_groups(more, 0.1)) <= 2  # adding one recording moves no others around
 
 
 def test_a_part_of_a_file_is_read_from_its_start(tmp_path):

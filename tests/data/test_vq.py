@@ -12,10 +12,11 @@ import torch
 from agrepa_fast import cli
 from agrepa_fast.errors import UserError
 from agrepa_fast.files import file_sha256
+from agrepa_fast.prepare.fit_tokens import fit_tokens
 from agrepa_fast.tokenizers import vq, vq_fit
 from agrepa_fast.tokenizers.vq import FrameCodec, VqTokenizer
 from agrepa_fast.tokenizers.vq_config import VqFitConfig
-from agrepa_fast.tokenizers.vq_fit import _Frames, fit_vq
+from agrepa_fast.tokenizers.vq_fit import FitFrames
 
 pytest.importorskip("vector_quantize_pytorch", reason="pip install 'agrepa_fast[vq]'")
 DIM = 8
@@ -88,16 +89,16 @@ def test_the_encoder_learns_from_the_reconstruction_through_the_codebook():
     assert model.widen.weight.grad.abs().sum() > 0
 
 
-def train(config: VqFitConfig, frames: _Frames, path) -> FrameCodec:
-    return vq_fit._train(frames, config, DIM, "cpu", path / "state.safetensors")
+def train(config: VqFitConfig, frames: FitFrames, path) -> FrameCodec:
+    return vq_fit.fit_codec(frames, config, "cpu", path / "state.safetensors")
 
 
 CONFIG = VqFitConfig("none", codes=16, steps=150, batch=16, lr=3e-3)
 
 
 def test_it_keeps_more_of_held_out_frames_than_k_means_with_as_many_codes(tmp_path):
-    frames = _Frames(melodies(), melodies(4, seed=1))
-    found = vq_fit._held_out(train(CONFIG, frames, tmp_path), frames, CONFIG, "cpu")
+    frames = FitFrames(melodies(), melodies(4, seed=1))
+    found = vq_fit.lost_variance(train(CONFIG, frames, tmp_path), frames, CONFIG, "cpu")
     assert found["vq"] < found["kmeans"] < 0.1
     assert found["used"] == 1.0
     assert found["perplexity"] > 10
@@ -105,13 +106,13 @@ def test_it_keeps_more_of_held_out_frames_than_k_means_with_as_many_codes(tmp_pa
 
 def test_dead_codes_are_revived(tmp_path):
     """All codes but one are sent where no frame is: after some steps each is used again."""
-    frames = _Frames(melodies(), melodies(4, seed=1))
+    frames = FitFrames(melodies(), melodies(4, seed=1))
     model = train(replace(CONFIG, steps=1), frames, tmp_path).train()
     book = model.quantizer._codebook
     book.embed[:, 1:] = 1e3
     book.embed_avg[:, 1:] = 1e3 * 1e-6
     book.cluster_size[:, 1:] = 1e-6
-    windows = vq_fit._Windows(frames.train, CONFIG)
+    windows = vq_fit.Windows(frames.train, CONFIG)
     for step in range(3):
         ids = model(*windows.batch(step, count=16)).ids
     assert len(set(ids[ids >= 0].tolist())) == 16
@@ -121,7 +122,7 @@ def test_windows_hold_frames_of_one_clip_and_every_frame_is_reached():
     clips = [np.full((length, DIM), number, np.float16) for number, length in enumerate((200, 30, 97))]
     for clip in clips:
         clip[:, 1] = np.arange(len(clip))
-    windows = vq_fit._Windows(clips, replace(CONFIG, stride=5))
+    windows = vq_fit.Windows(clips, replace(CONFIG, stride=5))
     frames, mask = windows.batch("test", count=4000)
     assert frames.shape == (4000, 95, DIM)
     seen = {(int(a), int(b)) for a, b in frames[mask][:, :2].tolist()}
@@ -136,7 +137,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatc
     monkeypatch.setattr(vq_fit, "_SAVE_EVERY", 4)
     monkeypatch.setattr(vq, "_DEAD_SHARE", 1.0)  # some code is revived in every step
     config = replace(CONFIG, steps=10)
-    frames = _Frames(melodies(), melodies(4, seed=1))
+    frames = FitFrames(melodies(), melodies(4, seed=1))
     whole = train(config, frames, tmp_path)
     (tmp_path / "state.safetensors").unlink()
 
@@ -213,12 +214,12 @@ def test_tokens_fit_writes_a_tokenizer_and_goes_on_where_it_was_interrupted(
     assert "nothing to do" in capsys.readouterr().out
     assert file_sha256(tmp_path / "whole.safetensors") == before
     with pytest.raises(UserError, match=r"whole\.safetensors was fitted on other recordings, or with other settings"):
-        fit_vq(corpus, VqFitConfig(f"{whisper}@1", codes=20, steps=12), tmp_path / "whole.safetensors")
+        fit_tokens(corpus, VqFitConfig(f"{whisper}@1", codes=20, steps=12), tmp_path / "whole.safetensors")
 
 
 def test_refusals_name_the_thing_and_the_remedy(whisper, corpus, tmp_path):
     with pytest.raises(UserError, match=r"--codes=5000: .* gives only \d+ teacher frames .* lower --codes"):
-        fit_vq(corpus, VqFitConfig(str(whisper), codes=5000), tmp_path / "vq.safetensors")
+        fit_tokens(corpus, VqFitConfig(str(whisper), codes=5000), tmp_path / "vq.safetensors")
     with pytest.raises(UserError, match=r"vq:.*none\.safetensors: no such file: fit one with `agrepa tokens fit"):
         VqTokenizer.load(tmp_path / "none.safetensors")
     (tmp_path / "other.safetensors").write_bytes(b"no safetensors")
@@ -229,7 +230,7 @@ def test_refusals_name_the_thing_and_the_remedy(whisper, corpus, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", {"json": json.dumps({"format": "agrepa-vq-0"})})
     with pytest.raises(UserError, match=r"x\.safetensors holds no vector quantiser"):
         VqTokenizer.load(tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=r"--stride=9: from 1 to 8"):
+    with pytest.raises(UserError, match=r"--stride=9: must be from 1 to 8"):
         VqFitConfig("x", stride=9)
 
 
@@ -249,7 +250,7 @@ def test_the_rate_warms_up_and_decays_and_gradients_are_clipped(tmp_path, monkey
     monkeypatch.setattr(torch.optim, "Adam", Adam)
     clips = melodies()
     clips[0][:, 0] = 6e4  # an outlier, as some encoders have: without the bound the first steps run away
-    train(replace(CONFIG, steps=20), _Frames(clips, melodies(4, seed=1)), tmp_path)
+    train(replace(CONFIG, steps=20), FitFrames(clips, melodies(4, seed=1)), tmp_path)
     assert [rate for rate, _ in steps] == pytest.approx([CONFIG.lr * vq_fit._schedule(s, 20) for s in range(20)])
     assert max(norm for _, norm in steps) <= 1 + 1e-4
     assert max(norm for _, norm in steps) > 0.9, "something is clipped here"

@@ -20,11 +20,11 @@ from agrepa_fast.data.reading import fixed_clips, read_shard
 from agrepa_fast.errors import UserError
 from agrepa_fast.models.audio_dit.conditioning import TokenCondition
 from agrepa_fast.models.audio_dit.dit import AudioDiT
+from agrepa_fast.prepare.fit_tokens import fit_tokens
 from agrepa_fast.prepare.pipeline import prepare_folder
-from agrepa_fast.prepare.token_pass import paired
+from agrepa_fast.tokenizers.base import tokens_of_frames
 from agrepa_fast.tokenizers.vq import VqTokenizer
 from agrepa_fast.tokenizers.vq_config import VqFitConfig
-from agrepa_fast.tokenizers.vq_fit import fit_vq
 from agrepa_fast.training.builder import fit_to_shards
 
 from ..ranks import run_training
@@ -109,11 +109,11 @@ def test_a_condition_without_second_tokens_is_refused():
 def test_second_tokens_are_those_at_the_time_of_the_first():
     """By hand: 3 second tokens of a clip, each a third of it; the middles of 5 first ones at 0.1, 0.3, …, 0.9."""
     extra = np.array([7, 8, 9], np.int32)
-    assert paired(np.zeros(5), extra).tolist() == [7, 7, 8, 9, 9]
-    assert paired(np.zeros(3), extra).tolist() == [7, 8, 9]
-    assert paired(np.zeros(1), extra).tolist() == [8]
-    assert paired(np.zeros(6), extra[:2]).tolist() == [7, 7, 7, 8, 8, 8]
-    assert paired(np.zeros(5), extra).dtype == np.int32
+    assert tokens_of_frames(extra, 5).tolist() == [7, 7, 8, 9, 9]
+    assert tokens_of_frames(extra, 3).tolist() == [7, 8, 9]
+    assert tokens_of_frames(extra, 1).tolist() == [8]
+    assert tokens_of_frames(extra[:2], 6).tolist() == [7, 7, 7, 8, 8, 8]
+    assert tokens_of_frames(extra, 5).dtype == np.int32
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def fitted(whisper, corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fitted")
     for name, spec, stride in (("own", f"{whisper}@1", 1), ("other", str(whisper), 2)):
         config = VqFitConfig(spec, codes=8, stride=stride, steps=3, batch=4)
-        fit_vq(corpus, config, folder / f"{name}.safetensors")
+        fit_tokens(corpus, config, folder / f"{name}.safetensors")
     return folder
 
 
@@ -280,7 +280,7 @@ def test_preparation_writes_both_tokens_whatever_teacher_they_are_of(primary, wh
                 if name == "tokens":
                     assert clip.tokens.tolist() == (ids + 8).tolist()
                 else:
-                    assert clip.tokens2.tolist() == paired(clip.tokens, ids).tolist()
+                    assert clip.tokens2.tolist() == tokens_of_frames(ids, len(clip.tokens)).tolist()
     assert len({int(i) for s in fixed_clips(index, "train", "audio", 5) for i in s.tokens2}) > 2
 
 

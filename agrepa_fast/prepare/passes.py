@@ -1,0 +1,78 @@
+"""The pass that teachers and tokenizers share: read waves ahead, compute a batch, keep the result of each clip."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .job import Stage, list_work, read_work, work_file, write_work
+
+BATCH = 16  # clips per call of a teacher or tokenizer
+
+
+class BatchPass:
+    """Computes something of every clip, a batch at a time, and keeps the result of each clip in a work file.
+
+    read(batch) returns the inputs, in threads that read ahead; compute(batch, inputs) returns a dict of arrays per
+    clip. A clip is anything with a `name`, unique in the folder. A batch with a missing result is computed whole, so
+    that the numbers of a clip do not depend on ranks and interruptions: on GPUs they depend on its batch.
+    """
+
+    def __init__(
+        self,
+        pool: ThreadPoolExecutor,
+        folder: Path,
+        read: Callable[[list], Any],
+        compute: Callable[[list, Any], Iterable[dict[str, np.ndarray]]],
+    ):
+        self.pool, self.folder, self.read, self.compute = pool, folder, read, compute
+
+    def run(self, batches: Sequence[list], stage: Stage) -> None:
+        """Compute what is missing of all batches, and count their clips in `stage`."""
+        for batch, computed in self.each(batches):
+            stage.add(sum(clip.seconds for clip in batch), len(batch)) if computed else stage.skip(len(batch))
+
+    def each(self, batches: Sequence[list]) -> Iterator[tuple[list, bool]]:
+        """Yield (batch, whether it was computed now) once the results of its clips are in their files."""
+        present = list_work(self.folder)
+
+        def read(batch: list) -> Any:
+            complete = all(self.file(clip).name in present for clip in batch)
+            return None if complete else self.read(batch)
+
+        for batch, inputs in zip(batches, read_ahead(self.pool, read, batches, depth=2), strict=True):
+            if inputs is not None:
+                for clip, result in zip(batch, self.compute(batch, inputs), strict=True):
+                    write_work(self.file(clip), **result)
+            yield batch, inputs is not None
+
+    def file(self, clip) -> Path:
+        return work_file(self.folder, f"{clip.name}.npz")
+
+    def result(self, clip) -> dict[str, np.ndarray]:
+        """Return what compute returned for a clip."""
+        return read_work(self.file(clip))
+
+
+def batches_by_length(clips: Iterable) -> list[list]:
+    """Return batches of clips with like numbers of frames. They depend on the clips alone, not on the ranks."""
+    clips = sorted(clips, key=lambda clip: (clip.frames, clip.name))
+    return [clips[start : start + BATCH] for start in range(0, len(clips), BATCH)]
+
+
+def read_ahead(pool: ThreadPoolExecutor, task: Callable, items: Iterable, depth: int = 32) -> Iterator:
+    """Yield task(item) per item, in order. Threads compute up to `depth` results before they are asked for."""
+    waiting: deque = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(task, item))
+            if len(waiting) >= depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()

@@ -1,0 +1,50 @@
+"""The targets of a teacher as shards hold them: values, name in file names, entry in index.json."""
+
+import numpy as np
+
+from ..config import DataConfig
+from ..errors import UserError
+
+
+def teacher_frames(teacher, waves: list[np.ndarray], sources: list[str], domain: str) -> list[np.ndarray]:
+    """Return the teacher's frames (frames, dim) fp16 per wave. Raises UserError, naming the wave's source, for a wave
+    without frames, or with frames that fp16 cannot hold."""
+    of_waves = [frames.astype(np.float16) for frames in teacher.frames(waves)]
+    for source, frames in zip(sources, of_waves, strict=True):
+        if len(frames) == 0 or not np.isfinite(frames).all():
+            raise UserError(
+                f"{source}: teacher {teacher.name} gives {len(frames)} frames, or values that fp16 cannot hold: "
+                f"remove the recording, or set another data.{domain}_teacher"
+            )
+    return of_waves
+
+
+def stored_target(frames: np.ndarray, seconds: float, rate: float | None) -> np.ndarray:
+    """Return a clip's target in fp16: the mean (dim,) of its teacher frames (S, dim), or, with a rate in Hz, the means
+    (max(1, round(seconds * rate)), dim) over equal parts of the clip."""
+    if rate is None:
+        return frames.mean(axis=0, dtype=np.float32).astype(np.float16)
+    return resample_frames(frames, max(1, round(seconds * rate))).astype(np.float16)
+
+
+def resample_frames(frames: np.ndarray, count: int) -> np.ndarray:
+    """Return (count, dim) float32 from frames (S, dim). Both span the clip; each result is the mean over its part of
+    it, with the frames constant over their time (area interpolation), so that the mean over the clip is kept."""
+    sums = np.zeros((len(frames) + 1, frames.shape[1]))
+    np.cumsum(frames, axis=0, dtype=np.float64, out=sums[1:])
+    edges = np.arange(count + 1) * (len(frames) / count)
+    whole = np.minimum(edges.astype(np.int64), len(frames) - 1)
+    integral = sums[whole] + (edges - whole)[:, None] * frames[whole]
+    return (np.diff(integral, axis=0) * (count / len(frames))).astype(np.float32)
+
+
+def target_name(teacher, rate: float | None) -> str:
+    """Return the name of a teacher's targets in file names: `whisper_base`, at 12.5 frames per second
+    `whisper_base_12p5hz`."""
+    return teacher.name if rate is None else f"{teacher.name}_{rate:g}hz".replace(".", "p")
+
+
+def teacher_entry(teacher, spec: str, data: DataConfig, mean: np.ndarray, files: dict | None) -> dict:
+    """Return the entry of a teacher in index.json. files: its sidecars by shard, None if shards hold its targets."""
+    entry = {"spec": spec, "dim": teacher.dim, "rate": data.teacher_rate, "identity": teacher.identity}
+    return {**entry, "mean": mean.tolist(), "files": files}
