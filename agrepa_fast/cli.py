@@ -256,6 +256,7 @@ def _fit_tokens(args: argparse.Namespace) -> None:
 
 
 def _probe(args: argparse.Namespace) -> None:
+    from .probing.measure import ProbeRequest
     from .reporting.probe import probe_any_model, probe_checkpoint
 
     if args.model:
@@ -265,19 +266,8 @@ def _probe(args: argparse.Namespace) -> None:
         return
     if args.checkpoint is None:
         raise UserError("name a checkpoint, or --model MODULE:FACTORY with --blocks PATH")
-    if args.kind == "branch" and ((args.measures or ["foga"]) != ["foga"] or args.recipe != "corrected"):
-        raise UserError("--kind branch: only foga in the corrected recipe measures parts of blocks")
-    if args.recipe == "official" and (others := set(args.measures or ()) - {"foga", "lasp"}):
-        raise UserError(f"--recipe official: the release measures foga and lasp, not {', '.join(sorted(others))}")
-    probe_checkpoint(
-        args.checkpoint,
-        args.overrides,
-        live=args.live,
-        measures=args.measures or (["foga"] if args.kind == "branch" else None),
-        recipe=args.recipe,
-        kind=args.kind,
-        out=args.out,
-    )
+    request = ProbeRequest(args.measures and tuple(args.measures), args.recipe, args.kind)
+    probe_checkpoint(args.checkpoint, args.overrides, request, live=args.live, out=args.out)
 
 
 def _sample(args: argparse.Namespace) -> None:

@@ -1,7 +1,9 @@
 """The clips that validation and probes use, the same at every step and on any number of ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -16,11 +18,18 @@ from ..data.samples import Sample
 from ..errors import UserError
 
 
-class FixedClips:
-    """The first clips of every domain of a split, in chunks for this rank.
+class Chunk(NamedTuple):
+    """A batch of fixed clips, and the rows of it that this rank answers for. The other rows only fill it up."""
 
-    static: all chunks have the same shape, for CUDA graphs. center: as collate. Raises UserError when there are fewer
-    clips than ranks.
+    batch: Batch
+    owned: list[tuple[int, int]]  # (row, place among all fixed clips)
+
+
+class FixedClips:
+    """`per_domain` clips of every domain of a split that never change, in chunks of up to probe.chunk for this rank.
+
+    Every rank has the same number of chunks, because ZeRO-3 gathers weights in each forward. one_shape: all chunks are
+    padded alike, as CUDA graphs need. Raises UserError if there are fewer clips than ranks.
     """
 
     def __init__(
@@ -28,20 +37,17 @@ class FixedClips:
         index: Index,
         split: str,
         per_domain: int,
-        chunk: int,
-        device,
+        config: Config,
+        device: torch.device | str,
         rank: int = 0,
         world: int = 1,
         *,
-        static: bool = False,
-        center: bool = True,
+        one_shape: bool = False,
     ):
-        self.index, self.chunk, self.rank, self.world = index, chunk, rank, world
-        self.device = torch.device(device)
-        self.static, self.center = static, center
+        self.index, self.config, self.device = index, config, torch.device(device)
+        self.rank, self.world, self.one_shape = rank, world, one_shape
         self.samples: list[Sample] = [s for d in index.domains for s in fixed_clips(index, split, d, per_domain)]
         self.domain = torch.tensor([DOMAINS.index(sample.domain) for sample in self.samples])
-        self._made: dict[float, list[tuple[Batch, list[int]]]] = {}
         if len(self) < world:
             raise UserError(
                 f"{len(self)} {split} clips are fewer than the {world} ranks that share them: raise probe.clips and "
@@ -51,49 +57,76 @@ class FixedClips:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def batches(self, max_reference: float) -> list[tuple[Batch, list[int]]]:
-        """This rank's chunks, on the device, and which rows of each it answers for; rows beyond its share repeat a clip
-        and are dropped."""
-        if max_reference not in self._made:
-            self._made[max_reference] = list(self._make(max_reference))
-        return self._made[max_reference]
+    def chunks(self, label: str | None = None) -> Iterator[Chunk]:
+        """Yield this rank's chunks, on the device. label: of a progress bar; None shows none."""
+        return iter(tqdm(self._chunks, desc=label, unit="chunk", disable=label is None, leave=False))
 
-    def _make(self, max_reference: float) -> Iterator[tuple[Batch, list[int]]]:
-        share, chunk = -(-len(self) // self.world), self.chunk
-        rows = share
-        if self.static:
-            chunks = -(-share // chunk)
-            chunk = -(-share // chunks)  # as even as they can be: what fills up a chunk is computed for nothing
-            rows = chunks * chunk
-        mine = [self.rank * share + i for i in range(rows)]
-        last = min((self.rank + 1) * share, len(self)) - 1
-        least = {}
-        if self.static:
-            least = {"frames": max(s.frames for s in self.samples), "tokens": max(len(s.tokens) for s in self.samples)}
-        padded = len({sample.frames for sample in self.samples}) > 1
-        for start in range(0, rows, chunk):
-            places = mine[start : start + chunk]
-            owned = [row for row, place in enumerate(places) if place <= last]
-            places = [min(place, len(self) - 1) for place in places]
-            samples = [self.samples[place] for place in places]
-            batch = collate(samples, tuple(places), self.index, center=self.center, **least).to(self.device)
-            condition = probe_condition(batch.mel, batch.condition, max_reference)
-            yield replace(batch, condition=replace(condition, padded=padded) if self.static else condition), owned
+    @cached_property
+    def _chunks(self) -> list[Chunk]:
+        return list(self._make_chunks())
 
+    def _make_chunks(self) -> Iterator[Chunk]:
+        share, size = -(-len(self) // self.world), self.config.probe.chunk
+        rows, shape, padded = share, {}, None
+        if self.one_shape:
+            count = -(-share // size)
+            size = -(-share // count)  # as even as possible: filled-up rows are computed for nothing
+            rows = count * size
+            shape["frames"] = max(sample.frames for sample in self.samples)
+            shape["tokens"] = max(len(sample.tokens) for sample in self.samples)
+            padded = len({sample.frames for sample in self.samples}) > 1
+        first, last = self.rank * share, min((self.rank + 1) * share, len(self)) - 1
+        for start in range(first, first + rows, size):
+            wanted = range(start, min(start + size, first + rows))
+            owned = [(row, place) for row, place in enumerate(wanted) if place <= last]
+            yield Chunk(self._batch([min(place, len(self) - 1) for place in wanted], shape, padded), owned)
 
-def _with_bar(clips: FixedClips, config: Config, what: str, progress: bool) -> Iterator[tuple[Batch, list[int]]]:
-    batches = clips.batches(config.flow.max_reference)
-    return iter(tqdm(batches, desc=what, unit="chunk", disable=not progress, leave=False))
+    def _batch(self, places: list[int], shape: dict[str, int], padded: bool | None) -> Batch:
+        samples = [self.samples[place] for place in places]
+        batch = collate(samples, tuple(places), self.index, center=self.config.align.center, **shape).to(self.device)
+        condition = probe_condition(batch.mel, batch.condition, self.config.flow.max_reference)
+        if padded is not None:
+            condition = replace(condition, padded=padded)
+        return replace(batch, condition=condition)
 
 
-def storage_clips(index: Index, config: Config, device, rank: int = 0, world: int = 1) -> FixedClips:
-    """The clips that say what layers store: probe.storage_clips per domain, or as many as there are."""
+def probe_clips(
+    index: Index, config: Config, device: torch.device | str, rank: int = 0, world: int = 1, *, one_shape: bool = False
+) -> FixedClips:
+    """Return the training clips for what layers contribute: probe.clips per domain."""
+    return FixedClips(index, "train", config.probe.clips, config, device, rank, world, one_shape=one_shape)
+
+
+def storage_clips(
+    index: Index, config: Config, device: torch.device | str, rank: int = 0, world: int = 1
+) -> FixedClips:
+    """Return the training clips for what layers store: probe.storage_clips per domain, or as many as there are."""
     count = min(config.probe.storage_clips, *(index.clips("train", domain) for domain in index.domains))
-    return FixedClips(index, "train", count, config.probe.chunk, device, rank, world, center=config.align.center)
+    return FixedClips(index, "train", count, config, device, rank, world)
 
 
-def survivable(model: nn.Module) -> tuple[type[Exception], ...]:
-    """What a probe may fail of on one rank while the others go on. Not of memory under ZeRO-3: there, a rank that stops
-    inside a forward leaves the others waiting for its partitions."""
+def validation_clips(
+    index: Index, config: Config, device: torch.device | str, rank: int = 0, world: int = 1
+) -> FixedClips:
+    """Return the validation clips: eval.clips per domain."""
+    return FixedClips(index, "val", config.eval.clips, config, device, rank, world)
+
+
+def measure_chunks(
+    model: nn.Module, clips: FixedClips, measure: Callable[[Chunk], None], label: str | None
+) -> str | None:
+    """Call `measure` with every chunk of this rank. Return the message of the first failure, or None.
+
+    A rank that fails goes on with its next chunk, so that every rank runs the same number of forwards; then ranks must
+    agree on the failure. Running out of memory is survived, except under ZeRO-3: there, a rank that stops inside a
+    forward leaves the others waiting for its partitions.
+    """
     partitioned = getattr(model, "partitioned", False)
-    return (ValueError,) if partitioned else (ValueError, torch.OutOfMemoryError)
+    survivable = (ValueError,) if partitioned else (ValueError, torch.OutOfMemoryError)
+    failure = None
+    for chunk in clips.chunks(label):
+        try:
+            measure(chunk)
+        except survivable as error:
+            failure = failure or str(error)
+    return failure

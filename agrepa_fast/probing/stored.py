@@ -5,61 +5,59 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 
-from ..attribution.points import OFFICIAL_POINTS, ProbeBatch, ProbePoints, clip_times, evaluation_mode
+from ..attribution.points import OFFICIAL_POINTS, ProbePoints, clip_times, evaluation_mode
 from ..attribution.scores import LayerScores
 from ..attribution.stored import PooledStates, cka, lasp, ridge
-from ..config import DOMAINS, Config
-from ..data.index import Index
+from ..config import DOMAINS
 from ..ranks import all_sum, first_failure
-from .fixed_clips import FixedClips, _with_bar, survivable
+from .fixed_clips import Chunk, FixedClips, measure_chunks
+
+ENOUGH_CLIPS = 8  # per domain, for ridge and CKA to be measured unasked
 
 
 @torch.no_grad()
 def pooled_states(
     model: nn.Module,
     clips: FixedClips,
-    config: Config,
     step: int | None = None,
     *,
     recipe: str = "corrected",
     progress: bool = False,
 ) -> PooledStates:
-    """The time-means of every layer and of the token condition, beside the teacher, for all clips: what LASP, ridge and
-    CKA need. The same on every rank, and every rank must call it; when it fails on one, all raise ValueError. x_t as
-    FoG-A's; recipe "official": the clean mel, at t = 0.8."""
-    points = (
-        OFFICIAL_POINTS if recipe == "official" else ProbePoints(tuple(config.probe.times), sigma=config.flow.sigma)
-    )
-    times = points.times
-    layers, count, sizes = range(len(model.blocks) + 1), len(clips), config.model
-    hidden = torch.zeros(len(layers) - 1, count, len(times), sizes.dim, device=clips.device)
-    condition = torch.zeros(count, sizes.token_dim, device=clips.device)
-    dims = {domain: clips.index.teacher(domain).dim for domain in clips.index.domains}
-    teacher = {domain: torch.zeros(count, dim, device=clips.device) for domain, dim in dims.items()}
-    failure = None
+    """Return the time-means of every layer and of the token condition for all clips, with the teacher's vectors.
+
+    LASP, ridge and CKA are computed from them. x_t is FoG-A's of the first draw; recipe "official": the clean mel at
+    t = 0.8. step: of the model, to label the scores. progress: show a bar. The result is the same on every rank, and
+    every rank must call it. Raises ValueError on all if one of them fails.
+    """
+    config, domains = clips.config, clips.index.domains
+    points = ProbePoints(tuple(config.probe.times), sigma=config.flow.sigma)
+    if recipe == "official":
+        points = OFFICIAL_POINTS
+    depth, count, device = len(model.blocks), len(clips), clips.device
+    hidden = torch.zeros(depth, count, len(points.times), config.model.dim, device=device)
+    condition = torch.zeros(count, config.model.token_dim, device=device)
+    teacher = {domain: torch.zeros(count, clips.index.teacher(domain).dim, device=device) for domain in domains}
+
+    def measure(chunk: Chunk) -> None:
+        batch = chunk.batch
+        for row, place in chunk.owned:
+            for domain, vectors in batch.teacher.items():
+                teacher[domain][place] = vectors[row]
+        for number, time in enumerate(points.times):
+            x_t, t = points.x_t(batch, time, 0), clip_times(batch, time)
+            pooled = model(x_t, t, batch.condition, capture=tuple(range(depth + 1)), pooled=True).hidden
+            for row, place in chunk.owned:
+                hidden[:, place, number] = torch.stack([pooled[layer][row].float() for layer in range(1, depth + 1)])
+                condition[place] = pooled[0][row]
+
     with evaluation_mode(model):
-        for batch, owned in _with_bar(clips, config, "what layers store", progress):
-            try:
-                for number, t in enumerate(times):
-                    given = ProbeBatch(batch.mel, batch.condition, batch.domain, batch.places)
-                    x_t = points.x_t(given, t, 0)
-                    pooled = model(
-                        x_t, clip_times(given, t), batch.condition, capture=tuple(layers), pooled=True
-                    ).hidden
-                    for row in owned:
-                        place = batch.places[row]
-                        hidden[:, place, number] = torch.stack([pooled[layer][row].float() for layer in layers[1:]])
-                        condition[place] = pooled[0][row]
-            except survivable(model) as error:
-                failure = failure or str(error)
-            for row in owned:
-                for domain, vectors in batch.teacher.items():
-                    teacher[domain][batch.places[row]] = vectors[row]
+        failure = measure_chunks(model, clips, measure, "what layers store" if progress else None)
     if (failure := first_failure(failure)) is not None:
         raise ValueError(failure)
     hidden, condition = (all_sum(values).cpu() for values in (hidden, condition))
     teacher = {domain: all_sum(vectors).cpu() for domain, vectors in teacher.items()}
-    return PooledStates(hidden, condition, teacher, clips.domain, times, step)
+    return PooledStates(hidden, condition, teacher, clips.domain, points.times, step)
 
 
 def storage_scores(
@@ -69,28 +67,21 @@ def storage_scores(
     *,
     recipe: str = "corrected",
 ) -> list[LayerScores]:
-    """What layers store of the teacher. measures: of ridge, cka and lasp; None: those that fit the states, LASP where
-    BiT-C's projections are as wide as the layers and there is one for every domain. Raises ValueError as they do."""
+    """Return scores of what layers store of the teacher, by each of `measures`: of ridge, cka and lasp.
+
+    None: those that fit the states. LASP fits if BiT-C's projections are as wide as the layers and there is one for
+    every domain; ridge and CKA fit from 8 clips per domain on, in the corrected recipe (the release has neither).
+    projections: domain -> weight of BiT-C's projection. Raises ValueError as the measures do.
+    """
     domains = {DOMAINS[number] for number in states.domain.tolist()}
     if measures is None:
         fits = states.hidden.shape[-1] == states.condition.shape[-1] and set(projections) >= domains
-        enough = min(int((states.domain == DOMAINS.index(domain)).sum()) for domain in domains) >= 8
-        ours = enough and recipe == "corrected"  # the release has neither
-        measures = [*(("ridge", "cka") if ours else ()), *(("lasp",) if fits else ())]
-    made = {
+        clips = min(int((states.domain == DOMAINS.index(domain)).sum()) for domain in domains)
+        corrected = ("ridge", "cka") if clips >= ENOUGH_CLIPS and recipe == "corrected" else ()
+        measures = [*corrected, *(("lasp",) if fits else ())]
+    compute = {
         "ridge": lambda: ridge(states),
         "cka": lambda: cka(states),
         "lasp": lambda: lasp(states, projections, recipe=recipe),
     }
-    return [made[measure]() for measure in measures]
-
-
-def _check_lasp(config: Config, index: Index, projections: dict[str, torch.Tensor]) -> None:
-    """Before anything is computed: whether BiT-C's projections can be asked about layers."""
-    if missing := set(index.domains) - projections.keys():
-        raise ValueError(f"lasp asks BiT-C's projections, and there are none of {', '.join(sorted(missing))}")
-    if config.model.dim != config.model.token_dim:
-        raise ValueError(
-            f"lasp: BiT-C's projections take {config.model.token_dim} channels (model.token_dim), layers have "
-            f"{config.model.dim} (model.dim)"
-        )
+    return [compute[measure]() for measure in measures]

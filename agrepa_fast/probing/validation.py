@@ -3,30 +3,34 @@
 import torch
 import torch.nn as nn
 
-from ..config import DOMAINS, Config
+from ..config import DOMAINS
 from ..flow import flow_loss
 from ..kernels import flow_mix
 from ..ranks import all_sum
 from ..seeds import clip_keys
-from .fixed_clips import FixedClips, _with_bar
+from .fixed_clips import FixedClips
 
 
 @torch.no_grad()
-def validation_loss(model: nn.Module, clips: FixedClips, config: Config, *, progress: bool = False) -> dict[str, float]:
-    """Flow loss at fixed times and noise: mean over all clips, and of each domain. Every rank must call it."""
-    times = config.eval.times
+def validation_loss(model: nn.Module, clips: FixedClips, *, progress: bool = False) -> dict[str, float]:
+    """Return val/flow_loss, the mean flow loss over all clips at eval.times, and val/flow_loss_<domain> of each domain.
+
+    The noise is the same at every call and on any number of ranks. The model is in evaluation mode meanwhile. progress:
+    show a bar. Every rank must call it.
+    """
+    times, sigma = clips.config.eval.times, clips.config.flow.sigma
     losses = torch.zeros(len(clips), device=clips.device)
     training = model.training
     model.eval()
-    for batch, owned in _with_bar(clips, config, "validation", progress):
-        for number, t in enumerate(times):
+    for batch, owned in clips.chunks("validation" if progress else None):
+        for number, time in enumerate(times):
             keys = clip_keys(0, number, batch.places, "validation").to(clips.device)
-            t_clips = torch.full((len(batch.keys),), t, device=clips.device)
-            x_t, target = flow_mix(batch.mel, t_clips, keys, config.flow.sigma)
-            v = model(x_t, t_clips, batch.condition).v
+            t = torch.full((len(batch.keys),), time, device=clips.device)
+            x_t, target = flow_mix(batch.mel, t, keys, sigma)
+            v = model(x_t, t, batch.condition).v
             loss = flow_loss(v, target, batch.condition.lengths) / len(times)
-            for row in owned:
-                losses[batch.places[row]] += loss[row]
+            for row, place in owned:
+                losses[place] += loss[row]
     model.train(training)
     losses = all_sum(losses).cpu()
     result = {"val/flow_loss": losses.mean().item()}

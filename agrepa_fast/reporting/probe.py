@@ -13,7 +13,7 @@ from ..attribution.selection import LayerSelection, select_as
 from ..checkpoints.find import step_of
 from ..checkpoints.weights import load_projections
 from ..errors import UserError
-from ..probing.probe import measure_model
+from ..probing.measure import ProbeRequest, measure_model
 from .opened import open_checkpoint
 from .plots import plot_all
 from .tables import print_tables
@@ -22,36 +22,23 @@ from .tables import print_tables
 def probe_checkpoint(
     checkpoint: Path,
     overrides: Sequence[str],
+    request: ProbeRequest,
     *,
     live: bool,
-    measures: Sequence[str] | None,
-    recipe: str,
-    kind: str,
     out: Path | None,
 ) -> None:
-    """Measure a checkpoint's layers on one rank; write attribution.csv, selection.json and plots; print tables.
-
-    measures, recipe, kind: as measure_model. Raises UserError if a measurement fails.
-    """
+    """Measure a checkpoint's layers on one rank; write attribution.csv, selection.json and plots; print tables. Raises
+    UserError if a measurement fails."""
     opened = open_checkpoint(checkpoint, overrides, live=live)
     try:
-        measured = measure_model(
-            opened.model,
-            opened.index,
-            opened.config,
-            opened.device,
-            step_of(opened.path),
-            measures=measures,
-            recipe=recipe,
-            kind=kind,
-            projections=load_projections(opened.path),
-        )
+        projections, step = load_projections(opened.path), step_of(opened.path)
+        measured = measure_model(opened.model, opened.index, opened.config, opened.device, request, projections, step)
     except ValueError as error:
         raise UserError(f"{opened.path}: {error}") from error
-    out = out or opened.beside("probe" if kind == "block" else "probe-branch")
+    out = out or opened.beside("probe" if request.kind == "block" else "probe-branch")
     out.mkdir(parents=True, exist_ok=True)
     selection = None
-    if kind == "block":
+    if request.kind == "block":
         try:
             selection = select_as(opened.config.align, measured[0])
             selection.save(out / "selection.json")

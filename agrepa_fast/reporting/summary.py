@@ -32,7 +32,7 @@ def finish(run: Run, validation_clips: FixedClips, vocoder: Vocoder | None) -> N
     selection = run.choice.aligner.selection
     with run.ema.applied():
         with run.timed("validation"):
-            averaged = validation_loss(run.engine.module, validation_clips, config, progress=on_rank_0)
+            averaged = validation_loss(run.engine.module, validation_clips, progress=on_rank_0)
         with run.timed("samples"):
             batch, sampled = sample_clips(run.engine.module, index, config, 1, run.device, progress=on_rank_0)
     clips = all_sum(torch.tensor([run.metrics.clips], dtype=torch.float64, device=run.device)).item()

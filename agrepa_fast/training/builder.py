@@ -26,7 +26,7 @@ from ..data.plan import BatchPlan
 from ..errors import UserError
 from ..files import FolderLock
 from ..models.audio_dit.dit import AudioDiT
-from ..probing.fixed_clips import FixedClips, storage_clips
+from ..probing.fixed_clips import FixedClips, probe_clips, storage_clips, validation_clips
 from ..probing.schedule import LayerChoice
 from ..ranks import on_rank_0
 from ..zero.construction import gathered, new_model
@@ -160,13 +160,13 @@ class FixedSets(NamedTuple):
 def make_fixed_clips(context: RunContext, partitioned: bool) -> FixedSets:
     """Return the fixed clips of this rank. partitioned: ZeRO-3, where a probe cannot be a CUDA graph, because weights
     exist only inside a forward."""
-    config, index, device, chunk = context.config, context.index, context.device, context.config.probe.chunk
-    ranks = {"rank": context.rank, "world": context.world, "center": config.align.center}
-    graphs = config.probe.graph and device.type == "cuda" and not partitioned  # they need one shape of chunks
+    config = context.config
+    graphs = config.probe.graph and context.device.type == "cuda" and not partitioned
+    place = {"device": context.device, "rank": context.rank, "world": context.world}
     return FixedSets(
-        FixedClips(index, "train", config.probe.clips, chunk, device, static=graphs, **ranks),
-        storage_clips(index, config, device, context.rank, context.world),
-        FixedClips(index, "val", config.eval.clips, chunk, device, **ranks),
+        probe_clips(context.index, config, **place, one_shape=graphs),
+        storage_clips(context.index, config, **place),
+        validation_clips(context.index, config, **place),
     )
 
 

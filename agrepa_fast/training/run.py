@@ -78,7 +78,7 @@ class Run:
             total, losses, clips = self.graphs(compute, batch, keys, aligner.layers(step))
         self.engine.backward(nan_gradient_unless_finite(batch.weight * total))
         if self.engine.is_gradient_accumulation_boundary():
-            self.choice.watch(lambda: gradient_norms(self.engine, self.engine.module.blocks), step)
+            self.choice.keep_gradient_norms(lambda: gradient_norms(self.engine, self.engine.module.blocks), step)
             make_gradient_nan(self.engine, unless_finite=aligner.reduce())
         self.engine.step()
         return {name: batch.weight * loss.detach() for name, loss in losses.items()}, clips.detach()
@@ -137,7 +137,7 @@ class Run:
     def validate(self, clips: FixedClips, step: int) -> float:
         """Write the validation losses after so many steps, and return the flow loss over all clips."""
         with self.timed("validation"):
-            values = validation_loss(self.engine.module, clips, self.config, progress=self.context.rank == 0)
+            values = validation_loss(self.engine.module, clips, progress=self.context.rank == 0)
             self.metrics.write(step, values)
         self.metrics.print(f"step {step}: validation flow loss {values['val/flow_loss']:.4f}")
         return values["val/flow_loss"]

@@ -17,7 +17,7 @@ from agrepa_fast.config_file import load_config
 from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
 from agrepa_fast.models.audio_dit.dit import AudioDiT
-from agrepa_fast.probing.fixed_clips import FixedClips
+from agrepa_fast.probing.fixed_clips import probe_clips
 from agrepa_fast.probing.schedule import LayerChoice
 
 from ..testing import write_small_shards
@@ -49,7 +49,7 @@ class Choice:
             nn.init.normal_(block.modulation.weight, std=0.2)
         self.model, self.said = model, []
         self.aligner = Aligner(self.config, DIMS, torch.device("cpu"))
-        clips = FixedClips(index, "train", self.config.probe.clips, 4, "cpu")
+        clips = probe_clips(index, self.config, "cpu")
         self.choice = LayerChoice(self.config, model, self.aligner, clips, clips, self.said.append, folder)
 
     def run(self, steps) -> list[int]:

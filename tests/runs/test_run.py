@@ -23,7 +23,7 @@ from agrepa_fast.flow import euler, flow_loss, reference_prefix, sample, sway_ti
 from agrepa_fast.kernels import flow_mix
 from agrepa_fast.lr_schedule import lr_factor
 from agrepa_fast.models.audio_dit.dit import Velocity
-from agrepa_fast.probing.fixed_clips import FixedClips
+from agrepa_fast.probing.fixed_clips import FixedClips, validation_clips
 from agrepa_fast.probing.validation import validation_loss
 from agrepa_fast.seeds import clip_keys
 from agrepa_fast.training.context import RunContext
@@ -79,7 +79,7 @@ def test_a_step_by_hand(index, tmp_path):
         losses=lambda *args: given.append(args) or dict(losses),
         reduce=lambda: torch.tensor(0.0),
     )
-    choice = SimpleNamespace(aligner=aligner, watch=lambda engine, step: watched.append(step))
+    choice = SimpleNamespace(aligner=aligner, keep_gradient_norms=lambda norms, step: watched.append(step))
     batch = next(TrainBatches(index, config.data, BatchLayout(16, 2, 0, 1), seed=0, center=True))
     batch = replace(batch, places=tuple(range(8, 16)))
     context = RunContext(config, index, torch.device("cpu"), 0, 1, tmp_path)
@@ -102,10 +102,10 @@ def test_a_step_by_hand(index, tmp_path):
 
 @pytest.mark.parametrize(("world", "chunk"), [(1, 10), (3, 3), (4, 2)])
 def test_validation_by_hand_on_ranks_that_do_not_divide_the_clips(world, chunk, index):
-    config, model, total = load_config("demo", ["eval.times=[0.3,0.6]"]), Still(), 0
+    config, model, total = load_config("demo", ["eval.times=[0.3,0.6]", f"probe.chunk={chunk}"]), Still(), 0
     for rank in range(world):
-        clips = FixedClips(index, "val", 5, chunk, "cpu", rank, world)
-        total += validation_loss(model, clips, config)["val/flow_loss"]  # one process: the ranks' parts of the mean
+        clips = FixedClips(index, "val", 5, config, "cpu", rank, world)
+        total += validation_loss(model, clips)["val/flow_loss"]  # one process: the ranks' parts of the mean
         reference = model.seen[2].reference[0]
         frames = max(1, int(0.15 * model.seen[2].lengths[0]))
         assert reference[:frames].any(-1).all()
@@ -281,8 +281,8 @@ def test_ema_is_the_average_of_the_master_weights_also_after_a_resume(stage, ran
     from agrepa_fast import load_model
 
     model, config = load_model(folder / "step00000005")
-    clips = FixedClips(load_index(preset.parent), "val", config.eval.clips, config.probe.chunk, "cpu")
-    got = validation_loss(model, clips, config)["val/flow_loss"]
+    clips = validation_clips(load_index(preset.parent), config, "cpu")
+    got = validation_loss(model, clips)["val/flow_loss"]
     assert summary["val/flow_loss"]["ema"] == pytest.approx(got, abs=1e-5 if precision == "fp32" else 0.05)
     live = load_model(folder / "step00000005", live=True)[0].state_dict()
     torch.testing.assert_close(live, load_file(folder / "step00000005" / "model.safetensors"))
