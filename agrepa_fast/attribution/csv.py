@@ -1,4 +1,4 @@
-"""What is written about attribution: attribution.csv (one schema) and the tables that a probe prints."""
+"""attribution.csv: one schema for the scores of all measures."""
 
 import csv
 import io
@@ -8,11 +8,6 @@ from ..files import write_atomically
 from .scores import LayerScores
 
 COLUMNS = ("step", "measure", "recipe", "domain", "layer", "t", "score", "stderr", "floor", "clips")
-COLOURS = {"speech": "#1f77b4", "audio": "#ff7f0e"}
-NAMES = {"foga": "FoG-A", "foga-vjp": "FoG-A by vjp", "gradnorm": "gradient norm"}
-NAMES |= {"lasp": "LASP", "ridge": "ridge", "cka": "CKA"}
-UNITS = {"foga": "relative velocity change", "foga-vjp": "relative velocity change", "gradnorm": "gradient norm"}
-UNITS |= {"lasp": "cosine", "ridge": "cosine", "cka": "CKA"}
 
 
 def csv_rows(scores: LayerScores) -> list[dict]:

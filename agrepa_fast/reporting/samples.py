@@ -1,4 +1,4 @@
-"""What a run sounds and looks like: validation clips resynthesised and sampled, as wavs and as mel pictures."""
+"""Validation clips, resynthesised and sampled, as wavs and as pictures of their mels."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,14 +14,15 @@ from ..data.index import Index
 from ..data.reading import fixed_clips
 from ..flow import reference_prefix, sample
 from ..seeds import clip_keys
+from .figure import new_figure
 from .opened import open_checkpoint
 
 
 def sample_clips(
     model: nn.Module, index: Index, config: Config, per_domain: int, device, *, progress: bool
 ) -> tuple[Batch, torch.Tensor]:
-    """The first validation clips of every domain and their samples (B, T, n_mels), normalised, from tokens and a
-    reference prefix."""
+    """Return the first validation clips of every domain, and the normalised mels (B, T, n_mels) that the model samples
+    from their tokens and a prefix of each clip."""
     clips = [s for domain in index.domains for s in fixed_clips(index, "val", domain, per_domain)]
     batch = collate(clips, tuple(range(len(clips))), index).to(device)
     prefix = (config.flow.max_reference * batch.condition.lengths).long().clamp(min=1)
@@ -33,8 +34,8 @@ def sample_clips(
 def write_samples(
     batch: Batch, sampled: torch.Tensor, index: Index, vocoder: Vocoder, folder: Path, plot: Path | None = None
 ) -> list[str]:
-    """<domain>-<n>-truth.wav (resynthesised) and <domain>-<n>-sample.wav for every clip, and mel.png; returns the wavs'
-    names."""
+    """Write <domain>-<n>-truth.wav (resynthesised) and <domain>-<n>-sample.wav per clip into `folder`, and their mels
+    into `plot`. Returns the names of the wavs."""
     import soundfile
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,8 @@ def write_samples(
 
 
 def sample_checkpoint(checkpoint: Path, overrides: Sequence[str], *, live: bool, clips: int, out: Path | None) -> None:
-    """`agrepa sample`: sample validation clips of a checkpoint and write wavs and mel.png. clips: per domain."""
+    """Run `agrepa sample`: write wavs and mel.png of a checkpoint's samples. clips: per domain. live: the live weights
+    instead of their moving average. out: None for a folder beside the checkpoints."""
     opened = open_checkpoint(checkpoint, overrides, live=live)
     vocoder = load_vocoder(opened.config.eval.vocoder, opened.config.data, "cpu")
     out = out or opened.beside("sample")
@@ -64,12 +66,9 @@ def sample_checkpoint(checkpoint: Path, overrides: Sequence[str], *, live: bool,
 
 
 def plot_mels(panels: list[tuple[str, torch.Tensor]], path: Path, seconds_per_frame: float) -> None:
-    """Log-mels (T, n_mels), truth left and sample right, one row a clip, on one colour scale a row."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 2.6 * (len(panels) // 2)), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Draw log-mels (T, n_mels) with their titles: one row per clip on one colour scale, truth left and sample right.
+    panels: truth and sample in turns."""
+    figure = new_figure(10, 2.6 * (len(panels) // 2))
     rows = figure.subplots(len(panels) // 2, 2, squeeze=False)
     for number, (title, mel) in enumerate(panels):
         row, column = divmod(number, 2)

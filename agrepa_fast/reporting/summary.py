@@ -17,7 +17,7 @@ from ..ranks import all_sum
 from ..training.metrics import read_metrics
 from ..training.run import Run
 from ..zero.ds_config import precision
-from .loss import plot_loss
+from .loss_plot import plot_loss
 from .plots import plot_all
 from .samples import sample_clips, write_samples
 

@@ -1,14 +1,15 @@
 """Tables of scores for the terminal."""
 
 from collections.abc import Sequence
+from math import isfinite, isnan
 
 from ..attribution.scores import LayerScores
 from ..attribution.selection import LayerSelection
 
 
 def print_tables(measured: Sequence[LayerScores], selection: LayerSelection | None) -> None:
-    """For every domain a row a layer: each measure with its standard error, and lambda of the selected layers; below,
-    the rank correlation of the other measures with the first."""
+    """Print a table per domain, with a row per layer: each measure ± its standard error, and λ of the selected layers.
+    Below it, print the rank correlation of the other measures with the first."""
     from rich.console import Console
     from rich.table import Table
 
@@ -34,6 +35,6 @@ def print_tables(measured: Sequence[LayerScores], selection: LayerSelection | No
 
 
 def _cell(mean: float, stderr: float) -> str:
-    if mean != mean:
+    if isnan(mean):
         return "-"
-    return f"{mean:.4f}" + (f" ± {stderr:.4f}" if stderr < float("inf") else "")
+    return f"{mean:.4f} ± {stderr:.4f}" if isfinite(stderr) else f"{mean:.4f}"

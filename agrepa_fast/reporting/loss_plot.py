@@ -1,18 +1,16 @@
-"""Plot the loss curves of metrics.jsonl."""
+"""The loss curves of a run."""
 
 from pathlib import Path
 
 from ..training.metrics import read_metrics
+from .figure import new_figure
 
 
 def plot_loss(metrics: Path, path: Path, selection_step: int | None = None) -> None:
-    """Training and validation flow loss, alignment and BiT-C losses over steps; the step of the choice is marked."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Draw the flow losses of training and validation and the alignment losses of a metrics.jsonl into `path`.
+    selection_step: marked as the step at which the layers were chosen."""
     series = read_metrics(metrics)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4)
     axes = figure.subplots()
     axes.plot(*zip(*series["train/flow_loss"], strict=True), color="#9ecae1", linewidth=1, label="train flow loss")
     axes.plot(

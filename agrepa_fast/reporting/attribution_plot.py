@@ -1,0 +1,41 @@
+"""The scores that a choice of layers rests on, as bars."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ..attribution.selection import LayerSelection
+from .figure import new_figure
+from .labels import COLOURS, UNITS, name_with_recipe
+
+
+def plot_attribution(evidence: dict[str, dict], selection: LayerSelection | None, path: Path) -> None:
+    """Draw the score per layer with error bars, one panel per domain. The bars of aligned layers are filled and
+    labelled with their weights. evidence: LayerScores.evidence()."""
+    names = next(iter(evidence.values()))["layers"]
+    depth = len(names)
+    figure = new_figure(max(7.0, 0.45 * depth + 2), 2.9 * len(evidence))
+    layers = np.arange(1, depth + 1)
+    panels = np.atleast_1d(figure.subplots(len(evidence), sharex=True))
+    for axes, (domain, measured) in zip(panels, evidence.items(), strict=True):
+        mean = np.array([np.nan if score is None else score for score in measured["mean"]])
+        stderr = np.array([error or 0.0 for error in measured["stderr"]])
+        chosen = selection.layers.get(domain, ()) if selection else ()
+        weights = dict(zip(chosen, selection.weights[domain], strict=True)) if chosen else {}
+        bars = axes.bar(layers, mean, yerr=stderr, capsize=3, color="white", edgecolor=COLOURS[domain], linewidth=1.4)
+        for layer, weight in weights.items():
+            bars[layer - 1].set_facecolor(COLOURS[domain])
+            top = mean[layer - 1] + stderr[layer - 1]
+            axes.annotate(f"λ={weight:.2f}", (layer, top), xytext=(0, 3), textcoords="offset points", ha="center")
+        axes.axhline(measured["floor"], color="grey", linestyle=":", linewidth=1)
+        axes.set_ylabel(UNITS[measured["measure"]])
+        axes.set_ylim(min(0, 1.1 * float(np.nanmin(mean))), 1.18 * float(np.nanmax(mean + stderr)) + 1e-12)
+        step = "" if measured["step"] is None else f" at step {measured['step']}"
+        axes.set_title(
+            f"{domain}: {name_with_recipe(measured['measure'], measured['recipe'])}{step}, {measured['clips']} clips ± "
+            "standard error; filled = aligned",
+            fontsize=10,
+        )
+    panels[-1].set_xticks(layers, names, rotation=90 if max(map(len, names)) > 3 else 0)
+    panels[-1].set_xlabel("layer")
+    figure.savefig(path, dpi=130)
