@@ -262,6 +262,7 @@ INJECTIONS = [
     Injection("kill -9 of rank 1 in a step", send(signal.SIGKILL, 1)),
     Injection("kill -9 of rank 1 in a step", send(signal.SIGKILL, 1), stage=3),
     Injection("kill -9 of both ranks at once", send(signal.SIGKILL, 0, 1), settings=_LOADER),
+    Injection("kill -9 of both ranks before the first save", send(signal.SIGKILL, 0, 1, after=SAVE_EVERY - 3)),
     Injection("kill -9 of a loader process", kill_loader, settings=_LOADER),
     Injection("a rank stands still", freeze_rank, settings=("train.patience=0.3",)),
     *(Injection(f"kill -9 in a save: {name}", kill_in_save(name)) for name in [*CHECKPOINT_FILES, "latest"]),
