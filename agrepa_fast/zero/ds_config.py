@@ -51,6 +51,8 @@ def resolve_ds_config(values: dict, train: TrainConfig, layout: BatchLayout, dev
         resolved[name] = value
     resolved["bf16"] = {**values.get("bf16", {}), "enabled": _bf16(values, train, device)}
     resolved.setdefault("steps_per_print", _NEVER)
+    # DeepSpeed's throughput timer synchronises the GPU in each forward: no forward could then be captured as a graph.
+    resolved["timers"] = {"throughput": {"enabled": False}}
     if offloads_optimizer(values):
         # torch's AdamW has a fused kernel for the CPU, and needs no compiler.
         resolved["zero_force_ds_cpu_optimizer"] = False

@@ -120,6 +120,8 @@ def test_what_contradicts_a_run_is_refused(values, message):
         ({"csv_monitor": {"enabled": True}}, r"left out, metrics\.jsonl"),
         ({"pipeline": {"stages": "auto"}}, "left out"),
         ({"checkpoint": {"load_universal": True}}, "left out"),
+        ({"timers": {"throughput": {"enabled": True}}}, "left out, they wait for the GPU"),
+        ({"wall_clock_breakdown": True}, r"left out, its timers end CUDA graphs, and train\.profile"),
     ],
 )
 def test_what_changes_no_number_is_left_out_with_a_line(values, message):
@@ -144,7 +146,7 @@ def test_weights_and_biases():
 
 
 def test_a_deepspeed_user_s_file_trains(preset, tmp_path):
-    """Whole, with what DeepSpeed itself logs; the run's configuration has the optimizer and the schedule."""
+    """Whole, with all that DeepSpeed logs itself but its timers; the run has the optimizer and the schedule."""
     cosine = {"total_num_steps": 4, "warmup_num_steps": 2, "cos_min_ratio": 0.5, "warmup_type": "linear"}
     values = {
         "train_micro_batch_size_per_gpu": "auto",
@@ -164,7 +166,7 @@ def test_a_deepspeed_user_s_file_trains(preset, tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps(values))
     settings = ("run.dir=run", "align.strategy=none", "probe.warmup_steps=1")
     output = run_training(1, "--ds_config", "ds.json", "--preset", str(preset), *settings, cwd=tmp_path)
-    assert len([line for line in output.splitlines() if line.startswith("ds_config ")]) == 5, output
+    assert len([line for line in output.splitlines() if line.startswith("ds_config ")]) == 6, output
     train = load_config(tmp_path / "run" / "config.yaml").train
     assert (train.lr, train.betas, train.weight_decay) == (1e-3, [0.9, 0.99], 0.1)
     assert (train.steps, train.warmup_steps, train.final_lr) == (4, 2, 0.5)
