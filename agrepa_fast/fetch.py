@@ -37,8 +37,8 @@ def fetch_apt(name: str) -> Path:
     """Return the folder with the files of a Debian package (usr/share/…), <name>-<version>. Fetches the version that
     this machine's sources have, unless a .deb of the package is among the downloads, or one was fetched before.
 
-    The caller checks what it uses: versions differ between releases. apt-get checks signatures. Raises UserError, in
-    one line with the remedy, if the package cannot be fetched.
+    Versions differ between releases, so the caller must check the files that it uses; apt-get checks signatures. Raises
+    UserError, in one line with the remedy, if the package cannot be fetched.
     """
     package = _Package(name, f"{name}_*.deb", ("apt-get", "download", name), "`apt-get update`, then ")
     provided = _one_file(_downloads(), package.pattern)

@@ -1,7 +1,7 @@
-"""Waveforms and their log-mel spectrograms: decode, resample, LogMel, frame_count.
+"""Log-mel spectrograms of waves.
 
-Waves are never normalised to a peak or a loudness: how loud a recording is belongs to what a model learns, and vocoders
-such as HiFi-GAN expect the level of the recording.
+Waves are never normalised to a peak or a loudness: models learn the level of a recording, and vocoders such as HiFi-GAN
+expect it.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ MEL_FLOOR = 1e-5  # smallest mel magnitude; log of it is -11.5
 
 
 def frame_count(samples: int, data: DataConfig) -> int:
-    """Number of mel frames that LogMel(data) gives for a wave of `samples` samples."""
+    """Return the number of mel frames that LogMel(data) makes of `samples` samples."""
     if data.center:
         return 1 + samples // data.hop_length
     return 1 + (samples + 2 * _edge(data) - data.n_fft) // data.hop_length
@@ -48,11 +48,12 @@ class LogMel:
 
     @property
     def min_samples(self) -> int:
-        """Fewest samples that the reflect padding at the edges can work with, and that fill one window."""
+        """The fewest samples that fill a window; reflect padding at the edges needs them, too."""
         return self.data.n_fft
 
     def __call__(self, wave: np.ndarray) -> np.ndarray:
-        """wave (samples,) float32 at data.sample_rate -> (T, n_mels) float32, T = frame_count(samples, data)."""
+        """Return (T, n_mels) float32 of a wave (samples,) float32 at data.sample_rate; T = frame_count(samples, data).
+        Raises ValueError for less than a window."""
         if len(wave) < self.min_samples:
             raise ValueError(f"a wave of {len(wave)} samples is shorter than one window of {self.min_samples}")
         samples = torch.from_numpy(wave)

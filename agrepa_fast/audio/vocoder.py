@@ -1,4 +1,4 @@
-"""Log-mel back to sound: HiFi-GAN, Vocos, or Griffin-Lim where neither fits the mel."""
+"""Log-mel back to sound: by HiFi-GAN, by Vocos, or by Griffin-Lim if neither fits the mel."""
 
 import importlib.util
 import re
@@ -20,9 +20,9 @@ _INVERSE_MEL_ITERATIONS = 30
 
 
 class Vocoder:
-    """(T, n_mels) natural-log magnitude mel, not normalised -> (samples,) float32 in [-1, 1], on the CPU.
+    """Turns a natural-log magnitude mel (T, n_mels), not normalised, into (samples,) float32 in [-1, 1] on the CPU.
 
-    `name` says which one it is, and for Griffin-Lim in place of a better one, why.
+    name: of the vocoder; for Griffin-Lim in place of a better one, with the reason.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class Vocoder:
 
 
 def load_vocoder(name: str, data: DataConfig, device: str = "cpu") -> Vocoder:
-    """`auto`, `package:hifigan`, `griffin-lim`, or a Vocos model's folder or hub name.
+    """Return the vocoder `auto`, `package:hifigan`, `griffin-lim`, or that of a Vocos model's folder or hub name.
 
-    `auto` takes HiFi-GAN or Vocos where the mel is theirs and the weights can be had, else Griffin-Lim. Raises
-    UserError for an unknown name, and for a named vocoder that cannot be had or was trained on another mel.
+    `auto` takes HiFi-GAN or Vocos if the mel is theirs and the weights can be loaded, else Griffin-Lim. Raises
+    UserError for an unknown name, and for a named vocoder that cannot be loaded or was trained on another mel.
     """
     if name == "auto":
         return _auto(data, device)
@@ -122,7 +122,7 @@ def _vocos_files(name: str, offline: bool) -> tuple[Path, Path]:
 
 
 def _vocos_mel(name: str, config: Path) -> dict:
-    """The fields of DataConfig that the model was trained with."""
+    """Return the fields of DataConfig that the model was trained with."""
     import yaml
 
     content = yaml.safe_load(config.read_text())
@@ -131,7 +131,7 @@ def _vocos_mel(name: str, config: Path) -> dict:
         mel = content["feature_extractor"].get("init_args", {})
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"vocoder {name}: {config} is not the configuration of a Vocos model") from error
-    # Vocos imports and calls whatever is named here.
+    # Vocos imports and calls the names in this file.
     if paths[0] != "vocos.feature_extractors.MelSpectrogramFeatures" or any(not p.startswith("vocos.") for p in paths):
         raise UserError(f"vocoder {name}: {config} names {', '.join(paths)}; only Vocos models of mels can be used")
     sample_rate, n_fft = mel.get("sample_rate", 24000), mel.get("n_fft", 1024)
@@ -148,7 +148,8 @@ def _vocos_mel(name: str, config: Path) -> dict:
 
 
 def _griffin_lim(data: DataConfig, device: str, because: str = "") -> Vocoder:
-    """Phase by Griffin & Lim 1984 with Perraudin's momentum, from the non-negative spectrum that the mel fits best."""
+    """Return the vocoder of Griffin & Lim 1984 with Perraudin's momentum. It starts from the non-negative spectrum that
+    fits the mel best."""
     torchaudio = import_torchaudio()
     filters = LogMel(data).mel.mel_scale.fb.to(device)  # (bins, n_mels)
     inverse = torch.linalg.pinv(filters)
@@ -178,10 +179,11 @@ def _griffin_lim(data: DataConfig, device: str, because: str = "") -> Vocoder:
 
 
 def inverse_mel(mel: torch.Tensor, filters: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """mel (1, n_mels, T), filters (bins, n_mels), their pseudo-inverse (n_mels, bins) -> magnitudes (1, bins, T).
+    """Return non-negative magnitudes (1, bins, T) of a mel (1, n_mels, T). filters: (bins, n_mels). inverse: their
+    pseudo-inverse (n_mels, bins).
 
-    Non-negative least squares by Lee & Seung's multiplicative updates, from the pseudo-inverse's solution. They bring
-    the mel of what comes out within 0.003 of the wanted log-mel; the pseudo-inverse alone is 0.03 off (speech).
+    Non-negative least squares by Lee & Seung's multiplicative updates, from the pseudo-inverse's solution. The log-mel
+    of the result is within 0.003 of the given one for speech; by the pseudo-inverse alone it is 0.03 off.
     """
     magnitude = (inverse.T @ mel).clamp(min=1e-8)
     wanted, product = filters @ mel, filters @ filters.T

@@ -1,7 +1,7 @@
 """The demo corpus: recordings in packages of Debian and Ubuntu.
 
-demo_recordings.txt lists them by content, so that every release that has the same recordings gives the same corpus,
-whatever its versions and folders are called. Debian 12 and 13 and Ubuntu 24.04 have all of them.
+demo_recordings.txt lists them by content, so that every release with the same recordings gives the same corpus, under
+other versions and in other folders, too. Debian 12 and 13 and Ubuntu 24.04 have all of them.
 """
 
 import gzip

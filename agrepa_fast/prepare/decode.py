@@ -39,7 +39,7 @@ class Clip:
 
 
 class _Decoded(NamedTuple):
-    """What the ranks tell each other of a recording."""
+    """The facts on a recording that ranks exchange."""
 
     file: str
     frames: int
@@ -88,7 +88,7 @@ def _report_skipped(job: Job, skipped: list[dict], total: int) -> None:
 def _decode_once(
     recording: Recording, data: DataConfig, rates: set[int], folder: Path, log_mel: LogMel
 ) -> tuple[_Decoded, bool]:
-    """Return what is known of a recording, and whether it was decoded now."""
+    """Return the facts on a recording, and whether it was decoded now."""
     name = f"{recording.name}-{digest(recording.fingerprint())}.npz"
     file = work_file(folder, name)
     if computed := not file.is_file():

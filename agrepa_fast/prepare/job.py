@@ -1,4 +1,4 @@
-"""What every stage of a preparation needs: domain, ranks, threads, a progress bar, and work files.
+"""The tools of every stage of a preparation: domain, ranks, threads, a progress bar, and work files.
 
 A stage keeps its result for each clip in a file of its own below <out>/.work. Files appear whole or not at all, so a
 preparation that was killed at any moment goes on, on any number of ranks.

@@ -1,4 +1,4 @@
-"""The folder that preparation writes into: what its index may already hold, its lock, and how it is finished."""
+"""The folder that preparation writes into: its lock, its index so far, and its finished index."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

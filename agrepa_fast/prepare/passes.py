@@ -31,7 +31,7 @@ class BatchPass:
         self.pool, self.folder, self.read, self.compute = pool, folder, read, compute
 
     def run(self, batches: Sequence[list], stage: Stage) -> None:
-        """Compute what is missing of all batches, and count their clips in `stage`."""
+        """Compute the missing results of all batches, and count their clips in `stage`."""
         for batch, computed in self.each(batches):
             stage.add(sum(clip.seconds for clip in batch), len(batch)) if computed else stage.skip(len(batch))
 
@@ -53,7 +53,7 @@ class BatchPass:
         return work_file(self.folder, f"{clip.name}.npz")
 
     def result(self, clip) -> dict[str, np.ndarray]:
-        """Return what compute returned for a clip."""
+        """Return the result of a clip."""
         return read_work(self.file(clip))
 
 

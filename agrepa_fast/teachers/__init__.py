@@ -6,21 +6,22 @@ teacher = load_teacher("package:whisper-base@3")      # from a package, no model
 teacher = load_teacher("beats:/models/BEATs_iter3_plus_AS2M.pt@9", "cuda", "fp16")
 frames = teacher.frames([wave])[0]                    # (frames, teacher.dim) float32
 
-The demo's audio teacher is Whisper-base's third layer: Whisper's encoder carries sound-event information (Gong et al.,
-Interspeech 2023, "Whisper-AT"), most of it below the end. Leave-one-out nearest-neighbour label accuracy of the pooled,
-centred vectors of the first 2.2 s of each sound of the demo corpus:
+The demo's audio teacher is Whisper-base's third layer. Whisper's encoder carries information on sound events (Gong et
+al., Interspeech 2023, "Whisper-AT"), most of it below its end. Leave-one-out nearest-neighbour label accuracy of the
+pooled, centred vectors of the first 2.2 s of each sound of the demo corpus:
 
                                       L1     L2     L3     L4     L5     L6    end  log-mel  aisfx
     sonic-pi (165 files, 14 kinds)  .606   .606   .636   .503   .485   .467   .497     .467   .624
     lincity (119 files, 39 kinds)   .160   .160   .168   .126   .168   .101   .134     .101   .185
 
-L3 against the end on sonic-pi: 33 files better, 10 worse. aisfx, a sound-effect network of its own, is no better and
-gives 5 frames a second, too few for tokens; the third layer gives 50 and needs no second download.
+L3 against the end on sonic-pi: 33 files better, 10 worse. aisfx, a network for sound effects, is no better and gives 5
+frames per second, too few for tokens. The third layer gives 50 and needs no second download.
 """
 
 import re
 from pathlib import Path
 
+from ..audio.waves import import_torchaudio
 from ..errors import UserError
 from .base import Teacher, split_layer
 
@@ -28,17 +29,15 @@ __all__ = ["Teacher", "load_teacher"]
 
 
 def load_teacher(spec: str, device: str = "cpu", dtype: str = "fp32") -> Teacher:
-    """The teacher that `spec` names: `package:NAME`, `beats:FILE.pt`, a folder saved with save_pretrained, or a name on
+    """Return the teacher of `spec`: `package:NAME`, `beats:FILE.pt`, a folder saved with save_pretrained, or a name on
     the model hub.
 
-    `@N` at its end takes the output of encoder layer N (from 1) instead of what the model returns. dtype: fp32, or fp16
-    for weights and activations; frames are float32 either way. Weights are read from safetensors, or from a
-    pytorch_model.bin with weights_only; code that comes with a model is never run. Raises UserError, in one line with
-    the remedy, when there is no such model, layer or network, and for a model that cannot be a teacher.
+    `@N` at its end takes the output of encoder layer N, from 1, instead of the model's output. dtype: fp32, or fp16 for
+    weights and activations; frames are float32 in both. Reads weights from safetensors, or from a pytorch_model.bin
+    with weights_only, and never runs code that comes with a model. Raises UserError, in one line with the remedy, if
+    there is no such model, layer or network, and for a model that cannot be a teacher.
     """
-    from ..audio.waves import import_torchaudio
-
-    import_torchaudio()  # transformers imports it too, and without the mend that fails beside a CPU build of torch
+    import_torchaudio()  # transformers imports it
     from transformers import AutoConfig
 
     base, layer = split_layer(spec)
@@ -55,7 +54,7 @@ def load_teacher(spec: str, device: str = "cpu", dtype: str = "fp32") -> Teacher
         else:
             from .families import load_encoder as load
         teacher = load(config, base, source, layer, identity, device, dtype)
-    except (OSError, ValueError) as error:  # what transformers raises for a missing file and an unknown model type
+    except (OSError, ValueError) as error:  # transformers' for a missing file and an unknown model type
         raise UserError(_not_found(spec, error)) from error
     revision = getattr(config, "_commit_hash", None)  # of a model from the hub
     if revision:
@@ -64,7 +63,7 @@ def load_teacher(spec: str, device: str = "cpu", dtype: str = "fp32") -> Teacher
 
 
 def _locate(base: str) -> tuple[str, dict]:
-    """What from_pretrained takes, and what is known of where it came from."""
+    """Return the argument of from_pretrained, and the known facts on its origin."""
     if base.startswith("package:"):
         from .packages import packaged
 

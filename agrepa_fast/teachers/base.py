@@ -1,4 +1,4 @@
-"""What all teachers share: the interface, the spec's syntax, the name in file names, the hash of the weights."""
+"""The interface of teachers, and helpers that all of them use."""
 
 import hashlib
 import re
@@ -20,12 +20,12 @@ _MAY_LACK = ("decoder.", "masked_spec_embed")  # a Whisper's decoder, wav2vec 2.
 class Teacher(ABC):
     """A frozen audio encoder, fp32 and in evaluation mode.
 
-    name         slug [a-z0-9_]+ for file names, with the layer: whisper_base_l3
+    name         file_name [a-z0-9_]+ for file names, with the layer: whisper_base_l3
     dim          width of a frame
     rate         frames per second
     sample_rate  Hz, of the waves it takes
-    identity     what must be equal for two sets of frames to be comparable: spec, class, layer, sha256 of the weights,
-                 and licence, package and version where they are known
+    identity     must be equal for two sets of frames to be comparable: spec, class, layer, sha256 of the weights, and
+                 licence, package and version if they are known
     """
 
     name: str
@@ -36,14 +36,14 @@ class Teacher(ABC):
 
     @abstractmethod
     def frames(self, waves: list[np.ndarray]) -> list[np.ndarray]:
-        """Waves (samples,) float32 at `sample_rate`, of any lengths -> per wave (frames, dim) float32.
+        """Return (frames, dim) float32 per wave (samples,) float32 at `sample_rate`, of any lengths.
 
-        Only frames that cover the recording, and the same ones whatever else is in the list (to about 1e-5 of their
-        size). Raises ValueError for an empty wave and for one that is not 1-D.
+        The frames cover the recording and no more. Those of a wave do not depend on the others, except for rounding of
+        about 1e-5 of their size. Raises ValueError for an empty wave, and for one that is not 1-D.
         """
 
     def check_precision(self, spec: str) -> None:
-        """UserError when the encoder cannot compute in its precision on its device."""
+        """Raise UserError if the encoder cannot compute in its precision on its device."""
         # Another length than those measured in fp32: wav2vec2-conformer keeps the rotary factors of the last one.
         wave = np.random.default_rng(0).standard_normal(self.sample_rate * 11 // 10).astype(np.float32) * 0.1
         try:
@@ -58,7 +58,7 @@ class Teacher(ABC):
 
 
 def split_layer(spec: str) -> tuple[str, int | None]:
-    """`name@4` -> (`name`, 4); without a suffix, or where a folder of the whole name exists, (spec, None)."""
+    """Return (`name`, 4) of `name@4`; (spec, None) without a suffix, and if a folder of the whole name exists."""
     base, at, layer = spec.rpartition("@")
     if not at or Path(spec).expanduser().is_dir():
         return spec, None
@@ -72,15 +72,15 @@ def check_layer(spec: str, layer: int | None, depth: int) -> None:
         raise UserError(f"teacher {spec!r} has layers 1 to {depth}: choose one of them, or leave the @ out for the end")
 
 
-def slug(base: str, layer: int | None) -> str:
-    """The name in `<key>.<name>.npy`: `openai/whisper-large-v3`, 4 -> whisper_large_v3_l4."""
+def file_name(base: str, layer: int | None) -> str:
+    """Return a teacher's name in `<key>.<name>.npy`: whisper_large_v3_l4 of `openai/whisper-large-v3` and 4."""
     last = Path(base.removeprefix("package:")).name.lower()
     name = re.sub("[^a-z0-9]+", "_", last).strip("_") or "teacher"
     return name if layer is None else f"{name}_l{layer}"
 
 
 def weights_sha256(module: torch.nn.Module) -> str:
-    """SHA-256 over names, shapes and float values, so that it does not depend on the file format they came in."""
+    """Return the SHA-256 over names, shapes and values. It does not depend on the format of the file."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -95,7 +95,8 @@ def check_waves(waves: list[np.ndarray]) -> None:
 
 
 def batches_by_length(lengths: list[int], room: int, equal: bool = False) -> Iterator[list[int]]:
-    """Indices sorted by length, in groups whose padded size is at most `room`; with `equal`, of one length each."""
+    """Yield groups of indices, sorted by length. The padded size of a group is at most `room`, unless it is one alone;
+    with `equal`, all of a group have one length."""
     group: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         grown = (len(group) + 1) * lengths[index] > room
@@ -107,15 +108,16 @@ def batches_by_length(lengths: list[int], room: int, equal: bool = False) -> Ite
         yield group
 
 
-def why(error: Exception) -> str:
-    """Its text in part of a line. What torch.load says of a pickle that would run code ends in how to let it."""
+def in_one_line(error: Exception) -> str:
+    """Return at most 160 characters of an error's text. torch.load's own text on a pickle that would run code explains
+    how to let it, and is replaced."""
     if isinstance(error, UnpicklingError):
         return "a pickle that is cut off or holds more than tensors"
     return " ".join(str(error).split())[:160]
 
 
-def put_on(module: torch.nn.Module, device: str | torch.device, dtype: str) -> torch.dtype:
-    """Move it, in fp32 or fp16. Returns the dtype that its inputs must have.
+def move_to(module: torch.nn.Module, device: str | torch.device, dtype: str) -> torch.dtype:
+    """Move a module to a device, in fp32 or fp16. Returns the dtype that its inputs must have.
 
     Buffers that are not saved stay in fp32, as in from_pretrained: frequencies of rotary positions need it.
     """
@@ -128,8 +130,9 @@ def put_on(module: torch.nn.Module, device: str | torch.device, dtype: str) -> t
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' tables of weights that a part of a model does not take; what is missing is an error."""
+def quiet_transformers() -> Iterator[None]:
+    """Suppress transformers' tables of weights that a part of a model does not take. load_weights raises for missing
+    ones."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -141,19 +144,20 @@ def quiet() -> Iterator[None]:
 
 
 def load_weights(model_class, source: str, spec: str, **options):
-    """model_class.from_pretrained(source) in fp32 and evaluation mode; UserError unless it fills the whole encoder.
+    """Return model_class.from_pretrained(source) in fp32 and evaluation mode. Raises UserError unless the weights fill
+    the whole encoder.
 
-    safetensors where there are any; a pytorch_model.bin is unpickled with weights_only, which runs no code.
+    Reads safetensors if there are any. A pytorch_model.bin is unpickled with weights_only, which runs no code.
     """
     from safetensors import SafetensorError
 
     options |= {"dtype": torch.float32, "weights_only": True, "trust_remote_code": False}
     try:
-        with quiet():
+        with quiet_transformers():
             model, report = model_class.from_pretrained(source, output_loading_info=True, **options)
     except (SafetensorError, RuntimeError, UnpicklingError) as error:  # cut off; shapes that do not fit config.json
         raise UserError(
-            f"teacher {spec!r}: its weights cannot be read ({why(error)}): save or download it again"
+            f"teacher {spec!r}: its weights cannot be read ({in_one_line(error)}): save or download it again"
         ) from error
     missing = sorted(name for name in report["missing_keys"] if not name.startswith(_MAY_LACK))
     if missing:

@@ -1,11 +1,11 @@
 """BEATs (Chen et al. 2022, "BEATs: Audio Pre-Training with Acoustic Tokenizers") through speechbrain's implementation.
 
-A recording at 16 kHz becomes a 128-band filter bank of 100 frames a second, cut into patches of 16 bands x 16 frames:
-eight patches a time step. A frame of the teacher is the mean of a step's patches, 6.25 a second; a step that the
+A recording at 16 kHz becomes a 128-band filter bank of 100 frames per second, cut into patches of 16 bands x 16 frames:
+eight patches per time step. A frame of the teacher is the mean of a step's patches, 6.25 per second. A step that the
 recording does not fill is left out, as in BEATs itself.
 
-speechbrain's class reads its checkpoint with whatever torch.load does by default. Here the file is read with
-weights_only, its settings are checked, and the weights must be all of the encoder's and no others.
+speechbrain's class reads its checkpoint by torch.load's defaults. Here the file is read with weights_only, its settings
+are checked, and its weights must be exactly those of the encoder.
 """
 
 from pathlib import Path
@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..audio.waves import import_torchaudio
 from ..errors import UserError
-from .base import Teacher, batches_by_length, check_layer, check_waves, put_on, slug, weights_sha256, why
+from .base import Teacher, batches_by_length, check_layer, check_waves, file_name, in_one_line, move_to, weights_sha256
 
 _BANDS, _WINDOW, _HOP = 128, 400, 160  # of the filter bank: mel bands, samples, samples
 _GPU_SECONDS = 120  # of a batch, padding included
@@ -28,14 +29,14 @@ class BeatsTeacher(Teacher):
     def __init__(self, model, spec: str, base: str, layer: int | None, device="cpu", dtype="fp32"):
         layers = model.encoder.layers
         check_layer(base, layer, len(layers))
-        self.name = slug(Path(base.removeprefix("beats:")).stem, layer)
+        self.name = file_name(Path(base.removeprefix("beats:")).stem, layer)
         self.dim = model.cfg.encoder_embed_dim
         self._patch = model.cfg.input_patch_size
         self.rate = self.sample_rate / (_HOP * self._patch)
         self.identity = {"spec": spec, "class": "BEATs", "layer": layer, "precision": dtype}
         self.identity["sha256"] = weights_sha256(model)
         del layers[layer or len(layers) :]
-        self._model, self._device, self._dtype = model, torch.device(device), put_on(model, device, dtype)
+        self._model, self._device, self._dtype = model, torch.device(device), move_to(model, device, dtype)
         self.room = _GPU_SECONDS * 100 if self._device.type == "cuda" else 1  # filter-bank frames; as in whisper.py
         if dtype != "fp32":
             self.check_precision(base)
@@ -52,14 +53,14 @@ class BeatsTeacher(Teacher):
         return frames
 
     def _filter_bank(self, wave: np.ndarray) -> torch.Tensor:
-        """(samples,) -> (frames, 128), whole patches; a wave too short for one is filled up with zeros."""
+        """Return (frames, 128) of a wave (samples,), in whole patches. Zeros fill up a wave too short for one."""
         shortest = _WINDOW + (self._patch - 1) * _HOP
         wave = np.pad(wave, (0, max(0, shortest - len(wave))))
         bank = self._model.preprocess(torch.from_numpy(wave)[None])[0]
         return bank[: len(bank) // self._patch * self._patch]
 
     def _encode(self, banks: list[torch.Tensor]) -> torch.Tensor:
-        """(B, steps of the longest, dim) float32; steps beyond a clip's own are meaningless."""
+        """Return (B, steps of the longest, dim) float32. Steps beyond a clip's own hold no meaning."""
         model, bands = self._model, _BANDS // self._patch
         padded = torch.nn.utils.rnn.pad_sequence(banks, batch_first=True)
         patches = model.patch_embedding(padded[:, None].to(self._device, self._dtype))  # (B, width, steps, bands)
@@ -73,7 +74,8 @@ class BeatsTeacher(Teacher):
 
 
 def load_beats(spec: str, base: str, layer: int | None, device: str = "cpu", dtype: str = "fp32") -> BeatsTeacher:
-    """`base` is beats:FILE, a checkpoint as microsoft/unilm published them: {"cfg": settings, "model": weights}."""
+    """Return the teacher of beats:FILE, a checkpoint as microsoft/unilm publishes them: {"cfg": settings, "model":
+    weights}."""
     file = Path(base.removeprefix("beats:")).expanduser()
     if not file.is_file():
         raise UserError(f"teacher {spec!r}: no file {file}: give beats:FILE.pt, a checkpoint of microsoft/unilm")
@@ -83,14 +85,12 @@ def load_beats(spec: str, base: str, layer: int | None, device: str = "cpu", dty
         weights = {name: value.float() for name, value in weights.items() if not name.startswith("predictor.")}
     except Exception as error:  # torch.load raises nearly anything for bytes that are no checkpoint
         raise UserError(
-            f"teacher {spec!r}: {file} cannot be read as tensors ({why(error)}): it must hold 'cfg' and 'model'"
+            f"teacher {spec!r}: {file} cannot be read as tensors ({in_one_line(error)}): it must hold 'cfg' and 'model'"
         ) from error
     return BeatsTeacher(_model(spec, settings, weights), spec, base, layer, device, dtype)
 
 
 def _model(spec: str, settings: object, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-    from ..audio.waves import import_torchaudio
-
     import_torchaudio()
     try:
         from speechbrain.lobes.models.beats import BEATs, BEATsConfig, TransformerEncoder
@@ -98,7 +98,7 @@ def _model(spec: str, settings: object, weights: dict[str, torch.Tensor]) -> tor
         raise UserError(f"teacher {spec!r} needs speechbrain: pip install speechbrain ({error})") from error
 
     class Encoder(BEATs):
-        """BEATs of given settings: its own constructor takes them from a file only."""
+        """BEATs with the given settings. Its own constructor takes them from a file only."""
 
         def __init__(self, config: BEATsConfig):
             torch.nn.Module.__init__(self)
@@ -113,13 +113,15 @@ def _model(spec: str, settings: object, weights: dict[str, torch.Tensor]) -> tor
         model = Encoder(_config(BEATsConfig(), settings, weights))
         model.load_state_dict(weights)
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(f"teacher {spec!r}: its settings do not fit its weights ({why(error)}): get it anew") from error
+        raise UserError(
+            f"teacher {spec!r}: its settings do not fit its weights ({in_one_line(error)}): get it anew"
+        ) from error
     return model.eval().requires_grad_(False)
 
 
 def _config(config, settings: object, weights: dict[str, torch.Tensor]):
-    """BEATsConfig with those of the checkpoint's settings that it has. ValueError for one of another type, and for
-    sizes that the weights do not have, before anything of that size is made."""
+    """Return `config`, a BEATsConfig, with those of the checkpoint's settings that it has. Raises ValueError for a
+    setting of another type, and for sizes that the weights do not have, before anything of that size is made."""
     if not isinstance(settings, dict):
         raise ValueError("'cfg' is no dictionary")
     for name, default in vars(config).items():

@@ -17,7 +17,7 @@ _HEAD_DIM = 64  # of every Whisper
 
 
 def read_variables(stream: BinaryIO) -> dict[str, np.ndarray]:
-    """All tensors by name, aliases included. Raises ValueError for a file that is cut off or of another format."""
+    """Return all tensors by name, with aliases. Raises ValueError for a file that is cut off or of another format."""
 
     def numbers(layout: str) -> tuple[int, ...]:
         size = struct.calcsize("<" + layout)
@@ -50,7 +50,7 @@ def _exactly(stream: BinaryIO, size: int) -> bytes:
 
 
 def whisper_encoder(variables: dict[str, np.ndarray]) -> torch.nn.Module:
-    """transformers' WhisperEncoder with the encoder's weights in fp32; ValueError for quantised (int8, int16) ones."""
+    """Return transformers' WhisperEncoder with the encoder's weights in fp32. Raises ValueError for quantised ones."""
     from transformers import WhisperConfig
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 

@@ -1,9 +1,9 @@
-"""Any audio encoder of transformers that keeps time: features by its own extractor, a hook on the layer asked for.
+"""Any audio encoder of transformers whose frames follow time: features by its own extractor, a hook on the layer.
 
-Nothing about a family's strides is written here. What a frame covers is measured when the teacher is loaded: at which
-lengths of a noise a frame is added, whether those lengths are evenly spaced, and whether a clip's frames stay the same
-when it is padded beside a longer one. Where they do not (a group norm over time, a convolution that reads the padding,
-no mask), only clips of one length go together.
+The strides of families are measured, not listed: when a teacher is loaded, at which lengths of a noise it adds a frame,
+whether those lengths are evenly spaced, and whether the frames of a clip change when it is padded beside a longer one.
+If they change (by a group norm over time, a convolution that reads the padding, or without a mask), only clips of one
+length form a batch.
 """
 
 import inspect
@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UserError
-from .base import Teacher, batches_by_length, check_layer, check_waves, put_on, slug, weights_sha256
+from .base import Teacher, batches_by_length, check_layer, check_waves, file_name, move_to, weights_sha256
 
-MASKS = ("attention_mask", "input_features_mask", "padding_mask")  # what encoders call the mask of what is not padding
+MASKS = ("attention_mask", "input_features_mask", "padding_mask")  # encoders' names for the mask: 0 is padding
 _GPU_SECONDS = 60  # of a batch, padding included
 _HARMLESS = 1e-4  # change of a frame by padding beside it, in units of the frames' size
 
 
 class _Reached(Exception):
-    """Raised by the hook: the layer's output is there, and nothing behind it is needed."""
+    """Raised by the hook once it has the layer's output: the layers behind it are not needed."""
 
 
 class EncoderTeacher(Teacher):
@@ -31,11 +31,11 @@ class EncoderTeacher(Teacher):
     def __init__(self, encoder, extractor, base: str, layer: int | None, identity: dict, device="cpu", dtype="fp32"):
         self.layers = transformer_layers(encoder, base)
         check_layer(base, layer, len(self.layers))
-        self.name = slug(base, layer)
+        self.name = file_name(base, layer)
         self.sample_rate = extractor.sampling_rate
         self.identity = identity | {"class": type(encoder).__name__, "layer": layer, "precision": dtype}
         self.identity["sha256"] = weights_sha256(encoder)
-        # On a CPU batches gain nothing (measured), and a clip alone gives the same bits in every list.
+        # On a CPU batches gain no speed (measured), and a clip alone has the same bits in every list.
         self.room = _GPU_SECONDS * self.sample_rate if torch.device(device).type == "cuda" else 1
         self._base, self._encoder, self._extractor = base, encoder, extractor
         self._module = encoder if layer is None else self.layers[layer - 1]
@@ -43,10 +43,10 @@ class EncoderTeacher(Teacher):
         known = inspect.signature(extractor.__call__).parameters
         options = {"sampling_rate": self.sample_rate, "return_tensors": "pt", **self._extractor_options()}
         self._options = {name: value for name, value in options.items() if name in known}
-        self._dtype = put_on(encoder, device, "fp32")
+        self._dtype = move_to(encoder, device, "fp32")
         with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
             self._measure()
-        self._dtype = put_on(encoder, device, dtype)
+        self._dtype = move_to(encoder, device, dtype)
         if dtype != "fp32":
             self.check_precision(base)
 
@@ -67,7 +67,7 @@ class EncoderTeacher(Teacher):
         return max(1, 1 + (samples - self.first) // self.step)
 
     def _encode(self, waves: list[np.ndarray]) -> np.ndarray:
-        """(B, frames of the longest, dim) float32; rows beyond a clip's frames are meaningless."""
+        """Return (B, frames of the longest, dim) float32. Rows beyond a clip's frames hold no meaning."""
         batch = _padded([self._features(wave) for wave in waves], self._time_axis)
         return self._forward(batch, self._module).float().cpu().numpy()
 
@@ -77,10 +77,8 @@ class EncoderTeacher(Teacher):
         return {name: torch.as_tensor(value) for name, value in features.items() if value is not None}
 
     def _features(self, wave: np.ndarray) -> dict[str, torch.Tensor]:
-        """What the extractor makes of one clip, (1, ...) each, without the part that its mask calls padding.
-
-        A wave too short for a frame is filled up with zeros.
-        """
+        """Return the extractor's features of one clip, (1, ...) each, without the part that is padding by their mask.
+        Zeros fill up a wave that is too short for a frame."""
         features = self._extracted(wave, max(self.first, self.step))
         masks = [value for name, value in features.items() if name in MASKS and not value.all()]
         if masks:
@@ -91,7 +89,7 @@ class EncoderTeacher(Teacher):
         return features
 
     def _forward(self, features: dict[str, torch.Tensor], module: torch.nn.Module) -> torch.Tensor:
-        """The output (B, frames, dim) of `module`, a layer or the encoder itself."""
+        """Return the output (B, frames, dim) of `module`, a layer or the encoder itself."""
         mask = next((name for name in MASKS if name in self._accepts), None)
         inputs = {}
         for name, value in features.items():
@@ -119,11 +117,11 @@ class EncoderTeacher(Teacher):
         return self._rows(outputs[0])
 
     def _rows(self, output: torch.Tensor) -> torch.Tensor:
-        """(B, frames, dim) of what a module returned."""
+        """Return a module's output as (B, frames, dim)."""
         return output
 
     def _measure(self) -> None:
-        """Sets dim, rate, the samples up to the first frame and between frames, and how clips may be batched."""
+        """Set dim, rate, the samples up to the first frame and between frames, and whether batches may be padded."""
         noise = _noise(2 * self.sample_rate)
         self.first = self.step = 0
         short, long = self._features(noise[: self.sample_rate]), self._features(noise)
@@ -160,7 +158,7 @@ class EncoderTeacher(Teacher):
 
 
 def transformer_layers(encoder: torch.nn.Module, base: str) -> torch.nn.ModuleList:
-    """The longest list of modules of one class that attend."""
+    """Return the longest list of modules of one class that attend. Raises UserError if there is none."""
 
     def attends(module: torch.nn.Module) -> bool:
         return any("attention" in type(part).__name__.lower() for part in module.modules())
@@ -177,7 +175,7 @@ def _noise(samples: int) -> np.ndarray:
 
 
 def _next_frame(count: Callable[[int], int], samples: int) -> int:
-    """The smallest length above `samples` that has more frames."""
+    """Return the smallest length above `samples` that has more frames."""
     before, low, reach = count(samples), samples, 64
     while count(samples + reach) == before:
         low, reach = samples + reach, 2 * reach
@@ -194,7 +192,7 @@ def _differing_axis(short: torch.Tensor, long: torch.Tensor) -> int | None:
 
 
 def _padded(features: list[dict[str, torch.Tensor]], time_axis: dict[str, int | None]) -> dict[str, torch.Tensor]:
-    """Clips' features, (1, ...) each, as one batch: zeros up to the longest, in masks too."""
+    """Return clips' features, (1, ...) each, as one batch, with zeros up to the longest, in masks too."""
     batch = {}
     for name, axis in time_axis.items():
         values = [of_clip[name] for of_clip in features]

@@ -1,9 +1,9 @@
-"""Which models of transformers can be teachers, and how the encoder alone is read from a whole model's weights."""
+"""The models of transformers that can be teachers, and how their encoder is read from a whole model's weights."""
 
 import torch
 
 from ..errors import UserError
-from .base import Teacher, load_weights, quiet
+from .base import Teacher, load_weights, quiet_transformers
 
 # By config.model_type; tests/data/test_encoders.py has one of each encoder.
 _WINDOWS = ["audioflamingo3", "audioflamingo3_encoder", "qwen2_audio", "qwen2_audio_encoder"]
@@ -22,15 +22,15 @@ _REFUSED = {
 } | dict.fromkeys(
     ("dac", "encodec", "mimi", "xcodec", "univnet"), "a codec or vocoder has no transformer encoder to take layers from"
 )
-# Where a whole model keeps its audio encoder; the first that is a model by itself.
+# Attributes of a whole model that hold its audio encoder; the first that is a model by itself counts.
 _PLACES = ("audio_tower", "audio_encoder", "speech_encoder", "audio_model", "encoder")
 
 
 def load_encoder(
     config, base: str, source: str, layer: int | None, identity: dict, device: str = "cpu", dtype: str = "fp32"
 ) -> Teacher:
-    """A model of MODEL_TYPES but Whisper, saved by transformers with its feature extractor. `source`: folder or hub
-    name."""
+    """Return the teacher of a model of MODEL_TYPES other than Whisper, saved with its feature extractor. source: a
+    folder or a hub name."""
     from transformers import AutoFeatureExtractor
 
     from .encoder import EncoderTeacher
@@ -50,10 +50,11 @@ def load_encoder(
 
 
 def _load(config, source: str, base: str) -> torch.nn.Module:
-    """The audio encoder in fp32. Of a larger model no other weights are read, so a language model costs no memory."""
+    """Return the audio encoder in fp32. Reads no other weights of a larger model, so that a language model costs no
+    memory."""
     from transformers import AutoModel, PreTrainedModel
 
-    with torch.device("meta"), quiet():
+    with torch.device("meta"), quiet_transformers():
         encoder = AutoModel.from_config(config, trust_remote_code=False)
     renamed = {}
     while True:

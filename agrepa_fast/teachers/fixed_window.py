@@ -1,7 +1,7 @@
 """Encoders of transformers that take a window of fixed length.
 
-A clip is filled up to the window by the model's own feature extractor, as in its training, and only the frames that
-cover the clip are kept. Longer clips are cut into windows, at whole frames.
+The model's own feature extractor fills a clip up to the window, as in its training. Only the frames that cover the clip
+are kept. Longer clips are cut into windows, at whole frames.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ _FBANK_LENGTH, _FBANK_HOP = 400, 160  # samples: torchaudio's kaldi.fbank at 16 
 
 
 class WindowTeacher(EncoderTeacher):
-    """Whisper's encoder inside Qwen2-Audio, Voxtral and Audio Flamingo 3: 30 s, and a frame for every `step` begun."""
+    """Whisper's encoder inside Qwen2-Audio, Voxtral and Audio Flamingo 3: 30 s, and a frame per `step` begun."""
 
     def _extractor_options(self) -> dict:
         return {"return_attention_mask": True}
@@ -41,7 +41,7 @@ class WindowTeacher(EncoderTeacher):
 
     def _features(self, wave: np.ndarray) -> dict[str, torch.Tensor]:
         features = self._extracted(wave, self.first)
-        # Qwen2-Audio and Voxtral take a mask by this name, do not use it and fail on it.
+        # Qwen2-Audio and Voxtral have this argument, do not use it, and fail on it.
         features.pop("attention_mask" if "attention_mask" in self._accepts else None, None)
         self._time_axis = dict.fromkeys(features)
         return features
@@ -65,7 +65,7 @@ class WindowTeacher(EncoderTeacher):
 class AstTeacher(WindowTeacher):
     """Audio spectrogram transformer (Gong et al. 2021, "AST"): the mean of a time step's patches over the bands.
 
-    Ten frames a second, those whose 16 mel frames lie in the clip; the two class tokens are left out.
+    Ten frames per second, those whose 16 mel frames lie in the clip. The two class tokens are left out.
     """
 
     def _window(self) -> int:
@@ -82,9 +82,9 @@ class AstTeacher(WindowTeacher):
 
 
 class ClapTeacher(WindowTeacher):
-    """CLAP's HTSAT (Wu et al. 2023): the mean of the last map's two frequency rows, 3.2 frames a second.
+    """CLAP's HTSAT (Wu et al. 2023): the mean of the last map's two frequency rows, 3.2 frames per second.
 
-    The extractor repeats a short clip up to 10 s; the frames of the first time are kept.
+    The extractor repeats a short clip up to 10 s. The frames of its first occurrence are kept.
     """
 
     def __init__(self, encoder, extractor, base: str, layer: int | None, identity: dict, device="cpu", dtype="fp32"):

@@ -12,7 +12,7 @@ from .ctranslate2 import read_variables, whisper_encoder
 
 @dataclass(frozen=True)
 class PackagedEncoder:
-    """Where an encoder's weights are packed, under which licence, and how they become a transformers folder."""
+    """An encoder inside packages: their names, version and licence, and the conversion to a transformers folder."""
 
     package: str
     version: str
@@ -20,7 +20,7 @@ class PackagedEncoder:
     convert: Callable[[Path], None]  # writes config.json and model.safetensors into a folder
 
     def folder(self, name: str) -> Path:
-        """A folder that transformers loads, converted on first use and kept in the cache."""
+        """Return a folder that transformers loads. Converts it on first use and keeps it in the cache."""
         return build_folder(cache_dir() / "models" / f"{name}-{self.version}", self.convert)
 
 
@@ -47,6 +47,7 @@ PACKAGED = {
 
 
 def packaged(name: str) -> PackagedEncoder:
+    """Return the encoder of `package:NAME`. Raises UserError for an unknown name."""
     if name not in PACKAGED:
         raise UserError(f"teacher 'package:{name}' is unknown: {nearest(name, PACKAGED)}")
     return PACKAGED[name]

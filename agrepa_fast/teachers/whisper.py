@@ -1,7 +1,7 @@
-"""Whisper's encoder on a clip's own length: 50 frames a second, without the 30 s of padding it was trained with.
+"""Whisper's encoder on a clip's own length: 50 frames per second, without the 30 s of padding of its training.
 
-A 2 s clip costs a fifteenth of the padded one. The model is transformers'; its encoder's `forward` insists on 30 s, so
-the four lines that lead to the layers are repeated here. Radford et al. 2022, "Robust Speech Recognition via
+A 2 s clip costs a fifteenth of the padded one. The model is transformers'; the `forward` of its encoder takes 30 s
+only, so the four lines that lead to the layers are repeated here. Radford et al. 2022, "Robust Speech Recognition via
 Large-Scale Weak Supervision".
 """
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .base import Teacher, batches_by_length, check_layer, check_waves, load_weights, put_on, slug, weights_sha256
+from .base import Teacher, batches_by_length, check_layer, check_waves, file_name, load_weights, move_to, weights_sha256
 
 _SUBSAMPLING = 2  # mel frames per encoder frame: the stride of conv2
 _GPU_ROOM = 6000  # encoder frames of a batch, padding included
@@ -21,7 +21,7 @@ class WhisperTeacher(Teacher):
     def __init__(self, encoder, extractor, base: str, layer: int | None, identity: dict, device="cpu", dtype="fp32"):
         config = encoder.config
         check_layer(base, layer, config.encoder_layers)
-        self.name = slug(base, layer)
+        self.name = file_name(base, layer)
         self.dim = config.d_model
         self.sample_rate = extractor.sampling_rate
         self.samples_per_frame = extractor.hop_length * _SUBSAMPLING
@@ -30,8 +30,8 @@ class WhisperTeacher(Teacher):
         self.identity["sha256"] = weights_sha256(encoder)
         self._window = config.max_source_positions * self.samples_per_frame  # 30 s, as far as positions go
         self._extractor, self._layer, self._device = extractor, layer, torch.device(device)
-        self._encoder, self._dtype = encoder, put_on(encoder, device, dtype)
-        # On a CPU batches gain nothing (measured), and a clip alone gives the same bits in every list.
+        self._encoder, self._dtype = encoder, move_to(encoder, device, dtype)
+        # On a CPU batches gain no speed (measured), and a clip alone has the same bits in every list.
         self.room = _GPU_ROOM if self._device.type == "cuda" else 1
         if dtype != "fp32":
             self.check_precision(base)
@@ -56,7 +56,7 @@ class WhisperTeacher(Teacher):
         return [np.concatenate(parts) for parts in of_wave]
 
     def _log_mel(self, wave: np.ndarray) -> torch.Tensor:
-        """(samples,) -> (mels, frames), with zeros appended up to a whole encoder frame."""
+        """Return (mels, frames) of a wave (samples,), with zeros appended up to a whole encoder frame."""
         features = self._extractor(
             wave,
             sampling_rate=self.sample_rate,
@@ -68,9 +68,9 @@ class WhisperTeacher(Teacher):
         return features.input_features[0]
 
     def _encode(self, mels: list[torch.Tensor], lengths: list[int]) -> torch.Tensor:
-        """Log-mels (mels, 2 lengths[b]) -> (B, max(lengths), dim); rows beyond their length are meaningless."""
-        # Zeros after the end are what the convolutions' own padding would be. conv1's output there is not zero, but
-        # conv2's last frame reads mel frames 2 n - 3 ... 2 n - 1 of an even number 2 n, and so never sees it.
+        """Return (B, max(lengths), dim) of log-mels (mels, 2 lengths[b]). Rows beyond their length hold no meaning."""
+        # Zeros after the end equal the convolutions' own padding. conv1's output there is not zero, but conv2's last
+        # frame reads mel frames 2 n - 3 ... 2 n - 1 of an even number 2 n, and never that output.
         longest = max(lengths)
         batch = torch.stack([F.pad(mel, (0, _SUBSAMPLING * longest - mel.shape[1])) for mel in mels])
         batch = batch.to(self._device, self._dtype)
@@ -83,7 +83,8 @@ class WhisperTeacher(Teacher):
         return encoder.layer_norm(hidden) if self._layer is None else hidden
 
     def _attention_mask(self, lengths: list[int], longest: int) -> torch.Tensor | None:
-        """(B, 1, 1, longest), added to the scores: keys beyond a clip's length count nothing."""
+        """Return (B, 1, 1, longest) to add to the scores, so that no clip attends beyond its length; None for equal
+        lengths."""
         if min(lengths) == longest:
             return None
         beyond = torch.arange(longest) >= torch.tensor(lengths)[:, None]
@@ -94,7 +95,8 @@ class WhisperTeacher(Teacher):
 def load_whisper(
     config, base: str, source: str, layer: int | None, identity: dict, device: str = "cpu", dtype: str = "fp32"
 ) -> WhisperTeacher:
-    """A Whisper saved by transformers: the whole model, or its encoder alone. `source`: folder or hub name."""
+    """Return the teacher of a Whisper saved by transformers, the whole model or its encoder alone. source: a folder or
+    a hub name."""
     from transformers import WhisperFeatureExtractor, WhisperModel
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 

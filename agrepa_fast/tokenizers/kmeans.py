@@ -40,8 +40,8 @@ class Codebook(FrameTokenizer):
                 f"data.codebook={codes}: the {domain} train clips have only {len(frames)} teacher frames: "
                 f"add recordings, or set data.codebook={max(1, len(frames) // 4)} or less"
             )
-        # Not "++": SciPy's takes minutes for 256 codes (2.5 s in all from random frames). Identical frames (silence)
-        # may start two codes, one of which then stays empty where it is; that is no fault.
+        # Not "++": SciPy's takes minutes for 256 codes, the whole fit from random frames 2.5 s. Identical frames
+        # (silence) may start two codes; one of them then stays empty, which is no fault.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="One of the clusters is empty")
             rng = np.random.default_rng(seed)

@@ -1,7 +1,7 @@
 """S3 tokens, CosyVoice's supervised semantic tokens of speech, by the package s3tokenizer.
 
-`s3:NAME` takes published weights (the package fetches and checks them), `s3:PATH` a local file: the published .onnx, or
-the state_dict of the package's class as .safetensors or .pt. Sizes are read off the weights.
+`s3:NAME` takes published weights, which the package fetches and checks. `s3:FILE` takes the published .onnx, or the
+state_dict of the package's class as .safetensors or .pt; the weights give the sizes.
 
     speech_tokenizer_v1        4096 codes, 50 Hz      k-means-like codebook (Du et al. 2024, CosyVoice)
     speech_tokenizer_v1_25hz   4096 codes, 25 Hz
@@ -34,7 +34,7 @@ class S3Tokens(WaveTokenizer):
         self.codes = model.quantizer.codebook_size
         self.rate = 50.0 if name == "speech_tokenizer_v1" else 25.0
         self.identity = {"spec": spec, "name": name, "sha256": weights_sha256(model)}
-        # On a CPU clips go alone: padding changes the last bits of a GEMM, and a code that is as near as another.
+        # On a CPU each clip is alone: padding changes the last bits of a GEMM, and so the choice between close codes.
         self.room = _GPU_ROOM if self._device.type == "cuda" else 1
 
     @torch.inference_mode()
@@ -57,8 +57,8 @@ class S3Tokens(WaveTokenizer):
 
 
 def load_s3(source: str, device: str = "cpu") -> S3Tokens:
-    """The tokenizer that `s3:<source>` names. Raises UserError for a missing package or file, another name, weights of
-    another shape, and weights that cannot be fetched."""
+    """Return the tokenizer of `s3:<source>`. Raises UserError for a missing package or file, an unknown name, and
+    weights that have another shape or cannot be fetched."""
     import_torchaudio()
     try:
         import s3tokenizer
@@ -75,7 +75,7 @@ def load_s3(source: str, device: str = "cpu") -> S3Tokens:
             raise UserError(f"s3:{source}: no such file, and no such name: {nearest(source, NAMES)}")
     except UserError:
         raise
-    except Exception as error:  # of the network, of onnx, of torch.load: whatever the package lets through
+    except Exception as error:  # of the network, of onnx, of torch.load: the package catches none of them
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"s3:{source} cannot be loaded ({reason}): give {', '.join(NAMES)} (from the network) or a file"
@@ -84,7 +84,7 @@ def load_s3(source: str, device: str = "cpu") -> S3Tokens:
 
 
 def _read(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
-    """Which of NAMES a file holds, and its state_dict."""
+    """Return the one of NAMES that a file holds, and its state_dict."""
     coarse = "25hz" in path.stem
     if path.suffix == ".onnx":
         import onnx
@@ -110,7 +110,7 @@ def _read(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
 
 
 def _model(name: str, state: dict[str, torch.Tensor]):
-    """The package's model of the sizes of its weights."""
+    """Return the package's model in the sizes of the weights, loaded."""
     from s3tokenizer import S3Tokenizer, S3TokenizerV2
     from s3tokenizer.model import ModelConfig
     from s3tokenizer.model_v2 import ModelConfig as ModelConfigV2

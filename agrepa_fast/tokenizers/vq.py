@@ -2,10 +2,11 @@
 
 Huang, Meng & Ko 2023, "RepCodec: A Speech Representation Codec for Speech Tokenization" (arXiv 2309.00169), with its
 sizes: as wide as the frames; two blocks of two residual units (ELU, kernel 3, ELU, kernel 1) on either side; one
-codebook kept by moving averages, straight-through gradients. Here frames are centred and scaled by one number first, so
-that one learning rate serves every teacher, and codes start from k-means and are revived (vector-quantize-pytorch).
+codebook kept by moving averages, straight-through gradients. Two differences: frames are first centred and scaled by
+one number, so that one learning rate serves every teacher; and codes start from k-means, and unused ones are started
+again (vector-quantize-pytorch).
 
-Unlike k-means over single frames, a code is read off a frame with its neighbours, and so is what it stands for.
+Encoder and decoder see a frame with its neighbours, unlike k-means over single frames.
 """
 
 import json
@@ -34,7 +35,7 @@ class Coded(NamedTuple):
 
 
 def _masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """x (B, C, T) with zeros where mask (B, T) is False: what a convolution sees beyond the end of a clip alone."""
+    """Return x (B, C, T) with zeros where mask (B, T) is False, as a convolution sees them beyond the end of a clip."""
     return x if mask is None else x * mask.unsqueeze(1)
 
 
@@ -49,7 +50,8 @@ class _ResidualUnit(nn.Module):
 
 
 class _Block(nn.Module):
-    """Encoder: two residual units, then the convolution, by `stride` down. Decoder (`up`): the reverse."""
+    """Two residual units, then a convolution that divides the length by `stride`; with `up`, for the decoder, the
+    reverse."""
 
     def __init__(self, width: int, stride: int, up: bool):
         super().__init__()
@@ -75,9 +77,9 @@ class _Block(nn.Module):
 
 
 class FrameCodec(nn.Module):
-    """frames (B, T, dim) -> one of `codes` ids for every `stride` frames, and back.
+    """Turns frames (B, T, dim) into one of `codes` ids per `stride` frames, and back.
 
-    `fair`: frames a code gets of one training batch when all get as many. Only training depends on it.
+    fair: frames per code of one training batch if all codes get as many. Only training depends on it.
     """
 
     def __init__(self, dim: int, codes: int, stride: int = 1, fair: float = 1.0):
@@ -104,7 +106,7 @@ class FrameCodec(nn.Module):
             rotation_trick=False,
             sync_codebook=False,
         )
-        # A revived code counts as its fair share, or it would be dead again before it is used.
+        # A code that is started again counts as its fair share; otherwise it would be dead before its first use.
         self.quantizer._codebook.reset_cluster_size = fair
         self.widen = nn.Conv1d(dim, dim, 3, padding=1, bias=False)
         self.decoder = nn.ModuleList(_Block(dim, s, up=True) for s in (stride, 1))
@@ -114,8 +116,8 @@ class FrameCodec(nn.Module):
         return (frames.float() - self.mean) / self.scale
 
     def encode(self, frames: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """frames (B, T, dim), T a multiple of stride, mask (B, T) True where valid -> (B, T / stride, dim), what the
-        codebook is searched for. A clip gives the same whatever it is padded with."""
+        """Return (B, T / stride, dim), the vectors whose nearest codes are the ids, of frames (B, T, dim) with T a
+        multiple of stride. mask: (B, T), True where valid. Padding does not change the vectors of a clip."""
         after = None if mask is None else mask[:, :: self.stride]
         x = self.enter(_masked(self.normalised(frames).transpose(1, 2), mask))
         first, second = self.encoder
@@ -123,7 +125,7 @@ class FrameCodec(nn.Module):
         return self.project(x).transpose(1, 2)
 
     def decode(self, quantized: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, T / stride, dim) -> (B, T, dim), normalised."""
+        """Return normalised frames (B, T, dim) of codes (B, T / stride, dim)."""
         after = None if mask is None else mask[:, :: self.stride]
         x = self.widen(_masked(quantized.transpose(1, 2), after))
         first, second = self.decoder
@@ -139,7 +141,7 @@ class FrameCodec(nn.Module):
 
 
 class VqTokenizer(FrameTokenizer):
-    """A fitted FrameCodec, read from the file that `agrepa tokens fit` wrote; `about` is its metadata, with the
+    """A fitted FrameCodec, read from the file that `agrepa tokens fit` wrote. about: the file's metadata, with the
     identity of the `teacher` whose frames it takes."""
 
     def __init__(self, codec: FrameCodec, about: dict, identity: dict, device: str = "cpu"):
@@ -148,7 +150,7 @@ class VqTokenizer(FrameTokenizer):
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu") -> "VqTokenizer":
-        """UserError for a file that is not one of ours or is damaged."""
+        """Return the tokenizer in a file. Raises UserError for a file of another kind, and for a damaged one."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -169,13 +171,13 @@ class VqTokenizer(FrameTokenizer):
 
     @torch.inference_mode()
     def encode(self, frames: np.ndarray) -> np.ndarray:
-        """frames (S, dim) -> (ceil(S / stride),) int32. One clip at a time: no other one can change them."""
+        """Return (ceil(S / stride),) int32 of frames (S, dim)."""
         padded, mask = self._padded(frames)
         return self.codec.quantizer(self.codec.encode(padded, mask))[1][0].int().cpu().numpy()
 
     @torch.inference_mode()
     def reconstruct(self, frames: np.ndarray) -> np.ndarray:
-        """frames (S, dim) as the codes give them back, (S, dim) float32."""
+        """Return the frames (S, dim) float32 that the decoder makes of the ids of frames (S, dim)."""
         return self.codec(*self._padded(frames)).reconstruction[0, : len(frames)].cpu().numpy()
 
     def _padded(self, frames: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -188,7 +190,7 @@ class VqTokenizer(FrameTokenizer):
 
 
 def codec_bytes(codec: FrameCodec, about: dict) -> bytes:
-    """The file's content: all tensors, and `about` as JSON in the header."""
+    """Return the content of a codec's file: all tensors, and `about` as JSON in the header."""
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in codec.state_dict().items()}

@@ -12,6 +12,7 @@ import torch
 
 from agrepa_fast.audio.waves import decode, import_torchaudio, resample
 from agrepa_fast.errors import UserError
+from agrepa_fast.fetch import fetch_apt
 from agrepa_fast.teachers import load_teacher
 from agrepa_fast.teachers.ctranslate2 import read_variables, whisper_encoder
 
@@ -327,9 +328,7 @@ def test_packaged_whisper_is_the_model_it_says():
 def test_packaged_whisper_tells_sounds_apart():
     """Nearest neighbours among bass drum, tabla and ambience samples have the same label (measured: 0.90; the mean
     log-mel reaches 0.78, Whisper's last layer 0.66, chance 0.37)."""
-    from agrepa_fast.corpora.demo import SAMPLES
-
-    folder = SAMPLES.fetch() / "usr/share/sonic-pi/samples"
+    folder = fetch_apt("sonic-pi-samples") / "usr/share/sonic-pi/samples"
     files = [f for kind in ("bd", "tabla", "ambi") for f in sorted(folder.glob(f"{kind}_*.flac"))]
     waves = [resample(*decode(file, file.name, 0.0, 2.2), RATE) for file in files]
     vectors = np.stack([f.mean(axis=0) for f in load_teacher("package:whisper-base@3").frames(waves)])
