@@ -9,6 +9,7 @@ import torch.nn as nn
 from ..config import Config
 from ..errors import UserError
 from ..lr_schedule import lr_factor
+from .lean_step import detach_fragments
 from .masters import masters
 from .optimizers import build_optimizer, clips_in_optimizer
 
@@ -25,6 +26,7 @@ def build_engine(model: nn.Module, config: Config, ds_config: dict):
     with deepspeed_refusals():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
         masters(engine)  # an optimizer of DeepSpeed's that keeps its masters elsewhere is refused here
+    detach_fragments(engine)
     return engine
 
 

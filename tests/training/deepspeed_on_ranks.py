@@ -14,3 +14,13 @@ def throughput_timers(preset: str, folder: Path) -> dict[int, bool]:
             run.step(batches, step)
         found[stage] = run.engine.tput_timer.config.enabled or run.engine.tput_timer.initialized
     return found
+
+
+def graphs_of_fragments(preset: str, folder: Path) -> dict[int, list[bool]]:
+    """Per stage, whether DeepSpeed's view of a parameter holds an autograd graph, for each parameter that has one."""
+    found = {}
+    for stage in (1, 2):
+        run, _ = make_run(preset, ds_values(stage), folder / str(stage))
+        mappings = [parameter._hp_mapping for parameter in run.engine.module.parameters()]
+        found[stage] = [mapping.lp_fragment.requires_grad for mapping in mappings if mapping is not None]
+    return found

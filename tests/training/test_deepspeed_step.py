@@ -1,9 +1,17 @@
 """DeepSpeed's engine as a run builds it: its forward can be captured as a CUDA graph, and its step launches little."""
 
 from ..ranks import call_on_ranks
-from .deepspeed_on_ranks import throughput_timers
+from .deepspeed_on_ranks import graphs_of_fragments, throughput_timers
 
 
 def test_no_forward_waits_for_the_gpu(preset, tmp_path):
     (found,) = call_on_ranks(1, throughput_timers, str(preset), tmp_path)
     assert found == dict.fromkeys(range(4), False)
+
+
+def test_no_autograd_graph_over_the_parameters_outlives_a_step(preset, tmp_path):
+    """It would hold AccumulateGrad nodes of the default stream, which forbid to capture a backward."""
+    (found,) = call_on_ranks(1, graphs_of_fragments, str(preset), tmp_path)
+    for stage in (1, 2):
+        assert len(found[stage]) > 40
+        assert not any(found[stage])
