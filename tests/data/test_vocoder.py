@@ -127,6 +127,7 @@ def test_griffin_lim_repeats_itself_and_leaves_the_random_state_alone(speech, de
 
 
 def test_auto_says_why_it_is_griffin_lim(demo, empty_hub, tmp_path, monkeypatch):
+    pytest.importorskip("vocos", reason="pip install 'agrepa_fast[vocos]'")
     name = load_vocoder("auto", RELEASE).name
     assert name.startswith("Griffin-Lim (")
     assert "package:hifigan wants data.sample_rate=22050" in name
@@ -203,6 +204,7 @@ def test_a_named_vocoder_of_another_mel_is_refused(demo, tmp_path):
 
 
 def test_a_named_vocoder_that_cannot_be_had_is_refused(empty_hub, tmp_path):
+    pytest.importorskip("vocos", reason="pip install 'agrepa_fast[vocos]'")
     assert "was not downloaded" in user_error(VOCOS_HUB, RELEASE)
     (tmp_path / "empty").mkdir()
     assert "has no config.yaml" in user_error(str(tmp_path / "empty"), RELEASE)
