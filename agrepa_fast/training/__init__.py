@@ -1,1 +1,1 @@
-"""The training loop: DeepSpeed engine, checkpoints, EMA, metrics, samples."""
+"""A run: how it is built, its optimizer step, its numbers, and how it stops."""

@@ -1,8 +1,8 @@
 """Forward and backward of a micro-batch as one CUDA graph per batch shape, for ZeRO 0 to 2.
 
-The graph holds the losses and torch.autograd.grad; a replay stands in the autograd graph as one operation whose inputs
-are the parameters. So engine.backward gets every gradient through the parameters' own hooks, and DeepSpeed reduces and
-partitions as it always does (torch.cuda.make_graphed_callables works likewise). Under ZeRO-3 weights are there only
+The graph holds the losses and torch.autograd.grad. A replay is one operation of the autograd graph, whose inputs are
+the parameters. So engine.backward gets every gradient through the parameters' own hooks, and DeepSpeed reduces and
+partitions it as it always does (torch.cuda.make_graphed_callables works likewise). Under ZeRO-3 weights exist only
 inside a module's forward, and nothing can be captured.
 """
 
@@ -21,9 +21,9 @@ Compute = Callable[[Batch, torch.Tensor], tuple[Losses, torch.Tensor]]
 
 
 def check_graphs(train: TrainConfig, device: torch.device, stage: int) -> None:
-    """Raise UserError where train.graphs cannot be."""
+    """Raise UserError if train.graphs is set and the device or the ZeRO stage allows no CUDA graphs."""
     if train.graphs and (device.type != "cuda" or stage == 3):
-        where = "under ZeRO-3, where weights are there only inside a forward" if stage == 3 else f"on a {device.type}"
+        where = "under ZeRO-3, where weights exist only inside a forward" if stage == 3 else f"on a {device.type}"
         raise UserError(f"train.graphs={train.graphs}: there are no CUDA graphs {where}: set it to 0")
 
 
@@ -31,17 +31,17 @@ class GraphedLosses:
     """Losses of micro-batches whose forward and backward are replayed.
 
     parameters: returns the tensors that the losses train. limit: number of batch shapes that are captured; batches of
-    further shapes run as they come. say: called with a line per capture. All graphs share one memory pool and one set
-    of gradients, as large as the weights.
+    further shapes run as they come. print_line: called with a line per capture. All graphs share one memory pool and
+    one set of gradients, as large as the weights.
     """
 
     def __init__(
         self,
         parameters: Callable[[], Sequence[nn.Parameter]],
         limit: int,
-        say: Callable[[str], None],
+        print_line: Callable[[str], None],
     ):
-        self.parameters, self.limit, self.say = parameters, limit, say
+        self.parameters, self.limit, self.print_line = parameters, limit, print_line
         self._programs = CapturedPrograms()
         self._gradients: list[torch.Tensor] = []  # where every replay leaves those of the parameters
         self._reached: list[bool] = []  # parameters without a gradient, such as the heads after align.stop, are False
@@ -66,19 +66,19 @@ class GraphedLosses:
             self._capture(shape, compute, parameters, batch, keys)
         clips, *values = self._programs(shape, batch, keys)
         losses = dict(zip(self._names, values, strict=True))
-        given = [(p, g) for p, g, r in zip(parameters, self._gradients, self._reached, strict=True) if r]
-        reached, gradients = zip(*given, strict=True)
+        pairs = [(p, g) for p, g, r in zip(parameters, self._gradients, self._reached, strict=True) if r]
+        reached, gradients = zip(*pairs, strict=True)
         return _Replayed.apply(sum(losses.values()), gradients, *reached), losses, clips
 
     def _capture(self, shape: tuple, compute: Compute, parameters: list, batch: Batch, keys: torch.Tensor) -> None:
         def forward_backward(batch: Batch, keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
             with torch.enable_grad():
                 losses, clips = compute(batch, keys)
-                found = torch.autograd.grad(sum(losses.values()), parameters, allow_unused=True)
-            self._names, self._reached = tuple(losses), [gradient is not None for gradient in found]
-            for gradient, kept in zip(found, self._gradients, strict=True):
+                gradients = torch.autograd.grad(sum(losses.values()), parameters, allow_unused=True)
+            self._names, self._reached = tuple(losses), [gradient is not None for gradient in gradients]
+            for buffer, gradient in zip(self._gradients, gradients, strict=True):
                 if gradient is not None:
-                    kept.copy_(gradient)
+                    buffer.copy_(gradient)
             return clips, *losses.values()
 
         try:
@@ -87,14 +87,14 @@ class GraphedLosses:
             raise UserError(
                 f"train.graphs: the step cannot be captured ({error}); train.graphs=0 runs without CUDA graphs"
             ) from error
-        self.say(
+        self.print_line(
             f"forward and backward of {tuple(batch.mel.shape)} captured, {len(self._programs)} of at most "
             f"{self.limit} CUDA graphs"
         )
 
 
 class _Replayed(torch.autograd.Function):
-    """The value of losses whose gradients are known already."""
+    """The sum of losses whose gradients a replay has computed already."""
 
     @staticmethod
     def forward(

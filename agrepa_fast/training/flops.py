@@ -1,4 +1,4 @@
-"""What a training step computes: FLOPs from the configuration, against what the GPU could do."""
+"""FLOPs of a training step, from the configuration, and the FLOP/s that a GPU can reach, for MFU."""
 
 from collections.abc import Sequence
 
@@ -30,13 +30,13 @@ _PEAKS = {
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Dense bf16 TFLOP/s of a GPU by its name; None for one that is not in the table."""
+    """Return the dense bf16 TFLOP/s of a GPU by its name; None if the table lacks it."""
     return next((peak for name, peak in _PEAKS.items() if name in device_name), None)
 
 
 def peak_flops(train: TrainConfig, device: torch.device) -> float | None:
-    """FLOP/s to compare with: train.peak_tflops, or the table's for a GPU in bf16. None where neither is known: no MFU
-    rather than a false one."""
+    """Return the FLOP/s that MFU is a share of: train.peak_tflops, or the table's value for a GPU in bf16. None if
+    neither is known: no MFU is better than a false one."""
     tflops = train.peak_tflops
     if tflops is None and device.type == "cuda" and precision(train, device) == "bf16":
         tflops = peak_tflops(torch.cuda.get_device_name(device))
@@ -44,9 +44,12 @@ def peak_flops(train: TrainConfig, device: torch.device) -> float | None:
 
 
 def step_flops(model: ModelConfig, lengths: Sequence[int]) -> float:
-    """FLOPs of forward and backward (three times the forward's) for clips of these many frames: matrix products and
-    attention, of valid frames only. Left out, all below 1 %: the token embedding's projection, heads, elementwise work;
-    and what activation checkpointing computes again, as is usual for MFU."""
+    """Return the FLOPs of forward and backward (three times the forward's) for clips of `lengths` frames: matrix
+    products and attention, without padding.
+
+    Not counted, each below 1 %: the projection of token embeddings, heads, elementwise work. Nor is the forward that
+    activation checkpointing repeats, as is usual for MFU.
+    """
     dim, inner = model.dim, int(model.dim * model.ffn_mult)
     frame = model.depth * (4 * dim * dim + 2 * dim * inner)  # multiply-adds
     frame += dim * (2 * model.n_mels + model.token_dim + model.n_mels)

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from ..data.batch import Batch
+from ..device import to_device
 from ..errors import LocalError, UserError
 from ..flow import flow_loss, reference_prefix, training_draws
 from ..kernels import flow_mix
@@ -69,7 +70,8 @@ class Run:
         """Forward and backward of one micro-batch, and after the last of a step the update of the model. Returns the
         losses, and each clip's flow loss (B,). Every draw depends on (seed, step, place in the global batch)."""
         batch, seed, aligner = batch.to(self.device), self.config.run.seed, self.choice.aligner
-        keys = torch.stack([clip_keys(seed, step, batch.places, use) for use in ("draws", "noise")]).to(self.device)
+        keys = torch.stack([clip_keys(seed, step, batch.places, use) for use in ("draws", "noise")])
+        keys = to_device(keys, self.device)
         if self.graphs is None:
             losses, clips = self.losses(self.engine, batch, keys, step)
             total = sum(losses.values())
