@@ -81,7 +81,6 @@ def test_no_module_imports_itself_through_others():
     assert graph == {}, "a circle is among these"
 
 
-@pytest.mark.xfail(strict=True, reason="tests/attribution/test_foga.py has 490 lines")
 def test_files_stay_small():
     """Tests and benchmarks, too. Half of the package's files are below 200 lines."""
     folders = (PACKAGE, "kernels", "benchmarks", "tests", "examples")

@@ -1,0 +1,140 @@
+"""Statistics over scores, and the layers and weights that are chosen from them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from agrepa_fast import foga, select_layers
+from agrepa_fast.attribution.points import ProbeBatch
+from agrepa_fast.attribution.scores import LayerScores
+from agrepa_fast.attribution.selection import NotRankableError
+
+from ..testing import small_batch, small_model
+
+
+class TestStatistics:
+    def scores(self, per_clip, step=0, draws=1):
+        """LayerScores of one domain whose per-clip scores are the rows of `per_clip`, (L, C)."""
+        change = torch.tensor(per_clip)[..., None, None].expand(-1, -1, 1, draws).clone()
+        clips = change.shape[1]
+        return LayerScores(change, torch.zeros(clips), torch.zeros(clips, dtype=torch.long), (0.5,), step=step)
+
+    def test_bootstrap_probability_that_the_top_k_is_the_top_k(self):
+        """Two clips that disagree: L1 wins a resample when clip 1 is drawn twice (1/4) or each once (1/2)."""
+        certain = self.scores([[0.9, 0.8], [0.1, 0.2], [0.5, 0.4]])
+        assert certain.top_k_probability("speech", 1) == certain.top_k_probability("speech", 2) == 1
+        torn = self.scores([[0.9, 0.1], [0.2, 0.6]])
+        assert torn.top_k_probability("speech", 1) == pytest.approx(0.75, abs=0.03)
+        assert torn.top_k_probability("speech", 1) == torn.top_k_probability("speech", 1)
+
+    def test_one_clip_says_nothing_about_others(self):
+        assert self.scores([[0.9], [0.1]]).top_k_probability("speech", 1) is None
+        assert select_layers(self.scores([[0.9], [0.1]]), k=1).evidence["speech"]["top_k_probability"] is None
+
+    def test_the_probability_is_that_of_the_layers_that_may_be_chosen(self):
+        """L1 has the highest mean, all from one clip of three: it is not measured, and L2 is chosen for sure."""
+        chosen = select_layers(self.scores([[0.0, 0.0, 9.0], [0.4, 0.5, 0.6], [0.1, 0.1, 0.1]]), k=1)
+        assert chosen.layers == {"speech": (2,)}
+        assert chosen.evidence["speech"]["top_k_probability"] == 1
+
+    def test_rank_correlation(self):
+        up, down = self.scores([[0.1], [0.2], [0.3]]), self.scores([[3.0], [2.0], [0.1]])
+        assert up.rank_correlation(up, "speech") == pytest.approx(1)
+        assert up.rank_correlation(down, "speech") == pytest.approx(-1)
+
+    def test_pooled_probes_are_further_draws_of_each_clip(self):
+        early, late = self.scores([[0.1, 0.3], [0.2, 0.2]], step=1), self.scores([[0.3, 0.5], [0.2, 0.6]], step=2)
+        pooled = late.pooled_with([early])
+        torch.testing.assert_close(pooled.per_clip("speech"), torch.tensor([[0.2, 0.4], [0.2, 0.4]]))
+        assert pooled.clips("speech") == 2
+        assert pooled.step == 2
+        with pytest.raises(ValueError, match="same clips"):
+            late.pooled_with([self.scores([[0.1], [0.2]])])
+
+
+class TestSelection:
+    def scores(self, speech, audio, floor=1e-7, spread=0.01):
+        """LayerScores of 4 clips a domain around the given means."""
+        clips = torch.tensor([-1.0, 1.0, -1.0, 1.0]) * spread
+        change = torch.cat([torch.tensor(m)[:, None] * (1 + clips) for m in (speech, audio)], dim=1)[..., None, None]
+        base = foga(
+            small_model(len(speech)), ProbeBatch(*small_batch(), torch.tensor([0, 1, 0]), (0, 1, 2)), times=(0.5,)
+        )
+        return replace(
+            base, values=change, floor=torch.full((8,), floor), domain=torch.tensor([0] * 4 + [1] * 4), step=7
+        )
+
+    def test_top_k_per_domain_with_normalised_weights(self):
+        chosen = select_layers(self.scores([0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.6]), k=2)
+        assert chosen.layers == {"speech": (1, 3), "audio": (3, 4)}
+        assert chosen.weights["speech"] == pytest.approx((4 / 7, 3 / 7))
+        assert chosen.weights["audio"] == pytest.approx((1 / 3, 2 / 3))
+        assert chosen.step == 7
+        assert chosen.evidence["speech"]["mean"] == pytest.approx([0.4, 0.1, 0.3, 0.2])
+
+    def test_other_weightings(self):
+        scores = self.scores([0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.6])
+        assert select_layers(scores, 2, "equal").weights["speech"] == (0.5, 0.5)
+        assert select_layers(scores, 2, "raw2x").weights["speech"] == pytest.approx((0.8, 0.6))
+
+    def test_refuses_the_zero_initialisations_floor(self, probe_batch):
+        asleep = foga(small_model(awake=False), probe_batch, times=(0.5,))
+        with pytest.raises(NotRankableError, match="0 of 4 layers"):
+            select_layers(asleep)
+        with pytest.raises(NotRankableError, match="audio: 1 of 4"):
+            select_layers(self.scores([0.4, 0.1, 0.3, 0.2], [0.5, 2e-7, 3e-7, 1e-7], floor=1e-7), k=2)
+
+    def test_a_noisy_layer_is_not_measured(self):
+        """Mean 0.1 with a standard error as large does not stand out of the floor."""
+        with pytest.raises(NotRankableError):
+            select_layers(self.scores([0.1, 0.1], [0.1, 0.1], spread=3.0), k=1)
+        assert select_layers(self.scores([0.1, 0.2], [0.1, 0.2], spread=0.1), k=1).layers["audio"] == (2,)
+
+    def test_the_fewest_layers_that_carry_a_share(self):
+        scores = self.scores([0.4, 0.1, 0.3, 0.2], [0.7, 0.1, 0.1, 0.1])
+        chosen = select_layers(scores, share=0.65, confidence=0.9)
+        assert chosen.layers == {"speech": (1, 3), "audio": (1,)}  # 0.4 + 0.3 of 1, 0.7 of 1
+        assert chosen.evidence["speech"]["k"] == 2
+        assert select_layers(scores, share=0.75).layers == {"speech": (1, 3, 4), "audio": (1, 2)}
+        with pytest.raises(NotRankableError, match="audio: 1 of 4"):
+            select_layers(self.scores([0.4, 0.3, 0.2, 0.1], [0.5, 1e-7, 1e-7, 1e-7]), share=1.0, confidence=1.0)
+
+    def test_a_share_that_hangs_on_one_clip_takes_more_layers(self):
+        """L1 carries 0.6 of the sum on average, but 0.3 and 0.9 of it in the two clips: in 3 of 4 resamples at least
+        0.6, once 0.3."""
+        change = torch.tensor([[0.3, 0.9], [0.7, 0.1]])[..., None, None]
+        scores = LayerScores(change, torch.zeros(2), torch.zeros(2, dtype=torch.long), (0.5,))
+        assert scores.share_probability("speech", [0], 0.55) == pytest.approx(0.75, abs=0.03)
+        assert scores.share_probability("speech", [0, 1], 0.55) == 1
+        change = torch.tensor([[0.4, 0.8, 0.4, 0.8], [0.6, 0.2, 0.6, 0.2]])[..., None, None]  # L1 has it 11 times of 16
+        scores = LayerScores(change, torch.zeros(4), torch.zeros(4, dtype=torch.long), (0.5,))
+        assert select_layers(scores, share=0.55, confidence=0.6).layers["speech"] == (1,)
+        assert select_layers(scores, share=0.55, confidence=0.9).layers["speech"] == (1, 2)
+
+    def test_layers_and_weights_for_every_time(self):
+        scores = self.scores([0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.6])
+        late = (
+            scores.values * torch.tensor([0.1, 1.0, 1.0, 1.0])[:, None, None, None]
+        )  # L1 is silent at the second time
+        scores = replace(scores, values=torch.cat((scores.values, late), dim=2), times=(0.2, 0.7))
+        chosen = select_layers(scores, k=2, per_time=True)
+        assert chosen.times == (0.2, 0.7)
+        assert chosen.layers["speech"] == (1, 3, 4)
+        first, second = chosen.weights_at["speech"]
+        assert first == pytest.approx((4 / 7, 3 / 7, 0))
+        assert second == pytest.approx((0, 0.6, 0.4))
+        assert chosen.weights["speech"] == pytest.approx((2 / 7, (3 / 7 + 0.6) / 2, 0.2))
+
+    def test_storage_scores_rank_without_a_floor_and_never_weigh_below_zero(self):
+        scores = replace(self.scores([-0.4, -0.1, 0.3, -0.2], [-0.1, -0.2, -0.3, -0.6]), measure="lasp")
+        chosen = select_layers(scores, k=2)
+        assert chosen.layers == {"speech": (2, 3), "audio": (1, 2)}
+        assert chosen.weights == {"speech": pytest.approx((0, 1)), "audio": (0.5, 0.5)}
+
+    def test_bad_arguments(self):
+        scores = self.scores([0.4, 0.1], [0.1, 0.2])
+        with pytest.raises(ValueError, match="2 layers that were measured"):
+            select_layers(scores, k=3)
+        with pytest.raises(ValueError, match="did you mean 'normalized'"):
+            select_layers(scores, k=1, weighting="normalised")
