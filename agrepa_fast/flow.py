@@ -24,25 +24,26 @@ class Draws(NamedTuple):
 
 
 def training_draws(flow: FlowConfig, lengths: torch.Tensor, keys: torch.Tensor) -> Draws:
-    """What one training step draws for each clip; keys (C,) on the device of lengths (C,)."""
+    """Return a training step's draws for each clip. lengths (C,) frames; keys (C,) int64, on the same device."""
     t, tokens, reference, share = philox_uniform(keys, 4).unbind(1)
     longest = (flow.max_reference * lengths).long().clamp(min=1)
     return Draws(t, tokens >= flow.drop_tokens, reference >= flow.drop_reference, 1 + (share * longest).long())
 
 
 def reference_prefix(mel: torch.Tensor, reference_lengths: torch.Tensor) -> torch.Tensor:
-    """The first frames of mel (C, T, M), zero beyond reference_lengths (C,)."""
+    """Return the first frames of mel (C, T, M), zero beyond reference_lengths (C,)."""
     return torch.where(valid_frames(reference_lengths, mel.shape[1]).unsqueeze(-1), mel, 0)
 
 
 def flow_loss(v: torch.Tensor, target: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Mean square of v - target (C, T, M) over each clip's valid frames, (C,) fp32."""
+    """Return the mean square of v - target (C, T, M) over each clip's valid frames, (C,) fp32."""
     square = torch.where(valid_frames(lengths, v.shape[1]).unsqueeze(-1), v.float() - target.float(), 0).square()
     return square.sum((1, 2)) / (lengths * v.shape[2])
 
 
 def sway_times(steps: int, sway: float, device: torch.device | str | None = None) -> torch.Tensor:
-    """steps + 1 times from 0 to 1; sway < 0 takes smaller steps near the noise (F5-TTS, Chen et al. 2024, sec. 3.3)."""
+    """Return steps + 1 times from 0 to 1. sway < 0 makes smaller steps near the noise (F5-TTS, Chen et al. 2024, sec.
+    3.3)."""
     t = torch.linspace(0, 1, steps + 1, device=device)
     return t + sway * (torch.cos(math.pi / 2 * t) - 1 + t)
 
@@ -50,7 +51,7 @@ def sway_times(steps: int, sway: float, device: torch.device | str | None = None
 def euler(
     velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor, times: torch.Tensor
 ) -> torch.Tensor:
-    """x at times[-1], from x at times[0], along velocity(x, t) with t a scalar tensor."""
+    """Return x at times[-1], from x at times[0], along velocity(x, t); t is a scalar tensor."""
     for t, t_next in pairwise(times):
         x = x + (t_next - t) * velocity(x, t)
     return x
@@ -60,10 +61,10 @@ def euler(
 def sample(
     model: torch.nn.Module, condition: Condition, keys: torch.Tensor, flow: FlowConfig, *, progress: bool = False
 ) -> torch.Tensor:
-    """Normalised mels (C, T, n_mels) for C conditions, noise keyed by keys (C,).
+    """Return normalised mels (C, T, n_mels) for C conditions, from noise keyed by keys (C,).
 
-    Guidance v_u + guidance (v_c - v_u) needs both branches; they run in one batch. The null branch drops the tokens and
-    keeps the reference, as the release does.
+    Guidance v_u + guidance (v_c - v_u) needs both branches, which run in one batch. The null branch drops the tokens
+    and keeps the reference, as the release does. progress: show a bar.
     """
     from tqdm import tqdm
 
@@ -91,7 +92,7 @@ def sample(
 
 
 def _with_null_branch(condition: Condition) -> Condition:
-    """The conditions twice: as they are, then without tokens."""
+    """Return the conditions twice: as they are, then without tokens."""
     clips = torch.arange(condition.lengths.shape[0], device=condition.lengths.device)
     doubled = condition[torch.cat((clips, clips))]
     kept = (

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from pathlib import Path
 
 from ..files import write_atomically
@@ -11,7 +12,8 @@ COLUMNS = ("step", "measure", "recipe", "domain", "layer", "t", "score", "stderr
 
 
 def csv_rows(scores: LayerScores) -> list[dict]:
-    """One row per domain and layer that was measured with t = mean (standard error over clips), and one per time."""
+    """Return the rows of a probe: per domain and measured layer one with t = mean and its standard error over clips,
+    and one per time."""
     rows = []
     for domain in scores.domains():
         common = {
@@ -31,13 +33,13 @@ def csv_rows(scores: LayerScores) -> list[dict]:
             rows += [
                 of_layer | {"t": f"{t:g}", "score": f"{at[layer, i]:.6g}", "stderr": ""}
                 for i, t in enumerate(scores.times)
-                if t == t
+                if not math.isnan(t)
             ]
     return rows
 
 
 def read_csv(path: Path) -> list[dict]:
-    """The rows of an attribution.csv, [] when there is none."""
+    """Return the rows of an attribution.csv, [] if it does not exist."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:
@@ -45,14 +47,14 @@ def read_csv(path: Path) -> list[dict]:
 
 
 def append_csv(path: Path, scores: LayerScores) -> None:
-    """Append one probe to attribution.csv; what is there of its measure and recipe at its step is replaced."""
+    """Append a probe to attribution.csv. It replaces the rows of the same measure and recipe at its step."""
     probe = (str(scores.step or 0), scores.measure, scores.recipe)
     rows = [row for row in read_csv(path) if (row["step"], row["measure"], row["recipe"]) != probe]
     _write(path, rows + csv_rows(scores))
 
 
 def drop_later_probes(path: Path, step: int) -> None:
-    """A resumed run measures what came after its checkpoint again."""
+    """Drop the rows of later steps. A resumed run calls it with its checkpoint's step, and measures them again."""
     if rows := read_csv(path):
         _write(path, [row for row in rows if int(row["step"]) <= step])
 

@@ -4,14 +4,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ...config import INITS
 from ...kernels import ada_norm, gated_residual, linear_gelu, qk_norm_rope
 from .attention import attend
 
-INITS = ("adaln_zero", "release")
-
 
 class Attention(nn.Module):
-    """The attention branch of a block: y (N, T, D) -> (N, T, D), before gate and residual sum."""
+    """The attention branch of a block: y (N, T, D) -> (N, T, D), before its gate and the residual sum."""
 
     def __init__(self, dim: int, heads: int, *, dropout: float = 0.0, qk_norm: bool = False):
         super().__init__()
@@ -32,7 +31,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The FFN branch of a block: y (N, T, D) -> (N, T, D), before gate and residual sum."""
+    """The FFN branch of a block: y (N, T, D) -> (N, T, D), before its gate and the residual sum."""
 
     def __init__(self, dim: int, inner: int, *, dropout: float = 0.0, gelu: str = "erf"):
         super().__init__()
@@ -77,8 +76,11 @@ class GatedDiTBlock(nn.Module):
         self.initialize("adaln_zero")
 
     def initialize(self, init: str) -> None:
-        """Start as the identity: "adaln_zero" zeroes the modulation (DiT); "release" zeroes both output layers and
-        draws the modulation from N(0, 0.02), as the released AG-REPA code does."""
+        """Make the block an identity, by a value of model.init.
+
+        "adaln_zero" zeroes the modulation (DiT). "release" zeroes both output layers and draws the modulation from
+        N(0, 0.02), as the released AG-REPA code does. Raises ValueError for another value.
+        """
         if init not in INITS:
             raise ValueError(f"init={init!r}: {' or '.join(INITS)}")
         nn.init.zeros_(self.modulation.bias)
@@ -101,12 +103,12 @@ class GatedDiTBlock(nn.Module):
         lengths: torch.Tensor | None = None,
         time_sum: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """x (N, T, D) -> (N, T, D), and with time_sum also the sum of its valid frames, (N, D) fp32.
+        """Return x (N, T, D) after the block, and with time_sum also the sum of its valid frames, (N, D) fp32.
 
         cond: (C, D), or (C, T, D) for per-frame time; C divides N and row n has condition n mod C. modulation: the six
-        modulations (C, 6, D) or (C, T, 6, D) ready-made, instead of cond. gate: m, (N,) for the whole block or (N, 2)
-        for attention and FFN; rows with gate 0 return x exactly. rope: (cos, sin), each (T, D / heads / 2). lengths:
-        (C,) valid frames; None: all are.
+        modulations (C, 6, D) or (C, T, 6, D), instead of cond. gate: m, (N,) for the whole block or (N, 2) for
+        attention and FFN; rows with gate 0 return x exactly. rope: (cos, sin), each (T, D / heads / 2). lengths: (C,)
+        valid frames; None: all are. Raises ValueError for a gate of another shape.
         """
         if modulation is None:
             modulation = self.modulation(F.silu(cond)).unflatten(-1, (6, -1))

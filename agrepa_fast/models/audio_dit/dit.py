@@ -21,8 +21,8 @@ class Velocity(NamedTuple):
 class AudioDiT(nn.Module):
     """`depth` gated DiT blocks between a linear input of [x_t | tokens | reference] and a linear output.
 
-    Sizes and options: ModelConfig, whose n_mels and vocab must be set (a run takes them from its shards). Raises
-    ValueError if not. finish: given each part, initialised, before the next one is made; ZeRO-3 partitions it there, so
+    config: n_mels and vocab must be set (a run takes them from its shards); ValueError if not. finish: called with
+    each part once it is initialised, before the next one is made, and returns the part. ZeRO-3 partitions it there, so
     that no rank ever holds the whole model.
 
     In training, `recompute` keeps only each block's inputs for the backward (activation checkpointing), and `run_block`
@@ -67,11 +67,12 @@ class AudioDiT(nn.Module):
         capture: tuple[int, ...] = (),
         pooled: bool = False,
     ) -> Velocity:
-        """Velocity at x_t (N, T, n_mels), for times t (C,) or (C, T) and C conditions; row n has condition n mod C.
+        """Return the velocity at x_t (N, T, n_mels), for times t (C,) or (C, T) and C conditions; row n has condition
+        n mod C.
 
-        capture: 1-based layers whose outputs come back in `hidden`, time-averaged over valid frames when pooled; 0 is
-        the token condition, (C, T, token_dim) or (C, token_dim), zero where a clip's tokens are dropped.
-        Raises ValueError when the conditions do not divide the rows or a captured layer does not exist.
+        capture: 1-based layers whose outputs come back in `hidden`, averaged over valid frames if pooled; 0 is the
+        token condition, (C, T, token_dim) or (C, token_dim), zero where a clip's tokens are dropped. Raises ValueError
+        if the conditions do not divide the rows, or if a captured layer does not exist.
         """
         conditions, frames = condition.lengths.shape[0], x_t.shape[1]
         if x_t.shape[0] % conditions or t.shape[0] != conditions:
