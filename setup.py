@@ -91,7 +91,6 @@ setup(
         "packaging",
         "tenacity>=8.2",
         "safetensors",
-        "filelock",
         "pyyaml",
         "numpy",
         "scipy>=1.15",  # kmeans2(rng=)
