@@ -15,7 +15,7 @@ from .objectives import alignment_loss, bitc_loss
 
 
 class Aligner:
-    """No selection, no heads, no alignment loss, until `select` is called with one that has layers.
+    """The losses beside the flow loss. There are no heads and no alignment loss until `select` gets layers.
 
     Heads and projections are fp32 and replicated. They stay out of the DeepSpeed engine: a module made after its
     initialisation would never train under ZeRO-2, and unused parameters that differ by rank hang stages 1 to 3.
@@ -34,7 +34,8 @@ class Aligner:
         self._make_optimizer()
 
     def start_from(self, projections: dict[str, torch.Tensor]) -> None:
-        """Begin with the BiT-C projections that another run's token condition was trained with, where they fit."""
+        """Copy the BiT-C projections of another run, by domain, where their shapes fit. They belong to its token
+        condition."""
         with torch.no_grad():
             for domain, projection in self.bitc.items():
                 if domain in projections and projections[domain].shape == projection.weight.shape:
@@ -64,7 +65,7 @@ class Aligner:
         return [*self.bitc.parameters(), *(self.heads.parameters() if self.heads is not None else ())]
 
     def layers(self, step: int) -> tuple[int, ...]:
-        """Layers whose hidden states the losses of a step need; 0 is the token condition."""
+        """Return the layers whose hidden states the losses of a step need; 0 is the token condition."""
         condition = (0,) if len(self.bitc) else ()
         return condition + (self.selection.all_layers if self._aligns(step) else ())
 
@@ -75,8 +76,11 @@ class Aligner:
     def losses(
         self, hidden: dict[int, torch.Tensor], batch: Batch, t: torch.Tensor, kept: torch.Tensor | None, step: int
     ) -> dict[str, torch.Tensor]:
-        """align_loss (align.weight x alignment) and bitc_loss, means over the batch's clips, fp32; zero where nothing
-        is selected, or align.stop has come. t and kept (N,): each clip's time, and whether its tokens are kept."""
+        """Return align_loss (align.weight x alignment) and bitc_loss, fp32 means over the batch's clips.
+
+        align_loss is zero without a selection, and from align.stop on. hidden: time-means by layer. t, kept: (N,) time
+        of each clip, and whether its tokens are kept; None: all are.
+        """
         zero = torch.zeros((), device=self.device)
         losses = {"align_loss": zero, "bitc_loss": zero}
         if self._aligns(step):
@@ -88,8 +92,8 @@ class Aligner:
         return losses
 
     def reduce(self) -> torch.Tensor:
-        """Average the gradients over ranks in one all-reduce; their norm, 0-dim on the device. After the last backward
-        of a step, at the same point on every rank."""
+        """Average the gradients over ranks in one all-reduce, and return their norm, 0-dim on the device. Call it after
+        the last backward of a step, at the same point on every rank."""
         parameters = self._trained()
         if not parameters:
             return torch.zeros((), device=self.device)
@@ -116,12 +120,12 @@ class Aligner:
         return [p for p in self.parameters() if p.grad is not None]  # none of the heads after align.stop
 
     def export(self) -> dict[str, torch.Tensor]:
-        """Name -> weight of projections ("bitc.speech.weight") and heads ("heads.speech_L1.0.weight", ...)."""
+        """Return the weights of projections ("bitc.speech.weight") and heads ("heads.speech_L1.0.weight", ...)."""
         parts = {"bitc": self.bitc.state_dict(), "heads": self.heads.heads.state_dict() if self.heads else {}}
         return {f"{part}.{name}": p.detach().cpu() for part, state in parts.items() for name, p in state.items()}
 
     def state_dict(self) -> dict:
-        """Selection, heads, projections and optimizer; the same on every rank."""
+        """Return selection, heads, projections and optimizer; the same on every rank."""
         return {
             "selection": None if self.selection is None else asdict(self.selection),
             "weights": self.export(),

@@ -37,14 +37,14 @@ class AlignmentHeads(nn.Module):
         self.register_buffer("times", torch.tensor(selection.times or (0.0,)), persistent=False)
 
     def stacked(self, domain: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """w1 (K, D, D), b1 (K, D), w2 (K, E, D), b2 (K, E) of a domain's heads, in the order of its layers."""
+        """Return w1 (K, D, D), b1 (K, D), w2 (K, E, D), b2 (K, E) of a domain's heads, in the order of its layers."""
         heads = [self.heads[head_name(domain, layer)] for layer in self.selection.layers[domain]]
         parts = zip(*((head[0].weight, head[0].bias, head[2].weight, head[2].bias) for head in heads), strict=True)
         return tuple(torch.stack(part) for part in parts)
 
     def layer_weights(self, domain: str, t: torch.Tensor) -> torch.Tensor:
-        """lambda (K,), or (K, N) for clips at times t (N,) when the selection's weights differ by time: linear between
-        the probe's times, constant beyond them."""
+        """Return lambda (K,), or (K, N) for clips at times t (N,) if the selection's weights differ by time: linear
+        between the probe's times, constant beyond them."""
         table = getattr(self, f"weights_{domain}")  # (times, K)
         if len(table) == 1:
             return table[0]
@@ -68,8 +68,10 @@ def _head(dim: int, teacher_dim: int, seed: int, name: str) -> nn.Sequential:
 
 
 class BitcProjections(nn.ModuleDict):
-    """One bias-free linear map a domain, from the pooled token condition (layer 0) to its teacher. Orthogonal weights,
-    as in the released AG-REPA code, that depend on the seed and the domain alone."""
+    """One bias-free linear map per domain, from the pooled token condition (layer 0) to its teacher.
+
+    The weights are orthogonal, as in the released AG-REPA code, and depend on the seed and the domain alone.
+    """
 
     def __init__(self, dim: int, teacher_dims: dict[str, int], seed: int):
         super().__init__()

@@ -19,7 +19,7 @@ def alignment_loss(
     domain: torch.Tensor,
     t: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean over clips, fp32, which is what is differentiated, and each clip's loss (N,), detached.
+    """Return the mean over clips, fp32, to differentiate, and each clip's loss (N,), detached.
 
     hidden: layer -> time-mean (N, D); teacher: domain -> (N, E), rows of clips of other domains are ignored; domain
     (N,) indexes DOMAINS; t (N,) for weights that differ by time. Hidden states are RMS-normalised, so that a head sees
@@ -47,10 +47,10 @@ def bitc_loss(
     domain: torch.Tensor,
     kept: torch.Tensor | None,
 ) -> torch.Tensor:
-    """BiT-C (bi-stream teacher cosine), the mean over clips, fp32.
+    """Return BiT-C (bi-stream teacher cosine), the mean over clips, fp32.
 
     pooled (N, D_tok): time-mean of the token condition; it is layer-normalised. weights: domain -> weight of its clips.
-    kept (N,) bool: clips whose tokens were not dropped; the others count nothing, exactly.
+    kept (N,) bool: clips whose tokens were not dropped; the others add exact zeros.
     """
     normed = F.layer_norm(pooled.float(), pooled.shape[-1:])
     losses = torch.zeros(domain.shape[0], device=domain.device)

@@ -1,5 +1,4 @@
-"""Which layers are aligned, with which weights, and on what evidence. Selection is data: every strategy returns a
-LayerSelection."""
+"""The choice of aligned layers and their weights, with its evidence. Every strategy returns a LayerSelection."""
 
 import json
 import random
@@ -17,12 +16,12 @@ ABOVE_FLOOR = 3.0  # a layer counts as measured when its score clears this multi
 
 
 class NotRankableError(ValueError):
-    """Too few layers stand out of the floor: near the zero initialisation every layer looks the same."""
+    """Raised when too few layers stand out of the floor. Near the zero initialisation every layer looks the same."""
 
 
 @dataclass(frozen=True)
 class LayerSelection:
-    """Aligned layers per domain (1-based), their weights lambda, and the evidence they were chosen on.
+    """Aligned layers per domain (1-based), their weights lambda, and the evidence for them.
 
     With `times`, weights differ by time: weights_at[domain][i] are those of the domain's layers at times[i], and
     `weights` their means over times.
@@ -56,7 +55,7 @@ class LayerSelection:
         )
 
     def describe(self) -> str:
-        """One line: speech L1 0.52, L3 0.28; audio …"""
+        """Return one line: speech L1 0.52, L3 0.28; audio …"""
         return "; ".join(
             f"{domain} " + ", ".join(f"L{k} {w:.2f}" for k, w in zip(layers, self.weights[domain], strict=True))
             for domain, layers in self.layers.items()
@@ -72,15 +71,15 @@ def select_layers(
     confidence: float = 0.9,
     per_time: bool = False,
 ) -> LayerSelection:
-    """The layers of each domain with the highest scores, and their weights.
+    """Return the layers of each domain with the highest scores, and their weights.
 
     k: how many. share: instead, the fewest highest layers that carry this share of the sum of all scores with at least
     this `confidence` (bootstrap over clips). weighting: "normalized" lambda = score / sum of the selected scores;
-    "equal" 1 / number; "raw2x" 2 x score, what the release hard-codes. per_time: the same at each of the scores' times
+    "equal" 1 / number; "raw2x" 2 x score, as the release hard-codes. per_time: the same at each of the scores' times
     (AG-REPA's timestep-adaptive set): `layers` are the union, and a layer has weight 0 at times that did not choose it.
 
-    Layers that do not stand out of the no-ablation floor by two standard errors are never chosen. Raises
-    NotRankableError while there are fewer than are wanted.
+    A layer is never chosen unless its score is above three times the no-ablation floor by two standard errors. Raises
+    NotRankableError while fewer layers than wanted are, and ValueError for an unknown weighting or k out of range.
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting={weighting!r}: {nearest(weighting, WEIGHTINGS)}")
@@ -116,13 +115,13 @@ SHARE_CONFIDENCE = 0.9  # how sure align.share has to be, by bootstrap over clip
 
 
 def select_as(align: AlignConfig, scores: LayerScores) -> LayerSelection:
-    """select_layers with a run's settings."""
+    """Return select_layers with a run's settings."""
     options = {"share": align.share, "confidence": SHARE_CONFIDENCE, "per_time": align.per_time}
     return select_layers(scores, align.k, align.weighting, **options)
 
 
 def _measured(scores: LayerScores, domain: str) -> torch.Tensor:
-    """(L,) bool: layers that stand out of the floor; storage scores have none, and there every layer counts."""
+    """Return the layers (L,) bool that stand out of the floor. Storage scores have no floor: every finite one does."""
     mean = scores.mean(domain)
     if scores.measure in STORAGE:
         return mean.isfinite()
@@ -139,12 +138,12 @@ def _fewest(scores: LayerScores, domain: str, measured: torch.Tensor, share: flo
 
 
 def _highest(scores: torch.Tensor, measured: torch.Tensor, k: int) -> list[int]:
-    """The k highest measured layers, 0-based."""
+    """Return the k highest measured layers, 0-based, the highest first."""
     return torch.where(measured, scores, -torch.inf).argsort(descending=True, stable=True)[:k].tolist()
 
 
 def _weights(scores: torch.Tensor, chosen: list[int], weighting: str) -> dict[int, float]:
-    """1-based layer -> lambda."""
+    """Return lambda by 1-based layer."""
     picked = scores[chosen].double().clamp(min=0)  # a cosine may be negative
     if weighting == "equal" or not picked.any():
         picked = torch.full_like(picked, 1 / len(picked))
@@ -154,7 +153,7 @@ def _weights(scores: torch.Tensor, chosen: list[int], weighting: str) -> dict[in
 
 
 def unmeasured_selection(align: AlignConfig, depth: int, domains: tuple[str, ...], seed: int) -> LayerSelection:
-    """The selection of a strategy that looks at no score: fixed:…, shallow (L1 … Lk), deep (the last k), random, none.
+    """Return the selection of a strategy without scores: fixed:…, shallow (L1 … Lk), deep (the last k), random, none.
     Equal weights that sum to 1.
 
     Raises UserError for the strategies that need scores.

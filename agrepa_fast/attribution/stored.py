@@ -1,4 +1,4 @@
-"""How much each layer stores of the teacher: LASP, cross-validated ridge and CKA of pooled states.
+"""Measures of how much each layer stores of the teacher: LASP, cross-validated ridge and CKA of pooled states.
 
 LASP reuses BiT-C's projection, which was trained on layer 0, so it needs layers of the tokens' width. Ridge fits a map
 of its own to every layer; CKA compares geometries and fits nothing.
@@ -20,7 +20,7 @@ Score = Callable[[torch.Tensor], torch.Tensor]  # one layer's states (times, n, 
 
 
 class PooledStates(NamedTuple):
-    """C clips and what L layers of width D make of them, averaged over the frames that are not padding."""
+    """Time-means of C clips' states in L layers of width D, over valid frames, with the teacher's vectors."""
 
     hidden: torch.Tensor  # (L, C, times, D) fp32: masked time-mean of every block's output
     condition: torch.Tensor  # (C, D_tok) fp32: masked time-mean of the token condition (layer 0)
@@ -32,7 +32,7 @@ class PooledStates(NamedTuple):
 
 @torch.no_grad()
 def lasp(states: PooledStates, projections: dict[str, torch.Tensor], *, recipe: str = "corrected") -> LayerScores:
-    """Layer-wise analysis via shared projection (AG-REPA, arXiv 2603.01006): cos(z_l, teacher), (L, C, times, 1).
+    """Return LASP, layer-wise analysis via shared projection (AG-REPA, arXiv 2603.01006): cos(z_l, teacher).
 
     z_l = P norm(h_l) with BiT-C's bias-free map P (E, D_tok) of the clip's domain, negated where <z_l, z_0> < 0, with
     z_0 = P norm(condition): a sign anchor for each clip and time. recipe "corrected": norm is the layer norm without
@@ -60,8 +60,8 @@ def lasp(states: PooledStates, projections: dict[str, torch.Tensor], *, recipe: 
 
 @torch.no_grad()
 def ridge(states: PooledStates, folds: int = 5) -> LayerScores:
-    """How well a linear map reads the teacher off each layer: cos(prediction, teacher) of held-out clips, (L, C, times,
-    1).
+    """Return how well a linear map predicts the teacher from each layer: cos(prediction, teacher) of held-out clips,
+    (L, C, times, 1).
 
     One map for each domain, layer, time and fold; of a domain's n clips the i-th is held out in fold i % min(folds, n).
     The other folds alone standardise the features, centre both sides of the cosine, and choose the penalty: out of
@@ -86,7 +86,7 @@ def ridge(states: PooledStates, folds: int = 5) -> LayerScores:
 
 @torch.no_grad()
 def cka(states: PooledStates) -> LayerScores:
-    """Debiased linear CKA of each layer and the teacher, as jackknife pseudo-values of the clips, (L, C, times, 1).
+    """Return debiased linear CKA of each layer and the teacher, as jackknife pseudo-values of the clips.
 
     CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with Gram matrices K = X X', L = Y Y' and the unbiased HSIC(K, L) =
     <K, L> / (n (n - 3)) of U-centred matrices (Song et al. 2012; Nguyen, Raghu and Kornblith 2021). The pseudo-value of
@@ -106,7 +106,8 @@ def cka(states: PooledStates) -> LayerScores:
 def _measure(
     states: PooledStates, measure: str, smallest: int, prepare: Callable[..., Score], recipe: str = "corrected"
 ) -> LayerScores:
-    """prepare(domain, clips (n,), teacher (n, E)) is called once for a domain, what it returns once for a layer."""
+    """Return the scores of every layer. prepare(domain, clips (n,), teacher (n, E)) is called once per domain and
+    returns the score of a layer's states."""
     if not (finite := states.hidden.flatten(2).isfinite().all(2)).all():
         layer, clip = (~finite).nonzero()[0].tolist()
         raise ValueError(f"probe clip {clip}, layer {layer + 1}: the hidden state is not finite")

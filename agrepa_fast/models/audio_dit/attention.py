@@ -23,10 +23,10 @@ _SDPA_ORDER = [
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None, dropout: float = 0.0
 ) -> torch.Tensor:
-    """Softmax attention of q, k, v (N, H, T, E) -> (N, T, H E).
+    """Return softmax attention of q, k, v (N, H, T, E), as (N, T, H E).
 
-    lengths (C,): valid frames are attended to, row n has the length of condition n mod C; padded frames come out
-    finite and mean nothing. None: all frames are valid, and no mask is made.
+    lengths (C,): only valid frames are attended to; row n has the length of condition n mod C. Padded frames come out
+    finite and mean nothing. None: all frames are valid, and no mask is made. dropout: of the attention weights.
     """
     if lengths is not None and flash_attn_varlen_func is not None and q.dtype in (torch.float16, torch.bfloat16):
         return _attend_varlen(q, k, v, lengths, dropout)
@@ -50,8 +50,11 @@ def _attend_varlen(q, k, v, lengths: torch.Tensor, dropout: float) -> torch.Tens
 
 
 def segment_bounds(lengths: torch.Tensor, rows: int, frames: int) -> torch.Tensor:
-    """(2 rows + 1,) int32 cumulative segment lengths of `rows` x `frames` packed tokens: each row is a segment of its
-    valid frames and one of its padding. So nothing is gathered, and the host need not know a length."""
+    """Return the cumulative segment lengths (2 rows + 1,) int32 of `rows` x `frames` packed tokens.
+
+    Each row is a segment of its valid frames and one of its padding. So nothing is gathered, and the host needs no
+    length.
+    """
     starts = torch.arange(rows, device=lengths.device) * frames
     ends = starts + lengths.repeat(rows // lengths.shape[0])
     return torch.cat((torch.stack((starts, ends), 1).flatten(), starts[-1:] + frames)).int()

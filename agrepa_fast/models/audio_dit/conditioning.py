@@ -1,4 +1,4 @@
-"""What the velocity is conditioned on: discrete tokens stretched to mel frames, a reference prefix, and the time."""
+"""The conditions of the velocity: discrete tokens stretched to mel frames, a reference prefix, and the time."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -30,7 +30,7 @@ class Condition:
 
     @property
     def mask_lengths(self) -> torch.Tensor | None:
-        """(C,) what to mask by: the lengths, or None when no frame is padding."""
+        """Return the lengths (C,) to mask by, or None if no frame is padding."""
         return self.lengths if self.padded else None
 
     @property
@@ -43,7 +43,7 @@ class Condition:
         return self.map(lambda tensor: tensor.to(device))
 
     def __getitem__(self, clips) -> "Condition":
-        """The conditions of some clips, by slice or index tensor."""
+        """Return the conditions of some clips, by slice or index tensor."""
         return self.map(lambda tensor: tensor[clips])
 
     def map(self, function) -> "Condition":
@@ -54,7 +54,7 @@ class Condition:
 def interpolate_tokens(
     embedded: torch.Tensor, token_lengths: torch.Tensor, lengths: torch.Tensor, frames: int
 ) -> torch.Tensor:
-    """(C, S, D) -> (C, frames, D): each clip stretched from its tokens to its own frames.
+    """Return embedded (C, S, D) as (C, frames, D), each clip stretched from its tokens to its own frames.
 
     For every clip it is F.interpolate(mode="linear", align_corners=False) of that clip without its padding, which the
     released code applies to equally long clips. Padded frames repeat the last token.
@@ -92,8 +92,8 @@ class TokenCondition(nn.Module):
         nn.init.eye_(self.project.weight)
 
     def forward(self, condition: Condition, frames: int) -> torch.Tensor:
-        """(C, frames, dim); exactly zero where the tokens of a clip are dropped. Topology A passes over extra_tokens;
-        ValueError when topology B is given none."""
+        """Return (C, frames, dim), exactly zero for clips whose tokens are dropped. Topology A ignores extra_tokens.
+        Raises ValueError if topology B gets none."""
         embedded = self.embedding(condition.tokens)
         if self.extra_embedding is not None:
             if condition.extra_tokens is None:
@@ -105,13 +105,12 @@ class TokenCondition(nn.Module):
 
     @torch.no_grad()
     def start_from(self, code_mels: torch.Tensor) -> None:
-        """Write each code's mean mel (vocab, n_mels), normalised, into the first channels: what a code sounds like is
-        known."""
+        """Write each code's mean mel (vocab, n_mels), normalised, into the first channels of its embedding."""
         self.embedding.weight[:, : code_mels.shape[1]] = code_mels.to(self.embedding.weight)
 
 
 def keep_clips(x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    """x (C, ...) with the clips that are not kept set to exact zeros."""
+    """Return x (C, ...) with the clips that are not kept, keep (C,) bool, set to exact zeros."""
     return x if keep is None else torch.where(keep.view(-1, *[1] * (x.ndim - 1)), x, 0)
 
 
@@ -125,28 +124,28 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        """t (C,) or (C, T) in [0, 1] -> (C, D) or (C, T, D)."""
+        """Return the embedding (C, D) or (C, T, D) of t (C,) or (C, T) in [0, 1]."""
         embedded = sinusoids(self.time_scale * t.float(), self.dim)
         return self.mlp(embedded.to(self.mlp[0].weight.dtype))
 
 
 def sinusoids(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """values (...) -> (..., dim): cos then sin of `values` at dim / 2 frequencies from 1 down to 10^-4."""
+    """Return (..., dim): cos, then sin of values (...) at dim / 2 frequencies from 1 down to 10^-4."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=values.device) / (dim // 2))
     angles = values.unsqueeze(-1) * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 def rotary_tables(frames: int, head_dim: int, device, theta: float = 10_000.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, sin), each (frames, head_dim / 2), fp32."""
+    """Return (cos, sin) of rotary positions, each (frames, head_dim / 2), fp32."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
     angles = torch.arange(frames, device=device).unsqueeze(1) * frequencies
     return angles.cos(), angles.sin()
 
 
 def zero_padding(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    """x (N, T, D) with the frames beyond lengths (C,) set to exact zeros; row n has the length of condition n mod C.
-    None: x itself."""
+    """Return x (N, T, D) with the frames beyond lengths (C,) set to exact zeros; row n has the length of condition
+    n mod C. lengths None: x itself."""
     if lengths is None:
         return x
     mask = valid_frames(lengths, x.shape[1]).unsqueeze(-1)
