@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import statistics
 import sys
 import time
 from dataclasses import replace
@@ -90,6 +91,10 @@ def test_a_run_writes_them_and_a_trace_of_the_steps_asked_for(preset, tmp_path):
         assert len(series[f"train/{name}"]) == 4
     assert all(0 <= value < 1 for _, value in series["train/data_wait"])
     assert all(values["train/skipped"] == 0 for step, values in metrics(run).items() if step)
+    summary = json.loads((run / "summary.json").read_text())
+    seconds = summary["seconds"]["train"]  # rounded to 0.1
+    assert 4 * 8 / (seconds + 0.06) < summary["clips_per_s"] < 4 * 8 / (seconds - 0.06)
+    assert summary["clips_per_s_median"] == statistics.median(rate for _, rate in series["train/clips_per_s"])
     (trace,) = (run / "profile").iterdir()
     names = [event["name"] for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
     assert sum(name == "Optimizer.step#AdamW.step" for name in names) == 2  # BiT-C's, once a step
