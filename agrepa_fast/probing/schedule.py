@@ -14,9 +14,12 @@ from ..attribution.scores import LayerScores
 from ..attribution.selection import LayerSelection, NotRankableError, select_as, unmeasured_selection
 from ..attribution.stored import PooledStates, lasp
 from ..config import DOMAINS, Config
+from ..errors import UserError
 from .fixed_clips import FixedClips
 from .probe import ClipProbe, PendingScores
 from .stored import pooled_states, storage_scores
+
+MAX_FAILED = 3  # probes in a row
 
 
 class LayerChoice:
@@ -46,6 +49,7 @@ class LayerChoice:
         self.pending: PendingScores | LayerScores | None = None
         self._foga: ClipProbe | None = None
         self._norms: torch.Tensor | None = None  # (L,) of the step for gradnorm
+        self._failures: list[str] = []  # of the last probes, in a row
 
     def start(self, domains: tuple[str, ...]) -> None:
         """Align from step 0 on if the strategy needs no scores."""
@@ -71,12 +75,19 @@ class LayerChoice:
 
     def after_step(self, step: int, timed: Callable[[], AbstractContextManager] = nullcontext) -> None:
         """Read the probe of the step before and choose layers, then launch a probe if one is due. Every rank must call
-        it. timed: makes a context that measures the time of it."""
+        it. timed: makes a context that measures the time of it. Raises UserError after MAX_FAILED probes in a row that
+        failed: the run would align no layer to its end, or the wrong ones."""
         launches = self.due(step)  # before a choice changes the answer: gradient norms were kept by it
         with timed():
             self.read_pending()
             if launches and self.due(step):  # not if the layers have just been chosen
                 self.pending = self._launch(step)
+        if len(self._failures) >= MAX_FAILED:
+            raise UserError(
+                f"{len(self._failures)} probes in a row failed, up to step {step}: {self._failures[-1]}; "
+                f"without them align.strategy={self.config.align.strategy} chooses no layers; "
+                "checkpoints are as they were"
+            )
 
     def read_pending(self) -> None:
         """Read the probe that is under way, if there is one, and decide."""
@@ -91,7 +102,9 @@ class LayerChoice:
         except NotRankableError as refusal:
             self.report(f"step {scores.step}: {scores.measure} does not rank yet: {refusal}")
         except ValueError as failure:
-            self.report(f"step {scores.step}: the probe failed and training goes on: {failure}")
+            self._report_failure(scores.step, failure)
+            return
+        self._failures = []
 
     def _take_pending(self) -> LayerScores | None:
         """Return the scores that are pending, and pend no longer; None if they failed."""
@@ -133,8 +146,12 @@ class LayerChoice:
         try:
             return measure()
         except ValueError as failure:
-            self.report(f"step {step}: the probe failed and training goes on: {failure}")
+            self._report_failure(step, failure)
             return None
+
+    def _report_failure(self, step: int, failure: ValueError) -> None:
+        self._failures.append(str(failure))
+        self.report(f"step {step}: the probe failed and training goes on: {failure}")
 
     def _decide(self, scores: LayerScores) -> None:
         """Align the layers with the highest scores: at the end of the warm-up, before it once their choice is more

@@ -165,6 +165,33 @@ def test_a_probe_that_fails_costs_nothing(index, tmp_path):
     assert made.run(range(4, 9)) == [7]
 
 
+def test_three_probes_in_a_row_that_fail_end_the_run(index, tmp_path):
+    made = Choice(index, tmp_path)
+    bias = made.model.blocks[1].ffn.fc2.bias.data
+    bias.fill_(float("nan"))
+    made.run(range(1, 6))  # the probes of steps 2 and 4 fail
+    bias.zero_()
+    made.run([6])
+    made.run([7])  # that of step 6 does not: it counts anew from here
+    made.aligner.selection = None
+    bias.fill_(float("nan"))
+    made.run(range(8, 13))
+    assert sum("the probe failed and training goes on" in line for line in made.said) == 4
+    with pytest.raises(UserError, match=r"3 probes in a row failed, up to step 13: .*layer 1: .* not finite; .*foga"):
+        made.run([13])
+
+
+@pytest.mark.parametrize("strategy", ["none", "fixed:1,3"])
+def test_a_strategy_without_probes_is_not_ended_by_the_last_one(strategy, index, tmp_path):
+    made = Choice(index, tmp_path, f"align.strategy={strategy}")
+    made.choice.start(index.domains)
+    made.model.blocks[1].ffn.fc2.bias.data.fill_(float("nan"))
+    made.run(range(1, 21))
+    assert made.said == []
+    assert made.choice.finish(20) == {}
+    assert "the probe failed" in made.said[0]
+
+
 def test_a_model_that_is_asleep_goes_on_warming_up(index, tmp_path):
     made = Choice(index, tmp_path)
     for block in made.model.blocks:

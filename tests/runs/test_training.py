@@ -8,6 +8,9 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
+from agrepa_fast.attribution.foga import FogaProbe
+from agrepa_fast.device import CaptureError
+
 from ..ranks import run_training, start_training
 from ..testing import assert_same_curve, attribution, metrics
 
@@ -115,3 +118,21 @@ def test_bf16_trains_and_keeps_fp32_averages(stage, preset, baseline, ds_configs
         weights = load_file(checkpoint / f"{name}.safetensors")["out.weight"]
         assert weights.dtype == torch.float32
         assert not torch.equal(weights, weights.bfloat16().float())
+
+
+def let_probes_fail() -> None:
+    def refuse(*_) -> None:
+        raise CaptureError("operation not permitted")
+
+    FogaProbe.launch = refuse
+
+
+def test_a_run_whose_probes_all_fail_ends_with_its_checkpoints(preset, tmp_path):
+    given = ("--ds_config", "zero2.json", "--preset", str(preset), "run.dir=run", "train.save_every=2")
+    output = run_training(2, *given, cwd=tmp_path, wanted=2, plant=let_probes_fail)
+    assert output.count("the probe failed and training goes on") == 3
+    last = output.strip().splitlines()[-1]
+    assert "agrepa train: 3 probes in a row failed, up to step 4: the probe cannot be captured" in last
+    assert "Traceback" not in output
+    run_training(2, *given, "--resume", "latest", cwd=tmp_path)  # from step 2
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["selection"].startswith("speech L")
