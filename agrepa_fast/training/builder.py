@@ -46,7 +46,7 @@ from .tracker import check_tracker, open_tracker
 
 @dataclass
 class Training:
-    """A run that is ready for its next step, and what surrounds the step."""
+    """A run that is ready for its next step, and the objects that its loop needs."""
 
     run: Run
     batches: TrainBatches

@@ -58,9 +58,9 @@ class NonFiniteSteps:
         bad = [key for rank in ranks for key in rank["not_finite"]]
         named = bad or [key for rank in ranks for key in rank["clips"]]
         more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
-        what = "flow loss of" if bad else "gradient of the batch of"
+        culprit = "flow loss of" if bad else "gradient of the batch of"
         self.metrics.print(
-            f"step {step + 1} skipped: not finite, {what} {', '.join(named[:_NAMED])}{more}; all clips are in {FILE}"
+            f"step {step + 1} skipped: not finite, {culprit} {', '.join(named[:_NAMED])}{more}; all clips are in {FILE}"
         )
         if self.in_row >= self.context.config.train.max_skipped:
             raise UserError(
