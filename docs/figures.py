@@ -36,7 +36,6 @@ ROOMS = {  # from top to bottom: a room imports only rooms below it
     "ground floor": "config, errors, files, ranks, seeds, device",
     "kernels": "Triton and C++ operations; knows no audio",
 }
-GROUND_FLOOR = ("seeds", "device", "files", "ranks", "fetch", "doctor", "errors", "config", "config_file", "settings")
 
 
 def main() -> None:
@@ -163,7 +162,7 @@ def draw_method(path: Path) -> None:
 
 
 def room_of(module: tuple[str, ...]) -> str:
-    return "ground floor" if module[0] in GROUND_FLOOR or module[0].endswith(("_schedule",)) else module[0]
+    return module[0] if module[0] in ROOMS else "ground floor"
 
 
 def imports() -> Counter:
