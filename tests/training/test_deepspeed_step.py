@@ -3,7 +3,11 @@
 import pytest
 import torch
 
+from agrepa_fast.config import TrainConfig
+from agrepa_fast.zero import optimizers
+
 from ..ranks import call_on_ranks
+from ..testing import small_model
 from .deepspeed_on_ranks import graphs_of_fragments, throughput_timers, updates
 
 
@@ -30,3 +34,21 @@ def test_an_update_looks_at_each_gradient_once_and_copies_none(ranks, preset, tm
             for ours, theirs in update["norms"]:
                 assert ours == pytest.approx(theirs, rel=1e-5), case
                 assert ours > 0
+
+
+@pytest.mark.parametrize(
+    ("device", "zero", "fused"),
+    [
+        ("cuda", {"stage": 2}, True),
+        ("cuda", {"stage": 0}, True),
+        ("cuda", {"stage": 2, "offload_optimizer": {"device": "cpu"}}, True),
+        ("cpu", {"stage": 2, "offload_optimizer": {"device": "cpu"}}, True),
+        ("cpu", {"stage": 2}, None),
+    ],
+)
+def test_adamw_is_one_kernel_where_its_state_is_on_a_gpu_or_offloaded(device, zero, fused, monkeypatch):
+    monkeypatch.setattr(optimizers, "local_device", lambda: torch.device(device))
+    for bf16 in (True, False):
+        ds_config = {"zero_optimization": zero, "bf16": {"enabled": bf16}}
+        optimizer = optimizers.build_optimizer(small_model(1), TrainConfig(), ds_config)
+        assert optimizer.defaults["fused"] is fused
