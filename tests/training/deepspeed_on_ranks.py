@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from agrepa_fast.zero.state_files import load_engine, save_engine
+
 from .in_process import ds_values, make_run
 
 
@@ -19,13 +21,24 @@ def throughput_timers(preset: str, folder: Path) -> dict[int, bool]:
     return found
 
 
-def graphs_of_fragments(preset: str, folder: Path) -> dict[int, list[bool]]:
-    """Per stage, whether DeepSpeed's view of a parameter holds an autograd graph, for each parameter that has one."""
+def graphs_of_fragments(preset: str, folder: Path) -> dict[tuple[int, str], list[bool]]:
+    """Whether DeepSpeed's view of a parameter holds an autograd graph, for each parameter that has one, per stage: of a
+    new engine, and of one that has loaded a checkpoint."""
+
+    def graphs(engine) -> list[bool]:
+        mappings = [parameter._hp_mapping for parameter in engine.module.parameters()]
+        return [mapping.lp_fragment.requires_grad for mapping in mappings if mapping is not None]
+
     found = {}
     for stage in (1, 2):
-        run, _ = make_run(preset, ds_values(stage), folder / str(stage))
-        mappings = [parameter._hp_mapping for parameter in run.engine.module.parameters()]
-        found[stage] = [mapping.lp_fragment.requires_grad for mapping in mappings if mapping is not None]
+        run, batches = make_run(preset, ds_values(stage), folder / str(stage))
+        found[stage, "new"] = graphs(run.engine)
+        run.step(batches, 0)
+        save_engine(
+            run.engine, folder / "saved" / str(stage), lambda function, *args, **kwargs: function(*args, **kwargs)
+        )
+        load_engine(run.engine, folder / "saved" / str(stage))
+        found[stage, "loaded"] = graphs(run.engine)
     return found
 
 

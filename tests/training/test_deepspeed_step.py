@@ -19,9 +19,10 @@ def test_no_forward_waits_for_the_gpu(preset, tmp_path):
 def test_no_autograd_graph_over_the_parameters_outlives_a_step(preset, tmp_path):
     """It would hold AccumulateGrad nodes of the default stream, which forbid to capture a backward."""
     (found,) = call_on_ranks(1, graphs_of_fragments, str(preset), tmp_path)
-    for stage in (1, 2):
-        assert len(found[stage]) > 40
-        assert not any(found[stage])
+    assert found.keys() == {(stage, engine) for stage in (1, 2) for engine in ("new", "loaded")}
+    for case, graphs in found.items():
+        assert len(graphs) > 40, case
+        assert not any(graphs), case
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
