@@ -55,9 +55,9 @@ class Aligner:
         train, before = self.config.train, self.optimizer
         self.optimizer = None
         if parameters := self.parameters():
-            self.optimizer = torch.optim.AdamW(
-                parameters, lr=self.config.align.lr, betas=tuple(train.betas), weight_decay=train.weight_decay
-            )
+            options = {"betas": tuple(train.betas), "weight_decay": train.weight_decay}
+            options["fused"] = self.device.type == "cuda" or None
+            self.optimizer = torch.optim.AdamW(parameters, lr=self.config.align.lr, **options)
         if before is not None and self.optimizer is not None:
             self.optimizer.state.update({p: before.state[p] for p in parameters if p in before.state})
 

@@ -9,7 +9,7 @@ import torch.nn as nn
 from ..config import Config
 from ..errors import UserError
 from ..lr_schedule import lr_factor
-from .lean_step import detach_fragments
+from .lean_step import compute_norm_in_fp32, detach_fragments, skip_overflow_pass
 from .masters import masters
 from .optimizers import build_optimizer, clips_in_optimizer
 
@@ -27,6 +27,8 @@ def build_engine(model: nn.Module, config: Config, ds_config: dict):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
         masters(engine)  # an optimizer of DeepSpeed's that keeps its masters elsewhere is refused here
     detach_fragments(engine)
+    skip_overflow_pass(engine)
+    compute_norm_in_fp32(engine)
     return engine
 
 

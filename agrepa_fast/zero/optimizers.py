@@ -4,6 +4,7 @@ import torch
 import torch.nn as nn
 
 from ..config import TrainConfig
+from ..launch import local_device
 from .ds_config import offloads_optimizer, zero_stage
 
 
@@ -13,10 +14,12 @@ def build_optimizer(model: nn.Module, train: TrainConfig, ds_config: dict) -> to
     There is one parameter group, so biases, norms and embeddings decay too: DeepSpeed gives access to the optimizer
     state of the first group alone under stages 1 and 2.
     """
-    options = {"lr": train.lr, "betas": tuple(train.betas), "weight_decay": train.weight_decay}
+    # One kernel on a GPU, and on the CPU if DeepSpeed offloads the state. The parameters are not on the device yet.
+    fused = local_device().type == "cuda" or offloads_optimizer(ds_config) or None
+    options = {"lr": train.lr, "betas": tuple(train.betas), "weight_decay": train.weight_decay, "fused": fused}
     if clips_in_optimizer(ds_config):
         return ClippedAdamW(model.parameters(), train.clip_norm, **options)
-    return torch.optim.AdamW(model.parameters(), **options, fused=offloads_optimizer(ds_config) or None)
+    return torch.optim.AdamW(model.parameters(), **options)
 
 
 def clips_in_optimizer(ds_config: dict) -> bool:

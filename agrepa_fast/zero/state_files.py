@@ -9,6 +9,7 @@ from pickle import UnpicklingError
 import torch
 
 from ..errors import UserError
+from .lean_step import detach_fragments
 from .optimizers import optimizer_inside
 
 
@@ -37,6 +38,7 @@ def load_engine(engine, path: Path) -> None:
     Raises UserError where a file holds more than tensors and numbers."""
     with tensors_only(path):
         engine.load_checkpoint(str(path.parent), tag=path.name)
+    detach_fragments(engine)  # loading has made them again
 
 
 def step_counters(engine) -> dict:

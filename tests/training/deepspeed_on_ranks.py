@@ -2,6 +2,11 @@
 
 from pathlib import Path
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from agrepa_fast.zero.state_files import load_engine, save_engine
+
 from .in_process import ds_values, make_run
 
 
@@ -16,11 +21,70 @@ def throughput_timers(preset: str, folder: Path) -> dict[int, bool]:
     return found
 
 
-def graphs_of_fragments(preset: str, folder: Path) -> dict[int, list[bool]]:
-    """Per stage, whether DeepSpeed's view of a parameter holds an autograd graph, for each parameter that has one."""
+def graphs_of_fragments(preset: str, folder: Path) -> dict[tuple[int, str], list[bool]]:
+    """Whether DeepSpeed's view of a parameter holds an autograd graph, for each parameter that has one, per stage: of a
+    new engine, and of one that has loaded a checkpoint."""
+
+    def graphs(engine) -> list[bool]:
+        mappings = [parameter._hp_mapping for parameter in engine.module.parameters()]
+        return [mapping.lp_fragment.requires_grad for mapping in mappings if mapping is not None]
+
     found = {}
     for stage in (1, 2):
-        run, _ = make_run(preset, ds_values(stage), folder / str(stage))
-        mappings = [parameter._hp_mapping for parameter in run.engine.module.parameters()]
-        found[stage] = [mapping.lp_fragment.requires_grad for mapping in mappings if mapping is not None]
+        run, batches = make_run(preset, ds_values(stage), folder / str(stage))
+        found[stage, "new"] = graphs(run.engine)
+        run.step(batches, 0)
+        save_engine(
+            run.engine, folder / "saved" / str(stage), lambda function, *args, **kwargs: function(*args, **kwargs)
+        )
+        load_engine(run.engine, folder / "saved" / str(stage))
+        found[stage, "loaded"] = graphs(run.engine)
+    return found
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations inside, and of the types of their results."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.types = [], set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.names.append(str(function))
+        self.types |= {part.dtype for part in torch.utils._pytree.tree_leaves(result) if isinstance(part, torch.Tensor)}
+        return result
+
+
+def updates(preset: str, folder: Path) -> dict[tuple, dict]:
+    """Per stage and precision, what engine.step() does: its operations per parameter, the types of their results, and
+    the global norm, ours and DeepSpeed's own."""
+    found = {}
+    for stage in (1, 2):
+        for precision in ("fp32", "bf16"):
+            run, batches = make_run(
+                preset, ds_values(stage), folder / f"{stage}-{precision}", f"train.precision={precision}"
+            )
+            optimizer, step, norms = run.engine.optimizer, run.engine.step, []
+            ours, theirs = optimizer.get_grad_norm_direct, type(optimizer).get_grad_norm_direct
+
+            def both(gradients, params, optimizer=optimizer, ours=ours, theirs=theirs, norms=norms):
+                norms.append((ours(gradients, params).item(), theirs(optimizer, gradients, params).item()))
+                return ours(gradients, params)
+
+            run.step(batches, 0)  # makes the optimizer's state
+            optimizer.get_grad_norm_direct = both
+            run.step(batches, 1)
+            optimizer.get_grad_norm_direct = ours
+            operations = Operations()
+
+            def counted(step=step, operations=operations):
+                with operations:
+                    step()
+
+            run.engine.step = counted
+            run.step(batches, 2)
+            parameters = sum(1 for _ in run.engine.module.parameters())
+            per_parameter = len(operations.names) / parameters
+            found[stage, precision] = {"norms": norms, "operations": per_parameter, "types": operations.types}
     return found
