@@ -23,7 +23,7 @@ _REMEDY = "start the ranks with deepspeed or torchrun, or export it for each of 
 
 @dataclass(frozen=True)
 class _Place:
-    """What srun or mpirun say of this process."""
+    """The place of this process, as srun or mpirun states it."""
 
     rank: int
     world: int

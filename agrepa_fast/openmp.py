@@ -1,4 +1,4 @@
-"""How long OpenMP's threads spin before they sleep. Imported before torch: libgomp reads its environment when torch
+"""Set how long OpenMP's threads spin before they sleep. Imported before torch: libgomp reads its environment when torch
 loads it, and never again."""
 
 import os

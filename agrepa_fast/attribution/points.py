@@ -28,7 +28,7 @@ class ProbeBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class ProbePoints:
-    """Where on the path a model is evaluated: at every time, with `draws` noises per clip.
+    """The points of the path at which a model is evaluated: every time, with `draws` noises per clip.
 
     Iterating gives (time, draw). clean: x_t is the mel itself, as in the release's probe, instead of a mix with noise.
     """

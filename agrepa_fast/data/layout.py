@@ -1,4 +1,4 @@
-"""How the clips of a global batch are spread over ranks and micro-batches."""
+"""Spread the clips of a global batch over ranks and micro-batches."""
 
 from dataclasses import dataclass
 

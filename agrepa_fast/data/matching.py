@@ -1,4 +1,4 @@
-"""Whether shards were made with the settings of a run."""
+"""Check that shards were made with the settings of a run."""
 
 from dataclasses import replace
 

@@ -14,7 +14,7 @@ LANES = 32
 
 
 class ClipAddress(NamedTuple):
-    """Where in a ClipOrder a clip is."""
+    """The place of a clip in a ClipOrder."""
 
     lane: int
     epoch: int

@@ -26,7 +26,7 @@ class LayerChoice:
     """The strategy of a run: when to measure, and which layers to align.
 
     A probe is launched after a step and read after the next one. foga and foga-vjp are only queued until then, and
-    nobody waits for them.
+    nothing waits for them.
 
     model: the module inside the engine. clips: for what layers contribute. storage_clips: for what they store. report:
     prints a line on rank 0. folder: the run's folder on rank 0, None elsewhere.

@@ -1,4 +1,4 @@
-"""What all parts of a run share."""
+"""The context of a run: its settings, shards, device, rank and folder."""
 
 from dataclasses import dataclass
 from pathlib import Path

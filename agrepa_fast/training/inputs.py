@@ -1,4 +1,4 @@
-"""What a run is given on the command line, as settings."""
+"""Turn the command line of a run into settings."""
 
 import os
 from collections.abc import Sequence
