@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from agrepa_fast.config import DataConfig, ModelConfig, ShardConfig
 from agrepa_fast.data.index import SCHEMA, write_index
@@ -199,3 +200,17 @@ def attribution(run: Path) -> list[tuple]:
     with (run / "attribution.csv").open() as file:
         rows = csv.DictReader(file)
         return [(r["step"], r["measure"], r["domain"], r["layer"], r["t"], float(r["score"])) for r in rows]
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations inside, and of the types of their results."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.types = [], set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.names.append(str(function))
+        self.types |= {part.dtype for part in torch.utils._pytree.tree_leaves(result) if isinstance(part, torch.Tensor)}
+        return result

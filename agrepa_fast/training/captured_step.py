@@ -16,6 +16,8 @@ from ..data.batch import Batch
 from ..device import CapturedPrograms, CaptureError, tensors_of
 from ..errors import UserError
 
+_ALIGNMENT = 128  # elements: each gradient starts where vectorised kernels want it
+
 Losses = dict[str, torch.Tensor]
 Compute = Callable[[Batch, torch.Tensor], tuple[Losses, torch.Tensor]]
 
@@ -43,7 +45,7 @@ class GraphedLosses:
     ):
         self.parameters, self.limit, self.print_line = parameters, limit, print_line
         self._programs = CapturedPrograms()
-        self._gradients: list[torch.Tensor] = []  # where every replay leaves those of the parameters
+        self._gradients: _FlatGradients | None = None  # where every replay leaves those of the parameters
         self._reached: list[bool] = []  # parameters without a gradient, such as the heads after align.stop, are False
         self._names: tuple[str, ...] = ()  # of the losses
 
@@ -57,7 +59,7 @@ class GraphedLosses:
         """
         parameters = list(self.parameters())
         if self._programs.drop_stale(parameters, variant):
-            self._gradients = [torch.zeros_like(parameter) for parameter in parameters]
+            self._gradients = _FlatGradients(parameters)
         shape = tuple(tensor.shape for tensor in tensors_of(batch, keys))
         if shape not in self._programs:
             if len(self._programs) >= self.limit:
@@ -66,9 +68,8 @@ class GraphedLosses:
             self._capture(shape, compute, parameters, batch, keys)
         clips, *values = self._programs(shape, batch, keys)
         losses = dict(zip(self._names, values, strict=True))
-        pairs = [(p, g) for p, g, r in zip(parameters, self._gradients, self._reached, strict=True) if r]
-        reached, gradients = zip(*pairs, strict=True)
-        return _Replayed.apply(sum(losses.values()), gradients, *reached), losses, clips
+        reached = [parameter for parameter, reached in zip(parameters, self._reached, strict=True) if reached]
+        return _Replayed.apply(sum(losses.values()), self._gradients, self._reached, *reached), losses, clips
 
     def _capture(self, shape: tuple, compute: Compute, parameters: list, batch: Batch, keys: torch.Tensor) -> None:
         def forward_backward(batch: Batch, keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -76,9 +77,7 @@ class GraphedLosses:
                 losses, clips = compute(batch, keys)
                 gradients = torch.autograd.grad(sum(losses.values()), parameters, allow_unused=True)
             self._names, self._reached = tuple(losses), [gradient is not None for gradient in gradients]
-            for buffer, gradient in zip(self._gradients, gradients, strict=True):
-                if gradient is not None:
-                    buffer.copy_(gradient)
+            self._gradients.copy(gradients)
             return clips, *losses.values()
 
         try:
@@ -93,17 +92,50 @@ class GraphedLosses:
         )
 
 
+class _FlatGradients:
+    """Gradients of parameters as views into one tensor per dtype, which one kernel scales.
+
+    torch._foreach_mul would take a kernel per parameter: its fast path wants a factor in the gradients' own dtype, and
+    bf16 would round the share of a micro-batch.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        self._places, ends = [], {}
+        for parameter in parameters:
+            start = ends.get(parameter.dtype, 0)
+            self._places.append((parameter.dtype, start, parameter.shape))
+            ends[parameter.dtype] = start + -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+        device = parameters[0].device
+        self._flat = {dtype: torch.zeros(end, dtype=dtype, device=device) for dtype, end in ends.items()}
+
+    def copy(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Write the gradients of all parameters into their places; None leaves a place as it is."""
+        for dtype in self._flat:
+            given = zip(self._views(self._flat), gradients, strict=True)
+            pairs = [(view, new) for view, new in given if new is not None and new.dtype == dtype]
+            if pairs:
+                torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+
+    def times(self, factor: torch.Tensor) -> list[torch.Tensor]:
+        """Return the gradients times `factor` (0-dim), in new memory."""
+        return self._views({dtype: flat * factor for dtype, flat in self._flat.items()})
+
+    def _views(self, flat: dict[torch.dtype, torch.Tensor]) -> list[torch.Tensor]:
+        return [flat[dtype][start : start + shape.numel()].view(shape) for dtype, start, shape in self._places]
+
+
 class _Replayed(torch.autograd.Function):
-    """The sum of losses whose gradients a replay has computed already."""
+    """The value of losses whose gradients are known already. reached: whether each parameter has one."""
 
     @staticmethod
     def forward(
-        ctx, total: torch.Tensor, gradients: tuple[torch.Tensor, ...], *parameters: nn.Parameter
+        ctx, total: torch.Tensor, gradients: _FlatGradients, reached: list[bool], *parameters: nn.Parameter
     ) -> torch.Tensor:
-        ctx.gradients = gradients
+        ctx.gradients, ctx.reached = gradients, reached
         return total.clone()
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple:
-        # New tensors: the buffers are written again by the next replay, while DeepSpeed may still be reducing these.
-        return None, None, *torch._foreach_mul(ctx.gradients, grad.to(torch.float32))
+        # New memory: the next replay writes into these, while DeepSpeed may still be reducing.
+        scaled = zip(ctx.gradients.times(grad), ctx.reached, strict=True)
+        return None, None, None, *(gradient for gradient, reached in scaled if reached)

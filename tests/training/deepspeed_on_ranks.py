@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from agrepa_fast.zero.state_files import load_engine, save_engine
 
+from ..testing import Operations
 from .in_process import ds_values, make_run
 
 
@@ -40,20 +38,6 @@ def graphs_of_fragments(preset: str, folder: Path) -> dict[tuple[int, str], list
         load_engine(run.engine, folder / "saved" / str(stage))
         found[stage, "loaded"] = graphs(run.engine)
     return found
-
-
-class Operations(TorchDispatchMode):
-    """Names of the operations inside, and of the types of their results."""
-
-    def __init__(self):
-        super().__init__()
-        self.names, self.types = [], set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.names.append(str(function))
-        self.types |= {part.dtype for part in torch.utils._pytree.tree_leaves(result) if isinstance(part, torch.Tensor)}
-        return result
 
 
 def updates(preset: str, folder: Path) -> dict[tuple, dict]:

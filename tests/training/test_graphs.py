@@ -13,7 +13,7 @@ from agrepa_fast.seeds import clip_keys
 from agrepa_fast.training import captured_step as graphs
 
 from ..ranks import run_training
-from ..testing import assert_same_curve, small_batch, small_model
+from ..testing import Operations, assert_same_curve, small_batch, small_model
 from .graphs_on_ranks import capture, plant_captures, refuse_captures
 
 
@@ -95,6 +95,25 @@ def test_replays_give_the_losses_and_gradients_of_live_weights_and_new_batches(c
     before = step.calls
     graphed(step.losses, batch(), keys(9), (True,))
     assert step.calls == before  # replayed: no Python of the losses
+
+
+def test_gradients_are_scaled_by_one_kernel_per_type(captures):
+    """As exactly as each for itself: a factor in bf16 would round 0.3."""
+    types = (torch.bfloat16, torch.float32)
+    weights = [torch.nn.Parameter(torch.randn(size).to(dtype)) for dtype in types for size in (3, 200, 5)]
+
+    def losses(given: Batch, keys: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        clips = sum(weight.float().square().sum() for weight in weights).expand(3)
+        return {"flow_loss": clips.mean()}, clips
+
+    total, _, _ = graphs.GraphedLosses(lambda: weights, 1, lambda line: None)(losses, batch(), keys(0))
+    share = total * 0.3
+    with Operations() as operations:
+        share.backward()
+    multiplies = [name for name in operations.names if "mul" in name]  # one list per type would be a kernel per tensor
+    assert multiplies == ["aten.mul.Tensor"] * (1 + len(types))  # the share's own
+    for weight in weights:
+        assert torch.equal(weight.grad, 2 * weight.detach() * torch.tensor(0.3))
 
 
 def test_shapes_beyond_the_limit_run_as_they_come(captures):
