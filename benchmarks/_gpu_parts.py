@@ -333,11 +333,10 @@ def zero2(plan: Plan) -> Measured:
     engine = build_engine(awake_model(s, torch.float32), config, ds_config)
     aligner = Aligner(config, {"speech": s.speech_teacher, "audio": s.audio_teacher}, device)
     aligner.select(s.selection)
-    metrics = SimpleNamespace(
-        add=lambda **_values: None, count_batch=lambda **_counts: None
-    )  # a step only hands it numbers
+    numbers = {name: lambda *_, **__: None for name in ("add", "count_batch", "skip")}  # a step only hands it numbers
+    metrics = SimpleNamespace(**numbers, print=print)
     ema = Ema(engine, config.train.ema_decay)
-    choice = SimpleNamespace(aligner=aligner, watch=lambda *_: None)  # nothing is measured here
+    choice = SimpleNamespace(aligner=aligner, keep_gradient_norms=lambda *_: None)  # nothing is measured here
     index = SimpleNamespace(domains=())  # the one batch comes from no shards
     run = Run(RunContext(config, index, device, 0, 1, Path()), engine, ema, choice, metrics)
     engine.module.train()

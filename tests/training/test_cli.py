@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from agrepa_fast import doctor
 from agrepa_fast.cli import SOURCES, main
 from agrepa_fast.config_file import load_config
 
@@ -103,6 +104,21 @@ def test_doctor(capsys):
     out = capsys.readouterr().out
     for word in ("torch", "deepspeed", "kernels backend", "native", "CPU library", "demo shards"):
         assert word in out
+    for extra in ("vocos", "datasets", "s3tokenizer", "speechbrain", "wandb", "flash-attn"):
+        assert extra in out
+
+
+def test_doctor_names_the_command_for_a_package_that_is_missing_or_too_old(capsys, monkeypatch):
+    installed = {"scipy": "1.10", "vocos": None}
+    found = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: installed[name] if name in installed else found(name))
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor"])
+    assert stopped.value.code == 1
+    out = capsys.readouterr().out
+    assert "pip install 'scipy>=1.15'" in out
+    assert "pip install 'vocos>=0.1'" in out
 
 
 def test_config_prints_what_a_run_would_use(run, tmp_path, capsys):
