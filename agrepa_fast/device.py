@@ -1,8 +1,11 @@
 """CUDA graphs, and copies between host and device that wait for nothing."""
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 
 import torch
+
+GRAPHS = Counter()  # CUDA graphs that this process has "captured", and how often it has "replayed" one
 
 
 class CaptureError(ValueError):
@@ -82,8 +85,10 @@ class CapturedPrograms:
 
     def capture(self, key: Hashable, compute: Callable[..., tuple[torch.Tensor, ...]], *inputs) -> None:
         self._programs[key] = CapturedProgram(compute, inputs, self._pool)
+        GRAPHS["captured"] += 1
 
     def __call__(self, key: Hashable, *inputs) -> tuple[torch.Tensor, ...]:
+        GRAPHS["replayed"] += 1
         return self._programs[key](*inputs)
 
     def __contains__(self, key: Hashable) -> bool:

@@ -14,6 +14,7 @@ from ..attribution.scores import LayerScores
 from ..attribution.selection import LayerSelection, NotRankableError, select_as, unmeasured_selection
 from ..attribution.stored import PooledStates, lasp
 from ..config import DOMAINS, Config
+from ..device import GRAPHS
 from ..errors import UserError
 from .fixed_clips import FixedClips
 from .probe import ClipProbe, PendingScores
@@ -124,7 +125,11 @@ class LayerChoice:
     def _launch_foga(self, step: int, measure: str = "foga") -> PendingScores:
         if self._foga is None or self._foga.measure != measure:
             self._foga = ClipProbe(self.model, self.clips, measure=measure)
-        return self._foga.launch(step, progress=self.folder is not None)
+        before = GRAPHS["captured"]
+        pending = self._foga.launch(step, progress=self.folder is not None)
+        if captured := GRAPHS["captured"] - before:
+            self.report(f"step {step}: the probe is captured as {captured} CUDA graphs")
+        return pending
 
     def _gradient_scores(self, step: int) -> LayerScores:
         """Return a step's gradient norms as scores. They are of the whole batch, hence the same for every domain, and

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from ..data.batch import Batch
-from ..device import to_device
+from ..device import GRAPHS, to_device
 from ..errors import LocalError, UserError
 from ..flow import flow_loss, reference_prefix, training_draws
 from ..kernels import flow_mix
@@ -147,6 +147,8 @@ class Run:
     def close(self) -> None:
         """Finish the files of metrics and of a trace that is under way."""
         self.profile.close()
+        if GRAPHS["captured"]:
+            self.metrics.print(f"CUDA graphs: {GRAPHS['captured']} captured, {GRAPHS['replayed']} replays")
         self.metrics.close()
 
     def _trained(self) -> list[torch.nn.Parameter]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+from agrepa_fast import device
 from agrepa_fast.alignment import aligner as aligner_module
 from agrepa_fast.alignment.aligner import Aligner
 from agrepa_fast.attribution.csv import read_csv
@@ -163,6 +164,15 @@ def test_a_probe_that_fails_costs_nothing(index, tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
     made.model.blocks[1].ffn.fc2.bias.data.zero_()
     assert made.run(range(4, 9)) == [7]
+
+
+def test_captures_of_a_probe_are_reported(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "captured", lambda call, pool: call)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    made = Choice(index, tmp_path)
+    made.choice.clips.one_shape = True
+    made.run(range(1, 6))
+    assert [line for line in made.said if "CUDA" in line] == ["step 2: the probe is captured as 2 CUDA graphs"]
 
 
 def test_three_probes_in_a_row_that_fail_end_the_run(index, tmp_path):

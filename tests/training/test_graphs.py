@@ -142,6 +142,7 @@ def test_training_with_graphs_gives_the_same_curve(stage, ranks, extra, preset, 
     given = ("--ds_config", f"zero{stage}.json", "--preset", str(preset), "run.dir=run", "train.graphs=1", *extra)
     output = run_training(ranks, *given, cwd=tmp_path, plant=plant_captures)
     assert output.count("captured, 1 of at most 1 CUDA graphs") == 2  # once with the heads of the layers chosen
+    assert f"CUDA graphs: 2 captured, {5 * (1 if stage == 0 else 2)} replays" in output
     assert_same_curve(baseline, tmp_path / "run")
 
 
