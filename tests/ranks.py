@@ -21,6 +21,8 @@ from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 300  # that a rank may take
+# Runs of tests are on the CPU, in fp32, also where there are GPUs: there may be fewer than ranks.
+_SHARED = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
 @dataclass
@@ -41,7 +43,7 @@ def free_port() -> str:
 def rank_environments(ranks: int) -> list[dict[str, str]]:
     """The variables that a launcher sets, for every rank of a new group on this machine."""
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    shared |= _SHARED
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
@@ -50,7 +52,7 @@ def _fork_server() -> multiprocessing.context.ForkServerContext:
     """The context of this process's server, started on first use."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])
-    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}):
+    with mock.patch.dict(os.environ, _SHARED):
         multiprocessing.forkserver.ensure_running()
     return context
 

@@ -18,8 +18,8 @@ CANARY = 256  # elements on each side
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def fused_backends(*, cuda: bool = DEVICE == "cuda") -> tuple[str, ...]:
-    return ("triton",) if cuda else FUSED
+def fused_backends() -> tuple[str, ...]:
+    return ("triton",) if DEVICE == "cuda" else FUSED
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:

@@ -123,7 +123,7 @@ def cosine(a, b):
 
 
 def on_every_backend(test):
-    return pytest.mark.parametrize("backend", [*fused_backends(cuda=False), "reference"])(test)
+    return pytest.mark.parametrize("backend", [*fused_backends(), "reference"])(test)
 
 
 @on_every_backend

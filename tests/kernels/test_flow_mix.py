@@ -57,7 +57,7 @@ def test_as_accurate_as_the_reference(shape, per_frame, dtype, backend):
 
 @pytest.mark.parametrize("backend", fused_backends())
 def test_noise_is_the_reference_noise(backend):
-    keys = torch.cat((KEYS, torch.arange(3))).to(DEVICE)
+    keys = torch.cat((KEYS, torch.arange(3, device=KEYS.device))).to(DEVICE)
     with force_backend(backend):
         noise, negative = flow_mix(torch.zeros(6, 90, 101, device=DEVICE), torch.zeros(6, device=DEVICE), keys)
     torch.testing.assert_close(noise.flatten(1), philox_normal(keys, 9090), rtol=0, atol=3e-6)
