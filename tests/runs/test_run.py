@@ -238,7 +238,9 @@ def test_align_weight():
     batch = SimpleNamespace(keys="ab", teacher={"speech": torch.randn(2, 3)}, domain=torch.zeros(2, dtype=torch.int64))
     hidden, losses = {0: torch.randn(2, 192), 1: torch.randn(2, 8)}, []
     for weight in (0.5, 1.0):
-        made = aligner_module.Aligner(replace(config, align=replace(config.align, weight=weight)), {"speech": 3}, "cpu")
+        made = aligner_module.Aligner(
+            replace(config, align=replace(config.align, weight=weight)), {"speech": 3}, torch.device("cpu")
+        )
         made.select(LayerSelection("fixed:1", {"speech": (1,)}, {"speech": (1.0,)}))
         losses.append(made.losses(hidden, batch, torch.rand(2), None, 0)["align_loss"])
     torch.testing.assert_close(2 * losses[0], losses[1])
