@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import agrepa_fast.openmp  # noqa: F401 - before torch: threads that wait sleep instead of spinning
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several workers share the cores
 

@@ -1,5 +1,6 @@
 """Run all drills as tests and write their summary: python -m tests.drills. The full grids have their own commands."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -8,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from ..ranks import ROOT
-from .results import record
+from .results import RECORD, record
 
 
 def summary(report: Path) -> list[str]:
@@ -28,6 +29,7 @@ def summary(report: Path) -> list[str]:
 
 with tempfile.TemporaryDirectory() as folder:
     report = Path(folder, "report.xml")
-    code = subprocess.run([sys.executable, "-m", "pytest", "-m", "drill", f"--junitxml={report}"], cwd=ROOT).returncode
+    command = [sys.executable, "-m", "pytest", "-m", "drill", f"--junitxml={report}"]
+    code = subprocess.run(command, cwd=ROOT, env=os.environ | {RECORD: "1"}).returncode
     record("pytest", "pytest -m drill", summary(report))
 sys.exit(code)

@@ -51,8 +51,8 @@ class FaultDrill:
     def __init__(self, work: Path):
         self.work = work
         self.preset = write_small_shards(work / "shards")
+        self.outcomes: list[Outcome] = []
         self._whole: dict[int, Path] = {}
-        self._count = 0
 
     def whole(self, stage: int) -> Path:
         """Return the run folder of the undisturbed training."""
@@ -68,8 +68,9 @@ class FaultDrill:
 
     def run(self, injection: Injection) -> Outcome:
         """Start a run, strike, check what remains, resume, compare."""
-        self._count += 1
-        outcome, folder = Outcome(injection), self.work / f"fault-{self._count:02d}"
+        outcome = Outcome(injection)
+        self.outcomes.append(outcome)
+        folder = self.work / f"fault-{len(self.outcomes):02d}"
         with ExitStack() as stack:
             target = Target(folder / "run", self.preset, self.whole(injection.stage), stack)
             settings = (*injection.settings, f"data.path={target.data_path(injection)}")
@@ -158,7 +159,7 @@ def summary(outcomes: list[Outcome]) -> list[str]:
     return [
         f"- {len(outcomes)} faults, {len(broken)} with broken promises",
         f"- steps lost, with a save every {SAVE_EVERY}: {sum(free)} by the {len(free)} faults that may cost none "
-        "(signals to stop, one full disk, a server that comes back), at most "
+        "(signals to stop, one full disk, a second run, a server that comes back), at most "
         f"{max(others, default=0)} by each other fault",
         f"- largest difference of a loss or gradient norm from the undisturbed run: {difference:.1e}",
         f"- all processes ended within {max(outcome.seconds_to_end for outcome in judged):.0f} s of the fault",
@@ -175,17 +176,16 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="a new folder for all runs (default: a temporary one)")
     args = parser.parse_args()
     chosen = [i for i in INJECTIONS if args.only is None or any(word in i.name for word in args.only)]
-    outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="agrepa-faults-") as scratch:
         drill = FaultDrill(args.keep or Path(scratch))
-        for injection in chosen:
-            outcomes.append(drill.run(injection))
-            verdict = "; ".join(outcomes[-1].broken) or "kept"
-            print(f"{len(outcomes)}/{len(chosen)} {injection}: {outcomes[-1].happened}; {verdict}", flush=True)
-    Console(width=180).print(table(outcomes))
+        for number, injection in enumerate(chosen, 1):
+            outcome = drill.run(injection)
+            verdict = "; ".join(outcome.broken) or "kept"
+            print(f"{number}/{len(chosen)} {injection}: {outcome.happened}; {verdict}", flush=True)
+    Console(width=180).print(table(drill.outcomes))
     if args.record:
-        record("Faults", "python -m tests.drills.faults", summary(outcomes))
-    if any(outcome.broken for outcome in outcomes):
+        record("Faults", "python -m tests.drills.faults", summary(drill.outcomes))
+    if any(outcome.broken for outcome in drill.outcomes):
         sys.exit(1)
 
 

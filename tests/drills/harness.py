@@ -49,14 +49,14 @@ class Job:
     def alive(self) -> bool:
         return all(process.poll() is None for process in self.started)
 
-    def wait_until(self, condition: Callable[[], object], seconds: float = 180.0) -> None:
-        """Check `condition` every millisecond until it holds. Raises RuntimeError with the outputs when a process ends
-        first, or after `seconds`."""
+    def wait_until(self, condition: Callable[[], object], interval: float = 0.001, seconds: float = 180.0) -> None:
+        """Check `condition` every `interval` seconds until it holds. Raises RuntimeError with the outputs if a process
+        ends first, or after `seconds`."""
         over = time.monotonic() + seconds
         while not condition():
             if not self.alive() or time.monotonic() > over:
                 raise RuntimeError("the condition did not come about:\n" + "\n".join(self.outputs()))
-            time.sleep(0.001)
+            time.sleep(interval)
 
     def wait(self, seconds: float = BOUND) -> list[int | None]:
         """Return the exit codes of the started processes; None for a process that still runs after `seconds`."""

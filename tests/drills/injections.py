@@ -57,7 +57,7 @@ class Target:
 
     def wait_for_step(self, step: int) -> int:
         """Wait for the end of an optimizer step. Returns the step that runs then."""
-        self.job.wait_until(lambda: last_step(self.run) >= step)
+        self.job.wait_until(lambda: last_step(self.run) >= step, interval=0.01)
         return last_step(self.run) + 1
 
     def complete_checkpoints(self) -> set[Path]:

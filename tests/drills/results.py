@@ -12,6 +12,7 @@ import torch
 from ..ranks import ROOT
 
 FILE = Path(__file__).with_name("results.md")
+RECORD = "AGREPA_RECORD_DRILLS"  # a variable of the environment: if it is set, tests write their summaries, too
 
 
 def record(title: str, command: str, lines: Iterable[str], file: Path = FILE) -> None:

@@ -1,18 +1,23 @@
 """Each fault of injections.py keeps its promises."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
-from .faults import FaultDrill
+from .faults import FaultDrill, summary
 from .injections import CHECKPOINT_FILES, INJECTIONS, newest_checkpoint
+from .results import RECORD, record
 
 pytestmark = pytest.mark.drill
 
 
 @pytest.fixture(scope="module")
-def drill(tmp_path_factory) -> FaultDrill:
-    return FaultDrill(tmp_path_factory.mktemp("faults"))
+def drill(tmp_path_factory) -> Iterator[FaultDrill]:
+    drill = FaultDrill(tmp_path_factory.mktemp("faults"))
+    yield drill
+    if RECORD in os.environ:
+        record("Faults", "pytest -m drill tests/drills/test_faults.py", summary(drill.outcomes))
 
 
 def test_every_file_of_a_checkpoint_has_its_kill(drill):
