@@ -53,6 +53,16 @@ def step_counters(engine) -> dict:
     }
 
 
+def _stage_by_name(owner, name: str):
+    """Return a ZeRO stage by name, in place of the `getattr(enum, name)` that Python 3.11.2 (Debian 12) pickles for a
+    member of an enum. Raises UnpicklingError for anything else."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    if owner is ZeroStageEnum and name in ZeroStageEnum.__members__:
+        return ZeroStageEnum[name]
+    raise UnpicklingError(f"getattr({owner}, {name!r}) is no ZeRO stage")
+
+
 @contextmanager
 def tensors_only(path: Path) -> Iterator[None]:
     """Inside, DeepSpeed reads tensors, numbers and three classes of its own, and runs no pickled code. Raises UserError
@@ -66,7 +76,8 @@ def tensors_only(path: Path) -> Iterator[None]:
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        classes = [LossScaler, ZeroStageEnum, fragment_address, (_stage_by_name, "builtins.getattr")]
+        with torch.serialization.safe_globals(classes):
             yield
     except UnpicklingError as error:
         raise UserError(

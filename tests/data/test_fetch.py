@@ -112,7 +112,7 @@ def test_debs_are_unpacked_by_the_python_of_debian_12(cache, no_client, monkeypa
     def without_filter(self, path=".", members=None, *, numeric_owner=False):
         extractall(self, path, members, numeric_owner=numeric_owner)
 
-    monkeypatch.delattr(tarfile, "data_filter")
+    monkeypatch.delattr(tarfile, "data_filter", raising=False)
     monkeypatch.setattr(tarfile.TarFile, "extractall", without_filter)
     put_deb(cache, [tar_member("./usr/share/parcel/data.txt")])
     assert (fetch_apt("parcel") / "usr/share/parcel/data.txt").read_text() == "content"

@@ -168,3 +168,25 @@ def test_a_pickle_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
         universal._convert(tmp_path, tmp_path / "universal")
     assert not (tmp_path / "attacked").exists()
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+class ByName:
+    """Pickled as Python 3.11.2 pickles a member of an enum."""
+
+    def __init__(self, owner: type, name: str):
+        self.of = owner, name
+
+    def __reduce__(self):
+        return getattr, self.of
+
+
+def test_a_zero_stage_that_python_3_11_2_wrote_is_read(tmp_path):
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    torch.save(ByName(ZeroStageEnum, "gradients"), tmp_path / "stage.pt")
+    torch.save(ByName(LossScaler, "backward"), tmp_path / "other.pt")
+    with tensors_only(tmp_path):
+        assert torch.load(tmp_path / "stage.pt") is ZeroStageEnum.gradients
+    with pytest.raises(UserError, match="holds more than numbers"), tensors_only(tmp_path):
+        torch.load(tmp_path / "other.pt")
