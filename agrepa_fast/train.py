@@ -111,16 +111,18 @@ def explain(error: Exception) -> str:
 
 
 def run_process(argv: list[str] | None = None) -> None:
-    """`main` for a process that does nothing else. After a failure, end it at once: at a normal exit, Python waits for
-    loader processes, and a process group that other ranks still wait in can abort and lose the exit code."""
+    """`main` for a process that does nothing else. End it without Python's finalization, which would wait for loader
+    processes, and which can abort in a process group's threads and lose the exit code."""
+    code = 0
     try:
         main(argv)
     except SystemExit as ending:
         if not dist.is_initialized():
             raise
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(ending.code)
+        code = ending.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The micro-batches of a rank, read ahead of time by loader processes. plan.py says which clips a step takes."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -111,6 +112,11 @@ class _LoaderProcess(context.SpawnProcess):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             sys.modules["__main__"] = main
+
+    def _bootstrap(self, *args):
+        """Run in the new process. End it as multiprocessing ends a fork, without Python's finalization: that would end
+        the thread that hands over batches inside C++ code, which aborts the process."""
+        os._exit(super()._bootstrap(*args))
 
 
 class _RankBatches(IterableDataset):
