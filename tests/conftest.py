@@ -2,11 +2,14 @@
 
 import json
 import os
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
-import agrepa_fast.openmp  # noqa: F401 - before torch: threads that wait sleep instead of spinning
+if "torch" not in sys.modules:  # threads that wait sleep instead of spinning; the package would import kernels too early
+    runpy.run_path(str(Path(__file__).parents[1] / "agrepa_fast" / "openmp.py"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several workers share the cores
