@@ -1,9 +1,22 @@
-"""Self-attention over clips of different lengths: flash-attn's varlen kernel where it is installed and lengths differ,
-else PyTorch's SDPA, with cuDNN first on GPUs."""
+"""Self-attention over clips of different lengths. Which kernel computes it is chosen here and nowhere else.
+
+| clips | kernel |
+|---|---|
+| of one length, on a GPU | SDPA: cuDNN, or else flash |
+| of different lengths, on a GPU, in half precision | PyTorch's varlen_attn; with dropout flash-attn's, if installed |
+| of different lengths, on a GPU, else | memory-efficient SDPA with a mask |
+| on a CPU | SDPA, with a mask if lengths differ |
+
+cuDNN never gets a mask: the backward of version 9.19 returns NaN at some lengths (pytorch issue 196678).
+"""
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 from ...kernels import valid_frames
 
@@ -12,12 +25,9 @@ try:
 except ImportError:
     flash_attn_varlen_func = None
 
-_SDPA_ORDER = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+_TORCH_HAS_FLASH = torch.backends.cuda.is_flash_attention_available()
+_WITH_MASK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_WITHOUT_MASK = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *_WITH_MASK]
 
 
 def attend(
@@ -28,25 +38,34 @@ def attend(
     lengths (C,): only valid frames are attended to; row n has the length of condition n mod C. Padded frames come out
     finite and mean nothing. None: all frames are valid, and no mask is made. dropout: of the attention weights.
     """
-    if lengths is not None and flash_attn_varlen_func is not None and q.dtype in (torch.float16, torch.bfloat16):
-        return _attend_varlen(q, k, v, lengths, dropout)
     mask = None
     if lengths is not None:
+        if (kernel := varlen_kernel(q, dropout)) is not None:
+            return _attend_segments(kernel, q, k, v, lengths)
         mask = valid_frames(lengths, q.shape[2]).repeat(q.shape[0] // lengths.shape[0], 1)[:, None, None]
     if q.is_cuda:
-        with sdpa_kernel(_SDPA_ORDER, set_priority=True):
+        with sdpa_kernel(_WITHOUT_MASK if mask is None else _WITH_MASK, set_priority=True):
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     else:
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return attended.transpose(1, 2).flatten(2)
 
 
-def _attend_varlen(q, k, v, lengths: torch.Tensor, dropout: float) -> torch.Tensor:
+def varlen_kernel(q: torch.Tensor, dropout: float) -> Callable[..., torch.Tensor] | None:
+    """Return kernel(q, k, v, bounds_q, bounds_k, longest_q, longest_k) over packed tokens (tokens, H, E), or None if no
+    such kernel takes q's device, dtype and width with this dropout."""
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] % 8:
+        return None
+    if _TORCH_HAS_FLASH and not dropout:
+        return varlen_attn
+    return flash_attn_varlen_func and partial(flash_attn_varlen_func, dropout_p=dropout)
+
+
+def _attend_segments(kernel: Callable, q, k, v, lengths: torch.Tensor) -> torch.Tensor:
     rows, frames = q.shape[0], q.shape[2]
     packed = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     bounds = segment_bounds(lengths, rows, frames)
-    attended = flash_attn_varlen_func(*packed, bounds, bounds, frames, frames, dropout_p=dropout)
-    return attended.flatten(1).unflatten(0, (rows, frames))
+    return kernel(*packed, bounds, bounds, frames, frames).flatten(1).unflatten(0, (rows, frames))
 
 
 def segment_bounds(lengths: torch.Tensor, rows: int, frames: int) -> torch.Tensor:
@@ -55,6 +74,6 @@ def segment_bounds(lengths: torch.Tensor, rows: int, frames: int) -> torch.Tenso
     Each row is a segment of its valid frames and one of its padding. So nothing is gathered, and the host needs no
     length.
     """
-    starts = torch.arange(rows, device=lengths.device) * frames
-    ends = starts + lengths.repeat(rows // lengths.shape[0])
-    return torch.cat((torch.stack((starts, ends), 1).flatten(), starts[-1:] + frames)).int()
+    starts = torch.arange(0, (rows + 1) * frames, frames, device=lengths.device)
+    ends = starts[:-1].unflatten(0, (-1, lengths.shape[0])) + lengths
+    return torch.cat((starts[:1], torch.stack((ends.flatten(), starts[1:]), 1).flatten())).int()
