@@ -15,7 +15,7 @@ from .kernels import active_backend, native_isa
 
 USES = {  # of packages that are optional
     "triton": "the GPU kernels",
-    "flash-attn": "attention over padded batches without a mask, on GPUs",
+    "flash-attn": "attention over padded batches with dropout, on GPUs",
     "vocos": "the vocoder of 24 kHz / 100-mel presets; HiFi-GAN or Griffin-Lim runs without it",
     "datasets": "agrepa prepare hf",
     "vector-quantize-pytorch": "agrepa tokens fit",

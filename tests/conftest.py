@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-if "torch" not in sys.modules:  # threads that wait sleep instead of spinning; the package would import kernels too early
+if "torch" not in sys.modules:  # threads that wait sleep instead of spinning; importing the package imports kernels
     runpy.run_path(str(Path(__file__).parents[1] / "agrepa_fast" / "openmp.py"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:
