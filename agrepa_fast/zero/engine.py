@@ -9,7 +9,7 @@ import torch.nn as nn
 from ..config import Config
 from ..errors import UserError
 from ..lr_schedule import lr_factor
-from .lean_step import compute_norm_in_fp32, detach_fragments, skip_overflow_pass
+from .lean_step import compute_norm_in_fp32, detach_fragments, skip_overflow_pass, update_all_weights_at_once
 from .masters import masters
 from .optimizers import build_optimizer, clips_in_optimizer
 
@@ -29,6 +29,7 @@ def build_engine(model: nn.Module, config: Config, ds_config: dict):
     detach_fragments(engine)
     skip_overflow_pass(engine)
     compute_norm_in_fp32(engine)
+    update_all_weights_at_once(engine)
     return engine
 
 

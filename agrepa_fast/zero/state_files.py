@@ -43,12 +43,12 @@ def load_engine(engine, path: Path) -> None:
 
 def step_counters(engine) -> dict:
     """Return what an engine counts, the same on every rank: steps, clips, and the place in the schedule."""
-    states = optimizer_inside(engine).state
+    steps = [state["step"] for state in optimizer_inside(engine).state.values() if "step" in state]
     return {
         "global_steps": engine.global_steps,
         "global_samples": engine.global_samples,
         "skipped_steps": engine.skipped_steps,
-        "updates": max((int(state["step"]) for state in states.values() if "step" in state), default=0),
+        "updates": int(torch.stack(steps).max()) if steps else 0,
         "schedule": engine.lr_scheduler.state_dict(),
     }
 

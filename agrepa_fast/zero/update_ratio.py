@@ -35,7 +35,7 @@ def _updates(optimizer: torch.optim.AdamW, lr: float) -> Iterator[tuple[torch.Te
     options = optimizer.defaults
     (beta1, beta2), eps, decay = options["betas"], options["eps"], lr * options["weight_decay"]
     for weights, state in optimizer.state.items():
-        steps = float(state["step"])
+        steps = state["step"].double()  # on a GPU, maybe: nothing waits for it
         flat = (tensor.detach().flatten().split(_CHUNK) for tensor in (weights, state["exp_avg"], state["exp_avg_sq"]))
         for after, mean, square in zip(*flat, strict=True):
             direction = mean / (1 - beta1**steps) / ((square / (1 - beta2**steps)).sqrt() + eps)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from agrepa_fast.zero.masters import master_parameters
 from agrepa_fast.zero.state_files import load_engine, save_engine
 
 from ..testing import Operations
@@ -44,7 +45,7 @@ def updates(preset: str, folder: Path) -> dict[tuple, dict]:
     """Per stage and precision, what engine.step() does: its operations per parameter, the types of their results, and
     the global norm, ours and DeepSpeed's own."""
     found = {}
-    for stage in (1, 2):
+    for stage in (1, 2, 3):
         for precision in ("fp32", "bf16"):
             run, batches = make_run(
                 preset, ds_values(stage), folder / f"{stage}-{precision}", f"train.precision={precision}"
@@ -71,4 +72,28 @@ def updates(preset: str, folder: Path) -> dict[tuple, dict]:
             parameters = sum(1 for _ in run.engine.module.parameters())
             per_parameter = len(operations.names) / parameters
             found[stage, precision] = {"norms": norms, "operations": per_parameter, "types": operations.types}
+    return found
+
+
+def updates_at_stage_0(preset: str, folder: Path) -> dict[str, dict]:
+    """Four steps in bf16, by our update and by DeepSpeed's own: norms, masters, and operations per parameter."""
+    found = {}
+    for name in ("ours", "theirs"):
+        run, batches = make_run(preset, ds_values(0), folder / name, "train.precision=bf16", "train.clip_norm=0.3")
+        optimizer, norms = run.engine.optimizer, []
+        if name == "theirs":
+            del optimizer.step
+        for step in range(3):
+            run.step(batches, step)
+            norms.append(float(run.engine.get_global_grad_norm()))
+        step, operations = optimizer.step, Operations()
+
+        def counted(step=step, operations=operations):
+            with operations:
+                return step()
+
+        optimizer.step = counted
+        run.step(batches, 3)
+        weights = [master.detach().clone() for master in master_parameters(run.engine)]
+        found[name] = {"norms": norms, "weights": weights, "operations": len(operations.names) / len(weights)}
     return found

@@ -8,7 +8,7 @@ from agrepa_fast.zero import optimizers
 
 from ..ranks import call_on_ranks
 from ..testing import small_model
-from .deepspeed_on_ranks import graphs_of_fragments, throughput_timers, updates
+from .deepspeed_on_ranks import graphs_of_fragments, throughput_timers, updates, updates_at_stage_0
 
 
 def test_no_forward_waits_for_the_gpu(preset, tmp_path):
@@ -35,6 +35,16 @@ def test_an_update_looks_at_each_gradient_once_and_copies_none(ranks, preset, tm
             for ours, theirs in update["norms"]:
                 assert ours == pytest.approx(theirs, rel=1e-5), case
                 assert ours > 0
+
+
+def test_stage_0_in_bf16_updates_as_deepspeed_does_by_fewer_operations(preset, tmp_path):
+    (found,) = call_on_ranks(1, updates_at_stage_0, str(preset), tmp_path)
+    ours, theirs = found["ours"], found["theirs"]
+    assert ours["norms"] == pytest.approx(theirs["norms"], rel=1e-3)
+    assert min(ours["norms"]) > 0.3  # clipped
+    for mine, other in zip(ours["weights"], theirs["weights"], strict=True):
+        torch.testing.assert_close(mine, other, atol=2e-5, rtol=0)
+    assert ours["operations"] < theirs["operations"] / 2
 
 
 @pytest.mark.parametrize(
