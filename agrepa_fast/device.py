@@ -2,8 +2,12 @@
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
+from functools import cache
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 GRAPHS = Counter()  # CUDA graphs that this process has "captured", and how often it has "replayed" one
 
@@ -15,23 +19,40 @@ class CaptureError(ValueError):
 def captured(call: Callable[[], None], pool, warmup: int = 2) -> Callable[[], None]:
     """Return a function that replays `call` as one CUDA graph.
 
-    `call` first runs `warmup` times on a stream of its own. pool: of torch.cuda.graph_pool_handle(). Raises
-    CaptureError if it cannot be captured, for lack of memory too.
+    `call` first runs `warmup` times; the random states are as before then, so that its draws are those of a `call`
+    that is not captured. pool: of torch.cuda.graph_pool_handle(). Raises CaptureError if it cannot be captured, or if
+    the GPU's memory does not suffice.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(warmup):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    before = torch.cuda.current_stream()
+    stream = _capture_stream(torch.cuda.current_device())
+    stream.wait_stream(before)
+    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL's watchdog may call CUDA
+        with torch.cuda.stream(stream), torch.random.fork_rng([torch.cuda.current_device()]):
+            for _ in range(warmup):
+                call()
+    except torch.OutOfMemoryError as error:
+        raise _capture_error(error) from error
+    before.wait_stream(stream)
+    try:
+        # NCCL's watchdog may call CUDA meanwhile: thread_local.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             call()
     except RuntimeError as error:
         torch.cuda.set_stream(before)  # a capture that fails to end leaves its own
-        raise CaptureError(str(error).strip().partition("\n")[0]) from error
+        raise _capture_error(error) from error
     return graph.replay
+
+
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """Return the stream of all warm-ups and captures of a GPU. cuBLAS keeps a workspace per stream: made in a warm-up,
+    it takes no room in the memory of the graphs."""
+    return torch.cuda.Stream(device)
+
+
+def _capture_error(error: RuntimeError) -> CaptureError:
+    return CaptureError(str(error).strip().partition("\n")[0])
 
 
 class CapturedProgram:
@@ -44,13 +65,13 @@ class CapturedProgram:
 
     def __init__(self, compute: Callable[..., tuple[torch.Tensor, ...]], inputs: tuple, pool):
         self._compute = compute
-        self._inputs = tuple(map_tensors(torch.clone, value) for value in inputs)
+        self._inputs = tuple(map_tensors(_copy, value) for value in inputs)
         self._outputs: tuple[torch.Tensor, ...] = ()
         self._replay = captured(self._run, pool)
 
     def __call__(self, *inputs) -> tuple[torch.Tensor, ...]:
         for place, value in zip(tensors_of(*self._inputs), tensors_of(*inputs), strict=True):
-            place.copy_(value)
+            _own_part(place).copy_(_own_part(value))
         self._replay()
         return tuple(output.clone() for output in self._outputs)
 
@@ -60,6 +81,19 @@ class CapturedProgram:
             self._outputs = tuple(torch.empty_like(output) for output in outputs)
         for place, output in zip(self._outputs, outputs, strict=True):
             place.copy_(output.detach())
+
+
+def _own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the part of an expanded tensor that has memory of its own, and any other tensor as it is."""
+    if 0 not in tensor.stride():
+        return tensor
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor[tuple(slice(0, 1) if size > 1 and stride == 0 else slice(None) for size, stride in sizes)]
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a tensor, expanded as it is: a batch's empty reference stays one number."""
+    return _own_part(tensor).clone().expand(tensor.shape)
 
 
 class CapturedPrograms:
@@ -78,10 +112,15 @@ class CapturedPrograms:
         valid_for = (tuple(weight.data_ptr() for weight in weights), *conditions)
         stale = valid_for != self._valid_for
         if stale:
-            self._programs, self._valid_for = {}, valid_for
+            self.drop()
+            self._valid_for = valid_for
         if not self._programs:
             self._pool = torch.cuda.graph_pool_handle()  # a pool whose graphs are gone cannot be taken again
         return stale
+
+    def drop(self) -> None:
+        """Drop all programs."""
+        self._programs = {}
 
     def capture(self, key: Hashable, compute: Callable[..., tuple[torch.Tensor, ...]], *inputs) -> None:
         self._programs[key] = CapturedProgram(compute, inputs, self._pool)
@@ -140,6 +179,31 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
+
+
+class SideStream:
+    """A stream for work that runs beside the current stream's. On a CPU the work is done at once."""
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def run(self, call: Callable[[], T], *, after_queued: bool = True) -> T:
+        """Queue call() and return its result. after_queued: it waits for all that is queued on the current stream."""
+        if self._stream is None:
+            return call()
+        if after_queued:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            return call()
+
+    def join(self, results: Iterable[torch.Tensor] = ()) -> None:
+        """Let the current stream wait for the work that was queued. results: tensors that this work has made."""
+        if self._stream is None:
+            return
+        current = torch.cuda.current_stream()
+        current.wait_stream(self._stream)
+        for result in results:
+            result.record_stream(current)  # or their memory could be used again too early
 
 
 def record(device: torch.device) -> torch.cuda.Event | None:

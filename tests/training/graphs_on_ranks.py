@@ -1,5 +1,7 @@
 """A stand-in for CUDA graphs on a CPU: a capture keeps the operations of one call, without Python."""
 
+import os
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from unittest.mock import Mock
 
@@ -17,18 +19,27 @@ def capture(call, pool, warmup=2):
     return lambda: operations() and None
 
 
+def stand_in_for_cuda(monkeypatch, graph: Callable) -> None:
+    """Give torch.cuda, as far as device.captured uses it, streams and random states that do nothing, and `graph` for
+    torch.cuda.graph."""
+    for name in ("CUDAGraph", "current_stream", "set_stream", "graph_pool_handle", "get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, Mock())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    stream = Mock()
+    monkeypatch.setattr(device, "_capture_stream", lambda number: stream)
+
+
 def refuse_captures(monkeypatch) -> None:
-    """Give torch.cuda, as far as device.captured uses it, streams that do nothing and captures that fail."""
+    """Let captures fail."""
 
     @contextmanager
     def refuse(*_, **__):
         raise RuntimeError("operation not permitted\nCUDA kernel errors might be reported later")
         yield
 
-    for name in ("Stream", "CUDAGraph", "current_stream", "set_stream", "graph_pool_handle"):
-        monkeypatch.setattr(torch.cuda, name, Mock())
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    stand_in_for_cuda(monkeypatch, refuse)
 
 
 def plant_captures() -> None:
@@ -36,3 +47,24 @@ def plant_captures() -> None:
     device.captured = capture
     builder.check_graphs = lambda *_: None
     torch.cuda.graph_pool_handle = lambda: object()
+
+
+def plant_few_shapes() -> None:
+    """Let train.py run on this process's CPU as on a GPU with length buckets: it captures two shapes by itself."""
+    plant_captures()
+    builder.count_shapes = lambda *_: 2
+
+
+def plant_few_shapes_on_rank_0() -> None:
+    """The same, but only rank 0 can capture."""
+    (plant_few_shapes if os.environ["RANK"] == "0" else plant_failing_captures)()
+
+
+def plant_failing_captures() -> None:
+    """The same, but no step can be captured."""
+    plant_few_shapes()
+
+    def fail(call, pool, warmup=2):
+        raise device.CaptureError("out of memory")
+
+    device.captured = fail

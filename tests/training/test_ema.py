@@ -1,6 +1,11 @@
+import pytest
 import torch
 
+from agrepa_fast.zero import ema as averages
 from agrepa_fast.zero.ema import Ema
+
+from ..ranks import run_training
+from ..testing import assert_same_curve
 
 
 class Engine:
@@ -9,7 +14,7 @@ class Engine:
     optimizer = None
 
     def __init__(self, module):
-        self.module = module
+        self.module, self.basic_optimizer = module, torch.optim.AdamW(module.parameters())
 
     def zero_optimization_stage(self) -> int:
         return 0
@@ -38,3 +43,40 @@ def test_average_by_hand_and_the_live_weights_come_back():
     assert module.weight.item() == 5.0
     with restored.applied():
         torch.testing.assert_close(module.weight.item(), wanted)
+
+
+class LateStream:
+    """A stand-in for a side stream of a GPU that does its work as late as it may: when it is joined."""
+
+    def __init__(self, device):
+        self.queued = []
+
+    def run(self, call):
+        self.queued.append(call)
+
+    def join(self):
+        queued, self.queued = self.queued, []
+        for call in queued:
+            call()
+
+
+def plant_late_stream() -> None:
+    averages.SideStream = LateStream
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_average_may_be_updated_late(stage, preset, baseline, ds_configs, tmp_path):
+    """Until the next optimizer step, or until it is read: by a checkpoint, by the end of the run."""
+    given = (
+        "--ds_config",
+        ds_configs[stage],
+        "--preset",
+        str(preset),
+        "run.dir=run",
+        "train.save_every=2",
+        "train.keep=3",
+    )
+    run_training(1, *given, cwd=tmp_path, plant=plant_late_stream)
+    assert_same_curve(baseline, tmp_path / "run")
+    run_training(1, *given, "--resume", "step00000002", cwd=tmp_path, plant=plant_late_stream)
+    assert_same_curve(baseline, tmp_path / "run")
