@@ -57,6 +57,14 @@ def complete_launch_environment() -> int:
     return world
 
 
+def launched_rank() -> int:
+    """Return the rank of this process before it has joined the others: what the launcher's variables say, 0 if they
+    say nothing. Call it to print a line once."""
+    place = _place_by_launcher()
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdigit() else place.rank if place is not None else 0
+
+
 def local_device() -> torch.device:
     """Return the device of this rank: the GPU that LOCAL_RANK numbers, or the CPU. Raises LocalError if there is no
     such GPU."""

@@ -12,9 +12,11 @@ if not __package__:  # run as a script, whose folder must not be searched: its `
 import argparse
 import os
 import traceback
+from contextlib import closing
 
 from agrepa_fast.config import Config
 from agrepa_fast.errors import LocalError, UserError
+from agrepa_fast.launch import launched_rank
 from agrepa_fast.reporting.summary import finish
 from agrepa_fast.training.builder import build
 from agrepa_fast.training.inputs import read_inputs
@@ -55,7 +57,7 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
         validate(0)
     stopped = False
     run.engine.module.train()
-    with StopRequest(run.device) as request, run.training_time():
+    with closing(training.batches), StopRequest(run.device) as request, run.training_time():
         for step in range(training.first_step, steps):
             run.step(training.batches, step)
             done = step + 1
@@ -72,7 +74,6 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
                     checkpoints.save(run.engine, run.ema, choice, done, must_succeed=last or stopped)
             if stopped:
                 break
-    training.batches.close()
     if stopped:
         again = f"--resume latest run.dir={run.context.folder}"
         run.metrics.print(f"step {done}: stopped by a signal, saved; {again} goes on from here")
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         train(*read_inputs(args.preset, args.overrides, args.ds_config, args.resume), args.resume)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):
+        if launched_rank() == 0 or isinstance(error, LocalError):
             print(f"agrepa train: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(130) from None
     except Exception as error:
         traceback.print_exc()
-        print(f"agrepa train: rank {os.environ.get('RANK', 0)}: {explain(error)}", file=sys.stderr)
+        print(f"agrepa train: rank {launched_rank()}: {explain(error)}", file=sys.stderr)
         raise SystemExit(1) from error
 
 

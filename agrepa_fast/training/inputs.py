@@ -1,6 +1,5 @@
 """Turn the command line of a run into settings."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from ..config import Config
 from ..config_file import load_config
 from ..errors import UserError
+from ..launch import launched_rank
 from ..zero.ds_config import find_ds_config
 from ..zero.ds_sections import adopt_sections
 
@@ -18,7 +18,7 @@ def read_inputs(preset: str, overrides: Sequence[str], ds_config: str, resume: s
     UserError if there is no such preset, run or ds_config, or a value is refused."""
     config = load_config(preset, overrides) if resume is None else _load_run_config(preset, overrides)
     ds_values, train, lines = adopt_sections(find_ds_config(ds_config), config.train, overrides)
-    if os.environ.get("RANK", "0") == "0":
+    if launched_rank() == 0:
         for line in lines:
             print(line)
     return replace(config, train=train), ds_values

@@ -90,6 +90,11 @@ def _check_sections(values: dict, train: TrainConfig) -> None:
         )
     if values.get("bf16", {}).get("check_grad_overflow") is False:
         raise UserError('ds_config "bf16": remove check_grad_overflow, steps that are not finite must be left out')
+    if values.get("zero_optimization", {}).get("compute_grad_norm") is False:
+        raise UserError(
+            'ds_config "zero_optimization": remove compute_grad_norm, the norm shows which steps are not finite, and '
+            "gradients are clipped by it"
+        )
     if values.get("fp16", {}).get("enabled") is True:
         raise UserError('ds_config "fp16": this engine trains in bf16 or fp32; remove it and set train.precision')
     for section in ("offload_optimizer", "offload_param"):

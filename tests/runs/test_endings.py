@@ -1,9 +1,13 @@
 """Runs that end unasked: a disk that fills up, lines cut by a kill, and messages."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
 
+from agrepa_fast import train
 from agrepa_fast.train import explain
 from agrepa_fast.training import metrics
 from agrepa_fast.training.metrics import Metrics, read_metrics
@@ -20,6 +24,23 @@ from agrepa_fast.training.metrics import Metrics, read_metrics
 def test_what_is_said(error, said):
     assert said in explain(error)
     assert "\n" not in explain(error)
+
+
+def test_loader_processes_end_with_a_run_that_fails(monkeypatch):
+    """At a normal exit, Python would wait for one that hangs in a read."""
+    closed = []
+
+    def fail(batches, step):
+        raise RuntimeError("of a bug")
+
+    run = SimpleNamespace(step=fail, device=torch.device("cpu"), training_time=nullcontext, engine=Mock(), choice=None)
+    run.config = SimpleNamespace(train=SimpleNamespace(steps=3))
+    batches = SimpleNamespace(close=lambda: closed.append(True))
+    training = SimpleNamespace(run=run, checkpoints=None, batches=batches, first_step=1)
+    monkeypatch.setattr(train, "build", lambda *_: training)
+    with pytest.raises(RuntimeError, match="of a bug"):
+        train.train(None, {}, None)
+    assert closed == [True]
 
 
 @pytest.mark.parametrize(

@@ -108,5 +108,7 @@ def test_host_memory_is_offloaded_to_without_a_compiler_and_from_no_stage_0():
             resolve_ds_config({"zero_optimization": zero}, train, layout, cpu)
     with pytest.raises(UserError, match=r"train\.compile: ZeRO-3"):
         resolve_ds_config(find_ds_config("zero3.json"), TrainConfig(compile=True), layout, cpu)
+    with pytest.raises(UserError, match="compute_grad_norm"):
+        resolve_ds_config({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, train, layout, cpu)
     with pytest.raises(UserError, match="check_grad_overflow"):
         resolve_ds_config({"bf16": {"check_grad_overflow": False}}, train, layout, cpu)

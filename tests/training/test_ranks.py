@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from agrepa_fast import launch
 from agrepa_fast.errors import LocalError, UserError
-from agrepa_fast.launch import complete_launch_environment, local_device
+from agrepa_fast.launch import complete_launch_environment, launched_rank, local_device
 from agrepa_fast.ranks import all_gather, first_failure, from_rank_0, on_rank_0
 from agrepa_fast.zero.process_group import join_process_group
 
@@ -81,6 +81,16 @@ class TestLaunchEnvironment:
         environment(given)
         with pytest.raises(UserError, match=message):
             complete_launch_environment()
+
+
+@pytest.mark.parametrize(
+    ("given", "rank"),
+    [({}, 0), (SRUN, 5), (OPEN_MPI, 5), ({"RANK": "3"}, 3), (SRUN | {"RANK": "3"}, 3), ({"RANK": "x"}, 0)],
+)
+def test_the_rank_before_the_ranks_have_joined(given, rank, environment):
+    """One of them prints what all find out."""
+    environment(given)
+    assert launched_rank() == rank
 
 
 @pytest.mark.parametrize(
