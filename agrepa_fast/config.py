@@ -305,8 +305,11 @@ class TrainConfig:
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = setting(1.0, "bound of the gradient's global norm")
     ema_decay: ShareBelowOne = setting(0.999, "of the averaged weights")
     precision: Literal["auto", "bf16", "fp32"] = setting("auto", "auto: bf16 on GPUs, fp32 on CPUs")
-    graphs: Whole = setting(
-        0, "CUDA graphs of forward and backward, at most this many batch shapes (ZeRO 0 to 2)", resume=True
+    graphs: Whole | None = setting(
+        None,
+        "CUDA graphs of forward and backward, at most this many batch shapes (GPUs, ZeRO 0 to 2); 0: none; null: of "
+        "all, if length buckets, batch_frames or clips of one length leave at most 8",
+        resume=True,
     )
     activation_checkpointing: bool = setting(
         False, "keep each block's input only and compute it again in the backward", resume=True

@@ -38,7 +38,8 @@ class BatchPlan:
 
     Either `clips` is the size of every batch, or `budget` bounds its cost (train.batch_frames): a clip of F frames
     costs F + attention_cost * F^2 frames. fixed_shapes: batches are padded to their bucket, whatever is in them;
-    always so if there are several buckets or a budget. Raises UserError if a batch would have fewer than `least` clips.
+    always so if there are several buckets or a budget, or if all clips are as long as their bucket. Raises UserError if
+    a batch would have fewer than `least` clips.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class BatchPlan:
         self.buckets = length_buckets(
             index, speech_share, lambda frames: clips or int(budget / self.cost(frames)), least
         )
-        self.fixed_shapes = fixed_shapes or budget is not None or len(self.buckets) > 1
+        shards = [shard for bucket in self.buckets for of_domain in bucket.shards.values() for shard in of_domain]
+        as_long = all(shard.frames == shard.clips * shard.bucket for shard in shards)
+        self.fixed_shapes = fixed_shapes or budget is not None or len(self.buckets) > 1 or as_long
         self.orders = {
             (number, domain): ClipOrder(
                 [shard.clips for shard in shards], _most_clips(bucket, domain), seed, f"{domain} {bucket.frames}"
@@ -75,7 +78,7 @@ class BatchPlan:
         train, model = config.train, config.model
         cost = 1 / ((2 + model.ffn_mult) * model.dim)
         size = {"clips": train.batch_clips} if train.batch_frames is None else {"budget": train.batch_frames}
-        options = {**size, "attention_cost": cost, "least": layout.parts, "fixed_shapes": train.graphs > 0}
+        options = {**size, "attention_cost": cost, "least": layout.parts, "fixed_shapes": bool(train.graphs)}
         return cls(index, config.data.speech_share, config.run.seed, **options)
 
     def cost(self, frames: int) -> float:

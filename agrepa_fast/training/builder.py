@@ -34,7 +34,7 @@ from ..zero.ds_config import resolve_ds_config, zero_stage
 from ..zero.ema import Ema
 from ..zero.engine import build_engine
 from ..zero.process_group import join_process_group, set_collective_timeout
-from .captured_step import check_graphs
+from .captured_step import check_graphs, count_shapes
 from .context import RunContext
 from .dry_run import dry_run
 from .flops import peak_flops
@@ -108,7 +108,8 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
         drop_later_probes(context.folder / "attribution.csv", first_step)
         save_config(config, context.folder / "config.yaml")
     metrics.open(config.train.steps, first_step, open_tracker(context))
-    run = Run(context, engine, ema, choice, metrics, started)
+    shapes = count_shapes(config.train, device, zero_stage(ds_config), plan, layout)
+    run = Run(context, engine, ema, choice, metrics, started, auto_graphs=shapes)
     run.seconds |= {"prepare": prepared - started, "build": time.perf_counter() - prepared}
     for line in lines_before_the_first_step(engine, context, plan, layout):
         metrics.print(line)

@@ -13,10 +13,13 @@ import torch.nn as nn
 
 from ..config import TrainConfig
 from ..data.batch import Batch
+from ..data.layout import BatchLayout, ceil_div
+from ..data.plan import BatchPlan
 from ..device import CapturedPrograms, CaptureError, tensors_of
 from ..errors import UserError
 
 _ALIGNMENT = 128  # elements: each gradient starts where vectorised kernels want it
+_FEW_SHAPES = 8  # a graph of each is captured in the first steps, and again when layers are chosen
 
 Losses = dict[str, torch.Tensor]
 Compute = Callable[[Batch, torch.Tensor], tuple[Losses, torch.Tensor]]
@@ -29,12 +32,27 @@ def check_graphs(train: TrainConfig, device: torch.device, stage: int) -> None:
         raise UserError(f"train.graphs={train.graphs}: there are no CUDA graphs {where}: set it to 0")
 
 
+def count_shapes(train: TrainConfig, device: torch.device, stage: int, plan: BatchPlan, layout: BatchLayout) -> int:
+    """Return the number of shapes of all ranks' micro-batches, where each of them is worth a CUDA graph, or 0: without
+    graphs, or if shapes are many. It is the limit of GraphedLosses where train.graphs is null."""
+    graphs = device.type == "cuda" and stage < 3 and not train.compile and not train.activation_checkpointing
+    if not (graphs and plan.fixed_shapes):
+        return 0
+    parts = layout.parts
+    shapes = {(b.frames, size) for b in plan.buckets for size in (b.clips // parts, ceil_div(b.clips, parts))}
+    return len(shapes) if len(shapes) <= _FEW_SHAPES else 0
+
+
 class GraphedLosses:
     """Losses of micro-batches whose forward and backward are replayed.
 
     parameters: returns the tensors that the losses train. limit: number of batch shapes that are captured; batches of
-    further shapes run as they come. print_line: called with a line per capture. All graphs share one memory pool and
+    further shapes run as they come. print_line: called with a line per capture. survive: called with a line if a step
+    cannot be captured; all run as they come from there on. None: it is an error. All graphs share one memory pool and
     one set of gradients, as large as the weights.
+
+    Captured or not, all gradients reach the engine by the same operation of the autograd graph, hence in the same
+    order: DeepSpeed reduces them in that order, and ranks may differ in what they have captured.
     """
 
     def __init__(
@@ -42,10 +60,11 @@ class GraphedLosses:
         parameters: Callable[[], Sequence[nn.Parameter]],
         limit: int,
         print_line: Callable[[str], None],
+        survive: Callable[[str], None] | None = None,
     ):
-        self.parameters, self.limit, self.print_line = parameters, limit, print_line
+        self.parameters, self.limit, self.print_line, self.survive = parameters, limit, print_line, survive
         self._programs = CapturedPrograms()
-        self._gradients: _FlatGradients | None = None  # where every replay leaves those of the parameters
+        self._gradients: _FlatGradients | None = None  # where every step leaves those of the parameters
         self._reached: list[bool] = []  # parameters without a gradient, such as the heads after align.stop, are False
         self._names: tuple[str, ...] = ()  # of the losses
 
@@ -55,37 +74,43 @@ class GraphedLosses:
         """Return the sum of compute(batch, keys)'s losses, to differentiate; the losses; each clip's loss.
 
         keys (2, B) int64. variant: the aligned layers; all graphs are captured again for others. Raises UserError if
-        the step cannot be captured.
+        the step cannot be captured, without `survive`.
         """
         parameters = list(self.parameters())
         if self._programs.drop_stale(parameters, variant):
             self._gradients = _FlatGradients(parameters)
-        shape = tuple(tensor.shape for tensor in tensors_of(batch, keys))
-        if shape not in self._programs:
-            if len(self._programs) >= self.limit:
-                losses, clips = compute(batch, keys)
-                return sum(losses.values()), losses, clips
-            self._capture(shape, compute, parameters, batch, keys)
-        clips, *values = self._programs(shape, batch, keys)
-        losses = dict(zip(self._names, values, strict=True))
-        reached = [parameter for parameter, reached in zip(parameters, self._reached, strict=True) if reached]
-        return _Replayed.apply(sum(losses.values()), self._gradients, self._reached, *reached), losses, clips
 
-    def _capture(self, shape: tuple, compute: Compute, parameters: list, batch: Batch, keys: torch.Tensor) -> None:
         def forward_backward(batch: Batch, keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
             with torch.enable_grad():
                 losses, clips = compute(batch, keys)
                 gradients = torch.autograd.grad(sum(losses.values()), parameters, allow_unused=True)
             self._names, self._reached = tuple(losses), [gradient is not None for gradient in gradients]
             self._gradients.copy(gradients)
-            return clips, *losses.values()
+            return clips.detach(), *(loss.detach() for loss in losses.values())
 
+        shape = tuple(tensor.shape for tensor in tensors_of(batch, keys))
+        if shape not in self._programs and len(self._programs) < self.limit:
+            self._capture(shape, forward_backward, batch, keys)
+        if shape in self._programs:
+            clips, *values = self._programs(shape, batch, keys)
+        else:
+            clips, *values = forward_backward(batch, keys)
+        losses = dict(zip(self._names, values, strict=True))
+        reached = [parameter for parameter, reached in zip(parameters, self._reached, strict=True) if reached]
+        return _Replayed.apply(sum(losses.values()), self._gradients, self._reached, *reached), losses, clips
+
+    def _capture(self, shape: tuple, forward_backward: Callable, batch: Batch, keys: torch.Tensor) -> None:
         try:
             self._programs.capture(shape, forward_backward, batch, keys)
         except CaptureError as error:
-            raise UserError(
-                f"train.graphs: the step cannot be captured ({error}); train.graphs=0 runs without CUDA graphs"
-            ) from error
+            if self.survive is None:
+                raise UserError(
+                    f"train.graphs: the step cannot be captured ({error}); train.graphs=0 runs without CUDA graphs"
+                ) from error
+            self.limit = 0
+            self._programs.drop()  # they may hold the memory that was missing
+            self.survive(f"the step cannot be captured ({error}): training goes on without CUDA graphs")
+            return
         self.print_line(
             f"forward and backward of {tuple(batch.mel.shape)} captured, {len(self._programs)} of at most "
             f"{self.limit} CUDA graphs"

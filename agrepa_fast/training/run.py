@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from ..data.batch import Batch
-from ..device import GRAPHS, to_device
+from ..device import GRAPHS, SideStream, tensors_of, to_device
 from ..errors import LocalError, UserError
 from ..flow import flow_loss, reference_prefix, training_draws
 from ..kernels import flow_mix
@@ -42,11 +42,12 @@ class Run:
     metrics: Metrics
     started: float = field(default_factory=time.perf_counter)  # when the command began to build it
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # by stage
+    auto_graphs: int = 0  # train.graphs where that is null: count_shapes
 
     def __post_init__(self) -> None:
         self.config, self.device = self.context.config, self.context.device
-        graphs = self.config.train.graphs
-        self.graphs = GraphedLosses(self._trained, graphs, self.metrics.print) if graphs else None
+        self.graphs = self._captured_losses()
+        self._copies = SideStream(self.device)
         self.nonfinite = NonFiniteSteps(self.context, self.engine, self.metrics)
         self.lost_clips = LostClips(self.context, self.metrics)
         self.profile = ProfileWindow(self.context)
@@ -69,9 +70,8 @@ class Run:
     def micro_step(self, batch: Batch, step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Forward and backward of one micro-batch, and after the last of a step the update of the model. Returns the
         losses, and each clip's flow loss (B,). Every draw depends on (seed, step, place in the global batch)."""
-        batch, seed, aligner = batch.to(self.device), self.config.run.seed, self.choice.aligner
-        keys = torch.stack([clip_keys(seed, step, batch.places, use) for use in ("draws", "noise")])
-        keys = to_device(keys, self.device)
+        aligner = self.choice.aligner
+        batch, keys = self._to_device(batch, step)
         if self.graphs is None:
             losses, clips = self.losses(self.engine, batch, keys, step)
             total = sum(losses.values())
@@ -84,6 +84,22 @@ class Run:
             make_gradient_nan(self.engine, unless_finite=aligner.reduce())
         self.engine.step()
         return {name: batch.weight * loss.detach() for name, loss in losses.items()}, clips.detach()
+
+    def _captured_losses(self) -> GraphedLosses | None:
+        wanted, rank = self.config.train.graphs, self.context.rank
+        limit = self.auto_graphs if wanted is None else wanted
+        if not limit:
+            return None
+        survive = None if wanted else lambda line: print(f"rank {rank}: {line}", flush=True)
+        return GraphedLosses(self._trained, limit, self.metrics.print, survive)
+
+    def _to_device(self, batch: Batch, step: int) -> tuple[Batch, torch.Tensor]:
+        """Return the batch and the keys (2, B) of its draws on the device. A GPU copies them beside its work: the
+        optimizer of the step before, by which the host runs ahead of it."""
+        keys = torch.stack([clip_keys(self.config.run.seed, step, batch.places, use) for use in ("draws", "noise")])
+        copies = self._copies.run(lambda: (batch.to(self.device), to_device(keys, self.device)), after_queued=False)
+        self._copies.join(tensors_of(*copies))
+        return copies
 
     def losses(self, model, batch: Batch, keys: torch.Tensor, step: int) -> tuple[Losses, torch.Tensor]:
         """Return the losses, means over the micro-batch, and each clip's flow loss (B,). keys (2, B): of the draws and

@@ -1,11 +1,14 @@
 """CUDA graphs of the training step: on a CPU a stand-in with their rules takes their place, on a GPU they are real."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from agrepa_fast import device
 from agrepa_fast.config import TrainConfig
 from agrepa_fast.data.batch import Batch
+from agrepa_fast.data.layout import BatchLayout
 from agrepa_fast.errors import UserError
 from agrepa_fast.flow import flow_loss
 from agrepa_fast.kernels import flow_mix, philox_uniform
@@ -14,7 +17,13 @@ from agrepa_fast.training import captured_step as graphs
 
 from ..ranks import run_training
 from ..testing import Operations, assert_same_curve, small_batch, small_model
-from .graphs_on_ranks import capture, plant_captures, refuse_captures
+from .graphs_on_ranks import (
+    capture,
+    plant_captures,
+    plant_failing_captures,
+    plant_few_shapes_on_rank_0,
+    refuse_captures,
+)
 
 
 @pytest.fixture
@@ -180,3 +189,42 @@ def test_real_graphs():
         with torch.no_grad():
             for parameter in step.parameters():
                 parameter.mul_(1.1)
+
+
+def test_graphs_are_the_default_where_shapes_are_few(preset, baseline, tmp_path):
+    """One rank captures, the other cannot and runs each step as it comes: gradients are the same, in the same order."""
+    given = ("--ds_config", "zero2.json", "--preset", str(preset), "train.accumulation=2")
+    output = run_training(2, *given, "run.dir=run", cwd=tmp_path, plant=plant_few_shapes_on_rank_0)
+    assert "captured, 1 of at most 2 CUDA graphs" in output
+    assert_same_curve(baseline, tmp_path / "run")
+    assert "graphs: null" in (tmp_path / "run" / "config.yaml").read_text()  # a resume decides again
+
+
+def test_a_default_capture_that_fails_costs_one_line(preset, baseline, tmp_path):
+    given = ("--ds_config", "zero2.json", "--preset", str(preset))
+    output = run_training(1, *given, "run.dir=run", cwd=tmp_path, plant=plant_failing_captures)
+    line = "rank 0: the step cannot be captured (out of memory): training goes on without CUDA graphs"
+    assert output.count("cannot be captured") == output.count(line) == 1
+    assert_same_curve(baseline, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("device", "stage", "train", "buckets", "shapes"),
+    [
+        ("cuda", 2, {}, [(100, 8), (200, 4)], 2),
+        ("cuda", 2, {}, [(100, 9), (200, 4)], 3),  # 9 clips over 4 parts: micro-batches of 2 and of 3
+        ("cuda", 2, {}, [(100 * k, 8) for k in range(1, 10)], 0),
+        ("cuda", 3, {}, [(100, 8)], 0),
+        ("cpu", 2, {}, [(100, 8)], 0),
+        ("cuda", 2, {"compile": True}, [(100, 8)], 0),
+        ("cuda", 2, {"activation_checkpointing": True}, [(100, 8)], 0),
+    ],
+)
+def test_shapes_are_counted_over_all_ranks(device, stage, train, buckets, shapes):
+    plan = SimpleNamespace(fixed_shapes=True, buckets=[SimpleNamespace(frames=f, clips=c) for f, c in buckets])
+    for rank in range(2):
+        layout = BatchLayout(None, 2, rank, 2)
+        count = graphs.count_shapes(TrainConfig(**train), torch.device(device), stage, plan, layout)
+        assert count == shapes
+        plan_of_any_length = SimpleNamespace(fixed_shapes=False, buckets=plan.buckets)
+        assert graphs.count_shapes(TrainConfig(**train), torch.device(device), stage, plan_of_any_length, layout) == 0
