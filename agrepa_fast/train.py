@@ -12,7 +12,6 @@ if not __package__:  # run as a script, whose folder must not be searched: its `
 import argparse
 import os
 import traceback
-from contextlib import closing
 
 from agrepa_fast.config import Config
 from agrepa_fast.errors import LocalError, UserError
@@ -57,7 +56,7 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
         validate(0)
     stopped = False
     run.engine.module.train()
-    with closing(training.batches), StopRequest(run.device) as request, run.training_time():
+    with training.batches, StopRequest(run.device) as request, run.training_time():
         for step in range(training.first_step, steps):
             run.step(training.batches, step)
             done = step + 1

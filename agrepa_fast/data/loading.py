@@ -30,7 +30,7 @@ class TrainBatches:
     batches before the others.
 
     plan: None for layout.batch_clips clips in every batch. data.workers processes read the shards and make the batches;
-    `close` ends them. With a GPU the batches are in pinned memory.
+    `close`, or the end of a `with`, ends them. With a GPU the batches are in pinned memory.
     """
 
     def __init__(
@@ -75,6 +75,12 @@ class TrainBatches:
             if not ended or str(error).startswith("DataLoader worker"):
                 raise
             raise RuntimeError(f"DataLoader worker (pid {ended[0]}) ended while it handed over a batch") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the loader processes. One that hangs in a read is killed: Python would wait for it at exit."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from agrepa_fast import train
+from agrepa_fast.data.loading import TrainBatches
 from agrepa_fast.train import explain
 from agrepa_fast.training import metrics
 from agrepa_fast.training.metrics import Metrics, read_metrics
@@ -28,19 +29,19 @@ def test_what_is_said(error, said):
 
 def test_loader_processes_end_with_a_run_that_fails(monkeypatch):
     """At a normal exit, Python would wait for one that hangs in a read."""
-    closed = []
+    batches, closed = TrainBatches.__new__(TrainBatches), []
+    monkeypatch.setattr(TrainBatches, "close", lambda self: closed.append(self))
 
     def fail(batches, step):
         raise RuntimeError("of a bug")
 
     run = SimpleNamespace(step=fail, device=torch.device("cpu"), training_time=nullcontext, engine=Mock(), choice=None)
     run.config = SimpleNamespace(train=SimpleNamespace(steps=3))
-    batches = SimpleNamespace(close=lambda: closed.append(True))
     training = SimpleNamespace(run=run, checkpoints=None, batches=batches, first_step=1)
     monkeypatch.setattr(train, "build", lambda *_: training)
     with pytest.raises(RuntimeError, match="of a bug"):
         train.train(None, {}, None)
-    assert closed == [True]
+    assert closed == [batches]
 
 
 @pytest.mark.parametrize(
