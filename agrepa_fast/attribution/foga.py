@@ -77,7 +77,8 @@ class FogaProbe:
         def run(variants: int) -> torch.Tensor:
             return self.model(x_t.repeat(variants, 1, 1), t, condition).v
 
-        options = {"kind": self.kind, "row_arguments": (), "check_rows": check_rows}
+        state = 0 if self.kind == "block" else None
+        options = {"kind": self.kind, "row_arguments": (), "state": state, "check_rows": check_rows}
         changes, base = self.variants.changes(run, self.blocks, condition.lengths, **options)
         return changes, base.float(), ~base.flatten(1).any(1)
 

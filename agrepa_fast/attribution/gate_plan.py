@@ -54,7 +54,10 @@ class BlockPlan:
 
 
 class GatePlan:
-    """The plan of gates (V, L) in [0, 1], one BlockPlan per block.
+    """The plan of gates (V, L) in [0, 1]: one BlockPlan per block that runs and set of blocks that ran before it.
+
+    A variant's state depends on the gates of all blocks that ran before, in any order and any number of times: these
+    gates are its prefix. `blocks` are the plans of a model whose blocks run once, in order.
 
     A probe makes it once: the copies of its indices on the device stay where they are, as CUDA graphs need. Raises
     ValueError for gates of another shape or outside [0, 1].
@@ -64,17 +67,19 @@ class GatePlan:
         if gates.ndim != 2 or not ((gates >= 0) & (gates <= 1)).all():
             raise ValueError(f"gates must be a (variants, blocks) matrix in [0, 1], not {tuple(gates.shape)}")
         self.shape = tuple(gates.shape)
-        self.blocks = tuple(_plan_blocks(gates.T.tolist(), len(gates)))
+        self._columns = gates.T.tolist()
+        self._prefixes = {frozenset[int](): [0] * len(gates)}  # blocks that ran -> number of each variant's prefix
+        self._plans: dict[tuple[frozenset[int], int], BlockPlan] = {}
+        self.blocks = tuple(self.after(frozenset(range(block)), block) for block in range(gates.shape[1]))
 
-
-def _plan_blocks(columns: list[list[float]], variants: int) -> list[BlockPlan]:
-    plans = []
-    prefix = [0] * variants  # the number of each variant's prefix, in the order of appearance
-    for column in columns:
-        _, first = np.unique(prefix, return_index=True)
-        plans.append(
-            BlockPlan(DeviceCopies(torch.from_numpy(first)), DeviceCopies(torch.tensor(prefix)), tuple(column))
-        )
-        numbers: dict[tuple[int, float], int] = {}
-        prefix = [numbers.setdefault(longer, len(numbers)) for longer in zip(prefix, column, strict=True)]
-    return plans
+    def after(self, ran: frozenset[int], block: int) -> BlockPlan:
+        """Return the plan of a block that runs after the blocks `ran`, which were planned one by one."""
+        if (ran, block) not in self._plans:
+            prefix, column = self._prefixes[ran], self._columns[block]
+            _, first = np.unique(prefix, return_index=True)
+            plan = BlockPlan(DeviceCopies(torch.from_numpy(first)), DeviceCopies(torch.tensor(prefix)), tuple(column))
+            self._plans[ran, block] = plan
+            numbers: dict[tuple[int, float], int] = {}  # in the order of appearance
+            longer = [numbers.setdefault(pair, len(numbers)) for pair in zip(prefix, column, strict=True)]
+            self._prefixes.setdefault(ran | {block}, prefix if block in ran else longer)
+        return self._plans[ran, block]

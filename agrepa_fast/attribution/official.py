@@ -32,7 +32,8 @@ def official_foga(model: nn.Module, batch: ProbeBatch) -> LayerScores:
         base = velocity()
         energy = rms(base) + eps
         for layer in range(0, depth, 2):
-            with multi_gate(model.blocks, single_ablations(depth)[layer + 1 : layer + 2], row_arguments=()):
+            gates = single_ablations(depth)[layer + 1 : layer + 2]
+            with multi_gate(model.blocks, gates, row_arguments=(), state=0):
                 values[layer, :, 0, 0] = (rms(velocity() - base) / energy).cpu()
         floor = rms(velocity() - base) / energy
     measured = values.clone()

@@ -8,7 +8,8 @@ import torch.nn as nn
 from ..device import DeviceCopies
 from ..kernels import velocity_change
 from .gate_plan import GatePlan, prefix_order, single_ablations
-from .gates import multi_gate, rounding_limit
+from .gates import multi_gate
+from .rows import rounding_limit
 
 
 class Variants:
@@ -21,7 +22,7 @@ class Variants:
         gates = single_ablations(depth) if gates is None else gates
         if not (gates[0] == 1).all():
             raise ValueError("the first row of gates is the whole model: all ones")
-        order = prefix_order(gates)
+        self.gates, order = gates, prefix_order(gates)
         self.plan = GatePlan(gates[order])
         self.count = len(gates)
         self._places = DeviceCopies(order.argsort()[1:] - 1)  # of the ablated variants, as given, among the sorted ones

@@ -129,47 +129,101 @@ def test_ordered_variants_run_as_a_slice(trial):
         assert len(set(rows[:distinct])) == distinct
 
 
-class TestRefusals:
-    def run(self, calls, blocks=3):
-        model = Stack(blocks)
-        x, table, mask = torch.randn(4, 5, 6), torch.zeros(6), torch.ones(4)
-        with multi_gate(model.blocks, single_ablations(3), row_arguments=["mask"]):
+def repeated(x: torch.Tensor, variants: int) -> torch.Tensor:
+    return x.repeat(variants, *[1] * (x.ndim - 1))
+
+
+class TestOrder:
+    """Blocks may run in any order, and any number of times: a prefix is the gates of all that ran before."""
+
+    @pytest.mark.parametrize("calls", [(0, 1, 1, 2), (1, 0, 2), (2, 1, 0), (0, 1, 2, 0), (0, 1, 2) * 3])
+    @torch.no_grad()
+    def test_equals_one_forward_per_variant(self, calls):
+        torch.manual_seed(0)
+        model, x, mask = Stack(3), torch.randn(2, 5, 6), torch.rand(2)
+        gates = torch.tensor([[1, 1, 1], [1, 0, 1], [0.5, 1, 1], [1, 1, 0], [0, 0, 1]])
+        table = torch.linspace(-1, 1, 6)
+        with multi_gate(model.blocks, gates, row_arguments=["mask"]):
+            got = repeated(x, 5)
             for number in calls:
-                x = model.blocks[number](x, table, mask=mask)
+                got = model.blocks[number](got, table, mask=repeated(mask, 5))
+        wanted = []
+        for row in gates:
+            h = x
+            for number in calls:
+                h = h + row[number] * (model.blocks[number](h, table, mask=mask) - h)
+            wanted.append(h)
+        torch.testing.assert_close(got.unflatten(0, (5, 2)), torch.stack(wanted), atol=1e-5, rtol=1e-5)
+
+    @torch.no_grad()
+    def test_a_block_that_is_listed_twice_has_a_gate_per_call(self):
+        torch.manual_seed(0)
+        a, b = Stack(2).blocks
+        x, table, mask, gates = torch.randn(2, 5, 6), torch.zeros(6), torch.ones(2), single_ablations(4)
+        with multi_gate([a, b, a, b], gates, row_arguments=["mask"]) as ran:
+            got = repeated(x, 5)
+            for block in (a, b, a, b):
+                got = block(got, table, mask=repeated(mask, 5))
+        wanted = []
+        for row in gates:
+            h = x
+            for block, gate in zip((a, b, a, b), row, strict=True):
+                h = block(h, table, mask=mask) if gate else h
+            wanted.append(h)
+        torch.testing.assert_close(got.unflatten(0, (5, 2)), torch.stack(wanted), atol=1e-5, rtol=1e-5)
+        assert sum(ran) == 10
 
     @pytest.mark.parametrize(
         ("calls", "message"),
         [
-            ([], "block 1 of 3 never ran"),
-            ([0, 1], "block 3 of 3 never ran"),
-            ([0, 1, 1, 2], "block 2 ran where block 3 of 3 was due"),
-            ([1, 0, 2], "block 2 ran where block 1 of 3 was due"),
-            ([0, 1, 2, 0], "block 2 of 3 never ran"),
+            ([], r"block 1 \(Residual\) of 3 never ran"),
+            ([0, 1, 1], r"block 3 \(Residual\) of 3 never ran"),
         ],
     )
-    def test_blocks_that_do_not_run_once_in_order(self, calls, message):
-        with pytest.raises(ValueError, match=message):
-            self.run(calls)
+    def test_blocks_that_never_run(self, calls, message):
+        model, x, mask = Stack(3), torch.randn(1, 5, 6), torch.ones(4)
+        gated = multi_gate(model.blocks, single_ablations(3), row_arguments=["mask"])
 
-    def test_several_calls_of_the_model_are_fine(self):
-        self.run([0, 1, 2, 0, 1, 2])
+        def run():
+            for number in calls:
+                model.blocks[number](repeated(x, 4), torch.zeros(6), mask=mask)
 
+        with pytest.raises(ValueError, match=message), gated:
+            run()
+
+    def test_a_block_that_is_listed_twice_and_runs_once(self):
+        (block,) = Stack(1).blocks
+        gated = multi_gate([block, block], single_ablations(2), row_arguments=["mask"])
+        with pytest.raises(ValueError, match="ran 1 times, but is listed 2 times"), gated:
+            block(torch.randn(1, 5, 6).repeat(3, 1, 1), torch.zeros(6), mask=torch.ones(3))
+
+
+class TestRefusals:
     def test_batch_statistics(self):
         block = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
         with pytest.raises(ValueError, match=r"block 1: 1 \(BatchNorm1d\)"), multi_gate([block], torch.ones(2, 1)):
             pass
         block.eval()
         with multi_gate([block], torch.ones(2, 1)):
-            block(torch.randn(4, 6))
+            block(torch.randn(2, 6).repeat(2, 1))
 
     def test_attention_across_clips(self):
         class Mixing(nn.Module):
             def forward(self, x):
                 return x + torch.softmax(x @ x.mT, -1) @ x
 
-        blocks, gates = nn.ModuleList([nn.Identity(), Mixing()]), single_ablations(2)
+        blocks, gates = nn.ModuleList([nn.Linear(4, 4), Mixing()]), single_ablations(2)
         with pytest.raises(ValueError, match=r"block 2 \(Mixing\) cannot be gated exactly"), multi_gate(blocks, gates):
-            blocks[1](blocks[0](torch.randn(6, 4)))  # rows are clips: each attends to all
+            blocks[1](blocks[0](torch.randn(2, 4).repeat(3, 1)))  # rows are clips: each attends to all
+
+    @torch.no_grad()
+    def test_variants_of_one_prefix_that_differ(self):
+        """What a model does with rows between blocks must not depend on the other rows."""
+        blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        message = r"block 2 \(Linear\) cannot be gated exactly: its argument 'input' differs between variants"
+        x = torch.randn(2, 4).repeat(4, 1)
+        with pytest.raises(ValueError, match=message), multi_gate(blocks, single_ablations(3)):
+            blocks[1](blocks[0](x) + torch.linspace(0, 1e-3, 8)[:, None])
 
     @pytest.mark.parametrize(
         ("forward", "message"),
@@ -177,6 +231,8 @@ class TestRefusals:
             (lambda x, y: (x + 1, y + x), "returns an updated argument 'y' beside its state"),
             (lambda x, y: x[:, :2], r"makes \(2, 2, 3\) of \(2, 3, 3\)"),
             (lambda x, y: x.add_(1), "changes its input in place"),
+            (lambda x, y: x + y, ": its state could be 'x' or 'y'; name it"),
+            (lambda x, y: None, "returns no tensor"),
         ],
     )
     def test_blocks_that_have_no_gate(self, forward, message):
@@ -184,9 +240,26 @@ class TestRefusals:
             def forward(self, x, *, y):
                 return forward(x, y)
 
-        block = Odd()
-        with pytest.raises(ValueError, match=rf"block 1 \(Odd\) {message}"), multi_gate([block], single_ablations(1)):
-            block(torch.randn(4, 3, 3), y=torch.randn(4, 3, 3))
+        block, (x, y) = Odd(), torch.randn(2, 2, 3, 3)
+        with (
+            pytest.raises(ValueError, match=rf"block 1 \(Odd\)( )?{message}"),
+            multi_gate([block], single_ablations(1)),
+        ):
+            block(repeated(x, 2), y=repeated(y, 2))
+
+    def test_a_state_by_name_or_position(self):
+        class Cross(nn.Module):
+            def forward(self, context, x):
+                return x + torch.tanh(context)
+
+        block, (x, context) = Cross(), torch.randn(2, 2, 5, 7)
+        wanted = torch.cat((x + torch.tanh(context), x))
+        for state in ("x", 1):
+            for call in (lambda c, x: block(c, x), lambda c, x: block(x=x, context=c)):
+                with multi_gate([block], single_ablations(1), state=state):
+                    assert torch.equal(call(repeated(context, 2), repeated(x, 2)), wanted)
+        with pytest.raises(ValueError, match="has no tensor 'z'"), multi_gate([block], single_ablations(1), state="z"):
+            block(repeated(context, 2), repeated(x, 2))
 
     def test_sequences_that_are_no_second_stream(self):
         """A mask or pooled vector of an argument's shape, and arguments handed on in whatever place."""
@@ -195,9 +268,9 @@ class TestRefusals:
             def forward(self, x, mask, pad, cond):
                 return x + cond.unsqueeze(1), mask, x.sum(1)
 
-        block, x, mask = Fine(), torch.randn(4, 5, 3), torch.ones(4, 5, 5)
+        block, x, mask = Fine(), torch.randn(2, 5, 3).repeat(2, 1, 1), torch.ones(4, 5, 5)
         with multi_gate([block], single_ablations(1)):
-            block(x, mask, torch.zeros(4, 5, 5), torch.randn(4, 3))
+            block(x, mask, torch.zeros(4, 5, 5), torch.randn(2, 3).repeat(2, 1))
 
     def test_a_second_stream_that_is_handed_on_is_fine(self):
         class PassesOn(nn.Module):
@@ -225,16 +298,16 @@ class TestRefusals:
     def test_a_row_argument_that_is_not_there(self):
         block, options = nn.Linear(3, 3), {"row_arguments": ["msak"]}
         gated = multi_gate([block], torch.ones(2, 1), **options)
-        with pytest.raises(ValueError, match="no block has an argument 'msak', but 0"), gated:
-            block(torch.randn(2, 3))
+        with pytest.raises(ValueError, match="no block has an argument 'msak', but 0, input"), gated:
+            block(torch.randn(1, 3).repeat(2, 1))
 
     def test_dropout_left_on(self):
         blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)) for _ in range(2)])
         with pytest.raises(ValueError, match="dropout left on"), multi_gate(blocks, single_ablations(2)):
-            blocks[1](blocks[0](torch.randn(6, 4)))
+            blocks[1](blocks[0](torch.randn(2, 4).repeat(3, 1)))
         blocks.eval()
         with multi_gate(blocks, single_ablations(2)):
-            blocks[1](blocks[0](torch.randn(6, 4)))
+            blocks[1](blocks[0](torch.randn(2, 4).repeat(3, 1)))
 
     def test_kind(self):
         with pytest.raises(ValueError, match="block or branch"), multi_gate([], torch.ones(2, 0), kind="brnch"):
