@@ -138,8 +138,8 @@ def why_wrong(run: Callable[[], Results], plain: Results, exact: Results, allow:
 
 
 def total_s(result: dict) -> float | None:
-    """Return the median seconds of forward plus backward, or None if the method was wrong."""
-    return None if "wrong" in result else result["both" if "both" in result else "forward"]["median_s"]
+    """Return the median seconds of a timing, of forward plus backward if it has both; None if it is wrong."""
+    return None if "wrong" in result else result.get("both", result.get("forward", result))["median_s"]
 
 
 def ratio(results: dict[str, dict], base: str, method: str) -> float | None:
@@ -152,18 +152,24 @@ def op_rows(shape: str, results: dict[str, dict]) -> list[tuple]:
     rows = []
     for name, result in results.items():
         if "wrong" in result:
-            rows.append((shape, name, "not timed", "wrong:", result["wrong"], "", "", ""))
+            rows.append((shape, name, "not timed", "wrong:", result["wrong"], "", "", "", ""))
             continue
         cells = []
         for phase in ("forward", "backward"):
             timing = result.get(phase)
             cells += ["", ""] if timing is None else [milliseconds(timing), f"{timing['gb_per_s']:.0f}"]
         speed = ratio(results, "eager", name)
-        memory = f"{result['peak_memory_mib']:.0f}" if "peak_memory_mib" in result else ""
-        rows.append((shape, name, *cells, "" if speed is None else f"{speed:.2f}x", memory))
+        rows.append((shape, name, *cells, "" if speed is None else f"{speed:.2f}x", *gpu_cells(result)))
     return rows
 
 
+def gpu_cells(result: dict) -> tuple[str, str]:
+    """Return the cells that only a GPU run fills: the CPU's ms until the call was queued, and the peak extra MiB."""
+    cpu = f"{1e3 * result['cpu']['median_s']:.2f}" if "cpu" in result else ""
+    return cpu, f"{result['peak_memory_mib']:.0f}" if "peak_memory_mib" in result else ""
+
+
+GPU_HEADER = ("CPU ms", "MiB")
 OP_HEADER = (
     "d, T, B",
     "method",
@@ -172,7 +178,7 @@ OP_HEADER = (
     "backward ms (p20 to p80)",
     "GB/s",
     "vs eager",
-    "MiB",
+    *GPU_HEADER,
 )
 
 

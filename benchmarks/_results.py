@@ -28,7 +28,10 @@ def print_table(title: str, header: tuple[str, ...], rows: list[tuple]) -> None:
 
 
 def commit() -> str:
-    """Return the commit, marked -dirty if the code (not the results) differs from it."""
+    """Return the commit, marked -dirty if the code (not the results) differs from it. AGREPA_COMMIT names it where the
+    checkout came without git."""
+    if "AGREPA_COMMIT" in os.environ:
+        return os.environ["AGREPA_COMMIT"]
     if shutil.which("git") is None:
         return "unknown"
     head, changed = (

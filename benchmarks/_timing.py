@@ -1,4 +1,8 @@
-"""Time forward and backward passes of several methods that take turns, and measure their peak memory."""
+"""Time methods that take turns: forward and backward apart, or whole steps one after another; and their peak memory.
+
+On a GPU, its time and the CPU's are apart: the GPU is kept busy until a call is queued, so that an interval between two
+events holds kernels and no wait for Python.
+"""
 
 import ctypes
 import os
@@ -12,6 +16,8 @@ from typing import NamedTuple
 import torch
 
 _FLUSH_BYTES = 256 * 2**20  # several times a GPU's L2
+_SLEEP_CYCLES = 2e9  # of torch.cuda._sleep in a second, about; a lower clock only holds the GPU for longer
+_LONGEST_HOLD = 0.06  # seconds
 _flush: torch.Tensor | None = None
 
 
@@ -49,48 +55,95 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median_s": median(values), "p20_s": fifths[0], "p80_s": fifths[3]}
 
 
+class _Stopwatch:
+    """Times of one phase of one method."""
+
+    def __init__(self) -> None:
+        self.stamps: list[tuple] = []  # start and end of each call
+        self.cpu: list[float] = []  # seconds that each call took to return
+        self._hold = 0.0
+
+    def __call__(self, call: Callable[[], object], flush: bool) -> object:
+        """Return call(), timed. On a GPU it is held back until the call is queued, by twice the CPU time of the call
+        before; the first call has no such time, so warm up."""
+        if flush:
+            _flush_l2()
+        if self._hold:
+            torch.cuda._sleep(int(self._hold * _SLEEP_CYCLES))
+        start, before = _stamp(), time.perf_counter()
+        result = call()
+        took = time.perf_counter() - before
+        self.stamps.append((start, _stamp()))
+        self.cpu.append(took)
+        if torch.cuda.is_available():
+            self._hold = min(2 * took + 1e-3, _LONGEST_HOLD)
+        return result
+
+
 def time_phases(methods: dict[str, Phases], repeats: int, warmup: int = 2, *, apart: bool = True) -> dict[str, dict]:
-    """Return seconds of forward, backward and both per method, and its peak extra GPU memory (MiB).
+    """Return seconds of forward, backward and both per method; on a GPU also the CPU's seconds until both are queued
+    (`cpu`) and the peak extra memory (MiB).
 
     Methods take turns, so that drift changes all of them. With `apart`, the GPU's cache is flushed before the backward
     too, not before the forward only.
     """
     cuda = torch.cuda.is_available()
-    seconds = {name: {"forward": [], "backward": [], "both": []} for name in methods}
+    watches = {name: (_Stopwatch(), _Stopwatch()) for name in methods}
     peak = dict.fromkeys(methods, 0)
     _flush_l2()
-    for repeat in range(warmup + repeats):
+    for _ in range(warmup + repeats):
         for name, (forward, backward) in methods.items():
             if cuda:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
-            _flush_l2()
-            stamps = [_stamp()]
-            output = forward()
-            stamps += [_stamp()] * 2
+            output = watches[name][0](forward, flush=True)
             if backward is not None:
-                if apart:
-                    _flush_l2()
-                    stamps[2] = _stamp()
-                backward(output)
-                stamps.append(_stamp())
+                watches[name][1](lambda backward=backward, output=output: backward(output), flush=apart)
             del output
             if cuda:
                 torch.cuda.synchronize()
                 peak[name] = max(peak[name], torch.cuda.max_memory_allocated() - before)
-            if repeat < warmup:
-                continue
-            taken = [_seconds(*stamps[:2]), _seconds(*stamps[2:]) if backward is not None else 0.0]
-            for phase, value in zip(seconds[name], (*taken, sum(taken)), strict=True):
-                seconds[name][phase].append(value)
     results = {}
     for name, (_, backward) in methods.items():
-        phases = seconds[name] if backward is not None else {"forward": seconds[name]["forward"]}
-        results[name] = {phase: spread(values) for phase, values in phases.items()}
+        timed = [watch for watch in watches[name] if watch.stamps]
+        seconds = [[_seconds(*stamps) for stamps in watch.stamps[warmup:]] for watch in timed]
+        results[name] = dict(zip(("forward", "backward"), map(spread, seconds), strict=False))
+        if backward is not None:
+            results[name]["both"] = spread([sum(parts) for parts in zip(*seconds, strict=True)])
         if cuda:
+            results[name]["cpu"] = spread([sum(parts) for parts in zip(*(w.cpu[warmup:] for w in timed), strict=True)])
             results[name]["peak_memory_mib"] = peak[name] / 2**20
     return results
+
+
+def time_interleaved(calls: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, dict]:
+    """Return what time_phases does per call, with the times of the call itself. The calls take turns."""
+    timed = time_phases({name: Phases(call) for name, call in calls.items()}, repeats, warmup)
+    return {name: result.pop("forward") | result for name, result in timed.items()}
+
+
+def time_steps(step: Callable[[], object], rounds: int, steps: int = 4) -> dict:
+    """Return the wall seconds per step where `steps` of them follow each other, as in training: the CPU may run ahead,
+    or the GPU wait for it. On a GPU also the CPU's seconds per step (`cpu`) and the peak extra memory (MiB)."""
+    cuda, wall, cpu = torch.cuda.is_available(), [], []
+    step()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        cpu.append((time.perf_counter() - start) / steps)
+        if cuda:
+            torch.cuda.synchronize()
+        wall.append((time.perf_counter() - start) / steps)
+    if not cuda:
+        return spread(wall)
+    memory = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return spread(wall) | {"cpu": spread(cpu), "peak_memory_mib": memory}
 
 
 def peak_memory_mib(call: Callable[[], object]) -> float:
@@ -119,14 +172,6 @@ def peak_memory_mib(call: Callable[[], object]) -> float:
         done.set()
         watcher.join()
     return (max(resident) - resident[0]) * page / 2**20
-
-
-def time_interleaved(
-    calls: dict[str, Callable[[], object]], repeats: int, warmup: int = 1
-) -> dict[str, dict[str, float]]:
-    """Return median, p20 and p80 seconds per call, and its peak extra GPU memory (MiB). The calls take turns."""
-    timed = time_phases({name: Phases(call) for name, call in calls.items()}, repeats, warmup)
-    return {name: result.pop("forward") | result for name, result in timed.items()}
 
 
 def milliseconds(timing: dict[str, float]) -> str:

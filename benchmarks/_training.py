@@ -1,10 +1,9 @@
-"""One optimizer step on random clips: ours, and the released recipe's."""
+"""One optimizer step on random clips, and its CUDA graph."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from _baselines import PlainBlock, ReleasedBlock, TeacherStandIn, with_blocks
 from _bench import Results
 
 from agrepa_fast import AudioDiT, Condition, LayerSelection
@@ -74,12 +73,15 @@ class Clips(NamedTuple):
     domain: torch.Tensor  # (B,)
 
 
-def random_clips(sizes: Sizes, clips: int) -> Clips:
-    """Return clips of one length, every other one speech, without references: the step draws these."""
+def random_clips(sizes: Sizes, clips: int, padded: bool = False) -> Clips:
+    """Return clips, every other one speech, without references: the step draws these. padded: of half to full length,
+    else all are full."""
     draw = torch.Generator().manual_seed(1)
     mel = torch.randn(clips, sizes.frames, sizes.mels, generator=draw)
     tokens = torch.randint(sizes.vocab, (clips, sizes.frames // 2), generator=draw)
     lengths = torch.full((clips,), sizes.frames)
+    if padded:
+        lengths[1:] = torch.randint(sizes.frames // 2, sizes.frames + 1, (clips - 1,), generator=draw)
     # made on the CPU, where Condition sees that nothing is padded
     condition = Condition(tokens, lengths // 2, torch.zeros_like(mel), lengths).to(sizes.device)
     widths = {"speech": sizes.speech_teacher, "audio": sizes.audio_teacher}
@@ -91,8 +93,8 @@ class OurStep:
     """Forward, loss with pooled alignment, backward, clipping, AdamW and EMA on one device, without DeepSpeed: bf16
     weights and fp32 masters. It never waits for the GPU, so a CUDA graph can capture it."""
 
-    def __init__(self, sizes: Sizes, clips: int):
-        self.clips = random_clips(sizes, clips)
+    def __init__(self, sizes: Sizes, clips: int, padded: bool = False):
+        self.clips = random_clips(sizes, clips, padded)
         self.model = awake_model(sizes, sizes.dtype)
         widths = {"speech": sizes.speech_teacher, "audio": sizes.audio_teacher}
         self.heads = AlignmentHeads(sizes.selection, sizes.dim, widths, seed=0).to(sizes.device)
@@ -131,38 +133,6 @@ class OurStep:
             self.optimizer.step()
             torch._foreach_copy_(self.weights, self.masters)
             torch._foreach_lerp_(self.average, self.masters, 0.001)
-        return loss.detach()
-
-
-class ReleasedStep:
-    """The released recipe: fp32, attention with weights, dropout 0.2, teachers run on every batch (BEATs twice).
-
-    Without teachers: the same recipe with bf16 autocast, SDPA and cached teachers."""
-
-    def __init__(self, sizes: Sizes, teachers: tuple[TeacherStandIn, TeacherStandIn] | None):
-        self.clips, self.device = random_clips(sizes, sizes.small_batch), sizes.device
-        self.teachers = teachers and tuple(teacher.to(sizes.device, torch.float32) for teacher in teachers)
-        self.model = with_blocks(awake_model(sizes, torch.float32), ReleasedBlock if teachers else PlainBlock)
-        for block in self.model.blocks:
-            block.attn.dropout = block.ffn.dropout = 0.2
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
-        self.keys = clip_keys(0, 0, range(sizes.small_batch), "noise").to(sizes.device)
-
-    def __call__(self) -> torch.Tensor:
-        clips, count = self.clips, len(self.clips.mel)
-        if self.teachers:
-            whisper, beats = self.teachers
-            for teacher in (whisper, beats, beats):
-                teacher(count)
-        t = torch.rand(count, device=self.device)
-        x_t, target = flow_mix(clips.mel, t, self.keys, FLOW.sigma)
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.teachers is None):
-            v = self.model(x_t, t, clips.condition).v
-        loss = flow_loss(v, target, clips.condition.lengths).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         return loss.detach()
 
 

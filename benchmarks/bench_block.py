@@ -7,16 +7,16 @@ eager           the blocks' reference backend with SDPA; bf16 on a GPU, like all
 torch.compile   the same, compiled
 ours            GatedDiTBlock on its own backend (native on a CPU, Triton on a GPU)
 
-A GPU run adds the plain block with PyTorch's default SDPA, eager and compiled (ours puts cuDNN first), and ours under
-torch.compile(fullgraph=True). Outputs and all gradients are checked first; a wrong method is not timed.
+A GPU run adds the plain block with flash attention, compiled (`eager`, `torch.compile` and `ours` take cuDNN's), and
+ours under torch.compile(fullgraph=True). Outputs and all gradients are checked first; a wrong method is not timed.
 """
 
 import sys
 
 import torch
 import torch.nn as nn
-from _baselines import PlainBlock, ReleasedBlock
-from _bench import BASELINE, FUSED, Results, cast, parser, ratio, why_wrong
+from _baselines import FlashBlock, ReleasedBlock
+from _bench import BASELINE, FUSED, GPU_HEADER, Results, cast, gpu_cells, parser, ratio, why_wrong
 from _results import RESULTS, print_table, write_json
 from _timing import Phases, milliseconds, time_phases
 
@@ -92,8 +92,7 @@ def build(shape: tuple[int, int, int], compiler: str) -> tuple[dict[str, Method]
         "ours": Method(GatedDiTBlock, *given, dtype),
     }
     if device == "cuda":
-        methods["eager, default SDPA"] = Method(PlainBlock, *given, dtype)
-        methods["torch.compile, default SDPA"] = Method(PlainBlock, *given, dtype, None, compiler)
+        methods["torch.compile, flash"] = Method(FlashBlock, *given, dtype, None, compiler)
         methods["ours, torch.compile"] = Method(GatedDiTBlock, *given, dtype, None, compiler, fullgraph=True)
     return methods, Method(GatedDiTBlock, *given, exact_dtype, "reference")
 
@@ -122,16 +121,15 @@ def rows(label: str, results: dict) -> list[tuple]:
     made = []
     for name, result in results.items():
         if "wrong" in result:
-            made.append((label, name, "not timed, wrong:", result["wrong"], "", "", ""))
+            made.append((label, name, "not timed, wrong:", result["wrong"], "", "", "", ""))
             continue
         times = [milliseconds(result[phase]) for phase in ("forward", "backward", "both")]
         over = result["over_released"]
-        memory = f"{result['peak_memory_mib']:.0f}" if "peak_memory_mib" in result else ""
-        made.append((label, name, *times, "" if over is None else f"{over:.2f}x", memory))
+        made.append((label, name, *times, "" if over is None else f"{over:.2f}x", *gpu_cells(result)))
     return made
 
 
-HEADER = ("d, T, B", "method", "forward ms (p20 to p80)", "backward ms", "both ms", "released = 1", "MiB")
+HEADER = ("d, T, B", "method", "forward ms (p20 to p80)", "backward ms", "both ms", "released = 1", *GPU_HEADER)
 
 
 def print_profile(name: str, method: Method) -> None:

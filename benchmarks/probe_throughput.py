@@ -8,26 +8,30 @@ sequential      a forward of the whole model, and one without each layer: L + L(
 stacked         all L + 1 variants as one batch with a gate matrix: L(L+1)
 prefix-shared   multi_gate: variants share the blocks below their ablated block: L(L+1)/2
 chunked         the same, at most a quarter of the rows at a time
-graphed         the same as a replayed CUDA graph (GPUs only); on a CPU "buffers", its code without the graph
+probe           what a run does: the same, with the noise and the floor
+
+On a GPU all of them are replayed CUDA graphs.
 """
 
 import argparse
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 
 import torch
+from _baselines import row_gates, sequential_velocities
 from _results import write_json
 from _timing import peak_memory_mib, time_interleaved
+from _training import graphed
 from rich.console import Console
 from rich.table import Table
 
 from agrepa_fast import AudioDiT, Condition, count_block_forwards, multi_gate
 from agrepa_fast.attribution.foga import FogaProbe
-from agrepa_fast.attribution.gate_plan import single_ablations
+from agrepa_fast.attribution.gate_plan import GatePlan, single_ablations
 from agrepa_fast.attribution.points import ProbeBatch, ProbePoints
 from agrepa_fast.config import ModelConfig
 from agrepa_fast.kernels import velocity_change
 
+METHODS = ("sequential", "stacked", "prefix-shared", "chunked", "probe")
 N_MELS, VOCAB = 80, 512
 T, EVERY = 0.5, 200  # time of the probe; steps between two
 
@@ -35,65 +39,70 @@ T, EVERY = 0.5, 200  # time of the probe; steps between two
 class Case:
     """A random model in evaluation mode and C clips at t = 0.5."""
 
-    def __init__(self, depth: int, dim: int, frames: int, clips: int):
+    def __init__(self, depth: int, dim: int, frames: int, clips: int, dtype: torch.dtype = torch.float32):
         torch.manual_seed(0)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         config = ModelConfig(
             dim=dim, depth=depth, heads=dim // 64, token_dim=dim, n_mels=N_MELS, vocab=VOCAB, position="rotary_conv"
         )
-        self.model = AudioDiT(config).to(self.device).eval()
+        self.model = AudioDiT(config).to(self.device, dtype).eval()
         for block in self.model.blocks:  # zero-initialised blocks would all score 0
             torch.nn.init.normal_(block.modulation.weight, std=0.1)
-        self.clips, self.gates = clips, single_ablations(depth)
+        gates = single_ablations(depth)
+        self.clips, self.plan, self.gates = clips, GatePlan(gates), gates.to(self.device)  # graphs need them in place
         self.batch = random_batch(clips, frames, self.device)
         points = ProbePoints((T,))
         self.x, self.condition = points.x_t(self.batch, T, 0), self.batch.condition
         self.t, self.lengths = torch.full((clips,), T, device=self.device), self.condition.lengths
         self.probe = FogaProbe(self.model, points, graph=self.device.type == "cuda")
 
-    def velocity(self, rows: int = 1) -> torch.Tensor:
-        return self.model(self.x.repeat(rows, 1, 1), self.t, self.condition).v
+    def all_variants(self) -> torch.Tensor:
+        """Return the velocities of a batch with every variant of every clip, (V, C, T, M)."""
+        return self.model(self.x.repeat(len(self.gates), 1, 1), self.t, self.condition).v.unflatten(0, (-1, self.clips))
+
+    def scores(self, velocities: torch.Tensor) -> torch.Tensor:
+        """Return the changes (L, C) of all variants against the first."""
+        return velocity_change(velocities[1:], velocities[0], self.lengths)
 
     @torch.no_grad()
     def sequential(self) -> torch.Tensor:
-        base, variants = self.velocity(), []
-        blocks = self.model.blocks
-        for left_out in range(len(blocks)):
-            self.model.blocks = torch.nn.ModuleList(b for number, b in enumerate(blocks) if number != left_out)
-            variants.append(self.velocity())
-        self.model.blocks = blocks
-        return velocity_change(torch.stack(variants), base, self.lengths)
+        return self.scores(sequential_velocities(self.model, self.x, self.t, self.condition))
 
     @torch.no_grad()
     def stacked(self) -> torch.Tensor:
-        with self._row_gates():
-            v = self.velocity(len(self.gates)).unflatten(0, (-1, self.clips))
-        return velocity_change(v[1:], v[0], self.lengths)
+        with row_gates(self.model, self.gates, self.clips):
+            return self.scores(self.all_variants())
 
     @torch.no_grad()
     def prefix_shared(self, max_rows: int | None = None) -> torch.Tensor:
         options = {"row_arguments": (), "check_rows": False, "max_rows": max_rows}
-        with multi_gate(self.model.blocks, self.gates, **options):
-            v = self.velocity(len(self.gates)).unflatten(0, (-1, self.clips))
-        return velocity_change(v[1:], v[0], self.lengths)
+        with multi_gate(self.model.blocks, self.plan, **options):
+            return self.scores(self.all_variants())
 
     def chunked(self) -> torch.Tensor:
         return self.prefix_shared(len(self.gates) * self.clips // 4)
 
-    def replayed(self) -> torch.Tensor:
+    def launched(self) -> torch.Tensor:
         """With what a run's probe does besides: the noise, the floor (L block forwards more), the copies."""
         return self.probe.launch(self.batch).values[..., 0, 0]
 
-    @contextmanager
-    def _row_gates(self):
-        for layer, block in enumerate(self.model.blocks):
-            gate = self.gates[:, layer].repeat_interleave(self.clips).to(self.device)
-            block.forward = partial(type(block).forward, block, gate=gate)
-        try:
-            yield
-        finally:
-            for block in self.model.blocks:
-                del block.forward
+    def methods(self) -> dict[str, Callable[[], torch.Tensor]]:
+        """Return the methods by name; each gives the scores (L, C)."""
+        ways = (self.sequential, self.stacked, self.prefix_shared, self.chunked, self.launched)
+        return dict(zip(METHODS, ways, strict=True))
+
+    def to_time(self) -> dict[str, Callable[[], object]]:
+        """Return the methods as they are timed: on a GPU as replays of CUDA graphs, since a run replays its probe."""
+        methods = self.methods()
+        if self.device.type == "cuda":
+            methods |= {name: graphed(methods[name])[0] for name in METHODS[:-1]}  # the last captures itself
+        return methods
+
+    def block_forwards(self) -> dict[str, int]:
+        """Return how often each method runs a block."""
+        depth, shared = len(self.model.blocks), count_block_forwards(self.gates.cpu())
+        counts = (depth * depth, depth * (depth + 1), shared, shared, shared + depth)
+        return dict(zip(METHODS, counts, strict=True))
 
 
 def random_batch(clips: int, frames: int, device) -> ProbeBatch:
@@ -120,18 +129,9 @@ def training_step(case: Case, batch: int, frames: int):
 
 def measure(depth: int, args: argparse.Namespace) -> dict:
     case = Case(depth, args.dim, args.frames, args.clips)
-    last = "graphed" if case.device.type == "cuda" else "buffers"
-    methods = {
-        "sequential": case.sequential,
-        "stacked": case.stacked,
-        "prefix-shared": case.prefix_shared,
-        "chunked": case.chunked,
-        last: case.replayed,
-    }
-    shared = count_block_forwards(case.gates)
-    forwards = dict(zip(methods, (depth * depth, depth * (depth + 1), shared, shared, shared + depth), strict=True))
+    methods, forwards = case.methods(), case.block_forwards()
     scores = {name: method() for name, method in methods.items()}
-    timed = time_interleaved(methods, args.repeats)
+    timed = time_interleaved(case.to_time(), args.repeats)
     step = time_interleaved({"step": training_step(case, args.batch, args.frames)}, max(2, args.repeats // 2))["step"]
     for name, result in timed.items():
         result["block_forwards"] = forwards[name]

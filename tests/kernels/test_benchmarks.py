@@ -17,6 +17,7 @@ import bench_ada_norm  # noqa: E402
 import bench_block  # noqa: E402
 import gpu_suite  # noqa: E402
 from _bench import compare  # noqa: E402
+from _decisions import decide  # noqa: E402
 
 QUICK = ["--repeats", "2", "--compiler", "aot_eager"]
 
@@ -81,18 +82,26 @@ def suite(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
-def test_dry_run_of_the_gpu_suite(tmp_path):
-    done = suite("--dry-run", "--out", tmp_path / "out.json")
+def test_dry_run_of_the_gpu_suite(preset, tmp_path):
+    done = suite("--dry-run", "--preset", preset, "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    results = json.loads((tmp_path / "gpu_dry_run.json").read_text())["results"]
     assert results.keys() == gpu_suite.LIMITS.keys()
     assert all(result["status"] == "ok" for result in results.values())
+    assert results["demo"]["trained"]["probes that failed"] == 0
+    assert results["demo"]["trained"]["val/flow_loss"] == results["demo"]["resumed"]["val/flow_loss"]
     assert results["accuracy"]["kernels/test_ada_norm"] == {"passed": 1, "failed": []}
-    assert results["foga"]["block_forwards"] == 3 * 4 // 2
+    assert results["foga"]["block forwards"]["prefix-shared"] == 3 * 4 // 2
     assert results["foga"]["stacked max score difference"] < 1e-5
     for operation in (*results["ops"].values(), *results["alignment"].values()):
         if isinstance(operation, dict) and "fused" in operation:
             assert "wrong" not in operation["fused"]
+    for methods in (value for name, value in results["attention"].items() if name.startswith("T")):
+        assert "wrong" not in methods["attend"]
+    assert {path.name for path in tmp_path.glob("trace_*")} == {"trace_step.json.gz", "trace_zero2.json.gz"}
+    tables = done.stdout.partition("\ndecisions\n")[2]
+    assert "probes and graphs in a run" in tables
+    assert "1.5B parameters" in tables
 
 
 def test_without_a_gpu_the_suite_says_so():
@@ -104,10 +113,65 @@ def test_without_a_gpu_the_suite_says_so():
     assert "no GPU" in done.stdout
 
 
-def test_a_part_that_fails_or_hangs_does_not_stop_the_others(monkeypatch):
+def test_a_part_that_fails_or_hangs_does_not_stop_the_others(monkeypatch, tmp_path):
     monkeypatch.setenv("AGREPA_BACKEND", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # so nothing can run it here
-    ran = gpu_suite.run_parts(["ceilings", "foga", "sdpa"], True, 100)
-    assert [part["status"].partition(",")[0] for part in ran.values()] == ["ok", "failed", "ok"]
-    assert "Error" in ran["foga"]["log"][-1]
-    assert gpu_suite.run_parts(["ceilings"], True, 0.1)["ceilings"]["status"] == "stopped after 0 s"
+    failed = gpu_suite.run_part("foga", ["--dry-run"], tmp_path, 100)
+    assert failed["status"].startswith("failed, ")
+    assert "Error" in failed["log"][-1]
+    stopped = gpu_suite.run_part("ceilings", ["--dry-run"], tmp_path, 0.1)
+    assert stopped["status"] == "stopped after 0 s"
+    assert stopped["log"] == []
+
+
+def timing(seconds: float, **others) -> dict:
+    return {"median_s": seconds, "p20_s": seconds, "p80_s": seconds, **others}
+
+
+def answers(**results) -> dict[str, str]:
+    return {row[0]: row[3] for row in decide(results)}
+
+
+def test_a_run_without_a_choice_of_layers_is_no_success():
+    graphs, losses = [3, 40], {"first": 1.0, "last": 0.5}
+    right = {"probes that failed": 0, "graphs captured, replayed": graphs, "selection": "L1", "val/flow_loss": losses}
+    assert set(answers(demo={"trained": right, "resumed": right}).values()) == {"yes", ""}
+    for wrong in ({"probes that failed": 1}, {"graphs captured, replayed": [0, 0]}, {"selection": None}):
+        assert answers(demo={"trained": right | wrong, "resumed": right})["probes and graphs in a run"] == "NO"
+    other = right | {"val/flow_loss": {"first": 1.0, "last": 0.52}}
+    assert answers(demo={"trained": right, "resumed": other})["a resumed run ends alike"] == "NO"
+
+
+def test_a_change_that_gains_nothing_is_dropped():
+    zero2 = {"eager": timing(0.1), "without: a": timing(0.11), "without: b": timing(0.1), "train.graphs": timing(0.09)}
+    said = answers(zero2=zero2 | {"status": "ok"})
+    assert said["ZeRO-2 step, without: a"] == "keep, 9.1%"
+    assert said["ZeRO-2 step, without: b"] == "drop"
+    assert said["ZeRO-2 step, train.graphs"] == "keep, 10.0%"
+
+
+def test_the_tile_that_is_fastest_at_all_sizes_is_taken():
+    sizes = {
+        "ada_norm_bwd 60032 tokens": {"a": timing(2.0, gb_per_s=1500.0), "b": timing(1.8), "c": {"wrong": "y"}},
+        "ada_norm_bwd 15008 tokens": {"a": timing(0.5), "b": timing(0.49), "c": timing(0.1)},
+    }
+    said = answers(tiles=sizes, ceilings={"copy_60k_tokens_gb_per_s": 3000.0})
+    assert said["ada_norm_bwd, tile"] == "take b"
+    assert said["ada_norm_bwd, of a copy's bandwidth"] == "missed"
+
+
+def test_attention_that_is_wrong_is_named():
+    methods = {
+        "cudnn": {"wrong": "dqkv: nan"},
+        "efficient": timing(0.2),
+        "varlen_attn": timing(0.1),
+        "attend": timing(0.1),
+    }
+    rows = decide({"attention": {"T960 padded": methods, "status": "ok"}})
+    row = next(row for row in rows if row[0] == "attention, T960 padded")
+    assert row[1].endswith("wrong: cudnn")
+    assert row[3] == "right"
+
+
+def test_parts_without_results_leave_their_questions_open():
+    assert {row[1:] for row in decide({})} == {("not measured", "", "")}
