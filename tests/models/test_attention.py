@@ -49,6 +49,32 @@ def test_varlen_segments_equal_the_masked_softmax(monkeypatch, lengths):
     assert not gradient[~valid].any()
 
 
+@pytest.mark.parametrize("lengths", [None, (9, 4, 1)])
+def test_products_in_bf16_equal_the_fused_attention(monkeypatch, lengths):
+    """Where a CPU has bf16 instructions and a gradient is wanted; elsewhere SDPA computes it."""
+    lengths = None if lengths is None else torch.tensor(lengths)
+    results = []
+    for products in (False, True):
+        monkeypatch.setattr(attention, "_BF16_PRODUCTS", products)
+        packed = packed_inputs().requires_grad_()
+        out = attend(*(x.transpose(1, 2) for x in packed.unbind(2)), lengths)
+        results.append((out, torch.autograd.grad(out.float().square().sum(), packed)[0]))
+        with torch.no_grad():
+            results[-1] += (attend(*(x.transpose(1, 2) for x in packed.unbind(2)), lengths),)
+    for fused, products in zip(*results, strict=True):
+        torch.testing.assert_close(products, fused, atol=3e-2, rtol=3e-2)
+    assert not torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][2], results[1][2])
+
+
+def test_products_drop_weights_of_attention(monkeypatch):
+    monkeypatch.setattr(attention, "_BF16_PRODUCTS", True)
+    q, k, v = inputs()
+    outs = torch.stack([attend(q, k, torch.ones_like(v), None, dropout=0.5) for _ in range(200)]).float()
+    assert outs.mean().item() == pytest.approx(1.0, abs=0.02)
+    assert outs.std(0).min() > 0.05
+
+
 def on_gpu(dtype=torch.bfloat16, width=64, **others) -> SimpleNamespace:
     return SimpleNamespace(is_cuda=True, dtype=dtype, shape=(4, 2, 9, width), **others)
 

@@ -5,9 +5,13 @@
 | of one length, on a GPU | SDPA: cuDNN, or else flash |
 | of different lengths, on a GPU, in half precision | PyTorch's varlen_attn; with dropout flash-attn's, if installed |
 | of different lengths, on a GPU, else | memory-efficient SDPA with a mask |
-| on a CPU | SDPA, with a mask if lengths differ |
+| on a CPU with bf16 instructions, in bf16 with gradients, up to 512 frames | two matrix products around a softmax |
+| on a CPU, else | SDPA, with a mask if lengths differ |
 
-cuDNN never gets a mask: the backward of version 9.19 returns NaN at some lengths (pytorch issue 196678).
+cuDNN never gets a mask: the backward of version 9.19 returns NaN at some lengths (pytorch issue 196678). On CPUs, the
+backward of SDPA has no products in bf16: 8 clips of 190 frames with 3 heads take 21 ms, forward and backward, on an AMD
+EPYC with AVX512-BF16, and two products 7.4 (400 frames: 35 and 16). The products keep the weights of attention for the
+backward, 2 T^2 bytes per clip, head and block, and round scores to bf16: RMS errors are 0.7 % instead of 0.2 to 0.3 %.
 """
 
 from collections.abc import Callable
@@ -26,6 +30,8 @@ except ImportError:
     flash_attn_varlen_func = None
 
 _TORCH_HAS_FLASH = torch.backends.cuda.is_flash_attention_available()
+_BF16_PRODUCTS = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
+_SHORT = 512  # frames; the weights of attention of longer clips take too much memory
 _WITH_MASK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _WITHOUT_MASK = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *_WITH_MASK]
 
@@ -46,9 +52,18 @@ def attend(
     if q.is_cuda:
         with sdpa_kernel(_WITHOUT_MASK if mask is None else _WITH_MASK, set_priority=True):
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    elif _BF16_PRODUCTS and q.dtype == torch.bfloat16 and q.shape[2] <= _SHORT and torch.is_grad_enabled():
+        attended = _attend_by_products(q, k, v, mask, dropout)
     else:
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return attended.transpose(1, 2).flatten(2)
+
+
+def _attend_by_products(q, k, v, mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill_(~mask, -torch.inf)
+    return F.dropout(scores.softmax(-1), dropout) @ v
 
 
 def varlen_kernel(q: torch.Tensor, dropout: float) -> Callable[..., torch.Tensor] | None:
