@@ -55,15 +55,26 @@ def report() -> None:
         f"built, {isa}" if isa else "not built: the references run on CPUs",
         "" if isa else "install a C++ compiler (apt-get install g++), then pip install -e . again",
     )
-    cache = cache_dir()
-    for name in sorted(path.name for kind in ("apt", "pip") for path in (cache / kind).glob("*")):
-        table.add_row("fetched package", name, "")
+    for row in _cache():
+        table.add_row(*row)
     shards = Path(load_config("demo").data.path)
     prepared = (shards / "index.json").is_file()
     table.add_row("demo shards", str(shards) if prepared else "not prepared", "" if prepared else "agrepa prepare demo")
-    Console(width=int(os.environ.get("COLUMNS", 120))).print(table)
+    Console(width=shutil.get_terminal_size((120, 40)).columns).print(table)
     if any(_remedy(requirement) for requirement in required):
         raise SystemExit(1)
+
+
+def _cache() -> list[tuple[str, str, str]]:
+    """Return the rows about the cache and the packages in it."""
+    try:
+        cache = cache_dir()
+        packages = sorted(path.name for kind in ("apt", "pip") for path in (cache / kind).glob("*"))
+    except UserError as error:
+        return [("cache", "no place for it", str(error))]
+    parent = next(path for path in (cache, *cache.parents) if path.exists())
+    writable = "" if os.access(parent, os.W_OK | os.X_OK) else f"{parent} is read-only: set AGREPA_CACHE to fetch more"
+    return [("cache", str(cache), writable), *(("fetched package", name, "") for name in packages)]
 
 
 def _requirements() -> tuple[list[Requirement], list[Requirement]]:

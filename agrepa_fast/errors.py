@@ -1,6 +1,7 @@
 """Errors that a user can put right, and the nearest known name for one that is misspelt."""
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -18,3 +19,20 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error in one line: of an OSError the file and the reason, and what to set if there is no
+    folder for temporary files."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror is not None:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        if error.strerror.startswith("No usable temporary directory"):
+            text += ": set TMPDIR to a folder that can be written"
+    return " ".join(text.splitlines()) or type(error).__name__
+
+
+def print_any_name() -> None:
+    """Let stdout write names that its encoding cannot, as stderr does, instead of raising UnicodeEncodeError."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")

@@ -22,15 +22,22 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from .errors import UserError
-from .files import file_sha256
+from .files import file_sha256, local_path
 
 _POLL_SECONDS = 0.25
 _STALE_LISTS = ("Unable to locate package", "404  Not Found")  # apt-get's reasons that fresh lists put right
 
 
 def cache_dir() -> Path:
-    """Return $AGREPA_CACHE, or ~/.cache/agrepa_fast. Does not create it."""
-    return Path(os.environ.get("AGREPA_CACHE") or Path.home() / ".cache" / "agrepa_fast").expanduser().absolute()
+    """Return $AGREPA_CACHE, or ~/.cache/agrepa_fast. Does not create it. Raises UserError if no home folder is
+    known."""
+    given = os.environ.get("AGREPA_CACHE")
+    try:
+        return local_path(given or "~/.cache/agrepa_fast").absolute()
+    except UserError as error:
+        raise UserError(
+            f"no home folder is known here: set {'HOME' if given else 'AGREPA_CACHE'} to a folder"
+        ) from error
 
 
 def fetch_apt(name: str) -> Path:

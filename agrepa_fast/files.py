@@ -1,18 +1,68 @@
-"""Files that are whole or absent, their hashes, and a lock that keeps other processes out of a folder."""
+"""Files that are whole or absent, their hashes, paths as users type them, and a lock that keeps other processes out of
+a folder."""
 
 import errno
 import fcntl
 import hashlib
 import os
 import socket
+import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, ClassVar, Self, TextIO
 from weakref import WeakValueDictionary
 
 from .errors import UserError
+
+
+def local_path(text: str | Path) -> Path:
+    """Return the path that a user has typed, with ~ for the home folder. Raises UserError if there is no home folder to
+    put in its place."""
+    path = os.path.expanduser(text)  # noqa: PTH111 - Path's raises RuntimeError
+    if path.startswith("~"):
+        raise UserError(f"{text}: no home folder is known here: set HOME, or write the whole path")
+    return Path(path)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file, without its byte order mark. Raises UserError, in one line, for another encoding
+    and for a file that cannot be read."""
+    try:
+        return path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def check_readable(path: Path) -> None:
+    """Raise UserError if a file cannot be opened, with the system's reason: other packages call every such file
+    missing."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def check_writable(folder: Path, name: str) -> None:
+    """Raise UserError, beginning with `name`, unless files can be written into a folder, which need not exist yet.
+    Leaves nothing behind. Call it before work whose results go there."""
+    made = []
+    try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{name} {folder} cannot be written ({error.strerror or error}): choose another folder"
+        ) from error
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
 
 
 def file_sha256(path: Path) -> str:
@@ -91,7 +141,7 @@ class FolderLock:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = (self.folder / ".lock").open("a+")
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        except OSError as error:
             raise UserError(f"{self.folder} cannot be written ({error.strerror}): {self.remedy}") from error
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

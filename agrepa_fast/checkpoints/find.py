@@ -1,4 +1,4 @@
-"""Finding a checkpoint or an export, and telling whether it is whole.
+"""Find a checkpoint or an export, and tell whether it is whole.
 
 A checkpoint is complete when its marker is there and every file has the size that the marker names. An export is a
 folder of weights and settings with export.json in the marker's place.
@@ -7,8 +7,10 @@ folder of weights and settings with export.json in the marker's place.
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
+from ..files import read_text
 
 MARKER = "checkpoint.json"
 EXPORT = "export.json"
@@ -16,18 +18,23 @@ POINTERS = ("latest", "best")  # files that name a checkpoint
 
 
 def read_marker(path: Path) -> dict | None:
-    """Return the content of a checkpoint's marker; None if it is missing or cannot be read."""
+    """Return the content of a checkpoint's marker; None if it is missing or no marker. Raises UserError if the file
+    system does not let it be read."""
     try:
-        return json.loads((path / MARKER).read_text())
-    except (OSError, ValueError):
+        facts = json.loads((path / MARKER).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    except OSError as error:
+        raise UserError(f"{path / MARKER} cannot be read: {error.strerror}") from error
+    whole = isinstance(facts, dict) and facts.keys() >= {"saved", "step"} and isinstance(facts.get("files"), dict)
+    return facts if whole else None
 
 
 def damage(path: Path) -> str | None:
     """Return the first fault of a checkpoint that has its marker; None if it is complete."""
     facts = read_marker(path)
     if facts is None:
-        return f"{MARKER} cannot be read"
+        return f"{MARKER} is damaged"
     for name, size in facts["files"].items():
         found = (path / name).stat().st_size if (path / name).is_file() else "no"
         if found != size:
@@ -37,8 +44,19 @@ def damage(path: Path) -> str | None:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints of a checkpoints folder, in the order in which they were saved."""
-    paths = [path.parent for path in folder.glob(f"*/{MARKER}") if damage(path.parent) is None]
+    paths = [path for path in _marked(folder) if damage(path) is None]
     return sorted(paths, key=lambda path: read_marker(path)["saved"])
+
+
+def _marked(folder: Path) -> list[Path]:
+    """Return the checkpoints that have a marker. Raises UserError for a folder that exists and cannot be listed: a glob
+    would find nothing in it."""
+    try:
+        return sorted(path for path in folder.iterdir() if (path / MARKER).is_file())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
 
 
 def find_checkpoint(run: Path, name: str, say: Callable[[str], object] = lambda line: None) -> Path:
@@ -46,11 +64,13 @@ def find_checkpoint(run: Path, name: str, say: Callable[[str], object] = lambda 
     the newest one, `latest` is the newest that is whole, and `say` is told. Raises UserError if there is none."""
     folder = run / "checkpoints"
     whole = complete_checkpoints(folder)
-    if not whole and (damaged := sorted(path.parent for path in folder.glob(f"*/{MARKER}"))):
+    if not whole and (damaged := _marked(folder)):
         raise UserError(f"{damaged[-1]} is damaged: {damage(damaged[-1])}; no checkpoint of {run} is whole")
     if not whole:
         raise UserError(f"{run} has no checkpoint to resume: it ended before its first train.save_every steps")
-    tag = (folder / name).read_text().strip() if name in POINTERS and (folder / name).is_file() else name
+    tag = name
+    if name in POINTERS and (folder / name).is_file():
+        tag = (folder / name).read_text(errors="replace").strip()
     if folder / tag in whole:
         return folder / tag
     fault = damage(folder / tag) if (folder / tag / MARKER).is_file() else None
@@ -80,4 +100,12 @@ def resolve_checkpoint(path: Path) -> Path:
 def step_of(path: Path) -> int:
     """Return the optimizer step of a checkpoint or an export."""
     name = MARKER if (path / MARKER).is_file() else EXPORT
-    return json.loads((path / name).read_text())["step"]
+    return read_facts(path / name, "step")
+
+
+def read_facts(file: Path, name: str) -> Any:
+    """Return one entry of a marker or of an export.json. Raises UserError if the file or the entry cannot be read."""
+    try:
+        return json.loads(read_text(file))[name]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}): export it again") from error

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+
+from ..tensor_files import open_tensors
 
 
 def random_state() -> dict[str, torch.Tensor]:
@@ -18,7 +19,8 @@ def restore_random_state(file: Path, seed: int) -> None:
     """Restore the state that this rank saved to `file`; start from `seed` if the save had no such rank."""
     torch.manual_seed(seed)
     if file.is_file():
-        state = load_file(file)
+        with open_tensors(file, "take another checkpoint") as stored:
+            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         torch.set_rng_state(state["cpu_rng"])
         if torch.cuda.is_available() and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"])

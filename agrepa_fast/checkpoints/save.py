@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from ..config import Config
 from ..config_file import save_config
@@ -26,6 +25,7 @@ from ..errors import UserError
 from ..files import flush, write_atomically
 from ..probing.schedule import LayerChoice
 from ..ranks import first_failure, on_rank_0
+from ..tensor_files import save_tensors
 from ..zero.ema import Ema
 from ..zero.masters import full_weights
 from ..zero.state_files import layout, save_engine, step_counters
@@ -106,18 +106,18 @@ class Checkpoints:
 
     def _write_files(self, write: "_Writer", path: Path, engine, ema: Ema, choice: LayerChoice) -> None:
         save_engine(engine, path, write)
-        write(save_file, random_state(), path / f"rank{self.rank}.safetensors")
+        write(save_tensors, random_state(), path / f"rank{self.rank}.safetensors")
         state = {"choice": choice.state_dict(), "engine": step_counters(engine), "ema_updates": ema.updates}
         weights = full_weights(engine)
         if self.rank == 0:
             write(torch.save, state, path / "state.pt")
-            write(save_file, weights, path / "model.safetensors")
+            write(save_tensors, weights, path / "model.safetensors")
         del weights  # two whole models at once are too many
         with ema.applied():
             averaged = full_weights(engine)
         if self.rank == 0:
-            write(save_file, averaged, path / "ema.safetensors")
-            write(save_file, choice.aligner.export(), path / "heads.safetensors")
+            write(save_tensors, averaged, path / "ema.safetensors")
+            write(save_tensors, choice.aligner.export(), path / "heads.safetensors")
             write(save_config, self.config, path / "config.yaml")
             write((path / "shards.json").write_text, json.dumps(shard_facts(self.index), indent=1))
             if choice.aligner.selection is not None:

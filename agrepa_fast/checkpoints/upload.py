@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import check_writable
 from .find import MARKER, POINTERS, complete_checkpoints
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "attribution.csv", "selection.json")  # a resume reads them, too
@@ -23,12 +24,15 @@ class Mirror:
 
     def __init__(self, run: Path, to: str, run_id: str | None, say: Callable[[str], object]):
         import fsspec
+        import fsspec.implementations.local
 
         try:
             self.fs, root = fsspec.core.url_to_fs(to)
         except (ImportError, ValueError) as error:
             raise UserError(f"train.copy_to={to}: {error}") from error
         self.run, self.root, self.to, self.say = run, root.rstrip("/"), to, say
+        if isinstance(self.fs, fsspec.implementations.local.LocalFileSystem):
+            check_writable(Path(self.root), "train.copy_to")
         self._refuse_another_run(run_id)
         self.copying: str | None = None  # the tag that the run must not remove now
         self._lock, self._changed = threading.Lock(), False

@@ -13,8 +13,12 @@ import torch
 from ..config import Config
 from ..config_file import load_config, save_config
 from ..errors import UserError
+from ..files import check_writable, write_atomically
 from ..models.audio_dit.dit import AudioDiT
-from .find import EXPORT, resolve_checkpoint, step_of
+from ..tensor_files import open_tensors
+from .find import EXPORT, read_facts, resolve_checkpoint, step_of
+
+_REMEDY = "take it from another checkpoint"
 
 
 def load_model(path: str | Path, *, live: bool = False) -> tuple[AudioDiT, Config]:
@@ -38,7 +42,7 @@ def load_weights(model: AudioDiT, weights: Path, source: str) -> None:
     from ..zero.construction import gathered, whole_shape
 
     parameters = dict(model.named_parameters())
-    with _open(weights) as file, torch.no_grad():
+    with open_tensors(weights, _REMEDY) as file, torch.no_grad():
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         for name in sorted(parameters.keys() | stored.keys()):
             expected = whole_shape(parameters[name]) if name in parameters else None
@@ -55,7 +59,7 @@ def load_projections(path: Path) -> dict[str, torch.Tensor]:
     file = path / "heads.safetensors"
     if not file.is_file():
         raise UserError(f"{path}: {file.name} is missing")
-    with _open(file) as weights:
+    with open_tensors(file, _REMEDY) as weights:
         names = [name for name in weights.keys() if name.startswith("bitc.")]  # noqa: SIM118
         return {name.split(".")[1]: weights.get_tensor(name) for name in names}
 
@@ -65,7 +69,7 @@ def weights_file(path: Path, live: bool = False) -> Path:
     has no such weights."""
     file = path / ("model.safetensors" if live else "ema.safetensors")
     if (path / EXPORT).is_file():
-        exported = json.loads((path / EXPORT).read_text())["weights"]
+        exported = read_facts(path / EXPORT, "weights")
         if live and exported != "live":
             raise UserError(f"{path} is an export of averaged weights: the live ones are in the run's checkpoint")
         file = path / "model.safetensors"
@@ -76,27 +80,24 @@ def weights_file(path: Path, live: bool = False) -> Path:
 
 def export(path: Path, out: Path, *, live: bool = False) -> None:
     """Write the weights of a checkpoint, and the files that `load_model` reads, to a new folder. Raises UserError if
-    `out` is not empty."""
+    `out` is not empty or cannot be written. An export that fails leaves none of its files."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is not empty: choose a new folder")
+    check_writable(out, "--out")
     _, config = load_model(path, live=live)  # so that nothing is exported that does not load
     facts = {"step": step_of(path), "weights": "live" if live else "averaged"}
     for name in ("shards", "selection"):
         file = path / f"{name}.json"
         facts[name] = json.loads(file.read_text()) if file.is_file() else None
     out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(weights_file(path, live), out / "model.safetensors")
-    for name in ("heads.safetensors", "selection.json"):
-        if (path / name).is_file():
-            shutil.copyfile(path / name, out / name)
-    save_config(config, out / "config.yaml")
-    (out / EXPORT).write_text(json.dumps(facts, indent=1) + "\n")  # last: without it the folder is no export
-
-
-def _open(file: Path):
-    from safetensors import SafetensorError, safe_open
-
     try:
-        return safe_open(file, "pt")
-    except SafetensorError as error:
-        raise UserError(f"{file} is no whole safetensors file ({error}): take it from another checkpoint") from error
+        shutil.copyfile(weights_file(path, live), out / "model.safetensors")
+        for name in ("heads.safetensors", "selection.json"):
+            if (path / name).is_file():
+                shutil.copyfile(path / name, out / name)
+        save_config(config, out / "config.yaml")
+        write_atomically(out / EXPORT, json.dumps(facts, indent=1) + "\n")  # last: without it the folder is no export
+    except BaseException:
+        for file in out.iterdir():
+            file.unlink()
+        raise

@@ -17,6 +17,7 @@ import torch
 
 from ..errors import UserError
 from ..ranks import on_rank_0
+from ..tensor_files import open_tensors
 from .construction import whole_shape
 from .masters import WholeTensors, master_parameters, publish_masters, write_masters
 from .optimizers import optimizer_inside, set_step
@@ -28,9 +29,7 @@ FOLDER = "universal"
 
 def whole_tensors(file: Path) -> WholeTensors:
     """Return a function that reads one tensor of a safetensors file by its name."""
-    from safetensors import safe_open
-
-    return safe_open(file, "pt").get_tensor
+    return open_tensors(file, "take another checkpoint").get_tensor
 
 
 def load_recut(engine, path: Path, stage: int, counters: dict, say: Callable[[str], object]) -> None:

@@ -10,10 +10,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from agrepa_fast.config_file import load_config, save_config
 from agrepa_fast.errors import UserError
-from agrepa_fast.files import FolderLock, file_sha256, flush, replace_file, write_atomically
+from agrepa_fast.fetch import cache_dir
+from agrepa_fast.files import (
+    FolderLock,
+    check_readable,
+    check_writable,
+    file_sha256,
+    flush,
+    local_path,
+    read_text,
+    replace_file,
+    write_atomically,
+)
+from agrepa_fast.tensor_files import open_tensors, save_tensors
 
 from ..ranks import ROOT
 
@@ -173,3 +186,63 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file cannot be written \(File exists\): choose another --out"):
         FolderLock(tmp_path / "file", "choose another --out").acquire()
+
+
+class TestPlaces:
+    def test_a_folder_is_checked_before_the_work_and_left_as_it_was(self, tmp_path):
+        check_writable(tmp_path / "a" / "b", "--out")
+        check_writable(tmp_path, "--out")
+        assert not list(tmp_path.iterdir())
+        (tmp_path / "file").touch()
+        for folder in (tmp_path / "file", tmp_path / "file" / "a", tmp_path / ("a" * 300), Path("/proc/a")):
+            with pytest.raises(UserError, match=r"--out .* cannot be written \("):
+                check_writable(folder, "--out")
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def test_home_folders(self, monkeypatch):
+        monkeypatch.setenv("HOME", "/home/me")
+        assert local_path("~/a") == Path("/home/me/a")
+        assert local_path("~") == Path("/home/me")
+        assert local_path("a/~") == Path("a/~")
+        with pytest.raises(UserError, match="no home folder is known here: set HOME"):
+            local_path("~nobody-of-this-name/a")
+
+    def test_a_process_without_home_and_user_entry(self, monkeypatch):
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(os, "getuid", lambda: 12345)  # no entry has it
+        with pytest.raises(UserError, match="no home folder is known here: set HOME"):
+            local_path("~/a")
+        monkeypatch.delenv("AGREPA_CACHE", raising=False)
+        with pytest.raises(UserError, match="set AGREPA_CACHE"):
+            cache_dir()
+        monkeypatch.setenv("AGREPA_CACHE", "relative")
+        assert cache_dir() == Path.cwd() / "relative"
+
+    def test_a_file_that_cannot_be_read_is_named_with_the_reason(self, tmp_path):
+        for read in (read_text, check_readable):
+            with pytest.raises(UserError, match=r"nothing cannot be read: No such file"):
+                read(tmp_path / "nothing")
+            with pytest.raises(UserError, match=r"cannot be read: Is a directory"):
+                read(tmp_path)
+
+
+class TestTensorFiles:
+    @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])
+    def test_the_umask_decides_who_may_read_weights(self, mask, tmp_path):
+        before = os.umask(mask)
+        try:
+            save_tensors({"a": torch.ones(2)}, tmp_path / "weights.safetensors")
+            (tmp_path / "other").touch()
+        finally:
+            os.umask(before)
+        assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+    def test_damage_and_absence_are_told_apart(self, tmp_path):
+        save_tensors({"a": torch.ones(2)}, tmp_path / "weights.safetensors")
+        with open_tensors(tmp_path / "weights.safetensors", "take another") as file:
+            assert file.get_tensor("a").tolist() == [1, 1]
+        with pytest.raises(UserError, match="cannot be read: No such file"):
+            open_tensors(tmp_path / "nothing", "take another")
+        (tmp_path / "weights.safetensors").write_bytes(b"half")
+        with pytest.raises(UserError, match=r"no whole safetensors file .*: take another"):
+            open_tensors(tmp_path / "weights.safetensors", "take another")

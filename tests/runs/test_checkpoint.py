@@ -126,7 +126,7 @@ def test_a_disk_that_is_full_at_any_file_leaves_the_older_checkpoint(made, tmp_p
 
         with monkeypatch.context() as patch:
             patch.setattr(torch, "save", full(torch.save, lambda args: Path(args[1])))
-            patch.setattr(checkpoint, "save_file", full(checkpoint.save_file, lambda args: args[1]))
+            patch.setattr(checkpoint, "save_tensors", full(checkpoint.save_tensors, lambda args: args[1]))
             patch.setattr(Path, "write_text", full(Path.write_text, lambda args: args[0]))
             for module in (checkpoint, config_file):
                 half_written = full(write_atomically, lambda args: args[0].with_suffix(".part"))
