@@ -86,7 +86,6 @@ setup(
         "braceexpand",
         "fsspec[http]",
         "transformers>=5,<6",
-        "omegaconf>=2.3",
         "pydantic>=2.7,<3",
         "packaging",
         "tenacity>=8.2",

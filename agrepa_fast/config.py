@@ -6,6 +6,7 @@ checked, and saved resolved in the run's folder. `agrepa config` prints it.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,10 @@ from .settings import (
     Count,
     Fraction,
     NotNegative,
+    Period,
     Positive,
+    Processes,
+    Seed,
     Share,
     ShareAboveZero,
     ShareBelowOne,
@@ -40,6 +44,7 @@ RECIPES = ("corrected", "official")
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # flow times of probes and of validation
 GELUS = ("erf", "tanh")
 INITS = ("adaln_zero", "release")
+_LAYERS = re.compile(r"\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*")
 
 
 def _check(condition: bool, message: str) -> None:
@@ -51,9 +56,9 @@ def _check(condition: bool, message: str) -> None:
 class RunConfig:
     """Where a run is written, and what makes it reproducible."""
 
-    dir: str | None = setting(None, "folder of the run; null: runs/<preset>-<date-time>", resume=True)
+    dir: str | None = setting(None, "folder; null: runs/<preset>-<date-time>-<part of run.id>", resume=True, path=True)
     id: str | None = setting(None, "made when a run begins; a resume takes only checkpoints that carry it")
-    seed: int = setting(0, "of weights, order of clips, noise, times and condition drops")
+    seed: Seed = setting(0, "of weights, order of clips, noise, times and condition drops")
     preset: str | None = setting(None, "name of the preset or file that this configuration came from")
 
 
@@ -96,7 +101,7 @@ class ModelConfig:
 class MelConfig:
     """The mels of the shards. `agrepa prepare` computes them once."""
 
-    max_seconds: Positive = setting(10.0, "recordings are cut once, in prepare, never later")
+    max_seconds: Period = setting(10.0, "recordings are cut once, in prepare, never later")
     min_seconds: Positive = setting(0.5, "shorter recordings are skipped")
     sample_rate: Count = setting(24000, "Hz")
     n_fft: Count = setting(1024, "samples of a window and of its Fourier transform")
@@ -161,14 +166,14 @@ class LoadingConfig:
     """Where shards are read from, and how."""
 
     path: str = setting(
-        "data/demo", "folder of shards with index.json, or its URL: http(s)://, s3://, what fsspec reads", resume=True
+        "data/demo", "folder of shards, or its URL: http(s)://, s3://, what fsspec reads", resume=True, path=True
     )
     speech_share: Share = setting(0.5, "share of speech among the clips, if both domains are there")
-    workers: Whole = setting(0, "loader processes per rank; 0 reads in the training process", resume=True)
+    workers: Processes = setting(0, "loader processes per rank; 0 reads in the training process", resume=True)
     max_faults: Share = setting(
         0.001, "share of the training clips that may be unreadable before the run stops", resume=True
     )
-    read_timeout: Positive = setting(
+    read_timeout: Period = setting(
         60.0, "seconds that one attempt to read a URL may take, and 1 s more per MB", resume=True
     )
     read_attempts: Count = setting(6, "attempts to read a URL, with exponential back-off", resume=True)
@@ -233,7 +238,7 @@ class AlignConfig:
         name, _, layers = self.strategy.partition(":")
         _check(name in STRATEGIES, f"align.strategy={self.strategy!r} is unknown: {nearest(name, STRATEGIES)}")
         _check(
-            (name == "fixed") == bool(layers) and all(part.strip().isdigit() for part in layers.split(",") if layers),
+            (name == "fixed") == bool(layers) and (not layers or _LAYERS.fullmatch(layers)),
             f"align.strategy={self.strategy!r}: layers are written fixed:4,8,12, and only for fixed",
         )
         measured = name in MEASURED
@@ -291,7 +296,7 @@ class TrainConfig:
     """Optimisation. Steps are optimizer steps, whatever the number of ranks and of accumulated micro-batches."""
 
     steps: Count = setting(500_000, "optimizer steps", resume=True)
-    start_from: str | None = setting(None, "weights to start with: a run, or one of its checkpoints; null: random ones")
+    start_from: str | None = setting(None, "run or checkpoint whose weights it starts with; null: random", path=True)
     batch_clips: Count = setting(16, "clips per optimizer step, over all ranks and micro-batches")
     batch_frames: Positive | None = setting(
         None, "instead: the cost per optimizer step, the sum over clips of frames + c frames^2, c the cost of attention"
@@ -329,11 +334,9 @@ class TrainConfig:
     keep_best: Whole = setting(
         1, "checkpoints with the lowest validation flow loss kept beside them; `best` names the first", resume=True
     )
-    copy_to: str | None = setting(
-        None, "a folder or an fsspec URL that checkpoints are copied to in the background", resume=True
-    )
+    copy_to: str | None = setting(None, "folder or fsspec URL that checkpoints are copied to", resume=True, path=True)
     log_every: Count = setting(10, "steps between log lines", resume=True)
-    patience: Positive = setting(30.0, "minutes that ranks wait for one that does not answer", resume=True)
+    patience: Period = setting(30.0, "minutes that ranks wait for one that does not answer", resume=True)
 
     def __post_init__(self) -> None:
         window = self.profile

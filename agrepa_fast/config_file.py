@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .config import PRESETS, Config
 from .errors import UserError, nearest
-from .files import write_atomically
-from .settings import allowed, setting_names
+from .files import local_path, read_text, write_atomically
+from .settings import allowed, base_type, setting_names
+from .text_yaml import dump, parse
 
 _SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
 
@@ -31,6 +33,13 @@ overrides and saves the result as `config.yaml` in its folder; `agrepa config PR
 without running anything. An unknown name, a wrong type and a value out of bounds end a command with one line and exit
 code 2. A resumed run may change the settings marked °; it must leave all others as they were.
 
+A value on the command line is the text that was typed: `run.dir=20241128_153000` and `run.dir=1e5` are names, and so is
+`run.dir=None`. Only `null` stands for no value, where the setting takes null. Lists are written `[0.5,0.7]`. In a file,
+a plain `null`, `~` or nothing at all stands for no value: put a name like these in quotes. `~/` at the start of a path
+is the home folder, and a relative path starts at the working directory, wherever the path is written: in an override, a
+file, an option or `AGREPA_CACHE`. Files are UTF-8, with or without a byte order mark. Numbers are finite and fit 32
+bits, seeds 64.
+
 Presets: `demo` (minutes on two CPU cores), `agrepa-a` (the paper's 24 x 1024), `agrepa-b` (with a second token),
 `agrepa-xl` (30 x 1664). Defaults below are those of a file that sets nothing; `agrepa config demo` shows the demo's."""
 
@@ -48,11 +57,9 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = PRESETS / f"{source}.yaml"
     if not path.is_file():
-        path = Path(source)
+        path = local_path(source)
         if path.suffix not in (".yaml", ".yml") or not path.is_file():
             raise UserError(f"preset {str(source)!r} is unknown: {nearest(str(source), preset_names())}")
-    for override in overrides:
-        _check_override(override)
     sections: dict[str, dict] = {name: {} for name in _SECTIONS}
     sections["run"]["preset"] = path.stem
     for values in (_read_file(path), _read_overrides(overrides)):
@@ -68,9 +75,7 @@ def save_config(config: Config, path: Path) -> None:
 
 def config_yaml(config: Config) -> str:
     """Return the configuration as load_config reads it."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    return dump(dataclasses.asdict(config))
 
 
 def settings_that_differ(saved: Config, config: Config) -> list[tuple[str, object, object]]:
@@ -86,48 +91,66 @@ def settings_that_differ(saved: Config, config: Config) -> list[tuple[str, objec
 
 
 def _read_file(path: Path) -> dict[str, dict]:
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
+    """Return the sections of a yaml file, without removed settings."""
     try:
-        content = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not OmegaConf.is_dict(content):
-        raise UserError(f"{path}: sections with fields are wanted, not a {type(OmegaConf.to_object(content)).__name__}")
-    return _checked(content, str(path))
+        content = parse(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict | None):
+        raise UserError(f"{path}: sections with fields are wanted, not a {type(content).__name__}")
+    sections = {}
+    for name, values in (content or {}).items():
+        if name not in _SECTIONS:
+            raise UserError(f"{path}: section {name!r} is unknown: {nearest(str(name), _SECTIONS)}")
+        if not isinstance(values, dict | None):
+            raise UserError(f"{path}: section {name!r} has the value {reprlib.repr(values)}, not settings")
+        for field, value in (values or {}).items():
+            _check_name(name, str(field))
+            _refuse_expression(f"{path}: {name}.{field}", value)
+        sections[name] = without_removed(name, values or {})
+    return sections
 
 
 def _read_overrides(overrides: Sequence[str]) -> dict[str, dict]:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    """Return the sections that overrides set, without removed settings."""
+    sections: dict[str, dict] = {}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        section, dot, field = name.partition(".")
+        if not (equals and dot):
+            raise UserError(f"{override!r} is no override: write section.field=value")
+        if section not in _SECTIONS:
+            raise UserError(f"section {section!r} is unknown: {nearest(section, _SECTIONS)}")
+        _check_name(section, field)
+        sections.setdefault(section, {})[field] = _typed_text(section, field, text)
+    return {section: without_removed(section, values) for section, values in sections.items()}
 
-    text = " ".join(overrides)
+
+def _check_name(section: str, field: str) -> None:
+    """Raise UserError for a setting that this version does not have, and earlier ones had not."""
+    names = setting_names(_SECTIONS[section])
+    if field not in names and f"{section}.{field}" not in _REMOVED:
+        raise UserError(f"{section}.{field} is unknown: {nearest(field, names)}")
+
+
+def _typed_text(section: str, field: str, text: str) -> object:
+    """Return a value that was typed: itself, None for null, and a list where one is wanted."""
+    _refuse_expression(f"{section}.{field}", text)
+    if text == "null":
+        return None
+    if f"{section}.{field}" in _REMOVED or base_type(_SECTIONS[section], field) is not list:
+        return text
     try:
-        return _checked(OmegaConf.from_dotlist(list(overrides)), text)
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{text}: {' '.join(str(error).split())}") from error
+        return parse(text)
+    except ValueError as error:
+        raise UserError(f"{section}.{field}={text}: {error}") from error
 
 
-def _checked(content, where: str) -> dict[str, dict]:
-    """Return the sections of omegaconf's `content` as dicts, without removed settings. where: a file or overrides."""
-    from omegaconf import OmegaConf
-
-    sections = OmegaConf.to_container(content, resolve=False)
-    # omegaconf would resolve it: ${oc.env:NAME} is a variable of the environment.
-    if "${" in json.dumps(sections, default=str):
-        raise UserError(f"{where}: ${{…}} is not expanded: write the value")
-    for name, values in sections.items():
-        if name not in _SECTIONS:
-            raise UserError(f"{where}: section {name!r} is unknown: {nearest(str(name), _SECTIONS)}")
-        if values is None:
-            sections[name] = {}
-        elif not isinstance(values, dict):
-            raise UserError(f"{where}: section {name!r} has the value {values!r}, not settings")
-        else:
-            sections[name] = without_removed(name, values)
-    return sections
+def _refuse_expression(name: str, value: object) -> None:
+    """Raise UserError for ${NAME}: other programs put a variable in its place, this one does not."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and "${" in text:
+            raise UserError(f"{name}={text}: ${{…}} is not expanded: write the value")
 
 
 def without_removed(section: str, values: dict) -> dict:
@@ -135,20 +158,17 @@ def without_removed(section: str, values: dict) -> dict:
     UserError for one that has another."""
     for field, value in values.items():
         implied, instead = _REMOVED.get(f"{section}.{field}", (None, None))
-        if implied is not None and value != implied(values):
+        if implied is not None and not _same(value, implied(values)):
             raise UserError(f"{section}.{field}={value} is no longer a setting: {instead}")
     return {field: value for field, value in values.items() if f"{section}.{field}" not in _REMOVED}
 
 
-def _check_override(override: str) -> None:
-    name, equals, _ = override.partition("=")
-    section, dot, field = name.partition(".")
-    if not (equals and dot):
-        raise UserError(f"{override!r} is no override: write section.field=value")
-    if section not in _SECTIONS:
-        raise UserError(f"section {section!r} is unknown: {nearest(section, _SECTIONS)}")
-    if name not in _REMOVED and field not in setting_names(_SECTIONS[section]):
-        raise UserError(f"{name} is unknown: {nearest(field, setting_names(_SECTIONS[section]))}")
+def _same(value: object, implied: object) -> bool:
+    """Whether two values are equal; numbers may be written as texts."""
+    try:
+        return float(value) == float(implied)
+    except (TypeError, ValueError, OverflowError):
+        return value == implied
 
 
 def config_reference() -> str:

@@ -16,7 +16,6 @@ for name in (
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
-    "omegaconf",
     "pytest",
     "rich.console",
     "scipy.stats",

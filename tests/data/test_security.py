@@ -312,11 +312,12 @@ class TestConfigurations:
         file.write_text(f"run: {{dir: {tag}}}\n")
         with pytest.raises(UserError):
             load_config(file)
+        assert load_config("demo", [f"run.dir={tag}"]).run.dir == tag  # a name, if an odd one
         with pytest.raises(UserError):
-            load_config("demo", [f"run.dir={tag}"])
+            load_config("demo", [f"eval.times={tag}"])
 
     def test_a_value_is_no_expression(self, tmp_path, monkeypatch):
-        """omegaconf's resolvers read the environment; a package that registers its own may do anything."""
+        """Other programs put a variable of the environment in its place."""
         monkeypatch.setenv("AGREPA_SECRET", "secret")
         file, value = tmp_path / "preset.yaml", "${oc.env:AGREPA_SECRET}"
         file.write_text(f"eval: {{times: ['{value}']}}\n")

@@ -50,7 +50,7 @@ def test_overrides_are_typed():
         ("train.steps=2.5", "a whole number is wanted"),
         ("train.compile=maybe", "true or false is wanted"),
         ("train.peak_tflops=0", "must be positive, or null"),
-        ("train.lr=.nan", "must be positive"),
+        ("train.lr=.nan", "a finite number is wanted"),
         ("data.mel_norm=htk", "slaney, or null"),
         ("train.weight_decay=-1", "must not be negative"),
         ("align.lr=0", "must be positive"),
