@@ -5,12 +5,13 @@ their own, from which the first three are derived. A process without any of them
 """
 
 import os
+import re
 import socket
 from dataclasses import dataclass
 
 import torch
 
-from .errors import LocalError, UserError
+from .errors import LocalError
 
 _LAUNCHERS = {  # its variables for the rank, the number of ranks, and the rank among those on the same machine
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # all three: inside a step, not a batch script
@@ -18,6 +19,7 @@ _LAUNCHERS = {  # its variables for the rank, the number of ranks, and the rank 
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # and Intel MPI
     "MVAPICH2": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
 }
+_NUMBER = re.compile("[0-9]{1,9}")
 _REMEDY = "start the ranks with deepspeed or torchrun, or export it for each of them"
 
 
@@ -32,7 +34,8 @@ class _Place:
 
 def complete_launch_environment() -> int:
     """Set those of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT that are missing, and return the number of
-    ranks. Call it before a process group is joined. Raises UserError naming the variable that cannot be derived."""
+    ranks. Call it before a process group is joined. Raises LocalError naming the variable that is wrong, or that cannot
+    be derived."""
     place = _place_by_launcher()
     on_its_own = "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1"
     if on_its_own and (place is None or place.world == 1):
@@ -42,16 +45,18 @@ def complete_launch_environment() -> int:
     rank = _number("RANK", place and place.rank)
     world = _number("WORLD_SIZE", place and place.world)
     if rank >= world:
-        raise UserError(f"RANK={rank} with WORLD_SIZE={world}: ranks are numbered from 0 to WORLD_SIZE - 1")
+        raise LocalError(f"RANK={rank} with WORLD_SIZE={world}: ranks are numbered from 0 to WORLD_SIZE - 1")
     if world == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", _free_port())
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            raise UserError(
+            raise LocalError(
                 f"{name} is not set, and {world} ranks find each other by it: export MASTER_ADDR=<the machine of rank "
                 "0> and MASTER_PORT=29500 for all ranks, or start them with deepspeed or torchrun"
             )
+    if not 0 < _number("MASTER_PORT", None) < 2**16:
+        raise LocalError(f"MASTER_PORT={os.environ['MASTER_PORT']}: a port from 1 to 65535 is wanted")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     os.environ["LOCAL_RANK"] = str(_number("LOCAL_RANK", _local_rank(rank, world, place)))
     return world
@@ -61,8 +66,22 @@ def launched_rank() -> int:
     """Return the rank of this process before it has joined the others: what the launcher's variables say, 0 if they
     say nothing. Call it to print a line once."""
     place = _place_by_launcher()
-    rank = os.environ.get("RANK", "")
-    return int(rank) if rank.isdigit() else place.rank if place is not None else 0
+    rank = os.environ.get("RANK", "") if "WORLD_SIZE" in os.environ else ""  # RANK alone may be a pod's
+    return int(rank) if _NUMBER.fullmatch(rank) else place.rank if place is not None else 0
+
+
+def why_not_joined(error: Exception) -> str:
+    """Return one line about ranks that could not join each other. error: torch.distributed's."""
+    text, port = " ".join(str(error).split()), os.environ["MASTER_PORT"]
+    if "EADDRINUSE" in text or "address already in use" in text.lower():
+        return (
+            f"port {port} of this machine is in use, by another run for one: give this run a port of its own, as in "
+            "deepspeed --master_port 29501 or torchrun --master_port 29501; without a launcher, in MASTER_PORT"
+        )
+    return (
+        f"the {os.environ['WORLD_SIZE']} ranks did not find each other at {os.environ['MASTER_ADDR']}:{port} "
+        f"({text[:200]}): start all of them, with the same MASTER_ADDR and MASTER_PORT"
+    )
 
 
 def local_device() -> torch.device:
@@ -81,20 +100,20 @@ def local_device() -> torch.device:
 def _place_by_launcher() -> _Place | None:
     for names in _LAUNCHERS.values():
         values = [os.environ.get(name, "") for name in names]
-        if all(value.isdigit() for value in values):
+        if all(_NUMBER.fullmatch(value) for value in values):
             return _Place(*map(int, values))
     return None
 
 
 def _number(name: str, derived: int | None) -> int:
-    """The variable's value, or else the one derived from the launcher's. Raises UserError if there is neither."""
+    """The variable's value, or else the one derived from the launcher's. Raises LocalError if there is neither."""
     text = os.environ.get(name)
     if text is None:
         if derived is None:
-            raise UserError(f"{name} is not set, and no variable of srun or mpirun tells it: {_REMEDY}")
+            raise LocalError(f"{name} is not set, and no variable of srun or mpirun tells it: {_REMEDY}")
         return derived
-    if not text.isdigit():
-        raise UserError(f"{name}={text}: a number from 0 on is wanted")
+    if not _NUMBER.fullmatch(text):
+        raise LocalError(f"{name}={text}: a number from 0 on is wanted")
     return int(text)
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .errors import UserError
-from .launch import complete_launch_environment, local_device
+from .errors import LocalError, UserError
+from .launch import complete_launch_environment, local_device, why_not_joined
 
 PATIENCE = timedelta(hours=12)  # ranks wait while rank 0 prepares recordings; torch's default is 10 or 30 minutes
 _CHECK_SECONDS = 1.0  # between two looks for failed ranks
@@ -191,8 +191,8 @@ def _join() -> Ranks:
         store, rank, world = next(rendezvous("env://", timeout=timedelta(minutes=5)))
         store = dist.PrefixStore("agrepa-prepare", store)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=PATIENCE)
-    except RuntimeError as error:
-        raise _lost(error) from error
+    except (RuntimeError, ValueError) as error:
+        raise LocalError(why_not_joined(error)) from error
     return Ranks(rank, world, store)
 
 

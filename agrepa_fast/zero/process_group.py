@@ -5,15 +5,18 @@ from datetime import timedelta
 
 import torch
 
-from ..errors import UserError
+from ..errors import LocalError, UserError
 from ..kernels import active_backend
-from ..launch import complete_launch_environment, local_device
+from ..launch import complete_launch_environment, local_device, why_not_joined
 from ..ranks import PATIENCE
+
+START = timedelta(minutes=15)  # ranks wait for the last of them to be started
 
 
 def join_process_group() -> torch.device:
     """Join the group of the ranks that a launcher has started, or one of this process alone, and return this rank's
-    device. Raises UserError for an AGREPA_BACKEND that is unknown or cannot run here, and for an incomplete launch."""
+    device. Raises UserError for an AGREPA_BACKEND that is unknown or cannot run here, and LocalError for a launch that
+    is incomplete, a port in use and ranks that do not come."""
     import deepspeed
 
     try:
@@ -27,17 +30,26 @@ def join_process_group() -> torch.device:
         torch.cuda.set_device(device)
     else:
         _without_shared_memory_op()
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, verbose=False)
+    try:
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=START, verbose=False)
+    except (RuntimeError, ValueError) as error:
+        raise LocalError(why_not_joined(error)) from error
+    _set_timeout(PATIENCE)
     return device
 
 
 def set_collective_timeout(minutes: float) -> None:
     """From here on, a collective that some rank does not join fails after so many minutes, in every group."""
-    # torch has no public way to change the time-out of a group that exists, and init_distributed's must be long.
+    _set_timeout(timedelta(minutes=minutes))
+
+
+def _set_timeout(timeout: timedelta) -> None:
+    # torch has no public way to change the time-out of a group that exists.
     from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
-    for group in _world.pg_map:
-        _set_pg_timeout(timedelta(minutes=minutes), group)
+    for group, (_, store) in _world.pg_map.items():
+        _set_pg_timeout(timeout, group)
+        store.set_timeout(timeout)  # communicators of NCCL are made at their first collective, through the store
 
 
 def _without_shared_memory_op() -> None:

@@ -1,6 +1,8 @@
 """The place of a process among its ranks, from what launchers set, and what all ranks learn of one."""
 
 import os
+import socket
+from datetime import timedelta
 from threading import Lock
 
 import pytest
@@ -10,7 +12,8 @@ import torch.distributed as dist
 from agrepa_fast import launch
 from agrepa_fast.errors import LocalError, UserError
 from agrepa_fast.launch import complete_launch_environment, launched_rank, local_device
-from agrepa_fast.ranks import all_gather, first_failure, from_rank_0, on_rank_0
+from agrepa_fast.ranks import all_gather, first_failure, from_rank_0, launched, on_rank_0
+from agrepa_fast.zero import process_group
 from agrepa_fast.zero.process_group import join_process_group
 
 from ..ranks import fork_ranks
@@ -73,13 +76,18 @@ class TestLaunchEnvironment:
             ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1"}, "MASTER_PORT is not set"),
             ({"RANK": "1", "WORLD_SIZE": "2"} | ADDRESS, "LOCAL_RANK is not set, .*export it"),
             ({"RANK": "one", "WORLD_SIZE": "2"} | ADDRESS, "RANK=one: a number"),
+            ({"RANK": "²", "WORLD_SIZE": "2"} | ADDRESS, "RANK=²: a number"),
+            ({"RANK": "", "WORLD_SIZE": "2"} | ADDRESS, "RANK=: a number"),
+            ({"RANK": "0", "WORLD_SIZE": "0"} | ADDRESS, "RANK=0 with WORLD_SIZE=0"),
+            ({"RANK": "0", "WORLD_SIZE": "2"} | ADDRESS | {"MASTER_PORT": "http"}, "MASTER_PORT=http: a number"),
+            ({"RANK": "0", "WORLD_SIZE": "2"} | ADDRESS | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999: a port from"),
             ({"RANK": "2", "WORLD_SIZE": "2"} | ADDRESS, "RANK=2 with WORLD_SIZE=2: ranks are numbered"),
             (SRUN, "MASTER_ADDR is not set, and 8 ranks"),
         ],
     )
     def test_what_cannot_be_known_is_named_with_its_remedy(self, given, message, environment):
         environment(given)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(LocalError, match=message):  # every rank prints it: who could not be told apart
             complete_launch_environment()
 
 
@@ -110,6 +118,47 @@ def test_more_ranks_than_gpus(environment, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(LocalError, match="LOCAL_RANK=1, but this process sees 1 GPUs"):
         local_device()
+
+
+def _join(place: dict[str, str], seconds: float) -> tuple[str, str]:
+    os.environ.update(place)
+    process_group.START = timedelta(seconds=seconds)
+    try:
+        join_process_group()
+    except UserError as error:
+        return type(error).__name__, str(error)
+
+
+def _prepare(place: dict[str, str]) -> tuple[str, str]:
+    os.environ.update(place)
+    try:
+        with launched("agrepa prepare"):
+            pass
+    except UserError as error:
+        return type(error).__name__, str(error)
+
+
+class TestRanksThatDoNotJoin:
+    def test_a_port_in_use_is_said_to_be_so(self):
+        with socket.socket() as listener:
+            listener.bind(("0.0.0.0", 0))
+            listener.listen()
+            port = listener.getsockname()[1]
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            for (ended,) in (fork_ranks(1, _join, place, 60.0), fork_ranks(1, _prepare, place | {"WORLD_SIZE": "2"})):
+                assert ended.value is not None, ended.output
+                kind, line = ended.value
+                assert kind == "LocalError"
+                assert f"port {port} of this machine is in use" in line
+                assert "--master_port" in line
+                assert "\n" not in line
+
+    def test_a_rank_that_is_not_started_is_not_waited_for_without_end(self):
+        (ended,) = fork_ranks(1, _join, {"WORLD_SIZE": "2"}, 1.0)
+        kind, line = ended.value
+        assert kind == "LocalError"
+        assert "the 2 ranks did not find each other at 127.0.0.1:" in line
+        assert "start all of them" in line
 
 
 def _started_by_srun() -> dict:
