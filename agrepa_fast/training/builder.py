@@ -34,6 +34,7 @@ from ..zero.ds_config import resolve_ds_config, zero_stage
 from ..zero.ema import Ema
 from ..zero.engine import build_engine
 from ..zero.process_group import join_process_group, set_collective_timeout
+from ..zero.refusals import check_ds_config
 from .captured_step import check_graphs, count_shapes
 from .context import RunContext
 from .dry_run import dry_run
@@ -78,6 +79,7 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     fixed_clips_per_step = config.train.batch_clips if config.train.batch_frames is None else None
     layout = BatchLayout(fixed_clips_per_step, config.train.accumulation, rank, world)
     ds_config = resolve_ds_config(ds_values, config.train, layout, device)
+    check_ds_config(ds_config)
     check_graphs(config.train, device, zero_stage(ds_config))
     on_rank_0(lambda: check_tracker(config.train))
     index = prepared_index(config)

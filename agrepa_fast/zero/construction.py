@@ -9,7 +9,7 @@ import torch.nn as nn
 from ..config import Config
 from ..models.audio_dit.dit import AudioDiT
 from .ds_config import zero_stage
-from .engine import deepspeed_refusals
+from .refusals import deepspeed_refusals
 
 
 def new_model(config: Config, ds_config: dict) -> AudioDiT:
@@ -38,7 +38,7 @@ def partitioner(ds_config: dict) -> Callable[[nn.Module], nn.Module]:
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
 
     def partition(part: nn.Module) -> nn.Module:
-        with deepspeed_refusals():
+        with deepspeed_refusals(ds_config):
             deepspeed.zero.Init(module=part.to(dtype), config_dict_or_path=ds_config, dtype=dtype)
         return part
 

@@ -1,33 +1,60 @@
 """Read a ds_config, check it against the run, and fill in its "auto" values."""
 
 import json
-from pathlib import Path
+import math
 
 import torch
 
 from ..config import PRESETS, TrainConfig
 from ..data.layout import BatchLayout
 from ..errors import UserError, nearest
+from ..files import local_path, read_text
 from .ds_sections import PASSED
 
+_OBJECTS = ("bf16", "fp16", "zero_optimization", "data_types", "aio", "comms_logger")
+_FLAGS = (
+    *("prescale_gradients", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_allgather"),
+    *("memory_breakdown", "dump_state"),
+)
+_POSITIVE = {  # of each section, "" for none: DeepSpeed divides by them
+    "": ("steps_per_print", "gradient_predivide_factor"),
+    "zero_optimization": ("reduce_bucket_size", "allgather_bucket_size", "sub_group_size"),
+}
+_TYPES = ("fp32", "fp16", "bf16", "float32", "float16", "bfloat16", "float", "half")
 _NEVER = 2**62  # steps between DeepSpeed's own progress lines: the run has a bar
 
 
 def find_ds_config(name: str) -> dict:
     """Return the content of a ds_config: a JSON file, or one of the presets by its name. Raises UserError if there is
-    none, or if it is no JSON object."""
-    path = Path(name)
+    none, or if it is no JSON object, has a name twice, or a number that is not finite."""
+    path = local_path(name)
     if not path.is_file():
         path = PRESETS / name
         if not path.is_file():
             known = [preset.name for preset in PRESETS.glob("*.json")]
             raise UserError(f"--ds_config {name}: no such file, and no such preset; {nearest(name, known)}")
     try:
-        values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        checks = {"parse_constant": _finite, "parse_float": _finite, "object_pairs_hook": _without_repeats}
+        values = json.loads(read_text(path), **checks)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--ds_config {path} is no JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"--ds_config {path}: a JSON object is wanted, not {type(values).__name__}")
+    return values
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:40]} is no finite number")
+    return number
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
+    """Return an object of pairs. json would take the last of two values of one name, without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} comes twice")
     return values
 
 
@@ -76,14 +103,25 @@ def offloads_optimizer(ds_config: dict) -> bool:
 
 def _check_sections(values: dict, train: TrainConfig) -> None:
     """Raise UserError for a value that no run can have."""
-    for section in ("bf16", "fp16", "zero_optimization"):
+    for section in _OBJECTS:
         if not isinstance(values.get(section, {}), dict):
             raise UserError(
                 f'ds_config "{section}": an object is wanted, such as {{"enabled": true}} or {{"stage": 2}}'
             )
+    for name in _FLAGS:
+        if (value := values.get(name, "auto")) != "auto" and not isinstance(value, bool):
+            raise UserError(f'ds_config "{name}": {_json(value)}: true or false is wanted')
+    _check_types(values)
     stage = zero_stage(values)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f'ds_config "zero_optimization": stage {stage} is unknown: 0, 1, 2 or 3')
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise UserError(f'ds_config "zero_optimization": stage {_json(stage)} is unknown: 0, 1, 2 or 3')
+    for section, names in _POSITIVE.items():
+        content = values.get(section, {}) if section else values
+        for name in names:
+            value = content.get(name, "auto")
+            if value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+                where = f"{section}.{name}" if section else name
+                raise UserError(f'ds_config "{where}": {_json(value)}: a number above 0 is wanted; remove it otherwise')
     if train.compile and stage == 3:
         raise UserError(
             "train.compile: ZeRO-3 gathers weights inside a block, which cannot be compiled: use stage 0, 1 or 2"
@@ -112,6 +150,20 @@ def _bf16(values: dict, train: TrainConfig, device: torch.device) -> bool:
             f'{device.type}: use "auto", or set train.precision={"bf16" if given else "fp32"}'
         )
     return bf16
+
+
+def _check_types(values: dict) -> None:
+    """Raise UserError for a data type that DeepSpeed does not know; it would say so without the field."""
+    given = {"communication_data_type": values.get("communication_data_type")}
+    types = values.get("data_types", {})
+    given |= {f"data_types.{name}": types.get(name) for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype")}
+    for name, value in given.items():
+        if value is not None and str(value).lower() not in ("auto", *_TYPES):
+            raise UserError(f'ds_config "{name}": {_json(value)}: fp32, fp16 or bf16 is wanted')
+
+
+def _json(value: object) -> str:
+    return json.dumps(value)[:80]
 
 
 def _offloads(ds_config: dict, section: str) -> bool:

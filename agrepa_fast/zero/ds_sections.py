@@ -95,7 +95,12 @@ def adopt_sections(
                 f'ds_config "{section}" sets train.{name}={value}, the command line train.{name}={ours}: '
                 "leave one of them out"
             )
-    return passed, replace(train, **{name: value for name, (_, value) in wanted.items()}), lines
+    for name, (section, value) in wanted.items():
+        try:
+            train = replace(train, **{name: value})
+        except UserError as error:
+            raise UserError(f'ds_config "{section}": {error}') from error
+    return passed, train, lines
 
 
 def _add(wanted: dict[str, tuple[str, object]], settings: dict[str, object], section: str) -> None:
@@ -118,7 +123,7 @@ def _optimizer(content: object) -> tuple[dict[str, object], str]:
 
 def _scheduler(content: object) -> tuple[dict[str, object], str]:
     kind, params = _typed(content, "scheduler")
-    if kind not in _SCHEDULES:
+    if not isinstance(kind, str) or kind not in _SCHEDULES:
         raise UserError(
             f'ds_config "scheduler": remove it, {kind} is neither WarmupCosineLR nor WarmupLR: this engine warms up '
             "linearly over train.warmup_steps and decays by a cosine to train.final_lr"
@@ -140,6 +145,8 @@ def _scheduler(content: object) -> tuple[dict[str, object], str]:
 def _wandb(content: object) -> tuple[dict[str, object], str]:
     if not _enabled(content):
         return {}, ""
+    if not isinstance(content, dict):
+        raise UserError('ds_config "wandb": an object is wanted, such as {"enabled": true, "project": "mine"}')
     left_out = [name for name in ("group", "team") if content.get(name) is not None]
     return {"wandb": content.get("project", "deepspeed")}, f"; without {' and '.join(left_out)}" if left_out else ""
 

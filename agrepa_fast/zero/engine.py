@@ -1,17 +1,14 @@
 """The DeepSpeed engine of a run."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.nn as nn
 
 from ..config import Config
-from ..errors import UserError
 from ..lr_schedule import lr_factor
 from .lean_step import compute_norm_in_fp32, detach_fragments, skip_overflow_pass, update_all_weights_at_once
 from .masters import masters
 from .optimizers import build_optimizer, clips_in_optimizer
+from .refusals import deepspeed_refusals
 
 
 def build_engine(model: nn.Module, config: Config, ds_config: dict):
@@ -23,7 +20,7 @@ def build_engine(model: nn.Module, config: Config, ds_config: dict):
     if clips_in_optimizer(ds_config):
         ds_config = ds_config | {"gradient_clipping": 0.0}
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(config.train, step))
-    with deepspeed_refusals():
+    with deepspeed_refusals(ds_config):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
         masters(engine)  # an optimizer of DeepSpeed's that keeps its masters elsewhere is refused here
     detach_fragments(engine)
@@ -31,15 +28,3 @@ def build_engine(model: nn.Module, config: Config, ds_config: dict):
     compute_norm_in_fp32(engine)
     update_all_weights_at_once(engine)
     return engine
-
-
-@contextmanager
-def deepspeed_refusals() -> Iterator[None]:
-    """Raise UserError for what DeepSpeed objects to in a ds_config."""
-    from deepspeed.runtime.zero.utils import ZeRORuntimeException
-
-    try:
-        yield
-    except (AssertionError, AttributeError, ValueError, ZeRORuntimeException) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"DeepSpeed refuses this ds_config: {first}") from error
