@@ -1,44 +1,66 @@
-"""Training engine for audio flow-matching transformers whose alignment goes to the layers that cause the velocity."""
+"""Training engine for audio flow-matching transformers whose alignment goes to the layers that cause the velocity.
 
+The public names are imported on first use: a loader process needs none of them.
+"""
+
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not Path(__file__).with_name("kernels").is_dir():  # a checkout, where kernels/ is beside this package
     __path__.append(str(Path(__file__).parents[1]))
 
 from . import openmp  # noqa: F401 - before torch
-from .attribution.ablate import ablate
-from .attribution.foga import foga
-from .attribution.gate_plan import count_block_forwards
-from .attribution.gates import multi_gate
-from .attribution.points import ProbeBatch
-from .attribution.scores import LayerScores
-from .attribution.selection import LayerSelection, NotRankableError, select_layers
-from .checkpoints.weights import load_model
-from .config import Config
-from .config_file import load_config
-from .errors import UserError
-from .models.audio_dit.block import GatedDiTBlock
-from .models.audio_dit.conditioning import Condition
-from .models.audio_dit.dit import AudioDiT, Velocity
+
+if TYPE_CHECKING:  # the same names as in _HOMES; a test compares them
+    from .attribution.ablate import ablate as ablate
+    from .attribution.foga import foga as foga
+    from .attribution.gate_plan import count_block_forwards as count_block_forwards
+    from .attribution.gates import multi_gate as multi_gate
+    from .attribution.points import ProbeBatch as ProbeBatch
+    from .attribution.scores import LayerScores as LayerScores
+    from .attribution.selection import LayerSelection as LayerSelection
+    from .attribution.selection import NotRankableError as NotRankableError
+    from .attribution.selection import select_layers as select_layers
+    from .checkpoints.weights import load_model as load_model
+    from .config import Config as Config
+    from .config_file import load_config as load_config
+    from .errors import UserError as UserError
+    from .models.audio_dit.block import GatedDiTBlock as GatedDiTBlock
+    from .models.audio_dit.conditioning import Condition as Condition
+    from .models.audio_dit.dit import AudioDiT as AudioDiT
+    from .models.audio_dit.dit import Velocity as Velocity
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AudioDiT",
-    "Condition",
-    "Config",
-    "GatedDiTBlock",
-    "LayerScores",
-    "LayerSelection",
-    "NotRankableError",
-    "ProbeBatch",
-    "UserError",
-    "Velocity",
-    "ablate",
-    "count_block_forwards",
-    "foga",
-    "load_config",
-    "load_model",
-    "multi_gate",
-    "select_layers",
-]
+_HOMES = {
+    "AudioDiT": "models.audio_dit.dit",
+    "Condition": "models.audio_dit.conditioning",
+    "Config": "config",
+    "GatedDiTBlock": "models.audio_dit.block",
+    "LayerScores": "attribution.scores",
+    "LayerSelection": "attribution.selection",
+    "NotRankableError": "attribution.selection",
+    "ProbeBatch": "attribution.points",
+    "UserError": "errors",
+    "Velocity": "models.audio_dit.dit",
+    "ablate": "attribution.ablate",
+    "count_block_forwards": "attribution.gate_plan",
+    "foga": "attribution.foga",
+    "load_config": "config_file",
+    "load_model": "checkpoints.weights",
+    "multi_gate": "attribution.gates",
+    "select_layers": "attribution.selection",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

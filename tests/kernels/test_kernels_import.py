@@ -1,3 +1,4 @@
+import ast
 import os
 import subprocess
 import sys
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import agrepa_fast
 from agrepa_fast.kernels import active_backend, force_backend
 
 ROOT = Path(__file__).parents[2]
@@ -39,10 +41,34 @@ def test_import_needs_torch_alone():
         "soundfile",
         "scipy",
         "yaml",
+        "pydantic",
+        "triton",
     ]
     done = python(f"import sys, agrepa_fast; print([m for m in {heavy} if m in sys.modules])", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_imported_on_first_use():
+    """And are found by `import *`, dir() and type checkers, which read the imports below TYPE_CHECKING."""
+    code = """
+import agrepa_fast
+assert {*agrepa_fast.__all__} <= {*dir(agrepa_fast)}
+assert "agrepa_fast.models" not in __import__("sys").modules
+from agrepa_fast import *
+for name in agrepa_fast.__all__:
+    assert globals()[name] is getattr(agrepa_fast, name), name
+assert GatedDiTBlock.__module__ == "agrepa_fast.models.audio_dit.block"
+try:
+    agrepa_fast.GatedDitBlock
+except AttributeError as error:
+    print(error)
+"""
+    done = python(code, cwd=ROOT)
+    assert done.stdout.strip() == "module 'agrepa_fast' has no attribute 'GatedDitBlock'", done.stderr
+    tree = ast.parse((ROOT / "agrepa_fast" / "__init__.py").read_text())
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    assert {line.names[0].name: line.module for line in checked.body} == agrepa_fast._HOMES
 
 
 @pytest.mark.parametrize(
