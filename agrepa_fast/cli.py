@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
 from .config import DOMAINS, MEASURES, RECIPES
 from .config_file import config_reference, config_yaml, load_config
-from .errors import UserError, nearest
+from .errors import UserError, nearest, one_line, print_any_name
+from .files import check_writable, local_path
 from .tokenizers.vq_config import VqFitConfig
 
 SOURCES = {  # of `agrepa prepare`: what it does, and what its path is called
@@ -22,7 +24,9 @@ PROBE_MEASURES = tuple(measure for measure in MEASURES if measure != "gradnorm")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command. Bad input prints one line and exits with code 2."""
+    """Run one command. Bad input prints one line and exits with code 2, and so does a file that cannot be read or
+    written."""
+    print_any_name()
     # deepspeed's launcher passes the rank as an argument, too.
     argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank=")]
     if argv[:1] == ["train"]:  # train.py has its own arguments: it is also what the deepspeed launcher runs
@@ -39,12 +43,24 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _check_backend()
         args.command(args)
-    except UserError as error:
-        print(f"agrepa {args.name}: {error}", file=sys.stderr)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `agrepa config | head` has read enough
+        _close_stdout()
+    except (UserError, OSError) as error:
+        print(f"agrepa {args.name}: {one_line(error)}", file=sys.stderr)
+        _close_stdout()
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"agrepa {args.name}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _close_stdout() -> None:
+    """Drop what could not be written, on a full disk for one: Python would try again at exit, and fail."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _check_backend() -> None:
@@ -81,7 +97,7 @@ def _add_prepare(commands) -> None:
     prepare = _add(
         commands, "prepare", "make shards of recordings, on one rank or under deepspeed or torchrun", example
     )
-    prepare.add_argument("--verify", type=Path, metavar="PATH", help="read a folder of shards and check all of it")
+    prepare.add_argument("--verify", type=_location, metavar="PATH", help="read a folder of shards and check all of it")
     prepare.set_defaults(command=_prepare)
     kinds = prepare.add_subparsers(dest="kind", metavar="source")
     for name, (about, path) in SOURCES.items():
@@ -89,7 +105,7 @@ def _add_prepare(commands) -> None:
         where = "" if name == "demo" else f" {path}{domain} --out data/mine"
         kind = _add(kinds, name, about, f"agrepa prepare {name}{where} data.max_seconds=8")
         if path:
-            kind.add_argument("path", type=Path if path == "PATH" else str, metavar=path)
+            kind.add_argument("path", type=_path if path == "PATH" else _location, metavar=path)
         if domain:
             kind.add_argument("--domain", required=True, choices=DOMAINS)
         if name == "hf":
@@ -98,7 +114,7 @@ def _add_prepare(commands) -> None:
                 kind.add_argument(f"--{column}", metavar="COLUMN", help="default: found by its type or usual name")
         kind.add_argument("--preset", default="demo", help="preset of the features (default: demo)")
         required = name != "demo"  # a default would put anybody's recordings where the demo's belong
-        kind.add_argument("--out", required=required, help="folder of the shards (demo: data.path)")
+        kind.add_argument("--out", required=required, type=_location, help="folder of the shards (demo: data.path)")
         kind.add_argument("--add-teacher", metavar="SPEC", help="add this teacher's targets to the shards in --out")
         kind.add_argument("overrides", nargs="*", metavar="data.field=value")
 
@@ -110,10 +126,10 @@ def _add_tokens(commands) -> None:
     about = "fit a RepCodec-style vector quantiser; data.*_tokens=vq:FILE then uses it"
     example = "agrepa tokens fit ~/recordings --teacher package:whisper-base --out data/tokens.safetensors"
     fit = _add(tokens, "fit", about, example)
-    fit.add_argument("path", type=Path, help="folder of recordings")
-    fit.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
+    fit.add_argument("path", type=_path, help="folder of recordings")
+    fit.add_argument("--out", type=_path, required=True, metavar="FILE", help="the .safetensors file to write")
     for field in dataclasses.fields(VqFitConfig):
-        options = {"type": type(field.default), "default": field.default}
+        options = {"default": field.default}
         meaning = f"{field.metadata['meaning']} (default: {field.default})"
         if field.name == "teacher":
             options, meaning = {"required": True, "metavar": "SPEC"}, field.metadata["meaning"]
@@ -123,7 +139,7 @@ def _add_tokens(commands) -> None:
 
 def _add_probe(commands) -> None:
     about = "measure what each layer contributes to the velocity, and what it stores of the teacher"
-    probe = _add(commands, "probe", about, "agrepa probe runs/demo-20261123-210000 --measures foga,cka probe.clips=32")
+    probe = _add(commands, "probe", about, "agrepa probe runs/demo-20261123-210000-3f9a2b --measures foga,cka")
     probe.add_argument(
         "--measures",
         type=_measures,
@@ -147,7 +163,7 @@ def _add_probe(commands) -> None:
 
 
 def _add_sample(commands) -> None:
-    example = "agrepa sample runs/demo-20261123-210000 --clips 4 flow.guidance=2"
+    example = "agrepa sample runs/demo-20261123-210000-3f9a2b --clips 4 flow.guidance=2"
     sample = _add(commands, "sample", "sample validation clips and write wavs", example)
     sample.add_argument("--clips", type=_positive, default=2, help="clips per domain (default: 2)")
     _add_checkpoint(sample)
@@ -155,18 +171,18 @@ def _add_sample(commands) -> None:
 
 
 def _add_checkpoint(command: argparse.ArgumentParser, **options) -> None:
-    command.add_argument("checkpoint", type=Path, help="runs/<run>, one of its checkpoints, or an export", **options)
+    command.add_argument("checkpoint", type=_path, help="runs/<run>, one of its checkpoints, or an export", **options)
     command.add_argument("--live", action="store_true", help="the live weights instead of their moving average")
-    command.add_argument("--out", type=Path, help="folder to write to (default: beside the run's checkpoints)")
+    command.add_argument("--out", type=_path, help="folder to write to (default: beside the run's checkpoints)")
     command.add_argument("overrides", nargs="*", metavar="section.field=value")
 
 
 def _add_export(commands) -> None:
     about = "write the weights of a checkpoint as safetensors and yaml"
-    export = _add(commands, "export", about, "agrepa export runs/demo-20261123-210000 --out exports/demo")
-    export.add_argument("checkpoint", type=Path, help="runs/<run>, or one of its checkpoints")
+    export = _add(commands, "export", about, "agrepa export runs/demo-20261123-210000-3f9a2b --out exports/demo")
+    export.add_argument("checkpoint", type=_path, help="runs/<run>, or one of its checkpoints")
     export.add_argument("--live", action="store_true", help="the live weights instead of their moving average")
-    export.add_argument("--out", type=Path, required=True, help="a new folder")
+    export.add_argument("--out", type=_path, required=True, help="a new folder")
     export.set_defaults(command=_export)
 
 
@@ -187,9 +203,23 @@ def _add_doctor(commands) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number from 1 to 999999999")
     return int(text)
+
+
+def _path(text: str) -> Path:
+    return Path(_location(text))
+
+
+def _location(text: str) -> str:
+    """Return a path or a URL, with ~ for the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: a path is wanted")
+    try:
+        return str(local_path(text)) if text.startswith("~") else text
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _measures(text: str) -> list[str]:
@@ -218,12 +248,16 @@ def _prepare(args: argparse.Namespace) -> None:
 
 def _prepared(args: argparse.Namespace, ranks):
     from .corpora.demo import demo_sources
+    from .data.index import INDEX
     from .data.locations import writable
     from .prepare.pipeline import prepare
     from .prepare.sidecars import add_teacher
 
     config = load_config(args.preset, args.overrides)
-    out = writable(args.out or config.data.path, "--out" if args.out else "data.path")
+    setting = "--out" if args.out else "data.path"
+    out = writable(args.out or config.data.path, setting)
+    if not (out / INDEX).is_file():
+        ranks.on_rank_0(lambda: check_writable(out, setting))
 
     def listing() -> list:
         return demo_sources(config.data) if args.kind == "demo" else [_source(args)]
@@ -251,6 +285,10 @@ def _source(args: argparse.Namespace):
 def _fit_tokens(args: argparse.Namespace) -> None:
     from .prepare.fit_tokens import fit_tokens
 
+    if args.out.is_dir():
+        raise UserError(f"--out {args.out} is a folder: name the .safetensors file to write")
+    if not args.out.exists():
+        check_writable(args.out.parent, "--out")
     config = VqFitConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(VqFitConfig)})
     fit_tokens(args.path, config, args.out)
 
@@ -288,7 +326,7 @@ def _export(args: argparse.Namespace) -> None:
 def _config(args: argparse.Namespace) -> None:
     if "=" in args.preset:  # overrides of the default preset
         args.preset, args.overrides = "demo", [args.preset, *args.overrides]
-    saved = Path(args.preset) / "config.yaml"
+    saved = local_path(args.preset) / "config.yaml"
     text = config_yaml(load_config(saved if saved.is_file() else args.preset, args.overrides))
     print(config_reference() if args.reference else text, end="")
 

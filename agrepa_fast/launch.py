@@ -65,9 +65,9 @@ def complete_launch_environment() -> int:
 def launched_rank() -> int:
     """Return the rank of this process before it has joined the others: what the launcher's variables say, 0 if they
     say nothing. Call it to print a line once."""
-    place = _place_by_launcher()
-    rank = os.environ.get("RANK", "") if "WORLD_SIZE" in os.environ else ""  # RANK alone may be a pod's
-    return int(rank) if _NUMBER.fullmatch(rank) else place.rank if place is not None else 0
+    place, rank = _place_by_launcher(), os.environ.get("RANK", "")
+    known = place is not None or "WORLD_SIZE" in os.environ  # RANK alone may be left over from a pod or a script
+    return int(rank) if known and _NUMBER.fullmatch(rank) else place.rank if place is not None else 0
 
 
 def why_not_joined(error: Exception) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from ..config import DataConfig
 from ..errors import UserError, nearest
+from ..files import local_path
 from . import hifigan
 from .mel import LogMel
 from .waves import import_torchaudio
@@ -51,7 +52,7 @@ def load_vocoder(name: str, data: DataConfig, device: str = "cpu") -> Vocoder:
         return _griffin_lim(data, device)
     if name == "package:hifigan":
         return _hifigan(data, device)
-    if Path(name).expanduser().is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    if local_path(name).is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return _vocos(name, data, device)
     known = ("auto", "griffin-lim", "package:hifigan", VOCOS_HUB)
     raise UserError(f"eval.vocoder={name!r} is no vocoder and no folder: {nearest(name, known)}")
@@ -101,7 +102,7 @@ def _vocos(name: str, data: DataConfig, device: str, offline: bool = False) -> V
 
 
 def _vocos_files(name: str, offline: bool) -> tuple[Path, Path]:
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if folder.is_dir():
         missing = [file for file in _VOCOS_FILES if not (folder / file).is_file()]
         if missing:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from ..errors import UserError
+from ..files import local_path
 
 BACK_OFF = 0.5  # seconds before the second attempt; doubles from one to the next
 LONGEST_WAIT = 30.0
@@ -62,7 +63,7 @@ def locate(path: str | Location, timeout: float = 60.0, attempts: int = 6) -> Lo
     """
     if not isinstance(path, str):
         return path
-    local = Path(path)
+    local = local_path(path)
     if not _URL.fullmatch(path) or local.exists():
         return local
     if path.startswith("file://"):

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config import DOMAINS, DataConfig
 from ..errors import UserError
-from ..files import file_sha256
+from ..files import file_sha256, local_path
 from ..tokenizers import FrameTokenizer, WaveTokenizer, load_tokenizer
 from .job import Job
 
@@ -115,5 +115,5 @@ def check_extra_tokens(out: Path, data: DataConfig, domains: dict[str, dict]) ->
 
 def _check_unchanged(out: Path, entry: dict) -> None:
     kind, _, path = entry["spec"].partition(":")
-    if kind == "vq" and Path(path).is_file() and file_sha256(Path(path)) != entry["identity"]["sha256"]:
+    if kind == "vq" and local_path(path).is_file() and file_sha256(local_path(path)) != entry["identity"]["sha256"]:
         raise UserError(f"{out} was prepared with another {path}, which has changed since: choose another --out")

@@ -1,9 +1,11 @@
 """Validation clips, resynthesised and sampled, as wavs and as pictures of their mels."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 
@@ -12,6 +14,7 @@ from ..config import DOMAINS, Config
 from ..data.batch import Batch, collate
 from ..data.index import Index
 from ..data.reading import fixed_clips
+from ..files import check_writable, write_atomically
 from ..flow import reference_prefix, sample
 from ..seeds import clip_keys
 from .figure import new_figure
@@ -36,8 +39,6 @@ def write_samples(
 ) -> list[str]:
     """Write <domain>-<n>-truth.wav (resynthesised) and <domain>-<n>-sample.wav per clip into `folder`, and their mels
     into `plot`. Returns the names of the wavs."""
-    import soundfile
-
     folder.mkdir(parents=True, exist_ok=True)
     names, panels, count = [], [], {}
     for row, length in enumerate(batch.condition.lengths.tolist()):
@@ -46,7 +47,7 @@ def write_samples(
         for kind, mels in (("truth", batch.mel), ("sample", sampled)):
             log_mel = mels[row, :length].float().cpu() * index.mel_std + index.mel_mean
             name = f"{domain}-{count[domain]}-{kind}"
-            soundfile.write(folder / f"{name}.wav", vocoder(log_mel).numpy(), vocoder.sample_rate, subtype="PCM_16")
+            _write_wav(folder / f"{name}.wav", vocoder(log_mel).numpy(), vocoder.sample_rate)
             names.append(f"{name}.wav")
             panels.append((f"{name}: {batch.keys[row]}", log_mel))
     if plot is not None:
@@ -54,12 +55,21 @@ def write_samples(
     return names
 
 
+def _write_wav(path: Path, wave: np.ndarray, rate: int) -> None:
+    import soundfile
+
+    content = io.BytesIO()  # for a file, soundfile's error on a full disk is "System error."
+    soundfile.write(content, wave, rate, format="WAV", subtype="PCM_16")
+    write_atomically(path, content.getvalue(), durable=False)
+
+
 def sample_checkpoint(checkpoint: Path, overrides: Sequence[str], *, live: bool, clips: int, out: Path | None) -> None:
     """Run `agrepa sample`: write wavs and mel.png of a checkpoint's samples. clips: per domain. live: the live weights
     instead of their moving average. out: None for a folder beside the checkpoints."""
     opened = open_checkpoint(checkpoint, overrides, live=live)
-    vocoder = load_vocoder(opened.config.eval.vocoder, opened.config.data, "cpu")
     out = out or opened.beside("sample")
+    check_writable(out, "--out")
+    vocoder = load_vocoder(opened.config.eval.vocoder, opened.config.data, "cpu")
     batch, sampled = sample_clips(opened.model, opened.index, opened.config, clips, opened.device, progress=True)
     names = write_samples(batch, sampled, opened.index, vocoder, out, out / "mel.png")
     print(f"wrote {len(names)} wavs and mel.png to {out} (vocoder: {vocoder.name})")

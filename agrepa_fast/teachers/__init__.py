@@ -19,10 +19,10 @@ frames per second, too few for tokens. The third layer gives 50 and needs no sec
 """
 
 import re
-from pathlib import Path
 
 from ..audio.waves import import_torchaudio
 from ..errors import UserError
+from ..files import local_path
 from .base import Teacher, split_layer
 
 __all__ = ["Teacher", "load_teacher"]
@@ -71,7 +71,7 @@ def _locate(base: str) -> tuple[str, dict]:
         encoder = packaged(name)
         known = {"package": encoder.package, "version": encoder.version, "licence": encoder.licence}
         return str(encoder.folder(name)), known
-    folder = Path(base).expanduser()
+    folder = local_path(base)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"teacher {base!r}: {folder} has no config.json; save a transformers model there")

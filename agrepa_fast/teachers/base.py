@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..files import local_path
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _MAY_LACK = ("decoder.", "masked_spec_embed")  # a Whisper's decoder, wav2vec 2.0's training mask: not used here
@@ -60,7 +61,7 @@ class Teacher(ABC):
 def split_layer(spec: str) -> tuple[str, int | None]:
     """Return (`name`, 4) of `name@4`; (spec, None) without a suffix, and if a folder of the whole name exists."""
     base, at, layer = spec.rpartition("@")
-    if not at or Path(spec).expanduser().is_dir():
+    if not at or local_path(spec).is_dir():
         return spec, None
     if not base or not re.fullmatch("[1-9][0-9]*", layer):
         raise UserError(f"teacher {spec!r}: what follows @ is a layer, counted from 1, such as {base or 'NAME'}@4")

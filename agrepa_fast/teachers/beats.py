@@ -15,6 +15,7 @@ import torch
 
 from ..audio.waves import import_torchaudio
 from ..errors import UserError
+from ..files import local_path
 from .base import Teacher, batches_by_length, check_layer, check_waves, file_name, in_one_line, move_to, weights_sha256
 
 _BANDS, _WINDOW, _HOP = 128, 400, 160  # of the filter bank: mel bands, samples, samples
@@ -76,7 +77,7 @@ class BeatsTeacher(Teacher):
 def load_beats(spec: str, base: str, layer: int | None, device: str = "cpu", dtype: str = "fp32") -> BeatsTeacher:
     """Return the teacher of beats:FILE, a checkpoint as microsoft/unilm publishes them: {"cfg": settings, "model":
     weights}."""
-    file = Path(base.removeprefix("beats:")).expanduser()
+    file = local_path(base.removeprefix("beats:"))
     if not file.is_file():
         raise UserError(f"teacher {spec!r}: no file {file}: give beats:FILE.pt, a checkpoint of microsoft/unilm")
     try:

@@ -3,8 +3,7 @@
 A k-means codebook is fitted in preparation, a vector quantiser before it, by `agrepa tokens fit`.
 """
 
-from pathlib import Path
-
+from ..files import local_path
 from .base import FrameTokenizer, WaveTokenizer
 
 __all__ = ["FrameTokenizer", "WaveTokenizer", "load_tokenizer"]
@@ -16,4 +15,4 @@ def load_tokenizer(spec: str, device: str = "cpu") -> FrameTokenizer | WaveToken
     from .vq import VqTokenizer
 
     kind, _, source = spec.partition(":")
-    return VqTokenizer.load(Path(source), device) if kind == "vq" else load_s3(source, device)
+    return VqTokenizer.load(local_path(source), device) if kind == "vq" else load_s3(source, device)

@@ -15,6 +15,7 @@ import torch
 
 from ..audio.waves import import_torchaudio
 from ..errors import UserError, nearest
+from ..files import local_path
 from ..teachers.base import batches_by_length, check_waves, weights_sha256
 from .base import WaveTokenizer
 
@@ -64,7 +65,7 @@ def load_s3(source: str, device: str = "cpu") -> S3Tokens:
         import s3tokenizer
     except ImportError as error:
         raise UserError(f"s3:{source} needs s3tokenizer ({error}): pip install 'agrepa_fast[s3]'") from error
-    path = Path(source).expanduser()
+    path = local_path(source)
     try:
         if path.is_file():
             name, state = _read(path)

@@ -8,7 +8,7 @@ from uuid import uuid4
 from ..checkpoints.find import MARKER, find_checkpoint
 from ..config import Config
 from ..errors import UserError
-from ..files import FolderLock
+from ..files import FolderLock, check_writable
 from ..ranks import from_rank_0, on_rank_0
 from . import lost_clips, nonfinite
 
@@ -21,15 +21,18 @@ def locate_run(config: Config, resume: str | None) -> tuple[Config, Path | None]
     """Return the settings with run.dir and run.id, and the checkpoint to go on from, or None for a run that starts at
     step 0. The same on every rank; every rank must call it.
 
-    Raises UserError if run.dir holds a run already and `resume` is None, or has no checkpoint of that name. A run that
-    ended before its first save starts again, with `resume` "latest" too.
+    Raises UserError if run.dir holds a run already and `resume` is None, has no checkpoint of that name, or cannot be
+    written. A run that ended before its first save starts again, with `resume` "latest" too.
     """
 
     def locate() -> tuple[Config, Path | None]:
-        run = config.run
-        folder = Path(run.dir or f"runs/{run.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+        run, identity = config.run, uuid4().hex
+        # Runs may start in the same second, on machines that share the folder, and on file systems without locks.
+        folder = Path(run.dir or f"runs/{run.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{identity[:6]}")
         checkpoint = _checkpoint(folder, resume)
-        identity = uuid4().hex if checkpoint is None else run.id
+        check_writable(folder, "run.dir")
+        if checkpoint is not None:
+            identity = run.id
         return replace(config, run=replace(run, dir=str(folder), id=identity)), checkpoint
 
     return from_rank_0(locate)

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..config import Config
 from ..config_file import load_config
 from ..errors import UserError
+from ..files import local_path
 from ..launch import launched_rank
 from ..zero.ds_config import find_ds_config
 from ..zero.ds_sections import adopt_sections
@@ -29,7 +30,7 @@ def _load_run_config(preset: str, overrides: Sequence[str]) -> Config:
     the preset in runs/. Raises UserError if there is no run."""
     folders = [value for name, _, value in (override.partition("=") for override in overrides) if name == "run.dir"]
     if folders:
-        folder = Path(folders[-1])
+        folder = local_path(folders[-1])
     else:
         runs = sorted(Path("runs").glob(f"{Path(preset).stem}-*/config.yaml"), key=lambda path: path.stat().st_mtime)
         if not runs:

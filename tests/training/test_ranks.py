@@ -93,7 +93,15 @@ class TestLaunchEnvironment:
 
 @pytest.mark.parametrize(
     ("given", "rank"),
-    [({}, 0), (SRUN, 5), (OPEN_MPI, 5), ({"RANK": "3"}, 3), (SRUN | {"RANK": "3"}, 3), ({"RANK": "x"}, 0)],
+    [
+        ({}, 0),
+        (SRUN, 5),
+        (OPEN_MPI, 5),
+        ({"RANK": "3"}, 0),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, 3),
+        (SRUN | {"RANK": "3"}, 3),
+        ({"RANK": "x"}, 0),
+    ],
 )
 def test_the_rank_before_the_ranks_have_joined(given, rank, environment):
     """One of them prints what all find out."""
