@@ -82,9 +82,7 @@ class ModelConfig:
     token_scale: float = setting(1.0, "norm of each frame of the token condition; the release uses 1")
     n_mels: Count | None = setting(None, "mel bands; null: those of the shards")
     vocab: Count | None = setting(None, "token ids of all domains together; null: those of the shards")
-    extra_vocab: Count | None = setting(
-        None, "ids of topology B's second token, data.extra_codebook; null for topology A, one token"
-    )
+    extra_vocab: Count | None = setting(None, "ids of topology B's second token, data.extra_codebook; null: topology A")
 
     def __post_init__(self) -> None:
         _check(self.dim * self.ffn_mult >= 1, f"model.ffn_mult={self.ffn_mult}: must be positive")
@@ -150,9 +148,7 @@ class TargetConfig:
     )
     audio_teacher: str = setting("openai/whisper-large-v3", "likewise, for audio")
     teacher_precision: Literal["fp32", "fp16"] = setting("fp32", "of the teacher's weights and activations")
-    teacher_rate: Positive | None = setting(
-        None, "teacher frames per second stored; null: their mean, one vector a clip"
-    )
+    teacher_rate: Positive | None = setting(None, "teacher frames stored per second; null: one mean vector per clip")
     speech_tokens: str = setting("kmeans", "over the teacher's frames, or vq:FILE of `agrepa tokens fit`, or s3:NAME")
     audio_tokens: str = setting("kmeans", "likewise, for audio")
 

@@ -14,7 +14,7 @@ import os
 import traceback
 
 from agrepa_fast.config import Config
-from agrepa_fast.errors import LocalError, UserError, one_line, print_any_name
+from agrepa_fast.errors import LocalError, UserError, one_line
 from agrepa_fast.launch import launched_rank
 from agrepa_fast.reporting.summary import finish
 from agrepa_fast.training.builder import build
@@ -84,7 +84,6 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Train as the arguments say. Raises SystemExit: code 2 after an error that the user can put right, 1 after any
     other, 130 after an interrupt; each has printed its line."""
-    print_any_name()
     args = parse(argv)
     try:
         train(*read_inputs(args.preset, args.overrides, args.ds_config, args.resume), args.resume)
