@@ -29,21 +29,25 @@ if TYPE_CHECKING:  # the same names as in _HOMES; a test compares them
     from .models.audio_dit.block import GatedDiTBlock as GatedDiTBlock
     from .models.audio_dit.conditioning import Condition as Condition
     from .models.audio_dit.dit import AudioDiT as AudioDiT
-    from .models.audio_dit.dit import Velocity as Velocity
+    from .models.backbone import Backbone as Backbone
+    from .models.backbone import Layer as Layer
+    from .models.backbone import Velocity as Velocity
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AudioDiT": "models.audio_dit.dit",
+    "Backbone": "models.backbone",
     "Condition": "models.audio_dit.conditioning",
     "Config": "config",
     "GatedDiTBlock": "models.audio_dit.block",
+    "Layer": "models.backbone",
     "LayerScores": "attribution.scores",
     "LayerSelection": "attribution.selection",
     "NotRankableError": "attribution.selection",
     "ProbeBatch": "attribution.points",
     "UserError": "errors",
-    "Velocity": "models.audio_dit.dit",
+    "Velocity": "models.backbone",
     "ablate": "attribution.ablate",
     "count_block_forwards": "attribution.gate_plan",
     "foga": "attribution.foga",

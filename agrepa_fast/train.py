@@ -113,13 +113,16 @@ def explain(error: Exception) -> str:
 def run_process(argv: list[str] | None = None) -> None:
     """`main` for a process that does nothing else. End it without Python's finalization, which would wait for loader
     processes, and which can abort in a process group's threads and lose the exit code."""
-    code = 0
     try:
         main(argv)
-    except SystemExit as ending:
+    except SystemExit as ending:  # its traceback keeps the progress bar from writing below the last line
         if not dist.is_initialized():
             raise
-        code = ending.code
+        _end(ending.code)
+    _end(0)
+
+
+def _end(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

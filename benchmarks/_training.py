@@ -97,7 +97,7 @@ class OurStep:
         self.clips = random_clips(sizes, clips, padded)
         self.model = awake_model(sizes, sizes.dtype)
         widths = {"speech": sizes.speech_teacher, "audio": sizes.audio_teacher}
-        self.heads = AlignmentHeads(sizes.selection, sizes.dim, widths, seed=0).to(sizes.device)
+        self.heads = AlignmentHeads(sizes.selection, [sizes.dim] * sizes.depth, widths, seed=0).to(sizes.device)
         self.weights = list(self.model.parameters())
         self.masters = [weight.detach().float().clone() for weight in self.weights]
         self.average = [master.clone() for master in self.masters]

@@ -9,6 +9,7 @@ from ..attribution.selection import LayerSelection
 from ..config import Config
 from ..data.batch import Batch
 from ..lr_schedule import lr_factor
+from ..models.backbone import Backbone
 from ..ranks import all_sum
 from .heads import AlignmentHeads, BitcProjections
 from .objectives import alignment_loss, bitc_loss
@@ -16,21 +17,24 @@ from .objectives import alignment_loss, bitc_loss
 
 class Aligner:
     """The losses beside the flow loss. There are no heads and no alignment loss until `select` gets layers.
+    A model without a token condition has no BiT-C.
 
     Heads and projections are fp32 and replicated. They stay out of the DeepSpeed engine: a module made after its
     initialisation would never train under ZeRO-2, and unused parameters that differ by rank hang stages 1 to 3.
     """
 
-    def __init__(self, config: Config, teacher_dims: dict[str, int], device: torch.device):
+    def __init__(self, config: Config, model: Backbone, teacher_dims: dict[str, int], device: torch.device):
         self.config, self.teacher_dims, self.device = config, teacher_dims, device
+        self.widths = [layer.width for layer in model.layers]
         self.selection: LayerSelection | None = None
         self.heads: AlignmentHeads | None = None
         self.optimizer: torch.optim.AdamW | None = None
         align = config.align
         weights = {"speech": align.bitc_speech, "audio": align.bitc_audio}
-        self.bitc_weights = {domain: weights[domain] for domain in teacher_dims if weights[domain] > 0}
+        given = teacher_dims if model.condition_width is not None else ()
+        self.bitc_weights = {domain: weights[domain] for domain in given if weights[domain] > 0}
         dims = {domain: teacher_dims[domain] for domain in self.bitc_weights}
-        self.bitc = BitcProjections(config.model.token_dim, dims, config.run.seed).to(device)
+        self.bitc = BitcProjections(model.condition_width, dims, config.run.seed).to(device)
         self._make_optimizer()
 
     def start_from(self, projections: dict[str, torch.Tensor]) -> None:
@@ -47,7 +51,7 @@ class Aligner:
         earlier, self.selection, self.heads = self.heads, selection, None
         if selection.all_layers:
             config = self.config
-            self.heads = AlignmentHeads(selection, config.model.dim, self.teacher_dims, config.run.seed, earlier)
+            self.heads = AlignmentHeads(selection, self.widths, self.teacher_dims, config.run.seed, earlier)
             self.heads.to(self.device)
         self._make_optimizer()
 

@@ -1,6 +1,8 @@
 """The projection heads of aligned layers: one two-layer MLP for each (domain, layer), fp32, kept beside the sharded
 model; and BiT-C's projections of the token condition."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn as nn
 
@@ -9,36 +11,47 @@ from ..seeds import derive_seed
 
 
 class AlignmentHeads(nn.Module):
-    """Linear(dim -> dim), GELU, Linear(dim -> teacher) for every selected layer of every domain.
+    """Linear(width -> width), GELU, Linear(width -> teacher) for every selected layer of every domain.
 
     Weights depend on the seed and the head's name alone, so every rank creates the same ones whenever its layer is
-    selected. Xavier-uniform weights and zero biases, as in the released AG-REPA code. teacher_dims: domain -> width of
-    its teacher's vectors. earlier: heads of an earlier selection; those of layers that stay are taken over.
+    selected. Xavier-uniform weights and zero biases, as in the released AG-REPA code. widths: of all layers, L1 first.
+    teacher_dims: domain -> width of its teacher's vectors. earlier: heads of an earlier selection; those of layers that
+    stay are taken over.
     """
 
     def __init__(
         self,
         selection: LayerSelection,
-        dim: int,
+        widths: Sequence[int],
         teacher_dims: dict[str, int],
         seed: int,
         earlier: "AlignmentHeads | None" = None,
     ):
         super().__init__()
-        self.selection = selection
+        self.selection, self.widths = selection, widths
         self.heads = nn.ModuleDict()
         for domain, layers in selection.layers.items():
             for layer in layers:
                 name = head_name(domain, layer)
                 kept = earlier is not None and name in earlier.heads
-                self.heads[name] = earlier.heads[name] if kept else _head(dim, teacher_dims[domain], seed, name)
+                size = widths[layer - 1], teacher_dims[domain]
+                self.heads[name] = earlier.heads[name] if kept else _head(*size, seed, name)
             table = selection.weights_at.get(domain, (selection.weights[domain],))
             self.register_buffer(f"weights_{domain}", torch.tensor(table), persistent=False)
         self.register_buffer("times", torch.tensor(selection.times or (0.0,)), persistent=False)
 
-    def stacked(self, domain: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return w1 (K, D, D), b1 (K, D), w2 (K, E, D), b2 (K, E) of a domain's heads, in the order of its layers."""
-        heads = [self.heads[head_name(domain, layer)] for layer in self.selection.layers[domain]]
+    def equally_wide(self, domain: str) -> list[list[int]]:
+        """Return the places of a domain's layers in its selection, in one list per width."""
+        groups: dict[int, list[int]] = {}
+        for place, layer in enumerate(self.selection.layers[domain]):
+            groups.setdefault(self.widths[layer - 1], []).append(place)
+        return list(groups.values())
+
+    def stacked(
+        self, domain: str, layers: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return w1 (K, D, D), b1 (K, D), w2 (K, E, D), b2 (K, E) of a domain's heads of equally wide layers."""
+        heads = [self.heads[head_name(domain, layer)] for layer in layers]
         parts = zip(*((head[0].weight, head[0].bias, head[2].weight, head[2].bias) for head in heads), strict=True)
         return tuple(torch.stack(part) for part in parts)
 
@@ -58,8 +71,8 @@ def head_name(domain: str, layer: int) -> str:
     return f"{domain}_L{layer}"
 
 
-def _head(dim: int, teacher_dim: int, seed: int, name: str) -> nn.Sequential:
-    head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, teacher_dim))
+def _head(width: int, teacher_dim: int, seed: int, name: str) -> nn.Sequential:
+    head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, teacher_dim))
     generator = torch.Generator().manual_seed(derive_seed(seed, name))
     for linear in (head[0], head[2]):
         nn.init.xavier_uniform_(linear.weight, generator=generator)

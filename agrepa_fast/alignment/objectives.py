@@ -30,12 +30,15 @@ def alignment_loss(
     mean, losses = (torch.zeros(shape, device=domain.device) for shape in ((), (clips,)))
     share = torch.full((clips,), 1 / clips, device=domain.device)
     for name, layers in heads.selection.layers.items():
-        pooled = torch.stack([hidden[layer].float() for layer in layers])
-        pooled = F.rms_norm(pooled, pooled.shape[-1:], eps=1e-6)
         mask = domain == DOMAINS.index(name)
         weights = heads.layer_weights(name, t)
-        part, of_clips = align_loss_sum(pooled, *heads.stacked(name), teacher[name], weights, mask, share)
-        mean, losses = mean + part, losses + of_clips
+        for places in heads.equally_wide(name):
+            chosen = [layers[place] for place in places]
+            pooled = torch.stack([hidden[layer].float() for layer in chosen])
+            pooled = F.rms_norm(pooled, pooled.shape[-1:], eps=1e-6)
+            of_layers = weights if len(places) == len(layers) else weights[places].contiguous()
+            part, of_clips = align_loss_sum(pooled, *heads.stacked(name, chosen), teacher[name], of_layers, mask, share)
+            mean, losses = mean + part, losses + of_clips
     return mean, losses
 
 

@@ -62,7 +62,7 @@ def ablate(
         names: tuple[str, ...] = ()
         if per_call:
             trace, blocks, names = _layer_per_call(trace, blocks)
-        variants = Variants(gates, len(blocks))
+        variants = Variants(gates, [1] * len(blocks))
 
         def run(count: int) -> torch.Tensor:
             return velocity.of(model(**_repeated(inputs, clips, count)), count)

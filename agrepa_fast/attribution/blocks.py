@@ -2,18 +2,31 @@
 
 import torch.nn as nn
 
+from ..models.backbone import Backbone
 
-def model_blocks(model: nn.Module, kind: str = "block") -> list[nn.Module]:
-    """Return the modules that FoG-A gates in a model like AudioDiT: its blocks, or each block's attention and FFN."""
+
+def gated_parts(model: Backbone, kind: str = "block") -> list[tuple[str, tuple[nn.Module, ...]]]:
+    """Return what FoG-A leaves out in turn, by name: layers ("1", "2", …), or with kind "branch" each layer's branches
+    apart ("1.attn", "1.ffn", …). Raises ValueError if the model has no branches."""
     if kind == "block":
-        return list(model.blocks)
-    return [part for block in model.blocks for part in (block.attn, block.ffn)]
+        return [(str(number), layer.parts) for number, layer in enumerate(model.layers, 1)]
+    found = [
+        (f"{n}.{name}", (part,)) for n, layer in enumerate(model.layers, 1) for name, part in layer.branches.items()
+    ]
+    if not found:
+        raise ValueError(f"{type(model).__name__} names no branches of its layers")
+    return found
 
 
-def part_names(depth: int, kind: str = "block") -> tuple[str, ...]:
-    """Return LayerScores.names for model_blocks: () for blocks, "1.attn", "1.ffn", ... for their parts."""
-    layers = range(1, depth + 1)
-    return () if kind == "block" else tuple(f"{layer}.{part}" for layer in layers for part in ("attn", "ffn"))
+def part_names(model: Backbone, kind: str = "block") -> tuple[str, ...]:
+    """Return LayerScores.names: () for layers, "1.attn", "1.ffn", … for their branches."""
+    return () if kind == "block" else tuple(name for name, _ in gated_parts(model, kind))
+
+
+def gating(model: Backbone, kind: str = "block") -> dict[str, object]:
+    """Return multi_gate's options for the layers of a backbone, or for their branches."""
+    kind = model.kind if kind == "block" else kind
+    return {"kind": kind, "row_arguments": model.row_arguments, "state": model.state if kind == "block" else None}
 
 
 def find_blocks(model: nn.Module, paths: str) -> dict[str, nn.Module]:

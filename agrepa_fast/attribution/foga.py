@@ -6,13 +6,13 @@ AG-REPA (arXiv 2603.01006): FoG-A_k = E[ ||v without block k - v|| / (||v|| + ep
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn as nn
 
 from ..config import RECIPES, TIMES
 from ..device import CapturedPrograms
 from ..kernels import velocity_change
 from ..models.audio_dit.conditioning import Condition
-from .blocks import model_blocks, part_names
+from ..models.backbone import Backbone
+from .blocks import gated_parts, gating, part_names
 from .official import official_foga
 from .points import ProbeBatch, ProbePoints, clip_times, evaluation_mode
 from .scores import BatchScores, LayerScores
@@ -20,7 +20,7 @@ from .variants import Variants, check_floor
 
 
 class FogaProbe:
-    """FoG-A of a model like AudioDiT, again and again with its live weights.
+    """FoG-A of a backbone, again and again with its live weights.
 
     A launch runs L(L+1)/2 block forwards per time and draw, and L for the floor. gates, kind: as foga. graph: capture
     the work of each batch shape as CUDA graphs and replay them; impossible under ZeRO-3, where weights exist only
@@ -29,16 +29,18 @@ class FogaProbe:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Backbone,
         points: ProbePoints,
         *,
         gates: torch.Tensor | None = None,
         kind: str = "block",
         graph: bool = False,
     ):
-        self.model, self.points, self.kind = model, points, kind
-        self.blocks = model_blocks(model, kind)
-        self.variants = Variants(gates, len(self.blocks))
+        self.model, self.points = model, points
+        parts = [parts for _, parts in gated_parts(model, kind)]
+        self.blocks = [block for of_layer in parts for block in of_layer]
+        self.variants = Variants(gates, [len(of_layer) for of_layer in parts])
+        self._gating = gating(model, kind)
         self._programs = CapturedPrograms() if graph else None
 
     def launch(self, batch: ProbeBatch) -> BatchScores:
@@ -77,8 +79,7 @@ class FogaProbe:
         def run(variants: int) -> torch.Tensor:
             return self.model(x_t.repeat(variants, 1, 1), t, condition).v
 
-        state = 0 if self.kind == "block" else None
-        options = {"kind": self.kind, "row_arguments": (), "state": state, "check_rows": check_rows}
+        options = self._gating | {"check_rows": check_rows}
         changes, base = self.variants.changes(run, self.blocks, condition.lengths, **options)
         return changes, base.float(), ~base.flatten(1).any(1)
 
@@ -97,7 +98,7 @@ class FogaProbe:
 
 
 def foga(
-    model: nn.Module,
+    model: Backbone,
     batch: ProbeBatch,
     *,
     times: Sequence[float] = TIMES,
@@ -107,11 +108,11 @@ def foga(
     recipe: str = "corrected",
     kind: str = "block",
 ) -> LayerScores:
-    """Return the scores of all layers of a model like AudioDiT, in L(L+1)/2 block forwards per time and draw.
+    """Return the scores of all layers of a backbone, in L(L+1)/2 block forwards per time and draw.
 
     The model is evaluated at noised x_t, in evaluation mode, with the same noise for every variant. gates (V, L), first
-    row all ones, replaces the single ablations; `values` then has V - 1 rows. kind "branch": the attention and the FFN
-    of every block apart. sigma: scale of the noise. For other models: ablate.
+    row all ones, replaces the single ablations; `values` then has V - 1 rows. kind "branch": the branches of
+    every layer apart. sigma: scale of the noise. For other models: ablate.
 
     recipe "official" is the release's, faults included: the clean mel as x_t at t = 0.8, odd layers only (the others
     are nan), one forward per layer, in training mode, so that dropout differs between them.
@@ -124,7 +125,7 @@ def foga(
     if recipe == "official":
         return official_foga(model, batch)
     probe = FogaProbe(model, ProbePoints(tuple(times), draws, sigma), gates=gates, kind=kind)
-    names = part_names(len(model.blocks), kind) if gates is None else ()
+    names = part_names(model, kind) if gates is None else ()
     scores = probe.launch(batch).of_clips(batch.places, batch.domain, probe.points.times, names=names)
     try:
         check_floor(scores.floor, next(model.parameters()).dtype)

@@ -1,8 +1,9 @@
 """FoG-A as the released code computes it, faults included, for like-for-like comparison."""
 
 import torch
-import torch.nn as nn
 
+from ..models.backbone import Backbone
+from .blocks import gating
 from .gate_plan import single_ablations
 from .gates import multi_gate
 from .points import OFFICIAL_POINTS, ProbeBatch, clip_times, evaluation_mode
@@ -10,13 +11,16 @@ from .scores import BatchScores, LayerScores
 
 
 @torch.no_grad()
-def official_foga(model: nn.Module, batch: ProbeBatch) -> LayerScores:
+def official_foga(model: Backbone, batch: ProbeBatch) -> LayerScores:
     """Return foga(recipe="official"): the release's fog_attribution (models.py at 8c1371a).
 
     A score is sqrt(mean(dv^2) + 1e-8) over sqrt(mean(v^2) + 1e-8) + 1e-8, means over valid frames (the release has no
     padding), at the clean mel and t = 0.8. One forward per odd layer, in training mode; even layers are nan.
     """
-    eps, depth = 1e-8, len(model.blocks)
+    blocks = [part for layer in model.layers for part in layer.parts]
+    if model.kind != "block" or len(blocks) != len(model.layers):
+        raise ValueError("the official recipe measures models whose layers are one residual block each")
+    eps, depth = 1e-8, len(blocks)
     values = torch.full((depth, len(batch.places), 1, 1), torch.nan)
     elements = batch.condition.lengths * batch.mel.shape[-1]
     t = clip_times(batch, OFFICIAL_POINTS.times[0])
@@ -33,7 +37,7 @@ def official_foga(model: nn.Module, batch: ProbeBatch) -> LayerScores:
         energy = rms(base) + eps
         for layer in range(0, depth, 2):
             gates = single_ablations(depth)[layer + 1 : layer + 2]
-            with multi_gate(model.blocks, gates, row_arguments=(), state=0):
+            with multi_gate(blocks, gates, **gating(model)):
                 values[layer, :, 0, 0] = (rms(velocity() - base) / energy).cpu()
         floor = rms(velocity() - base) / energy
     measured = values.clone()

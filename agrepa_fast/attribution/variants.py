@@ -15,14 +15,18 @@ from .rows import rounding_limit
 class Variants:
     """Gate variants (V, L) of a model, planned once. The first is the whole model; None: single ablations.
 
-    Raises ValueError if the first row of gates ablates something.
+    parts: the number of modules that each of the L gates leaves out together. Raises ValueError if the first row of
+    gates ablates something.
     """
 
-    def __init__(self, gates: torch.Tensor | None, depth: int):
-        gates = single_ablations(depth) if gates is None else gates
+    def __init__(self, gates: torch.Tensor | None, parts: Sequence[int]):
+        gates = single_ablations(len(parts)) if gates is None else gates
         if not (gates[0] == 1).all():
             raise ValueError("the first row of gates is the whole model: all ones")
-        self.gates, order = gates, prefix_order(gates)
+        order = prefix_order(gates)
+        if gates.shape[1] != len(parts):
+            raise ValueError(f"gates {tuple(gates.shape)} must be (variants, {len(parts)}): one column a layer")
+        self.gates = gates = gates.repeat_interleave(torch.tensor(parts, device=gates.device), 1)
         self.plan = GatePlan(gates[order])
         self.count = len(gates)
         self._places = DeviceCopies(order.argsort()[1:] - 1)  # of the ablated variants, as given, among the sorted ones

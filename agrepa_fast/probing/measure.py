@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn as nn
 
 from ..attribution.official import official_foga
 from ..attribution.points import ProbeBatch
@@ -11,6 +10,7 @@ from ..attribution.scores import LayerScores
 from ..config import STORAGE, Config
 from ..data.index import Index
 from ..errors import UserError
+from ..models.backbone import Backbone
 from .fixed_clips import FixedClips, probe_clips, storage_clips
 from .probe import ClipProbe
 from .stored import pooled_states, storage_scores
@@ -38,7 +38,7 @@ class ProbeRequest:
 
 
 def measure_model(
-    model: nn.Module,
+    model: Backbone,
     index: Index,
     config: Config,
     device: torch.device,
@@ -53,7 +53,7 @@ def measure_model(
     """
     wanted = request.measures
     if "lasp" in (wanted or ()):
-        _check_lasp(config, index, projections)
+        _check_lasp(model, index, projections)
     clips = probe_clips(index, config, device, one_shape=config.probe.graph and device.type == "cuda")
     measured = []
     for measure in ("foga", "foga-vjp"):
@@ -72,7 +72,7 @@ def measure_model(
     return measured
 
 
-def official_probe(model: nn.Module, clips: FixedClips, step: int | None = None) -> LayerScores:
+def official_probe(model: Backbone, clips: FixedClips, step: int | None = None) -> LayerScores:
     """Return FoG-A as the release measures it: of the first clip of each domain, on one rank."""
     scores: dict[int, LayerScores] = {}
     for batch, owned in clips.chunks():
@@ -85,12 +85,13 @@ def official_probe(model: nn.Module, clips: FixedClips, step: int | None = None)
     return replace(last.joined_with(earlier), step=step)
 
 
-def _check_lasp(config: Config, index: Index, projections: dict[str, torch.Tensor]) -> None:
+def _check_lasp(model: Backbone, index: Index, projections: dict[str, torch.Tensor]) -> None:
     """Raises ValueError if BiT-C's projections do not fit the layers, before anything is computed."""
     if missing := set(index.domains) - projections.keys():
         raise ValueError(f"lasp asks BiT-C's projections, and there are none of {', '.join(sorted(missing))}")
-    if config.model.dim != config.model.token_dim:
+    widths = {layer.width for layer in model.layers}
+    if widths != {model.condition_width}:
         raise ValueError(
-            f"lasp: BiT-C's projections take {config.model.token_dim} channels (model.token_dim), layers have "
-            f"{config.model.dim} (model.dim)"
+            f"lasp: BiT-C's projections take the token condition's {model.condition_width} channels, layers have "
+            + " and ".join(map(str, sorted(widths)))
         )

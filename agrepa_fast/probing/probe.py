@@ -7,7 +7,6 @@ the clip, so the numbers are the same on any number of ranks.
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
 
 from ..attribution.blocks import part_names
 from ..attribution.foga import FogaProbe
@@ -15,6 +14,7 @@ from ..attribution.points import ProbePoints
 from ..attribution.scores import BatchScores, LayerScores
 from ..attribution.vjp import FogaVjp
 from ..device import CaptureError, record, to_host
+from ..models.backbone import Backbone
 from ..ranks import all_sum, first_failure
 from .fixed_clips import Chunk, FixedClips, measure_chunks
 
@@ -48,13 +48,13 @@ class PendingScores:
 class ClipProbe:
     """FoG-A of fixed clips, or its first-order estimate (measure "foga-vjp"), again and again with live weights.
 
-    kind: "branch" measures the attention and the FFN of every block apart.
+    kind: "branch" measures the branches of every layer apart.
     """
 
-    def __init__(self, model: nn.Module, clips: FixedClips, *, measure: str = "foga", kind: str = "block"):
+    def __init__(self, model: Backbone, clips: FixedClips, *, measure: str = "foga", kind: str = "block"):
         self.model, self.clips, self.measure = model, clips, measure
-        self.names = part_names(len(model.blocks), kind)
-        self.layers = len(self.names) or len(model.blocks)
+        self.names = part_names(model, kind)
+        self.layers = len(self.names) or len(model.layers)
         config = clips.config
         points = ProbePoints(tuple(config.probe.times), config.probe.draws, config.flow.sigma)
         if measure == "foga-vjp":

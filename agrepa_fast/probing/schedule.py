@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 from ..alignment.aligner import Aligner
 from ..attribution.csv import append_csv
@@ -16,6 +15,7 @@ from ..attribution.stored import PooledStates, lasp
 from ..config import DOMAINS, Config
 from ..device import GRAPHS
 from ..errors import UserError
+from ..models.backbone import Backbone
 from .fixed_clips import FixedClips
 from .probe import ClipProbe, PendingScores
 from .stored import pooled_states, storage_scores
@@ -36,7 +36,7 @@ class LayerChoice:
     def __init__(
         self,
         config: Config,
-        model: nn.Module,
+        model: Backbone,
         aligner: Aligner,
         clips: FixedClips,
         storage_clips: FixedClips,
@@ -54,9 +54,10 @@ class LayerChoice:
 
     def start(self, domains: tuple[str, ...]) -> None:
         """Align from step 0 on if the strategy needs no scores."""
-        align, model = self.config.align, self.config.model
+        align = self.config.align
         if not align.measured:
-            self.aligner.select(unmeasured_selection(align, model.depth, domains, self.config.run.seed))
+            depth = len(self.model.layers)
+            self.aligner.select(unmeasured_selection(align, depth, domains, self.config.run.seed))
 
     def due(self, step: int) -> bool:
         """Return whether layers are measured after this many steps."""

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn as nn
 
 from ..attribution.points import OFFICIAL_POINTS, ProbePoints, clip_times, evaluation_mode
 from ..attribution.scores import LayerScores
 from ..attribution.stored import PooledStates, cka, lasp, ridge
 from ..config import DOMAINS
+from ..models.backbone import Backbone
 from ..ranks import all_sum, first_failure
 from .fixed_clips import Chunk, FixedClips, measure_chunks
 
@@ -17,7 +17,7 @@ ENOUGH_CLIPS = 8  # per domain, for ridge and CKA to be measured unasked
 
 @torch.no_grad()
 def pooled_states(
-    model: nn.Module,
+    model: Backbone,
     clips: FixedClips,
     step: int | None = None,
     *,
@@ -26,17 +26,19 @@ def pooled_states(
 ) -> PooledStates:
     """Return the time-means of every layer and of the token condition for all clips, with the teacher's vectors.
 
-    LASP, ridge and CKA are computed from them. x_t is FoG-A's of the first draw; recipe "official": the clean mel at
-    t = 0.8. step: of the model, to label the scores. progress: show a bar. The result is the same on every rank, and
-    every rank must call it. Raises ValueError on all if one of them fails.
+    LASP, ridge and CKA are computed from them; layers narrower than the widest are filled up with zeros, which changes
+    none of the three. x_t is FoG-A's of the first draw; recipe "official": the clean mel at t = 0.8. step: of the
+    model, to label the scores. progress: show a bar. The result is the same on every rank, and every rank must call
+    it. Raises ValueError on all if one of them fails.
     """
     config, domains = clips.config, clips.index.domains
     points = ProbePoints(tuple(config.probe.times), sigma=config.flow.sigma)
     if recipe == "official":
         points = OFFICIAL_POINTS
-    depth, count, device = len(model.blocks), len(clips), clips.device
-    hidden = torch.zeros(depth, count, len(points.times), config.model.dim, device=device)
-    condition = torch.zeros(count, config.model.token_dim, device=device)
+    depth, count, device = len(model.layers), len(clips), clips.device
+    widest, given = max(layer.width for layer in model.layers), model.condition_width is not None
+    hidden = torch.zeros(depth, count, len(points.times), widest, device=device)
+    condition = torch.zeros(count, model.condition_width or 0, device=device)
     teacher = {domain: torch.zeros(count, clips.index.teacher(domain).dim, device=device) for domain in domains}
 
     def measure(chunk: Chunk) -> None:
@@ -46,10 +48,14 @@ def pooled_states(
                 teacher[domain][place] = vectors[row]
         for number, time in enumerate(points.times):
             x_t, t = points.x_t(batch, time, 0), clip_times(batch, time)
-            pooled = model(x_t, t, batch.condition, capture=tuple(range(depth + 1)), pooled=True).hidden
+            capture = tuple(range(0 if given else 1, depth + 1))
+            pooled = model(x_t, t, batch.condition, capture=capture, pooled=True).hidden
             for row, place in chunk.owned:
-                hidden[:, place, number] = torch.stack([pooled[layer][row].float() for layer in range(1, depth + 1)])
-                condition[place] = pooled[0][row]
+                for layer in range(depth):
+                    states = pooled[layer + 1][row]
+                    hidden[layer, place, number, : len(states)] = states
+                if given:
+                    condition[place] = pooled[0][row]
 
     with evaluation_mode(model):
         failure = measure_chunks(model, clips, measure, "what layers store" if progress else None)

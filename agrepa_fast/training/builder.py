@@ -96,7 +96,7 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     set_collective_timeout(config.train.patience)
     ema = Ema(engine, config.train.ema_decay)
     metrics = Metrics(context.folder, rank, world, peak_flops(config.train, device))
-    aligner = Aligner(config, {domain: index.teacher(domain).dim for domain in index.domains}, device)
+    aligner = Aligner(config, model, {domain: index.teacher(domain).dim for domain in index.domains}, device)
     own_folder = context.folder if rank == 0 else None
     choice = LayerChoice(config, engine.module, aligner, clips.probe, clips.storage, metrics.print, own_folder)
     checkpoints = Checkpoints(context.folder / "checkpoints", rank, world, config, index, metrics.print)
@@ -194,9 +194,7 @@ def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> 
         load_weights(model, weights_file(resolve_checkpoint(Path(config.train.start_from))), "this run's")
         return model
     code_mels = (torch.from_numpy(index.code_mels()) - index.mel_mean) / index.mel_std
-    if config.model.token_dim >= index.n_mels:
-        with gathered([model.tokens.embedding.weight]):
-            model.tokens.start_from(code_mels)
+    model.start_from_codes(code_mels, gathered)
     return model
 
 

@@ -10,6 +10,7 @@ from ..data.plan import BatchPlan
 from ..errors import LocalError, UserError
 from ..flow import flow_loss
 from ..models.audio_dit.conditioning import Condition
+from ..models.backbone import Backbone
 from ..ranks import first_failure
 
 
@@ -67,8 +68,9 @@ def _longest_clips(clips: int, frames: int, index: Index, device: torch.device) 
     )
 
 
-def _forward_backward(module: torch.nn.Module, mel: torch.Tensor, condition: Condition) -> None:
-    capture = tuple(range(len(module.blocks) + 1))  # any layer may be chosen
+def _forward_backward(module: Backbone, mel: torch.Tensor, condition: Condition) -> None:
+    first = 1 if module.condition_width is None else 0
+    capture = tuple(range(first, len(module.layers) + 1))  # any layer may be chosen
     out = module(mel, mel.new_full((len(mel),), 0.5), condition, capture=capture, pooled=True)
     loss = flow_loss(out.v, mel, condition.lengths).mean()
     loss = loss + sum(hidden.float().mean() for hidden in out.hidden.values())

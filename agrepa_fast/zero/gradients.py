@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 
+from ..models.backbone import Layer
 
-def gradient_norms(engine, blocks: Sequence[nn.Module]) -> torch.Tensor:
-    """Return the norm (L,) of the step's gradient to each block's parameters, averaged over ranks and micro-batches as
+
+def gradient_norms(engine, layers: Sequence[Layer]) -> torch.Tensor:
+    """Return the norm (L,) of the step's gradient to each layer's parameters, averaged over ranks and micro-batches as
     the optimizer will see it, before clipping.
 
     Call it between the last backward of a step and engine.step(), on every rank: partitions are gathered one after the
@@ -15,13 +17,17 @@ def gradient_norms(engine, blocks: Sequence[nn.Module]) -> torch.Tensor:
     """
     from deepspeed.utils import safe_get_full_grad
 
-    def gradient(parameter: nn.Parameter) -> torch.Tensor:
+    def gradient(parameter: nn.Parameter) -> torch.Tensor | None:
         if engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():
             return parameter.grad
         return safe_get_full_grad(parameter)
 
-    squares = [sum(gradient(p).float().square().sum() for p in block.parameters()) for block in blocks]
-    return torch.stack(squares).sqrt()
+    def square(layer: Layer) -> torch.Tensor:
+        trained = dict.fromkeys(p for part in layer.parts for p in part.parameters() if p.requires_grad)
+        found = [g for p in trained if (g := gradient(p)) is not None]
+        return sum(g.float().square().sum() for g in found)
+
+    return torch.stack([square(layer) for layer in layers]).sqrt()
 
 
 def make_gradient_nan(engine, *, unless_finite: torch.Tensor) -> None:
@@ -33,7 +39,7 @@ def make_gradient_nan(engine, *, unless_finite: torch.Tensor) -> None:
     zero_or_nan = torch.where(unless_finite.isfinite(), 0.0, torch.nan)
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 0:
-        next(engine.module.parameters()).grad.add_(zero_or_nan)
+        next(p.grad for p in engine.module.parameters() if p.grad is not None).add_(zero_or_nan)
     elif norms := getattr(optimizer, "norm_for_param_grads", None):
         # Offloaded, stages 1 and 2: the gradient is on the host already, and the global norm comes from these norms.
         first = next(iter(norms))

@@ -15,10 +15,11 @@ from ..testing import small_batch
 
 SELECTION = LayerSelection("foga", {"speech": (1, 3), "audio": (2,)}, {"speech": (0.75, 0.25), "audio": (1.0,)})
 DIMS = {"speech": 5, "audio": 7}
+WIDTHS = (32,) * 4
 
 
 def heads(seed: int = 0) -> AlignmentHeads:
-    return AlignmentHeads(SELECTION, 32, DIMS, seed)
+    return AlignmentHeads(SELECTION, WIDTHS, DIMS, seed)
 
 
 def teachers(rows: int) -> dict[str, torch.Tensor]:
@@ -68,7 +69,7 @@ def test_heads_depend_on_seed_and_name_alone():
     torch.manual_seed(2)
     b = heads()
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-    other = AlignmentHeads(LayerSelection("fixed:3", {"speech": (3,)}, {"speech": (1.0,)}), 32, DIMS, 0)
+    other = AlignmentHeads(LayerSelection("fixed:3", {"speech": (3,)}, {"speech": (1.0,)}), WIDTHS, DIMS, 0)
     assert torch.equal(other.heads["speech_L3"][0].weight, a.heads["speech_L3"][0].weight)
     assert not torch.equal(a.heads["speech_L1"][0].weight, a.heads["speech_L3"][0].weight)
     assert not torch.equal(heads(seed=1).heads["speech_L1"][0].weight, a.heads["speech_L1"][0].weight)
@@ -117,7 +118,7 @@ def test_weights_that_differ_by_time_are_those_of_each_clips_time():
         weights_at={"speech": ((1.0, 0.0), (0.5, 0.5)), "audio": ((1.0,), (2.0,))},
     )
     made, hidden, teacher = (
-        AlignmentHeads(by_time, 32, DIMS, 0),
+        AlignmentHeads(by_time, WIDTHS, DIMS, 0),
         {k: torch.randn(4, 32) for k in (1, 2, 3)},
         teachers(4),
     )

@@ -18,6 +18,7 @@ from agrepa_fast.config_file import load_config
 from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
 from agrepa_fast.models.audio_dit.dit import AudioDiT
+from agrepa_fast.models.backbone import Layer
 from agrepa_fast.probing.fixed_clips import probe_clips
 from agrepa_fast.probing.schedule import LayerChoice
 
@@ -49,7 +50,7 @@ class Choice:
         for block in model.blocks:
             nn.init.normal_(block.modulation.weight, std=0.2)
         self.model, self.said = model, []
-        self.aligner = Aligner(self.config, DIMS, torch.device("cpu"))
+        self.aligner = Aligner(self.config, model, DIMS, torch.device("cpu"))
         clips = probe_clips(index, self.config, "cpu")
         self.choice = LayerChoice(self.config, model, self.aligner, clips, clips, self.said.append, folder)
 
@@ -233,10 +234,13 @@ def test_gradnorm_counts_a_step_as_a_clip(index, tmp_path):
     assert selection.evidence["audio"]["mean"] == pytest.approx([0.4, 1.6, 0.8, 1.2])  # steps 2, 4 and 6
 
 
+SIZES = SimpleNamespace(layers=[Layer((), width=16)] * 4, condition_width=16)
+
+
 class TestHeads:
     def aligner(self, monkeypatch, *overrides):
         monkeypatch.setattr(aligner_module.dist, "get_world_size", lambda: 1)
-        return Aligner(small_config(*overrides), DIMS, torch.device("cpu"))
+        return Aligner(small_config(*overrides), SIZES, DIMS, torch.device("cpu"))
 
     def batch(self):
         torch.manual_seed(3)

@@ -22,7 +22,7 @@ from agrepa_fast.data.loading import TrainBatches
 from agrepa_fast.flow import euler, flow_loss, reference_prefix, sample, sway_times, training_draws
 from agrepa_fast.kernels import flow_mix
 from agrepa_fast.lr_schedule import lr_factor
-from agrepa_fast.models.audio_dit.dit import Velocity
+from agrepa_fast.models.backbone import Layer, Velocity
 from agrepa_fast.probing.fixed_clips import FixedClips, validation_clips
 from agrepa_fast.probing.validation import validation_loss
 from agrepa_fast.seeds import clip_keys
@@ -205,9 +205,12 @@ def test_tokens_and_reference_are_dropped_apart():
     assert both == pytest.approx(0.28, abs=0.03)
 
 
+SIZES = SimpleNamespace(layers=[Layer((), width=8)], condition_width=192)
+
+
 def test_heads_step_on_the_mean_gradient_clipped_and_scheduled(monkeypatch):
     config = load_config("demo", ["model.dim=8", "model.heads=1", "align.weight=0.5", "train.clip_norm=1e9"])
-    made = aligner_module.Aligner(config, {"speech": 3}, torch.device("cpu"))
+    made = aligner_module.Aligner(config, SIZES, {"speech": 3}, torch.device("cpu"))
     made.select(LayerSelection("fixed:1", {"speech": (1,)}, {"speech": (1.0,)}))
     batch = SimpleNamespace(keys="ab", teacher={"speech": torch.randn(2, 3)}, domain=torch.zeros(2, dtype=torch.int64))
     hidden = {0: torch.randn(2, 192), 1: torch.randn(2, 8)}
@@ -239,7 +242,7 @@ def test_align_weight():
     hidden, losses = {0: torch.randn(2, 192), 1: torch.randn(2, 8)}, []
     for weight in (0.5, 1.0):
         made = aligner_module.Aligner(
-            replace(config, align=replace(config.align, weight=weight)), {"speech": 3}, torch.device("cpu")
+            replace(config, align=replace(config.align, weight=weight)), SIZES, {"speech": 3}, torch.device("cpu")
         )
         made.select(LayerSelection("fixed:1", {"speech": (1,)}, {"speech": (1.0,)}))
         losses.append(made.losses(hidden, batch, torch.rand(2), None, 0)["align_loss"])

@@ -44,7 +44,7 @@ def make_run(preset: str, values: dict, folder: Path, *overrides: str):
     layout = BatchLayout(config.train.batch_clips, config.train.accumulation, rank, world)
     ds_config = resolve_ds_config(values, config.train, layout, CPU)
     engine = build_engine(build_model(config, index, ds_config, False), config, ds_config)
-    aligner = Aligner(config, {domain: index.teacher(domain).dim for domain in index.domains}, CPU)
+    aligner = Aligner(config, engine.module, {domain: index.teacher(domain).dim for domain in index.domains}, CPU)
     layers, weights = dict.fromkeys(index.domains, (1, 3)), dict.fromkeys(index.domains, (0.5, 0.5))
     aligner.select(LayerSelection("fixed:1,3", layers, weights))
     metrics = Metrics(folder, rank, world)

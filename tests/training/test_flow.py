@@ -8,7 +8,7 @@ import torch
 from agrepa_fast.config import FlowConfig
 from agrepa_fast.flow import euler, flow_loss, reference_prefix, sample, sway_times, training_draws
 from agrepa_fast.kernels import philox_normal
-from agrepa_fast.models.audio_dit.dit import Velocity
+from agrepa_fast.models.backbone import Velocity
 from agrepa_fast.seeds import clip_keys
 
 from ..testing import small_batch

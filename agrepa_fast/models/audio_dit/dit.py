@@ -1,7 +1,6 @@
 """AudioDiT: the velocity model of AG-REPA, v(x_t, t, condition) over mel frames."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -9,16 +8,12 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...config import ModelConfig
+from ..backbone import Backbone, Layer, Velocity
 from .block import GatedDiTBlock
 from .conditioning import Condition, TimeEmbedding, TokenCondition, keep_clips, rotary_tables, sinusoids, zero_padding
 
 
-class Velocity(NamedTuple):
-    v: torch.Tensor  # (N, T, n_mels), zero in the padding
-    hidden: dict[int, torch.Tensor]  # layer -> block output (N, T, D), or its masked time-mean (N, D); 0: the tokens
-
-
-class AudioDiT(nn.Module):
+class AudioDiT(Backbone):
     """`depth` gated DiT blocks between a linear input of [x_t | tokens | reference] and a linear output.
 
     config: n_mels and vocab must be set (a run takes them from its shards); ValueError if not. finish: called with
@@ -27,8 +22,10 @@ class AudioDiT(nn.Module):
 
     In training, `recompute` keeps only each block's inputs for the backward (activation checkpointing), and `run_block`
     may be set to a compiled block(x, cond, **options). Evaluation and probes call the blocks themselves.
-    `partitioned` says that a block's weights are whole only inside its forward (ZeRO-3): zero.construction sets it.
     """
+
+    row_arguments = ()  # the blocks' other arguments are per condition
+    state = 0
 
     def __init__(self, config: ModelConfig, finish: Callable[[nn.Module], nn.Module] = lambda part: part):
         super().__init__()
@@ -36,7 +33,7 @@ class AudioDiT(nn.Module):
             raise ValueError("ModelConfig.n_mels and ModelConfig.vocab are those of the shards: set both")
         self.config = config
         self.recompute = False
-        self.partitioned = False
+        self.condition_width = config.token_dim
         self.run_block = _run_block
         dim = config.dim
         self.time = finish(TimeEmbedding(dim, config.time_scale))
@@ -50,6 +47,18 @@ class AudioDiT(nn.Module):
         self.blocks = nn.ModuleList(finish(self._new_block(config)) for _ in range(config.depth))
         self.norm = finish(nn.LayerNorm(dim, eps=1e-6))
         self.out = finish(nn.Linear(dim, config.n_mels))
+
+    @property
+    def layers(self) -> list[Layer]:
+        dim = self.config.dim
+        return [Layer((b,), dim, branches={"attn": b.attn, "ffn": b.ffn}) for b in self.blocks]
+
+    @torch.no_grad()
+    def start_from_codes(self, code_mels: torch.Tensor, gathered: Callable) -> None:
+        """Write each code's mean mel (vocab, n_mels), normalised, into the first channels of its embedding."""
+        if self.config.token_dim >= code_mels.shape[1]:
+            with gathered([self.tokens.embedding.weight]):
+                self.tokens.start_from(code_mels)
 
     @staticmethod
     def _new_block(config: ModelConfig) -> GatedDiTBlock:
@@ -74,13 +83,8 @@ class AudioDiT(nn.Module):
         token condition, (C, T, token_dim) or (C, token_dim), zero where a clip's tokens are dropped. Raises ValueError
         if the conditions do not divide the rows, or if a captured layer does not exist.
         """
+        self.check_inputs(x_t, t, condition, capture)
         conditions, frames = condition.lengths.shape[0], x_t.shape[1]
-        if x_t.shape[0] % conditions or t.shape[0] != conditions:
-            raise ValueError(
-                f"{x_t.shape[0]} rows and {t.shape[0]} times over {conditions} conditions: C times, C divides rows"
-            )
-        if outside := [layer for layer in capture if not 0 <= layer <= len(self.blocks)]:
-            raise ValueError(f"capture={outside}: layers are numbered 1 to {len(self.blocks)}, 0 is the condition")
         lengths = condition.mask_lengths
         tokens = self.tokens(condition, frames)
         x = self._embed(x_t, tokens, condition, frames)

@@ -1,0 +1,143 @@
+"""The protocol of velocity models. All of agrepa_fast above models/ knows a model by it alone.
+
+class Mine(Backbone):
+    def __init__(self, n_mels, vocab, dim=256):
+        super().__init__()
+        self.net = MyTransformer(n_mels, vocab, dim)
+
+    @property
+    def layers(self):
+        return [Layer((block,), width=256) for block in self.net.blocks]
+
+    def velocity(self, x_t, t, condition):
+        return self.net(x_t, t, condition.tokens, mask=condition.lengths)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch.utils.hooks import RemovableHandle
+
+from ..kernels import valid_frames
+from .audio_dit.conditioning import Condition, zero_padding
+
+
+class Velocity(NamedTuple):
+    v: torch.Tensor  # (N, T, n_mels), zero in the padding
+    hidden: dict[int, torch.Tensor]  # layer -> its states (N, T', width), or their masked time-mean (N, width)
+
+
+class Layer(NamedTuple):
+    """What is measured, chosen and aligned as one: L1, L2, …
+
+    parts: modules that FoG-A leaves out together, in the order of running. width: channels of its states. tap: the
+    module whose output (N, T', width) is the layer's state; None: the last part. branches: name -> module for probes
+    that leave out attention and FFN apart.
+    """
+
+    parts: tuple[nn.Module, ...]
+    width: int
+    tap: nn.Module | None = None
+    branches: Mapping[str, nn.Module] = MappingProxyType({})
+
+
+class Backbone(nn.Module):
+    """A velocity model v(x_t, t, condition). A subclass writes `layers` and `velocity`, and sets what else differs.
+
+    kind: "block" if a layer's parts contain their residual sum; "branch" if their outputs are added outside of them.
+    row_arguments, state: arguments of the parts with a row per clip, and the one that is handed on from block to block,
+    as in multi_gate; None: found by their size and in a first forward.
+    condition_width: channels of the token condition, layer 0, which BiT-C and LASP need; None: the model has none.
+    partitioned: weights are whole only inside a module's forward (ZeRO-3); set by the engine.
+    """
+
+    kind = "block"
+    row_arguments: Sequence[str | int] | None = None
+    state: str | int | None = None
+    condition_width: int | None = None
+    partitioned = False
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """Return the layers in the order of running."""
+        raise NotImplementedError(f"{type(self).__name__} has no layers: return a list of Layer")
+
+    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """Return the velocity (N, T, n_mels) at x_t (N, T, n_mels) and times t (N,), for N conditions. Frames beyond
+        condition.lengths are padding, and must not change those of the clip."""
+        raise NotImplementedError(f"{type(self).__name__} has no velocity(x_t, t, condition)")
+
+    def forward(
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        condition: Condition,
+        *,
+        capture: tuple[int, ...] = (),
+        pooled: bool = False,
+    ) -> Velocity:
+        """Return the velocity at x_t (N, T, n_mels), for times t (C,) and C conditions; row n has condition n mod C.
+
+        capture: 1-based layers whose states come back in `hidden`, averaged over valid frames if pooled. Raises
+        ValueError if the conditions do not divide the rows, if a captured layer does not exist, and for a velocity of
+        another shape than x_t.
+        """
+        copies = self.check_inputs(x_t, t, condition, capture)
+        if copies > 1:
+            condition = condition.map(lambda tensor: tensor.repeat(copies, *[1] * (tensor.ndim - 1)))
+            t = t.repeat(copies)
+        hidden: dict[int, torch.Tensor] = {}
+        handles = [self._tap(number, hidden) for number in capture]
+        half = next((p.dtype for p in self.parameters() if p.dtype != torch.float32), None)
+        try:
+            with torch.autocast(x_t.device.type, dtype=half, enabled=half is not None):
+                v = self.velocity(x_t, t, condition)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not isinstance(v, torch.Tensor) or v.shape != x_t.shape:
+            found = tuple(v.shape) if isinstance(v, torch.Tensor) else f"a {type(v).__name__}"
+            raise ValueError(f"{type(self).__name__}.velocity returned {found} for x_t {tuple(x_t.shape)}")
+        if missed := [layer for layer in capture if layer not in hidden]:
+            raise ValueError(f"{type(self).__name__}: the tap of layer {missed[0]} did not run in its velocity")
+        if pooled:
+            hidden = {layer: pool_frames(h, condition.lengths, x_t.shape[1]) for layer, h in hidden.items()}
+        return Velocity(zero_padding(v, condition.mask_lengths), hidden)
+
+    def check_inputs(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition, capture: tuple[int, ...]) -> int:
+        """Return the number of rows per condition. Raises ValueError as `forward` does."""
+        conditions, first = condition.lengths.shape[0], 1 if self.condition_width is None else 0
+        if x_t.shape[0] % conditions or t.shape[0] != conditions:
+            raise ValueError(
+                f"{x_t.shape[0]} rows and {t.shape[0]} times over {conditions} conditions: C times, C divides rows"
+            )
+        if outside := [layer for layer in capture if not first <= layer <= len(self.layers)]:
+            about = ", 0 is the condition" if first == 0 else ""
+            raise ValueError(f"capture={outside}: layers are numbered 1 to {len(self.layers)}{about}")
+        return x_t.shape[0] // conditions
+
+    def _tap(self, number: int, hidden: dict[int, torch.Tensor]) -> RemovableHandle:
+        layer = self.layers[number - 1]
+
+        def keep(_module: nn.Module, _args: tuple, output) -> None:
+            hidden[number] = output if isinstance(output, torch.Tensor) else output[0]
+
+        return (layer.tap or layer.parts[-1]).register_forward_hook(keep)
+
+    def start_from_codes(self, code_mels: torch.Tensor, gathered: Callable) -> None:
+        """Begin from each code's mean mel (vocab, n_mels), normalised, if the model has a use for it. gathered(list of
+        parameters): a context in which partitioned ones are whole."""
+
+
+def pool_frames(hidden: torch.Tensor, lengths: torch.Tensor, frames: int) -> torch.Tensor:
+    """Return the mean (N, D) fp32 of hidden (N, T', D) over the valid frames of clips of lengths (N,) out of `frames`.
+
+    T' may be T over a stride, as in a U-Net: a clip then has ceil(length / stride) valid frames.
+    """
+    stride = -(-frames // hidden.shape[1])
+    valid = (lengths + stride - 1) // stride
+    mask = valid_frames(valid, hidden.shape[1]).unsqueeze(-1)
+    return torch.where(mask, hidden.float(), 0).sum(1) / valid.unsqueeze(1)
