@@ -10,12 +10,11 @@ if not __package__:  # run as a script, whose folder must not be searched: its `
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 import argparse
-import os
 import traceback
 
 from agrepa_fast.config import Config
 from agrepa_fast.errors import LocalError, UserError, one_line
-from agrepa_fast.launch import launched_rank
+from agrepa_fast.launch import end_process, launched_rank
 from agrepa_fast.reporting.summary import finish
 from agrepa_fast.training.builder import build
 from agrepa_fast.training.inputs import read_inputs
@@ -111,21 +110,16 @@ def explain(error: Exception) -> str:
 
 
 def run_process(argv: list[str] | None = None) -> None:
-    """`main` for a process that does nothing else. End it without Python's finalization, which would wait for loader
-    processes, and which can abort in a process group's threads and lose the exit code."""
+    """`main` for a process that does nothing else. End it without Python's finalization, which can abort in a process
+    group's threads and lose the exit code."""
     try:
         main(argv)
     except SystemExit as ending:  # its traceback keeps the progress bar from writing below the last line
         if not dist.is_initialized():
             raise
-        _end(ending.code)
-    _end(0)
-
-
-def _end(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        end_process(ending.code)
+    else:
+        end_process(0)
 
 
 if __name__ == "__main__":
