@@ -92,7 +92,7 @@ class DeepSpeedStep:
         config = Config(model=s.model, data=DataConfig(n_mels=s.mels), train=train)
         ds_config = resolve_ds_config(find_ds_config("zero2.json"), train, BatchLayout(s.batch, 1, 0, 1), device)
         self.engine = build_engine(awake_model(s, torch.float32), config, ds_config)
-        aligner = Aligner(config, engine.module, {"speech": s.speech_teacher, "audio": s.audio_teacher}, device)
+        aligner = Aligner(config, self.engine.module, {"speech": s.speech_teacher, "audio": s.audio_teacher}, device)
         aligner.select(s.selection)
         ignored = {name: lambda *_, **__: None for name in ("add", "count_batch", "skip")}
         metrics = SimpleNamespace(**ignored, print=print)
