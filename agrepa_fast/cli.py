@@ -294,6 +294,8 @@ def _fit_tokens(args: argparse.Namespace) -> None:
 
 
 def _probe(args: argparse.Namespace) -> None:
+    if args.out is not None or args.model is not None:
+        check_writable(args.out or Path("probe"), "--out")
     from .probing.measure import ProbeRequest
     from .reporting.probe import probe_any_model, probe_checkpoint
 

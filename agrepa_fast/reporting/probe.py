@@ -13,6 +13,7 @@ from ..attribution.selection import LayerSelection, select_as
 from ..checkpoints.find import step_of
 from ..checkpoints.weights import load_projections
 from ..errors import UserError
+from ..files import check_writable
 from ..probing.measure import ProbeRequest, measure_model
 from .opened import open_checkpoint
 from .plots import plot_all
@@ -30,12 +31,13 @@ def probe_checkpoint(
     """Measure a checkpoint's layers on one rank; write attribution.csv, selection.json and plots; print tables. Raises
     UserError if a measurement fails."""
     opened = open_checkpoint(checkpoint, overrides, live=live)
+    out = out or opened.beside("probe" if request.kind == "block" else "probe-branch")
+    check_writable(out, "--out")
     try:
         projections, step = load_projections(opened.path), step_of(opened.path)
         measured = measure_model(opened.model, opened.index, opened.config, opened.device, request, projections, step)
     except ValueError as error:
         raise UserError(f"{opened.path}: {error}") from error
-    out = out or opened.beside("probe" if request.kind == "block" else "probe-branch")
     out.mkdir(parents=True, exist_ok=True)
     selection = None
     if request.kind == "block":

@@ -1,0 +1,152 @@
+"""Where a command reads and writes: looked at before the work, and said in one line if it cannot be used."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file
+
+from agrepa_fast.checkpoints import weights
+from agrepa_fast.cli import main
+from agrepa_fast.errors import UserError
+from agrepa_fast.reporting import probe, samples
+
+from ..ranks import ROOT, run_training
+
+
+def refused(capsys, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def no_work(*_: object, **__: object) -> None:
+    raise AssertionError("work before the place was looked at")
+
+
+@pytest.fixture
+def blocked(tmp_path) -> Path:
+    """A folder below a file: it cannot be made, by root neither, as on a disk that is read-only."""
+    (tmp_path / "file").touch()
+    return tmp_path / "file" / "out"
+
+
+class TestBeforeTheWork:
+    def test_probe_and_sample(self, baseline, blocked, capsys, monkeypatch):
+        monkeypatch.setattr(probe, "measure_model", no_work)
+        monkeypatch.setattr(samples, "sample_clips", no_work)
+        monkeypatch.setattr(samples, "load_vocoder", no_work)
+        for command in ("probe", "sample"):
+            line = refused(capsys, command, baseline, "--out", blocked)
+            assert f"--out {blocked} cannot be written (Not a directory)" in line
+        assert "cannot be written" in refused(
+            capsys, "probe", "--model", "nothing:x", "--blocks", "b", "--out", blocked
+        )
+
+    def test_export(self, baseline, blocked, capsys, monkeypatch):
+        monkeypatch.setattr(weights, "load_model", no_work)
+        assert "cannot be written" in refused(capsys, "export", baseline, "--out", blocked)
+
+    def test_prepare_and_tokens(self, blocked, tmp_path, capsys):
+        """The folder of recordings does not exist, and would be found missing later."""
+        source = tmp_path / "nothing"
+        line = refused(capsys, "prepare", "folder", source, "--domain", "speech", "--out", blocked)
+        assert "--out" in line
+        assert "cannot be written" in line
+        assert "data.path" in refused(capsys, "prepare", "demo", f"data.path={blocked}")
+        fit = ("tokens", "fit", source, "--teacher", "package:whisper-base", "--out")
+        assert "cannot be written" in refused(capsys, *fit, blocked)
+        assert "is a folder: name the .safetensors file" in refused(capsys, *fit, tmp_path)
+
+    def test_train(self, preset, blocked, tmp_path):
+        for setting in (f"run.dir={blocked}", f"train.copy_to={blocked}"):
+            output = run_training(1, "--preset", str(preset), setting, cwd=tmp_path, wanted=2)
+            assert f"agrepa train: {setting.partition('=')[0]} {blocked} cannot be written" in output
+            assert "Traceback" not in output
+        assert [path.name for path in tmp_path.iterdir()] == ["file"] or not list(tmp_path.glob("runs/*/config.yaml"))
+
+
+class TestFailuresWhileWriting:
+    def test_a_full_disk_during_an_export_leaves_nothing(self, baseline, tmp_path, monkeypatch, capsys):
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device", str(tmp_path / "new" / "config.yaml"))
+
+        monkeypatch.setattr(weights, "save_config", full)
+        line = refused(capsys, "export", baseline, "--out", tmp_path / "new")
+        assert line.endswith("config.yaml: No space left on device")
+        assert not list((tmp_path / "new").iterdir())
+
+    def test_a_full_disk_during_samples_is_one_line(self, baseline, tmp_path, monkeypatch, capsys):
+        def full(path: Path, *_: object, **__: object) -> None:
+            raise OSError(28, "No space left on device", str(path))
+
+        monkeypatch.setattr(samples, "write_atomically", full)
+        assert "No space left" in refused(capsys, "sample", baseline, "--out", tmp_path, "--clips", "1", "flow.steps=1")
+
+    @pytest.mark.parametrize(("redirect", "code", "said"), [("> /dev/full", 2, "No space left"), ("| true", 0, "")])
+    def test_stdout_that_takes_nothing(self, redirect, code, said):
+        command = f"set -o pipefail; {sys.executable} -m agrepa_fast.cli config agrepa-a {redirect}"
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+        assert "Exception ignored" not in done.stderr
+
+
+def test_what_is_written_may_be_read_by_whom_the_umask_says(baseline, tmp_path):
+    """safetensors makes files of mode 0600."""
+    mask = os.umask(0)
+    os.umask(mask)
+    main(["export", str(baseline), "--out", str(tmp_path / "new")])
+    files = [path for folder in (baseline, tmp_path) for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 15
+    assert {str(path): oct(stat.S_IMODE(path.stat().st_mode)) for path in files} == {
+        str(path): oct(0o666 & ~mask) for path in files
+    }
+    assert load_file(tmp_path / "new" / "model.safetensors").keys()
+
+
+class TestUnreadable:
+    @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+    def test_weights_and_checkpoints_of_somebody_else(self, baseline, tmp_path):
+        """In a process of its own: what it may not read is said to be so, not to be missing."""
+        import shutil
+
+        copy = tmp_path / "run"
+        shutil.copytree(baseline, copy)
+        (checkpoint,) = (copy / "checkpoints").glob("step*")
+        for path, mode in ((checkpoint / "ema.safetensors", 0o600), (checkpoint, 0o700), (copy / "checkpoints", 0o700)):
+            path.chmod(mode)
+            line = _as_another_user(copy)
+            path.chmod(0o755)
+            assert f"{path.name}" in line
+            assert "cannot be read: Permission denied" in line
+
+
+def _as_another_user(run: Path) -> str:
+    from agrepa_fast.checkpoints.weights import load_model
+
+    for folder in run.parents:
+        if folder.stat().st_uid == os.geteuid() and not folder.stat().st_mode & 0o005:
+            folder.chmod(folder.stat().st_mode | 0o055)
+    os.seteuid(12345)
+    try:
+        load_model(run)
+    except UserError as error:
+        return str(error)
+    finally:
+        os.seteuid(0)
+    return "loaded"
+
+
+def test_wavs_are_whole_or_absent(baseline, tmp_path):
+    samples._write_wav(tmp_path / "a.wav", torch.zeros(100).numpy(), 16000)
+    assert soundfile.info(tmp_path / "a.wav").frames == 100
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
