@@ -7,13 +7,15 @@ checked, and saved resolved in the run's folder. `agrepa config` prints it.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from .data_config import DataConfig
 from .errors import UserError, nearest
 from .settings import (
     Count,
@@ -21,15 +23,13 @@ from .settings import (
     NotNegative,
     Period,
     Positive,
-    Processes,
     Seed,
-    Share,
     ShareAboveZero,
     ShareBelowOne,
     Whole,
+    check,
     section,
     setting,
-    setting_names,
 )
 
 PRESETS = Path(__file__).with_name("presets")
@@ -47,11 +47,6 @@ INITS = ("adaln_zero", "release")
 _LAYERS = re.compile(r"\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*")
 
 
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
 @section("run.")
 class RunConfig:
     """Where a run is written, and what makes it reproducible."""
@@ -64,8 +59,10 @@ class RunConfig:
 
 @section("model.")
 class ModelConfig:
-    """AudioDiT. `n_mels` and `vocab` are those of the shards unless given."""
+    """AudioDiT, or a model of yours. `n_mels` and `vocab` are those of the shards unless given."""
 
+    backbone: str = setting("audio_dit", "audio_dit, or MODULE:CLASS of a Backbone of yours")
+    options: dict[str, Any] = setting({}, "keywords for your class: model.options.NAME=VALUE; all else is AudioDiT's")
     dim: Count = setting(1024, "width of the residual stream")
     depth: Count = setting(24, "number of blocks, named L1 … L<depth>")
     heads: Count = setting(16, "attention heads")
@@ -85,115 +82,27 @@ class ModelConfig:
     extra_vocab: Count | None = setting(None, "ids of topology B's second token, data.extra_codebook; null: topology A")
 
     def __post_init__(self) -> None:
-        _check(self.dim * self.ffn_mult >= 1, f"model.ffn_mult={self.ffn_mult}: must be positive")
-        _check(
+        if self.backbone != "audio_dit":
+            self._refuse_settings_of_audio_dit()
+            return
+        check(not self.options, "model.options are those of a model of yours: set model.backbone=MODULE:CLASS, too")
+        check(self.dim * self.ffn_mult >= 1, f"model.ffn_mult={self.ffn_mult}: must be positive")
+        check(
             self.dim % self.heads == 0,
             f"model.heads={self.heads} does not divide model.dim={self.dim}: choose a divisor",
         )
-        _check(
+        check(
             (self.dim // self.heads) % 2 == 0, f"model.dim/model.heads={self.dim // self.heads}: rotary needs it even"
         )
 
-
-@section("data.")
-class MelConfig:
-    """The mels of the shards. `agrepa prepare` computes them once."""
-
-    max_seconds: Period = setting(10.0, "recordings are cut once, in prepare, never later")
-    min_seconds: Positive = setting(0.5, "shorter recordings are skipped")
-    sample_rate: Count = setting(24000, "Hz")
-    n_fft: Count = setting(1024, "samples of a window and of its Fourier transform")
-    hop_length: Count = setting(256, "samples between mel frames")
-    n_mels: Count = setting(100, "mel bands, from 0 Hz on")
-    f_max: float = setting(12000.0, "Hz, end of the last mel band")
-    mel_scale: Literal["htk", "slaney"] = setting("htk", "scale of the mel bands")
-    mel_norm: Literal["slaney"] | None = setting(None, "slaney: area-normalised filters")
-    center: bool = setting(True, "torchaudio's centred frames; false: HiFi-GAN's, padded by (n_fft - hop_length) / 2")
-
-    def __post_init__(self) -> None:
-        _check(self.min_seconds < self.max_seconds, "data.min_seconds must be above 0 and below data.max_seconds")
-        _check(
-            0 < self.f_max <= self.sample_rate / 2,
-            f"data.f_max={self.f_max}: must be above 0 and at most half of the sample rate {self.sample_rate}",
-        )
-
-
-@section("data.")
-class ShardConfig(MelConfig):
-    """Everything that the shards of a folder share: mels, token ids, split and sizes. index.json records it."""
-
-    codebook: Count = setting(256, "token ids per domain")
-    extra_tokens: str | None = setting(None, "topology B: a second token beside every one, of both domains: vq: or s3:")
-    extra_codebook: Count = setting(1024, "ids of the second token, both domains together")
-    val_share: Fraction = setting(0.1, "clips whose hashed name falls below this are validation")
-    shard_clips: Count = setting(64, "clips per shard")
-    bucket_seconds: list[float] = setting([], "length buckets of train shards: their ends, but the last")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_tokenizer("data.extra_tokens", self.extra_tokens, without="null")
-        _check(
-            all(a < b for a, b in pairwise([0, *self.bucket_seconds, self.max_seconds])),
-            f"data.bucket_seconds={self.bucket_seconds}: must rise from above 0 to below "
-            f"data.max_seconds={self.max_seconds}",
-        )
-
-
-@section("data.")
-class TargetConfig:
-    """Teachers and tokenizers. Shards may hold the targets of several teachers."""
-
-    speech_teacher: str = setting(
-        "openai/whisper-large-v3", "package:NAME, beats:FILE, a folder or a hub name; @N takes layer N"
-    )
-    audio_teacher: str = setting("openai/whisper-large-v3", "likewise, for audio")
-    teacher_precision: Literal["fp32", "fp16"] = setting("fp32", "of the teacher's weights and activations")
-    teacher_rate: Positive | None = setting(None, "teacher frames stored per second; null: one mean vector per clip")
-    speech_tokens: str = setting("kmeans", "over the teacher's frames, or vq:FILE of `agrepa tokens fit`, or s3:NAME")
-    audio_tokens: str = setting("kmeans", "likewise, for audio")
-
-    def __post_init__(self) -> None:
-        _check_tokenizer("data.speech_tokens", self.speech_tokens, without="kmeans")
-        _check_tokenizer("data.audio_tokens", self.audio_tokens, without="kmeans")
-
-
-@section("data.")
-class LoadingConfig:
-    """Where shards are read from, and how."""
-
-    path: str = setting(
-        "data/demo", "folder of shards, or its URL: http(s)://, s3://, what fsspec reads", resume=True, path=True
-    )
-    speech_share: Share = setting(0.5, "share of speech among the clips, if both domains are there")
-    workers: Processes = setting(0, "loader processes per rank; 0 reads in the training process", resume=True)
-    max_faults: Share = setting(
-        0.001, "share of the training clips that may be unreadable before the run stops", resume=True
-    )
-    read_timeout: Period = setting(
-        60.0, "seconds that one attempt to read a URL may take, and 1 s more per MB", resume=True
-    )
-    read_attempts: Count = setting(6, "attempts to read a URL, with exponential back-off", resume=True)
-
-
-@section("data.")
-class DataConfig(LoadingConfig, TargetConfig, ShardConfig):
-    """Shards, the features and targets that `agrepa prepare` writes into them, and how they are read."""
-
-    def __post_init__(self) -> None:
-        ShardConfig.__post_init__(self)
-        TargetConfig.__post_init__(self)
-
-
-def _check_tokenizer(name: str, value: str | None, without: str) -> None:
-    kind, _, source = (value or "null").partition(":")
-    known = source if kind in ("vq", "s3") else (value or "null") == without
-    _check(bool(known), f"{name}={value!r}: {without}, vq:FILE or s3:NAME")
-
-
-def values_of(part: type, data: DataConfig) -> dict[str, object]:
-    """The values of the settings that `part`, a base of DataConfig, declares: ShardConfig's are what index.json calls
-    features."""
-    return {name: getattr(data, name) for name in setting_names(part)}
+    def _refuse_settings_of_audio_dit(self) -> None:
+        shared = {"backbone", "options", "n_mels", "vocab", "extra_vocab"}
+        for part in fields(self):
+            if part.name not in shared and getattr(self, part.name) != part.default:
+                raise UserError(
+                    f"model.{part.name} is AudioDiT's: for {self.backbone} write model.options.{part.name}=…, if its "
+                    "class takes it"
+                )
 
 
 @section("flow.")
@@ -232,18 +141,18 @@ class AlignConfig:
 
     def __post_init__(self) -> None:
         name, _, layers = self.strategy.partition(":")
-        _check(name in STRATEGIES, f"align.strategy={self.strategy!r} is unknown: {nearest(name, STRATEGIES)}")
-        _check(
+        check(name in STRATEGIES, f"align.strategy={self.strategy!r} is unknown: {nearest(name, STRATEGIES)}")
+        check(
             (name == "fixed") == bool(layers) and (not layers or _LAYERS.fullmatch(layers)),
             f"align.strategy={self.strategy!r}: layers are written fixed:4,8,12, and only for fixed",
         )
         measured = name in MEASURED
-        _check(not self.refresh or measured, f"align.refresh: {self.strategy} measures nothing that could change")
-        _check(
+        check(not self.refresh or measured, f"align.refresh: {self.strategy} measures nothing that could change")
+        check(
             not self.per_time or name in ("foga", "foga-vjp", "lasp"),
             f"align.per_time: {self.strategy} has no score for each time; foga, foga-vjp and lasp have",
         )
-        _check(self.share is None or measured, f"align.share: {self.strategy} has no scores: give align.k")
+        check(self.share is None or measured, f"align.share: {self.strategy} has no scores: give align.k")
 
     @property
     def measured(self) -> bool:
@@ -277,11 +186,11 @@ class ProbeConfig:
     )
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self.start_step <= self.warmup_steps,
             f"probe.start_step={self.start_step}: must be from 1 to probe.warmup_steps={self.warmup_steps}",
         )
-        _check(
+        check(
             all(float(f"{a:g}") < float(f"{b:g}") for a, b in pairwise(self.times)),
             f"probe.times={self.times}: must rise, and differ in their first six digits",
         )
@@ -336,11 +245,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         window = self.profile
-        _check(
+        check(
             window is None or (len(window) == 2 and 1 <= window[0] <= window[1]),
             f"train.profile={window}: the first and the last step, from 1, such as [10,12]",
         )
-        _check(
+        check(
             not self.graphs or not (self.compile or self.activation_checkpointing),
             "train.graphs: neither with train.compile nor with train.activation_checkpointing",
         )
@@ -369,30 +278,41 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        outside = [layer for layer in self.align.fixed_layers if not 1 <= layer <= self.model.depth]
-        _check(not outside, f"align.strategy={self.align.strategy!r}: layers are numbered 1 to {self.model.depth}")
-        ranks_layers = self.align.strategy not in ("none",) and not self.align.fixed_layers
-        _check(
-            not ranks_layers or self.align.share is not None or self.align.k <= self.model.depth,
-            f"align.k={self.align.k} is more than the model's {self.model.depth} layers",
-        )
-        _check(
-            self.align.strategy != "lasp" or self.model.dim == self.model.token_dim,
-            f"align.strategy=lasp: BiT-C's projection fits layers only where model.dim={self.model.dim} is "
-            f"model.token_dim={self.model.token_dim}",
-        )
-        _check(
+        if self.model.backbone == "audio_dit":
+            self.check_layers([self.model.dim] * self.model.depth, self.model.token_dim)
+        else:
+            check(
+                not self.train.compile, f"train.compile compiles AudioDiT's blocks, not those of {self.model.backbone}"
+            )
+        check(
             self.align.strategy != "lasp" or min(self.align.bitc_speech, self.align.bitc_audio) > 0,
             "align.strategy=lasp needs align.bitc_speech and align.bitc_audio above 0: it asks BiT-C's projections",
         )
         if self.align.measured:
-            _check(
+            check(
                 self.probe.warmup_steps < self.train.steps,
                 f"probe.warmup_steps={self.probe.warmup_steps} leaves no step to align before "
                 f"train.steps={self.train.steps}: lower it, or choose another align.strategy",
             )
-            _check(
+            check(
                 self.align.stop is None or self.align.stop > self.probe.warmup_steps + 1 or self.probe.confidence < 1,
                 f"align.stop={self.align.stop} comes before the layers are chosen: raise it above "
                 f"probe.warmup_steps={self.probe.warmup_steps}",
             )
+
+    def check_layers(self, widths: Sequence[int], condition_width: int | None) -> None:
+        """Raise UserError if the model's layers do not suit align.*. widths: of its layers, L1 first."""
+        align, depth = self.align, len(widths)
+        outside = [layer for layer in align.fixed_layers if not 1 <= layer <= depth]
+        check(not outside, f"align.strategy={align.strategy!r}: layers are numbered 1 to {depth}")
+        ranks_layers = align.strategy != "none" and not align.fixed_layers
+        check(
+            not ranks_layers or align.share is not None or align.k <= depth,
+            f"align.k={align.k} is more than the model's {depth} layers",
+        )
+        different = {*widths} - {condition_width}
+        check(
+            align.strategy != "lasp" or not different,
+            f"align.strategy=lasp: BiT-C's projection takes the token condition's {condition_width} channels "
+            f"(model.token_dim), layers have {' and '.join(map(str, sorted(different)))} (model.dim)",
+        )

@@ -64,7 +64,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     sections["run"]["preset"] = path.stem
     for values in (_read_file(path), _read_overrides(overrides)):
         for name, settings in values.items():
-            sections[name] |= settings
+            _merge(sections[name], settings)
     return Config(**{name: _SECTIONS[name](**values) for name, values in sections.items()})
 
 
@@ -121,8 +121,12 @@ def _read_overrides(overrides: Sequence[str]) -> dict[str, dict]:
             raise UserError(f"{override!r} is no override: write section.field=value")
         if section not in _SECTIONS:
             raise UserError(f"section {section!r} is unknown: {nearest(section, _SECTIONS)}")
+        field, dot, key = field.partition(".")  # model.options.dim
         _check_name(section, field)
-        sections.setdefault(section, {})[field] = _typed_text(section, field, text)
+        if dot and base_type(_SECTIONS[section], field) is not dict:
+            raise UserError(f"{section}.{field}.{key} is unknown: {section}.{field} has no parts")
+        value = {key: _parsed(override, text)} if dot else _typed_text(section, field, text)
+        _merge(sections.setdefault(section, {}), {field: value})
     return {section: without_removed(section, values) for section, values in sections.items()}
 
 
@@ -138,12 +142,23 @@ def _typed_text(section: str, field: str, text: str) -> object:
     _refuse_expression(f"{section}.{field}", text)
     if text == "null":
         return None
-    if f"{section}.{field}" in _REMOVED or base_type(_SECTIONS[section], field) is not list:
+    if f"{section}.{field}" in _REMOVED or base_type(_SECTIONS[section], field) not in (list, dict):
         return text
+    return _parsed(f"{section}.{field}={text}", text)
+
+
+def _parsed(override: str, text: str) -> object:
     try:
         return parse(text)
     except ValueError as error:
-        raise UserError(f"{section}.{field}={text}: {error}") from error
+        raise UserError(f"{override}: {error}") from error
+
+
+def _merge(settings: dict, later: dict) -> None:
+    """Put later values over earlier ones; names and values are put together."""
+    for name, value in later.items():
+        both = isinstance(settings.get(name), dict) and isinstance(value, dict)
+        settings[name] = settings[name] | value if both else value
 
 
 def _refuse_expression(name: str, value: object) -> None:

@@ -37,7 +37,15 @@ Processes = Annotated[int, Field(ge=0, le=1024)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
 LARGEST_WHOLE, LARGEST = 2**31 - 1, 1e38  # of numbers without bounds of their own: they fit 32 bits
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "list": "a list", "string": "a text"}
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "list": "a list",
+    "dict": "names and values",
+    "string": "a text",
+}
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[-+]?[0-9]+)?")  # not 007, and no 1_000
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # would break the line of a message, or end a path
 
 
@@ -45,8 +53,8 @@ def setting(default: object, meaning: str, *, resume: bool = False, path: bool =
     """Return a field of a section. meaning: its line in the configuration reference. resume: a resumed run may change
     it, because no number of the run depends on it. path: a path, or a URL; ~ at its start is the home folder."""
     metadata = {"meaning": meaning, "resume": resume, "path": path}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -77,6 +85,12 @@ def section(prefix: str) -> Callable[[type], type]:
     return decorate
 
 
+def check(condition: bool, message: str) -> None:
+    """Raise UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 def setting_names(part: type) -> tuple[str, ...]:
     """The settings that a section, or a part of one, declares."""
     return tuple(field.name for field in dataclasses.fields(part))
@@ -88,7 +102,7 @@ def _hints(cls: type) -> dict[str, object]:
 
 
 def base_type(cls: type, name: str) -> type:
-    """Return str, int, float, bool or list: the type of a setting's values, null aside."""
+    """Return str, int, float, bool, list or dict: the type of a setting's values, null aside."""
     return _base(_hints(cls)[name])
 
 
@@ -115,7 +129,22 @@ def _value(hint: object, shown: str, value: object, path: bool) -> object:
             raise UserError(f"{shown}={error}") from error
     if base is list and isinstance(value, list):
         return [_value(_item(hint), shown, item, path) for item in value]
+    if base is dict:
+        return _untyped(value)
     return _number(hint, shown, value) if base in (int, float) else value
+
+
+def _untyped(value: object) -> object:
+    """Return texts as the numbers and truth values that they are written like, inside of lists and dicts too."""
+    if isinstance(value, dict):
+        return {name: _untyped(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_untyped(part) for part in value]
+    if value in ("true", "false"):
+        return value == "true"
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        return int(value) if value.lstrip("-").isdigit() else float(value)
+    return value
 
 
 def _number(hint: object, shown: str, value: object) -> object:
@@ -166,6 +195,8 @@ def _kind(hint: object) -> str:
         return f"{_kind(parts[0])}, or null"
     if typing.get_origin(hint) is list:
         return f"a list, each {_kind(parts[0])}"
+    if typing.get_origin(hint) is dict:
+        return _KINDS["dict"]
     return _KINDS[{str: "string"}.get(hint, getattr(hint, "__name__", ""))]
 
 

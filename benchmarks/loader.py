@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from agrepa_fast.audio.mel import LogMel
 from agrepa_fast.audio.waves import decode, resample
-from agrepa_fast.config import DOMAINS, DataConfig, ShardConfig
+from agrepa_fast.config import DOMAINS, DataConfig
 from agrepa_fast.data.batch import collate
 from agrepa_fast.data.index import SCHEMA, Index, load_index, write_index
 from agrepa_fast.data.layout import BatchLayout
@@ -40,6 +40,7 @@ from agrepa_fast.data.reading import OpenShard
 from agrepa_fast.data.samples import Sample
 from agrepa_fast.data.tars import split_clips
 from agrepa_fast.data.writing import write_shard
+from agrepa_fast.data_config import ShardConfig
 from agrepa_fast.settings import setting_names
 
 DATA = DataConfig()  # 24 kHz, 100 mels, hop 256

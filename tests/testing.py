@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from agrepa_fast.config import DataConfig, ModelConfig, ShardConfig
+from agrepa_fast.config import DataConfig, ModelConfig
 from agrepa_fast.data.index import SCHEMA, write_index
 from agrepa_fast.data.samples import Sample
 from agrepa_fast.data.writing import write_shard
+from agrepa_fast.data_config import ShardConfig
 from agrepa_fast.files import file_sha256, write_atomically
 from agrepa_fast.models.audio_dit.conditioning import Condition
 from agrepa_fast.models.audio_dit.dit import AudioDiT

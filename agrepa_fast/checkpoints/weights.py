@@ -14,34 +14,36 @@ from ..config import Config
 from ..config_file import load_config, save_config
 from ..errors import UserError
 from ..files import check_writable, write_atomically
-from ..models.audio_dit.dit import AudioDiT
+from ..models.backbone import Backbone
+from ..models.registry import make_model
 from ..tensor_files import open_tensors
 from .find import EXPORT, read_facts, resolve_checkpoint, step_of
 
 _REMEDY = "take it from another checkpoint"
 
 
-def load_model(path: str | Path, *, live: bool = False) -> tuple[AudioDiT, Config]:
+def load_model(path: str | Path, *, live: bool = False) -> tuple[Backbone, Config]:
     """Return the model of a run, a checkpoint or an export, in evaluation mode on the CPU, and its configuration.
 
     Averaged weights unless `live`. Raises UserError if weights and configuration do not fit each other.
     """
     path = resolve_checkpoint(Path(path))
     config = load_config(path / "config.yaml")
-    model = AudioDiT(config.model)
+    model = make_model(config.model)
     load_weights(model, weights_file(path, live), "its config.yaml")
     return model.eval(), config
 
 
-def load_weights(model: AudioDiT, weights: Path, source: str) -> None:
+def load_weights(model: Backbone, weights: Path, source: str) -> None:
     """Fill the model from a safetensors file, one weight at a time, partitioned or not. Every rank must call it.
 
     source: names what the model was made from. Raises UserError naming the first weight whose shape differs, and for a
     file that is no whole safetensors file.
     """
     from ..zero.construction import gathered, whole_shape
+    from ..zero.masters import untrained_tensors
 
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters()) | untrained_tensors(model)
     with open_tensors(weights, _REMEDY) as file, torch.no_grad():
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         for name in sorted(parameters.keys() | stored.keys()):

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from ..config import DataConfig, ShardConfig
+from ..config import DataConfig
 from ..config_file import without_removed
+from ..data_config import ShardConfig
 from ..errors import UserError
 from ..settings import setting_names
 from .index import Index, load_index

@@ -74,9 +74,9 @@ class BatchPlan:
     def of(cls, index: Index, config: Config, layout: BatchLayout) -> Self:
         """Return the plan of a run. The cost of attention is its FLOPs per pair of frames over those of the linear
         layers per frame: 4 D, for scores and values, over (8 + 4 ffn_mult) D^2, for the four projections and the two
-        FFN layers, = 1 / ((2 + ffn_mult) D)."""
+        FFN layers, = 1 / ((2 + ffn_mult) D). That of a user's model is not known, and not counted."""
         train, model = config.train, config.model
-        cost = 1 / ((2 + model.ffn_mult) * model.dim)
+        cost = 1 / ((2 + model.ffn_mult) * model.dim) if model.backbone == "audio_dit" else 0.0
         size = {"clips": train.batch_clips} if train.batch_frames is None else {"budget": train.batch_frames}
         options = {**size, "attention_cost": cost, "least": layout.parts, "fixed_shapes": bool(train.graphs)}
         return cls(index, config.data.speech_share, config.run.seed, **options)

@@ -14,11 +14,13 @@ class Mine(Backbone):
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from ..kernels import valid_frames
@@ -126,6 +128,12 @@ class Backbone(nn.Module):
             hidden[number] = output if isinstance(output, torch.Tensor) else output[0]
 
         return (layer.tap or layer.parts[-1]).register_forward_hook(keep)
+
+    def recompute_layers(self) -> None:
+        """Let training keep only each part's inputs for the backward (activation checkpointing)."""
+        for layer in self.layers:
+            for part in layer.parts:
+                part.forward = partial(checkpoint, part.forward, use_reentrant=False)
 
     def start_from_codes(self, code_mels: torch.Tensor, gathered: Callable) -> None:
         """Begin from each code's mean mel (vocab, n_mels), normalised, if the model has a use for it. gathered(list of

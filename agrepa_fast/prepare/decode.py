@@ -9,8 +9,9 @@ import numpy as np
 
 from ..audio.mel import LogMel
 from ..audio.waves import resample
-from ..config import DataConfig, MelConfig, values_of
+from ..config import DataConfig
 from ..corpora.recordings import MAX_BAD_SHARE, Recording, too_many_bad
+from ..data_config import MelConfig, values_of
 from ..errors import UserError
 from .job import Job, digest, work_file, write_work
 from .passes import read_ahead

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from ..config import DOMAINS, DataConfig, ShardConfig, values_of
+from ..config import DOMAINS, DataConfig
 from ..corpora.recordings import Source
 from ..data.index import INDEX, SCHEMA, Index, load_index, write_index
 from ..data.matching import known_features
+from ..data_config import ShardConfig, values_of
 from ..errors import UserError
 from ..files import FolderLock
 from ..ranks import Ranks

@@ -13,13 +13,13 @@ from ..config_file import load_config
 from ..data.index import Index
 from ..data.matching import matching_index
 from ..errors import UserError
-from ..models.audio_dit.dit import AudioDiT
+from ..models.backbone import Backbone
 
 
 class OpenedCheckpoint(NamedTuple):
     """model: on `device`; config: the run's, with overrides; path: the folder of the checkpoint."""
 
-    model: AudioDiT
+    model: Backbone
     config: Config
     index: Index
     path: Path

@@ -25,7 +25,7 @@ from ..data.matching import matching_index
 from ..data.plan import BatchPlan
 from ..errors import UserError
 from ..files import FolderLock
-from ..models.audio_dit.dit import AudioDiT
+from ..models.backbone import Backbone
 from ..probing.fixed_clips import FixedClips, probe_clips, storage_clips, validation_clips
 from ..probing.schedule import LayerChoice
 from ..ranks import on_rank_0
@@ -185,11 +185,12 @@ def load_vocoder_on_rank_0(config: Config) -> Vocoder | None:
     return loaded[0] if loaded else None
 
 
-def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> AudioDiT:
+def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> Backbone:
     """Return a new model, with the averaged weights of train.start_from if that is set. resume: a checkpoint will
     replace all weights."""
     torch.manual_seed(config.run.seed)
     model = new_model(config, ds_config)
+    config.check_layers([layer.width for layer in model.layers], model.condition_width)
     if config.train.start_from is not None and not resume:
         load_weights(model, weights_file(resolve_checkpoint(Path(config.train.start_from))), "this run's")
         return model

@@ -33,7 +33,7 @@ def dry_run(engine, index: Index, plan: BatchPlan, layout: BatchLayout, device: 
     engine.module.train()
     try:
         with torch.random.fork_rng([device] if cuda else []):
-            _forward_backward(engine.module, *_longest_clips(clips, bucket.frames, index, device))
+            _forward_backward(engine.module, *silent_clips(clips, bucket.frames, index, device))
     except torch.OutOfMemoryError as error:
         failure = (
             f"{size}, do not fit into the memory of {device}: lower train.batch_frames or train.batch_clips, raise "
@@ -51,8 +51,8 @@ def dry_run(engine, index: Index, plan: BatchPlan, layout: BatchLayout, device: 
     return f"dry run: {size}: peak memory {peak / 2**30:.1f} of {total / 2**30:.1f} GiB"
 
 
-def _longest_clips(clips: int, frames: int, index: Index, device: torch.device) -> tuple[torch.Tensor, Condition]:
-    """Return silent clips (C, T, n_mels) of full length and their conditions, masked as most batches are."""
+def silent_clips(clips: int, frames: int, index: Index, device: torch.device) -> tuple[torch.Tensor, Condition]:
+    """Return silent clips (C, T, n_mels) of `frames` frames and their conditions, masked as most batches are."""
     mel, tokens = torch.zeros(clips, frames, index.n_mels, device=device), index.most_tokens(frames)
     kept = torch.ones(clips, dtype=torch.bool, device=device)
     ids = torch.zeros(clips, tokens, dtype=torch.int64, device=device)

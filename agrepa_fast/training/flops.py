@@ -1,11 +1,19 @@
-"""FLOPs of a training step, from the configuration, and the FLOP/s that a GPU can reach, for MFU."""
+"""FLOPs of a training step, and the FLOP/s that a GPU can reach, for MFU."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from ..attribution.points import evaluation_mode
 from ..config import ModelConfig, TrainConfig
+from ..kernels import force_backend
+from ..models.backbone import Backbone
 from ..zero.ds_config import precision
+from .context import RunContext
+from .dry_run import silent_clips
 
 # Dense bf16 TFLOP/s of tensor cores, from NVIDIA's data sheets; the first name that is part of the device's counts.
 _PEAKS = {
@@ -43,9 +51,32 @@ def peak_flops(train: TrainConfig, device: torch.device) -> float | None:
     return None if tflops is None else tflops * 1e12
 
 
+def flop_counter(model: Backbone, context: RunContext) -> Callable[[Sequence[int]], float]:
+    """Return a function from the clips' lengths in frames to the FLOPs of their forward and backward: AudioDiT's
+    formula, or for another model what its forwards of three lengths need. Every rank must call it."""
+    if context.config.model.backbone == "audio_dit":
+        return lambda lengths: step_flops(context.config.model, lengths)
+    frames = (64, 128, 256)
+    counted = [_forward_flops(model, count, context) for count in frames]
+    # The parabola through the three: a constant, a cost per frame, and a cost per pair of frames.
+    constant, linear, square = np.linalg.solve(np.vander(frames, 3, increasing=True), counted)
+    return lambda lengths: 3 * float(sum(constant + linear * n + square * n * n for n in lengths))
+
+
+def _forward_flops(model: Backbone, frames: int, context: RunContext) -> int:
+    """Return the FLOPs of the matrix products, convolutions and attention of one clip's forward, as they are counted in
+    plain PyTorch."""
+    mel, condition = silent_clips(1, frames, context.index, context.device)
+    plain = force_backend("reference"), sdpa_kernel(SDPBackend.MATH)  # fused operations and attention are not counted
+    counter = FlopCounterMode(display=False)
+    with evaluation_mode(model), torch.no_grad(), plain[0], plain[1], counter:
+        model(mel, mel.new_full((1,), 0.5), condition)
+    return counter.get_total_flops()
+
+
 def step_flops(model: ModelConfig, lengths: Sequence[int]) -> float:
-    """Return the FLOPs of forward and backward (three times the forward's) for clips of `lengths` frames: matrix
-    products and attention, without padding.
+    """Return the FLOPs of AudioDiT's forward and backward (three times the forward's) for clips of `lengths` frames:
+    matrix products and attention, without padding.
 
     Not counted, each below 1 %: the projection of token embeddings, heads, elementwise work. Nor is the forward that
     activation checkpointing repeats, as is usual for MFU.

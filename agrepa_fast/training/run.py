@@ -24,7 +24,7 @@ from ..zero.gradients import gradient_norms, make_gradient_nan
 from ..zero.update_ratio import update_ratio
 from .captured_step import GraphedLosses, Losses
 from .context import RunContext
-from .flops import step_flops
+from .flops import flop_counter
 from .lost_clips import LostClips
 from .metrics import Metrics
 from .nonfinite import NonFiniteSteps, nan_gradient_unless_finite
@@ -48,6 +48,7 @@ class Run:
         self.config, self.device = self.context.config, self.context.device
         self.graphs = self._captured_losses()
         self._copies = SideStream(self.device)
+        self.flops = flop_counter(self.engine.module, self.context)
         self.nonfinite = NonFiniteSteps(self.context, self.engine, self.metrics)
         self.lost_clips = LostClips(self.context, self.metrics)
         self.profile = ProfileWindow(self.context)
@@ -179,6 +180,5 @@ class Run:
             raise LocalError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from error
         wait = time.perf_counter() - start
         lengths = batch.condition.lengths.tolist()  # still on the host
-        flops = step_flops(self.config.model, lengths)
-        self.metrics.count_batch(clips=len(lengths), frames=sum(lengths), flops=flops, wait=wait)
+        self.metrics.count_batch(clips=len(lengths), frames=sum(lengths), flops=self.flops(lengths), wait=wait)
         return batch

@@ -1,30 +1,43 @@
 """Making the model of a run part by part, so that ZeRO-3 never holds it whole, and writing into partitioned weights."""
 
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
+from ..attribution.check_model import check_model
 from ..config import Config
-from ..models.audio_dit.dit import AudioDiT
+from ..models.backbone import Backbone
+from ..models.registry import make_model
 from .ds_config import zero_stage
 from .refusals import deepspeed_refusals
 
 
-def new_model(config: Config, ds_config: dict) -> AudioDiT:
+def new_model(config: Config, ds_config: dict) -> Backbone:
     """Return a model whose weights are drawn from torch's random state, the same at every stage; partitioned under
-    ZeRO-3. ds_config: resolved."""
-    model = AudioDiT(config.model, partitioner(ds_config))
+    ZeRO-3. ds_config: resolved. Raises UserError for a user's model that does not do what Backbone promises."""
+    partition = partitioner(ds_config)
+    if config.model.backbone == "audio_dit":
+        model = make_model(config.model, partition)
+    else:
+        model = make_model(config.model)
+        warning = check_model(model, config.model)
+        if warning is not None and dist.get_rank() == 0:
+            print(f"warning: {warning}", file=sys.stderr)
+        partition(model)
     model.partitioned = zero_stage(ds_config) == 3
-    model.recompute = config.train.activation_checkpointing
+    if config.train.activation_checkpointing:
+        model.recompute_layers()
     if config.train.compile:
         model.run_block = torch.compile(model.run_block)
     return model
 
 
 def partitioner(ds_config: dict) -> Callable[[nn.Module], nn.Module]:
-    """Return the function that AudioDiT calls on every finished part. Under ZeRO-3 it spreads the part over the ranks,
+    """Return the function that a model calls on every finished part. Under ZeRO-3 it spreads the part over the ranks,
     so that none ever holds more than one part whole; at lower stages it does nothing. ds_config: resolved.
 
     Every rank makes each part on the CPU in fp32, from the one random stream of run.seed, and partitions it then. So
@@ -39,7 +52,9 @@ def partitioner(ds_config: dict) -> Callable[[nn.Module], nn.Module]:
 
     def partition(part: nn.Module) -> nn.Module:
         with deepspeed_refusals(ds_config):
-            deepspeed.zero.Init(module=part.to(dtype), config_dict_or_path=ds_config, dtype=dtype)
+            for parameter in part.parameters():  # buffers keep their type: positions are no bf16
+                parameter.data = parameter.data.to(dtype)
+            deepspeed.zero.Init(module=part, config_dict_or_path=ds_config, dtype=dtype)
         return part
 
     return partition

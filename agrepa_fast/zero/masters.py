@@ -4,6 +4,9 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
+
+from .construction import gathered
 
 WholeTensors = Callable[[str], torch.Tensor]  # name of a parameter -> its whole tensor, fp32 on the CPU
 
@@ -18,7 +21,19 @@ def master_parameters(engine) -> list[torch.Tensor]:
         return list(optimizer.single_partition_of_fp32_groups)
     if engine.bfloat16_enabled():
         return [weights for group in optimizer.fp32_groups for weights in group]
-    return list(engine.module.parameters())
+    return [parameter for _, parameter in trained_parameters(engine.module)]
+
+
+def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the named parameters that have masters: those that are not frozen."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def untrained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return name -> tensor of what a model's weights hold besides: frozen parameters, and buffers of its state."""
+    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    kept = model.state_dict(keep_vars=True).keys()
+    return frozen | {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def masters(engine) -> list[torch.Tensor]:
@@ -39,15 +54,15 @@ def publish_masters(engine) -> None:
     elif stage > 0:
         optimizer.update_lp_params()
     elif engine.bfloat16_enabled():
-        torch._foreach_copy_([parameter.data for parameter in engine.module.parameters()], masters(engine))
+        torch._foreach_copy_([parameter.data for _, parameter in trained_parameters(engine.module)], masters(engine))
 
 
 def full_weights(engine) -> dict[str, torch.Tensor]:
-    """Return name -> whole fp32 weight on the CPU, from the masters, on rank 0; {} on other ranks. Every rank must call
-    it: partitions are gathered one after the other."""
+    """Return name -> whole fp32 weight on the CPU, from the masters, on rank 0; {} on other ranks. Frozen parameters
+    and buffers are as the model holds them. Every rank must call it: partitions are gathered one after the other."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    named = list(engine.module.named_parameters())
+    named = trained_parameters(engine.module)
     if engine.zero_optimization_stage() == 0:
         values = masters(engine)  # whole already, in the model's order
     else:
@@ -56,14 +71,26 @@ def full_weights(engine) -> dict[str, torch.Tensor]:
     for (name, _), value in zip(named, values, strict=True):
         if dist.get_rank() == 0:
             whole[name] = value.detach().cpu().clone().contiguous()
+    for name, value in untrained_tensors(engine.module).items():
+        with gathered([value]):
+            if dist.get_rank() == 0:
+                whole[name] = value.detach().cpu().clone().contiguous()
     return whole
+
+
+@torch.no_grad()
+def write_untrained(model: nn.Module, whole: WholeTensors) -> None:
+    """Write whole frozen parameters and buffers into a model, partitioned or not. Every rank must call it."""
+    for name, value in untrained_tensors(model).items():
+        with gathered([value]):
+            value.data.copy_(whole(name))
 
 
 @torch.no_grad()
 def write_masters(engine, whole: WholeTensors) -> list[torch.Tensor]:
     """Write this rank's part of whole tensors into its masters, and return copies of the parts, laid out as
     masters(engine). Call `publish_masters` before the next forward."""
-    stage, parameters = engine.zero_optimization_stage(), engine.module.named_parameters()
+    stage, parameters = engine.zero_optimization_stage(), trained_parameters(engine.module)
     if stage == 0:
         for (name, _), master in zip(parameters, masters(engine), strict=True):
             master.copy_(whole(name))

@@ -9,7 +9,7 @@ from .ds_config import offloads_optimizer, zero_stage
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig, ds_config: dict) -> torch.optim.AdamW:
-    """Return AdamW over all weights. ds_config: resolved.
+    """Return AdamW over all weights that are not frozen. ds_config: resolved.
 
     There is one parameter group, so biases, norms and embeddings decay too: DeepSpeed gives access to the optimizer
     state of the first group alone under stages 1 and 2.
@@ -17,9 +17,10 @@ def build_optimizer(model: nn.Module, train: TrainConfig, ds_config: dict) -> to
     # One kernel on a GPU, and on the CPU if DeepSpeed offloads the state. The parameters are not on the device yet.
     fused = local_device().type == "cuda" or offloads_optimizer(ds_config) or None
     options = {"lr": train.lr, "betas": tuple(train.betas), "weight_decay": train.weight_decay, "fused": fused}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if clips_in_optimizer(ds_config):
-        return ClippedAdamW(model.parameters(), train.clip_norm, **options)
-    return torch.optim.AdamW(model.parameters(), **options)
+        return ClippedAdamW(trained, train.clip_norm, **options)
+    return torch.optim.AdamW(trained, **options)
 
 
 def clips_in_optimizer(ds_config: dict) -> bool:

@@ -19,7 +19,14 @@ from ..errors import UserError
 from ..ranks import on_rank_0
 from ..tensor_files import open_tensors
 from .construction import whole_shape
-from .masters import WholeTensors, master_parameters, publish_masters, write_masters
+from .masters import (
+    WholeTensors,
+    master_parameters,
+    publish_masters,
+    trained_parameters,
+    write_masters,
+    write_untrained,
+)
 from .optimizers import optimizer_inside, set_step
 from .state_files import tensors_only
 
@@ -40,7 +47,9 @@ def load_recut(engine, path: Path, stage: int, counters: dict, say: Callable[[st
     """
     moments = _whole_moments(engine, path, stage, say)
     parts = {key: write_masters(engine, lambda name, key=key: moments(name, key)) for key in MOMENTS}
-    write_masters(engine, whole_tensors(path / "model.safetensors"))
+    weights = whole_tensors(path / "model.safetensors")
+    write_masters(engine, weights)
+    write_untrained(engine.module, weights)
     optimizer = optimizer_inside(engine)
     for number, parameter in enumerate(master_parameters(engine)):
         optimizer.state[parameter].update({key: parts[key][number] for key in MOMENTS})
@@ -59,7 +68,7 @@ def _whole_moments(engine, path: Path, stage: int, say) -> Callable[[str, str], 
         file = path / "mp_rank_00_model_states.pt"
         saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["optimizer"]
         states = saved.get("optimizer_state_dict", saved)["state"]
-        numbers = {name: number for number, (name, _) in enumerate(engine.module.named_parameters())}
+        numbers = {name: number for number, (name, _) in enumerate(trained_parameters(engine.module))}
         return lambda name, key: states[numbers[name]][key]
     folder = path / FOLDER
     if not folder.is_dir():

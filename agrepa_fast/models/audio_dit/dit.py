@@ -53,6 +53,9 @@ class AudioDiT(Backbone):
         dim = self.config.dim
         return [Layer((b,), dim, branches={"attn": b.attn, "ffn": b.ffn}) for b in self.blocks]
 
+    def recompute_layers(self) -> None:
+        self.recompute = True
+
     @torch.no_grad()
     def start_from_codes(self, code_mels: torch.Tensor, gathered: Callable) -> None:
         """Write each code's mean mel (vocab, n_mels), normalised, into the first channels of its embedding."""

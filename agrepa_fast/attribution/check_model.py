@@ -1,0 +1,75 @@
+"""Whether a user's model does what Backbone promises, tried on two short random clips before a run begins."""
+
+import torch
+
+from ..config import ModelConfig
+from ..errors import UserError
+from ..models.audio_dit.conditioning import Condition
+from ..models.backbone import Backbone
+from ..their_code import their_error
+from .foga import FogaProbe
+from .points import ProbeBatch, ProbePoints, clip_times, evaluation_mode
+
+_FRAMES = (24, 17)
+_PADDING_CHANGES = 1e-3  # relative; rounding explains less
+
+
+def check_model(model: Backbone, config: ModelConfig) -> str | None:
+    """Return a warning if the padding of a batch changes the velocity of a clip, and None if it does not.
+
+    Raises UserError if the model raises anything, returns another shape, has layers of another width than it says, or
+    cannot be gated exactly. Its weights are whole, on the CPU.
+    """
+    name = type(model).__name__
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            batch = _random_clips(config.n_mels, config.vocab, config.extra_vocab)
+            _check_widths(model, batch)
+            FogaProbe(model, ProbePoints((0.5,))).check_blocks(batch)
+            change = _change_by_padding(model, batch)
+    except Exception as error:  # anything, in code that is not ours
+        raise UserError(f"{name}: {their_error(error)}") from error
+    if change <= _PADDING_CHANGES:
+        return None
+    return f"{name}: padding changes the velocity of a clip by {change:.1%}: mask by condition.lengths"
+
+
+def _random_clips(n_mels: int, vocab: int, extra_vocab: int | None) -> ProbeBatch:
+    draw, lengths = torch.Generator().manual_seed(0), torch.tensor(_FRAMES)
+    valid = (torch.arange(_FRAMES[0]) < lengths[:, None])[..., None]
+    mel = torch.randn(2, _FRAMES[0], n_mels, generator=draw) * valid
+    tokens, extra = (
+        None if count is None else torch.randint(0, count, (2, _FRAMES[0] // 2), generator=draw)
+        for count in (vocab, extra_vocab)
+    )
+    reference = torch.where(torch.arange(_FRAMES[0])[:, None] < 6, mel, 0)
+    condition = Condition(tokens, lengths // 2, reference, lengths, extra_tokens=extra)
+    return ProbeBatch(mel, condition, torch.zeros(2, dtype=torch.int64), (0, 1))
+
+
+def _check_widths(model: Backbone, batch: ProbeBatch) -> None:
+    """Raise ValueError if a layer's states have another width than it says."""
+    layers = range(1, len(model.layers) + 1)
+    out = model(batch.mel, clip_times(batch, 0.5), batch.condition, capture=tuple(layers))
+    for number, layer in enumerate(model.layers, 1):
+        shape = tuple(out.hidden[number].shape)
+        if len(shape) != 3 or shape[0] != 2 or shape[2] != layer.width:
+            raise ValueError(f"layer {number} says width={layer.width}, and its states are {shape}, not (2, T, width)")
+
+
+def _change_by_padding(model: Backbone, batch: ProbeBatch) -> float:
+    """Return the relative change of the shorter clip's velocity by the frames that pad it."""
+    frames, tokens = _FRAMES[1], int(batch.condition.token_lengths[1])
+    short = batch.condition[1:]
+    alone = Condition(
+        short.tokens[:, :tokens],
+        short.token_lengths,
+        short.reference[:, :frames],
+        short.lengths,
+        extra_tokens=None if short.extra_tokens is None else short.extra_tokens[:, :tokens],
+    )
+    t = clip_times(batch, 0.5)
+    padded = model(batch.mel, t, batch.condition).v[1, :frames]
+    single = model(batch.mel[1:, :frames], t[1:], alone).v[0]
+    norm = single.norm()
+    return float((padded - single).norm() / norm) if norm > 0 else 0.0

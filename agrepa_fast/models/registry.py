@@ -1,0 +1,39 @@
+"""The model that a configuration names: AudioDiT, or a Backbone of the user's."""
+
+import importlib
+import sys
+from collections.abc import Callable
+
+import torch.nn as nn
+
+from ..config import ModelConfig
+from ..errors import UserError
+from ..their_code import their_error
+from .audio_dit.dit import AudioDiT
+from .backbone import Backbone
+
+
+def make_model(config: ModelConfig, finish: Callable[[nn.Module], nn.Module] = lambda part: part) -> Backbone:
+    """Return a new model of the configuration. finish: as in AudioDiT; a user's model is one part.
+
+    model.backbone=MODULE:CLASS is called with n_mels, vocab and model.options, as keywords. Raises UserError if it
+    cannot be imported or made, or if it is no Backbone.
+    """
+    if config.backbone == "audio_dit":
+        return AudioDiT(config, finish)
+    name = f"model.backbone={config.backbone}"
+    module, colon, attribute = config.backbone.partition(":")
+    if not (module and colon and attribute):
+        raise UserError(f"{name}: audio_dit, or MODULE:CLASS of a Backbone of yours")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the current folder, which a script's path lacks
+    try:
+        make = getattr(importlib.import_module(module), attribute)
+        model = make(n_mels=config.n_mels, vocab=config.vocab, **config.options)
+    except Exception as error:  # anything, in code that is not ours
+        raise UserError(f"{name}: {their_error(error)}") from error
+    if not isinstance(model, Backbone):
+        raise UserError(f"{name} is a {type(model).__name__}: derive it from agrepa_fast.Backbone")
+    if not model.layers:
+        raise UserError(f"{name}: `layers` is empty: return one Layer for each block")
+    return finish(model)

@@ -1,0 +1,59 @@
+"""A model of a user's: blocks without attention, a frozen embedding, a buffer, and no token condition."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from agrepa_fast import Backbone, Layer
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm, self.mix, self.out = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+
+    def forward(self, x, time):
+        return x + self.out(F.gelu(self.mix(self.norm(x) + time)))
+
+
+class Mine(Backbone):
+    def __init__(self, n_mels, vocab, dim=16, depth=3):
+        super().__init__()
+        self.ids = nn.Embedding(vocab, dim).requires_grad_(False)
+        self.register_buffer("scale", torch.tensor(4.0))
+        self.time, self.enter, self.leave = nn.Linear(1, dim), nn.Linear(2 * n_mels, dim), nn.Linear(dim, n_mels)
+        self.blocks = nn.ModuleList(Block(dim) for _ in range(depth))
+
+    @property
+    def layers(self):
+        return [Layer((block,), width=self.time.out_features) for block in self.blocks]
+
+    def velocity(self, x_t, t, condition):
+        time = self.time(self.scale * t[:, None, None]) + self.ids(condition.tokens[:, :1])
+        x = self.enter(torch.cat((x_t, condition.reference), -1))
+        for block in self.blocks:
+            x = block(x, time=time)
+        return self.leave(x)
+
+
+class Broken(Mine):
+    def velocity(self, x_t, t, condition):
+        return super().velocity(x_t, t, condition)[..., :-1]
+
+
+class Narrow(Mine):
+    @property
+    def layers(self):
+        return [Layer((block,), width=5) for block in self.blocks]
+
+
+class Raises(Mine):
+    def velocity(self, x_t, t, condition):
+        return self.speaker(condition)
+
+
+class Mixes(Mine):
+    """Its padding and its clips look at each other."""
+
+    def velocity(self, x_t, t, condition):
+        return super().velocity(x_t - x_t.mean(1, keepdim=True), t, condition)

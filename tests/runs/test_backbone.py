@@ -1,0 +1,108 @@
+"""A user's model in the engine: trained, probed, aligned, saved, resumed elsewhere, sampled, exported."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from agrepa_fast import cli, load_model
+from agrepa_fast.attribution.csv import read_csv
+from agrepa_fast.config_file import load_config
+from agrepa_fast.errors import UserError
+from agrepa_fast.models.registry import make_model
+
+from ..ranks import run_training
+from ..testing import assert_same_curve, write_small_shards
+
+PRESET = """
+model: {backbone: "mine:Mine", options: {dim: 12}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with mine.py and a preset for it."""
+    preset = write_small_shards(tmp_path / "shards")
+    lines = [line for line in preset.read_text().splitlines() if line and not line.startswith("model:")]
+    (tmp_path / "mine.yaml").write_text(PRESET + "\n".join(lines) + "\n")
+    shutil.copy(Path(__file__).with_name("mine.py"), tmp_path)
+    return tmp_path
+
+
+def test_a_users_model_goes_through_the_engine(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    given = ("--preset", "mine.yaml", "model.options.depth=4", "train.save_every=3")
+    run_training(1, *given, "--ds_config", "zero0.json", "run.dir=one", cwd=folder)
+    run_training(2, *given, "--ds_config", "zero3.json", "run.dir=two", cwd=folder)
+    assert_same_curve(folder / "one", folder / "two")
+    summary = json.loads(Path("two/summary.json").read_text())
+    assert summary["selection"].startswith("speech L")
+    rows = read_csv(Path("two/attribution.csv"))
+    assert {int(row["layer"]) for row in rows} == {1, 2, 3, 4}
+    assert {row["measure"] for row in rows} == {"foga", "ridge", "cka"}  # LASP asks a token condition
+
+    run_training(2, *given, "--ds_config", "zero2.json", "run.dir=three", "train.steps=5", cwd=folder)
+    for newer in Path("three/checkpoints").glob("step00000005*"):
+        shutil.rmtree(newer)
+    Path("three/checkpoints/latest").write_text("step00000003")
+    run_training(
+        1, *given, "--ds_config", "zero0.json", "--resume", "latest", "run.dir=three", "train.steps=5", cwd=folder
+    )
+    assert_same_curve(folder / "one", folder / "three")
+
+    model, config = load_model("three")
+    assert config.model.options == {"dim": 12, "depth": 4}
+    assert model.scale == 4
+    cli.main(["probe", "three", "--out", "probe", "probe.clips=2"])
+    cli.main(["sample", "three", "--clips", "1", "--out", "samples"])
+    cli.main(["export", "three", "--out", "exported"])
+    assert torch.equal(load_model("exported")[0].ids.weight, model.ids.weight)
+    assert len(list(Path("samples").glob("*.wav"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        ("mine", "audio_dit, or MODULE:CLASS"),
+        ("nowhere:Mine", "No module named 'nowhere'"),
+        ("mine:Nothing", "has no attribute 'Nothing'"),
+        ("mine:Block", "unexpected keyword argument 'n_mels'"),
+        ("agrepa_fast:Config", "unexpected keyword argument 'n_mels'"),
+        ("torch:device", "device"),
+    ],
+)
+def test_what_is_no_backbone_is_refused_by_name(folder, monkeypatch, backbone, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match="backbone=") as refusal:
+        make_model(load_config("mine.yaml", [f"model.backbone={backbone}", "model.n_mels=8"]).model)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.options.size=3", "unexpected keyword argument 'size'"),
+        ("model.backbone=mine:Broken", "velocity returned"),
+        ("model.backbone=mine:Narrow", "layer 1 says width=5, and its states are (2, 24, 16)"),
+        ("model.backbone=mine:Raises", "mine.py:52, in velocity: AttributeError: 'Raises' object has no attribute"),
+        ("align.k=4", "align.k=4 is more than the model's 3 layers"),
+        ("align.strategy=fixed:7", "layers are numbered 1 to 3"),
+        ("align.strategy=lasp", "align.strategy=lasp"),
+        ("train.compile=true", "train.compile compiles AudioDiT's blocks"),
+        ("model.dim=64", "model.options.dim"),
+    ],
+)
+def test_settings_that_do_not_suit_the_model_end_a_run_before_it_begins(folder, override, message):
+    output = run_training(1, "--preset", "mine.yaml", override, "run.dir=run", cwd=folder, wanted=2)
+    assert message in output.strip().splitlines()[-1]
+    assert "Traceback" not in output
+    assert not (folder / "run").exists()
+
+
+def test_padding_that_changes_a_clip_is_said(folder):
+    output = run_training(1, "--preset", "mine.yaml", "model.backbone=mine:Mixes", "run.dir=run", cwd=folder)
+    assert "warning: Mixes: padding changes the velocity of a clip by" in output
+    assert "padding" not in run_training(1, "--preset", "mine.yaml", "run.dir=other", cwd=folder)
