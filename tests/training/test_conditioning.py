@@ -21,6 +21,13 @@ def test_interpolation_by_hand():
     assert out.flatten().tolist() == [0.0, 2.0, 6.0, 8.0]
 
 
+def test_a_tokens_gradient_sums_its_frames_beyond_the_precision_of_bf16():
+    """A thousand frames each: added one by one in bf16, the sum would stop at 256."""
+    embedded = torch.zeros(1, 4, 8, dtype=torch.bfloat16, requires_grad=True)
+    interpolate_tokens(embedded, torch.tensor([4]), torch.tensor([4000]), 4000).sum().backward()
+    torch.testing.assert_close(embedded.grad, torch.full_like(embedded, 1000), rtol=0.01, atol=0)
+
+
 def test_frames_have_unit_norm_and_dropped_clips_are_zero():
     module = TokenCondition(30, 16)
     _, condition = small_batch()

@@ -57,20 +57,15 @@ def interpolate_tokens(
     """Return embedded (C, S, D) as (C, frames, D), each clip stretched from its tokens to its own frames.
 
     For every clip it is F.interpolate(mode="linear", align_corners=False) of that clip without its padding, which the
-    released code applies to equally long clips. Padded frames repeat the last token.
+    released code applies to equally long clips. Padded frames repeat the last token. It is a product with the tokens'
+    weights: the backward of a gather would add with atomics on GPUs, in embedded's dtype and in no fixed order.
     """
     ratio = (token_lengths / lengths).unsqueeze(1)
     place = (torch.arange(frames, device=embedded.device) + 0.5) * ratio - 0.5
-    last = (token_lengths - 1).unsqueeze(1)
-    place = torch.minimum(place.clamp(min=0), last)
-    left = place.long()
-    right = torch.minimum(left + 1, last)
-    share = (place - left).unsqueeze(-1).to(embedded.dtype)
-
-    def take(index: torch.Tensor) -> torch.Tensor:
-        return embedded.gather(1, index.unsqueeze(-1).expand(-1, -1, embedded.shape[-1]))
-
-    return take(left) * (1 - share) + take(right) * share
+    place = torch.minimum(place.clamp(min=0), (token_lengths - 1).unsqueeze(1)).unsqueeze(-1)
+    token = torch.arange(embedded.shape[1], device=embedded.device)
+    weights = (1 - (place - token).abs()).clamp(min=0)
+    return torch.bmm(weights.to(embedded.dtype), embedded)
 
 
 class TokenCondition(nn.Module):
