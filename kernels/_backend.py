@@ -18,7 +18,7 @@ try:
     import triton
     import triton.language as tl
 except ModuleNotFoundError:  # CPU users need no Triton: kernels are defined all the same, and never launched
-    triton = SimpleNamespace(jit=lambda function: function)
+    triton = SimpleNamespace(jit=lambda function=None, **options: function or (lambda function: function))
     tl = SimpleNamespace(constexpr=object)
 
 if hasattr(triton, "__version__") and os.environ.get("TRITON_INTERPRET") == "1":

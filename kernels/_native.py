@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16)
+_C_TYPES = {bool: ctypes.c_int64, int: ctypes.c_int64, float: ctypes.c_float}  # others are pointers
 ISAS = ("generic", "avx2", "avx512")  # in the order of agrepa_isa's numbers
 
 
@@ -59,12 +60,7 @@ def call(operation: str, dtype: torch.dtype, *arguments: torch.Tensor | int | fl
 
     Tensors become pointers (None a null pointer), bools and ints int64, and floats fp32.
     """
-    _function(operation, dtype, _isa)(*map(_as_c, arguments))
-
-
-def _as_c(value: torch.Tensor | int | float | None):
-    if isinstance(value, torch.Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    if value is None:
-        return ctypes.c_void_p()
-    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
+    function = _function(operation, dtype, _isa)
+    if not function.argtypes:
+        function.argtypes = [_C_TYPES.get(type(value), ctypes.c_void_p) for value in arguments]
+    function(*(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments))

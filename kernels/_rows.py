@@ -5,20 +5,12 @@ A batch has N rows over C conditions, C divides N, and row n has condition n mod
 
 import torch
 
-CHUNK = 32  # frames per partial sum of a modulation's gradient; fixed, so that results repeat bit for bit
-FORWARD_TILE = 4096  # elements per tensor in a Triton program: 16 per thread, two 128-bit loads of bf16
-BACKWARD_TILE = 2048  # with three fp32 accumulators beside four tensors, more would leave one program per SM
+CHUNK = 32  # frames per partial sum of a modulation's gradient on CPUs; fixed, so that results repeat bit for bit
 
 
 def ceil_div(a: int, b: int) -> int:
     """Return a / b, rounded up."""
     return (a + b - 1) // b
-
-
-def row_tile(width: int, elements: int = FORWARD_TILE) -> dict[str, int]:
-    """Return the launch settings of Triton kernels that hold whole rows of this width."""
-    block = max(16, 1 << (width - 1).bit_length())
-    return {"D": width, "BLOCK": block, "ROWS": min(CHUNK, max(1, elements // block)), "num_warps": 8}
 
 
 def split_rows(x: torch.Tensor, conditions: int) -> torch.Tensor:
@@ -41,9 +33,9 @@ def valid_frames(lengths: torch.Tensor, frames: int) -> torch.Tensor:
 def check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int | str, ...], like: torch.Tensor) -> None:
     """Raise ValueError unless the tensor has this shape (a string stands for any size), the device of `like`, and a
     contiguous last dimension."""
-    fits = tensor.ndim == len(shape) and all(
-        isinstance(wanted, str) or size == wanted for size, wanted in zip(tensor.shape, shape, strict=False)
-    )
+    fits = tensor.ndim == len(shape)
+    for size, wanted in zip(tensor.shape, shape, strict=False):  # a loop: all() would cost more than the rest
+        fits = fits and (size == wanted or isinstance(wanted, str))
     if not fits:
         wanted = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
         raise ValueError(f"{name} is {tuple(tensor.shape)}, wanted ({wanted})")
@@ -67,18 +59,15 @@ def fit_modulation(name: str, m: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     check_tensor(name, m, ("C", width) if m.ndim == 2 else ("C", frames, width), x)
     if m.shape[0] == 0 or n % m.shape[0]:
         raise ValueError(f"{name}: {n} rows over {m.shape[0]} conditions: the conditions must divide the rows")
-    return m.to(x.dtype)
+    return m if m.dtype == x.dtype else m.to(x.dtype)
 
 
-def modulation_strides(m: torch.Tensor) -> tuple[int, int]:
-    """Return the strides over conditions and frames, in elements; 0 over frames for (C, D)."""
-    return (m.stride(0), 0) if m.ndim == 2 else (m.stride(0), m.stride(1))
-
-
-def per_condition(sums: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of a modulation (C, D) or (C, T, D), given fp32 partial sums (N, chunks, D) or (N, T, D)."""
-    rows = split_rows(sums, like.shape[0])
-    return (rows.sum((0, 2)) if like.ndim == 2 else rows.sum(0)).to(like.dtype)
+def row_strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:
+    """Return per tensor the strides over rows (or conditions) and frames, in elements; 0 over frames for (C, D)."""
+    strides: list[int] = []
+    for x in tensors:
+        strides += (0, 0) if x is None else (x.stride(0), x.stride(1) if x.ndim == 3 else 0)
+    return tuple(strides)
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:

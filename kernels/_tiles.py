@@ -35,6 +35,16 @@ def load_modulation(pointer, c, stride_c, d, D: tl.constexpr):
 
 
 @triton.jit
+def plane_size(frames, D: tl.constexpr, CHUNK: tl.constexpr, PER_FRAME: tl.constexpr):
+    """Elements (int64) between two planes of partial sums (K, N, chunks, D), or of (K, N, T, D) if PER_FRAME."""
+    programs = tl.num_programs(0).to(tl.int64)
+    if PER_FRAME:
+        return programs // tl.cdiv(frames, CHUNK) * frames * D
+    else:
+        return programs * D
+
+
+@triton.jit
 def store_sums(pointer, tile, d, D: tl.constexpr):
     """Write the sums of a tile's columns to this program's row of the (programs, D) tensor at pointer."""
     tl.store(pointer + tl.program_id(0).to(tl.int64) * D + d, tl.sum(tile, axis=0), mask=d < D)

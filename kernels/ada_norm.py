@@ -13,20 +13,19 @@ import torch.nn.functional as F
 
 from . import _native, _tiles
 from ._backend import backend_of, tl, triton
-from ._library import define, differentiate
+from ._launch import TILES, UNSPECIALIZED, launch, tile_settings
+from ._library import Operation, once_differentiable
 from ._rows import (
-    BACKWARD_TILE,
     CHUNK,
     ceil_div,
     check_rows,
     fit_modulation,
-    modulation_strides,
     over_time,
-    per_condition,
-    row_tile,
+    row_strides,
     split_rows,
     unit_stride,
 )
+from ._sums import finish_sums
 
 
 def ada_norm_ref(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -34,7 +33,7 @@ def ada_norm_ref(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps:
     return (normed * (1 + over_time(scale)) + over_time(shift)).flatten(0, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _ada_norm_fwd_kernel(
     x_ptr,  # (N, T, D)
     scale_ptr,  # (C, D), or (C, T, D) if PER_FRAME
@@ -76,7 +75,7 @@ def _ada_norm_fwd_kernel(
     tl.store(rstd_ptr + n * frames + t, rstd, mask=rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _ada_norm_bwd_kernel(
     dy_ptr,  # (N, T, D)
     x_ptr,  # (N, T, D)
@@ -84,8 +83,7 @@ def _ada_norm_bwd_kernel(
     mean_ptr,  # (N, T) fp32
     rstd_ptr,  # (N, T) fp32
     dx_ptr,  # (N, T, D) contiguous
-    dscale_ptr,  # (N, chunks, D) fp32 sums over CHUNK frames, or (N, T, D) if PER_FRAME
-    dshift_ptr,  # as dscale
+    sums_ptr,  # of dscale and dshift, (2, N, chunks, D) fp32 over CHUNK frames each, or (2, N, T, D) if PER_FRAME
     frames,
     conditions,
     dy_n,
@@ -98,8 +96,10 @@ def _ada_norm_bwd_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
     PER_FRAME: tl.constexpr,
 ):
+    dshift_ptr = sums_ptr + _tiles.plane_size(frames, D, CHUNK, PER_FRAME)
     n, first = _tiles.span_of_program(frames, CHUNK)
     c = n % conditions
     d = tl.arange(0, BLOCK)
@@ -108,7 +108,7 @@ def _ada_norm_bwd_kernel(
         scale = _tiles.load_modulation(scale_ptr, c, scale_c, d, D)
     dscale = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     dshift = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    for start in range(0, CHUNK, ROWS):
+    for start in tl.range(0, CHUNK, ROWS, num_stages=STAGES):
         t = first + start + tl.arange(0, ROWS)
         rows = t < frames
         mask = rows[:, None] & inside
@@ -116,7 +116,7 @@ def _ada_norm_bwd_kernel(
         xhat, rstd = _tiles.load_normalised(x_ptr, mean_ptr, rstd_ptr, n, t, frames, x_n, x_t, d, mask)
         if PER_FRAME:
             scale = _tiles.load_rows(scale_ptr, c, t, scale_c, scale_t, d, mask)
-            _tiles.store_rows(dscale_ptr, dy * xhat, n, t, frames, d, mask, D)
+            _tiles.store_rows(sums_ptr, dy * xhat, n, t, frames, d, mask, D)
             _tiles.store_rows(dshift_ptr, dy, n, t, frames, d, mask, D)
         else:
             dscale += dy * xhat
@@ -124,7 +124,7 @@ def _ada_norm_bwd_kernel(
         dx = _tiles.norm_backward(dy * (1.0 + scale), xhat, rstd, D)
         _tiles.store_rows(dx_ptr, dx, n, t, frames, d, mask, D)
     if not PER_FRAME:
-        _tiles.store_sums(dscale_ptr, dscale, d, D)
+        _tiles.store_sums(sums_ptr, dscale, d, D)
         _tiles.store_sums(dshift_ptr, dshift, d, D)
 
 
@@ -135,47 +135,51 @@ def _outputs(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: flo
 
 def _forward(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:
     n, frames, width = x.shape
-    y, mean, rstd = _outputs(x, scale, shift, eps)
-    strides = (*x.stride()[:2], *modulation_strides(scale), *modulation_strides(shift))
+    y, mean, rstd = outputs = _outputs(x, scale, shift, eps)
+    tensors, conditions = (x, scale, shift, y, mean, rstd), scale.shape[0]
+    strides = row_strides(x, scale, shift)
     if backend_of(x) == "native":
-        tensors = (x, scale, shift, y, mean, rstd)
-        _native.call("ada_norm_fwd", x.dtype, *tensors, n, frames, width, scale.shape[0], *strides, eps)
+        _native.call("ada_norm_fwd", x.dtype, *tensors, n, frames, width, conditions, *strides, eps)
     else:
-        tile = row_tile(width)
-        _ada_norm_fwd_kernel[(n * ceil_div(frames, tile["ROWS"]),)](
-            x, scale, shift, y, mean, rstd, frames, scale.shape[0], *strides, eps, PER_FRAME=scale.ndim == 3, **tile
-        )
-    return y, mean, rstd
+        settings = tile_settings("ada_norm_fwd", width)
+        grid = (n * ceil_div(frames, settings["ROWS"]), 1, 1)
+        sizes, per_frame = (frames, conditions), scale.ndim == 3
+        launch(_ada_norm_fwd_kernel, grid, tensors, sizes, strides, eps, PER_FRAME=per_frame, **settings)
+    return outputs
 
 
 def _gradients(
     dy: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+    return x.new_empty(x.shape), scale.new_empty((2, *scale.shape))
 
 
 def _backward(
     dy: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
+    """Return dx, and dscale and dshift in one tensor."""
     n, frames, width = x.shape
-    dy, dx, per_frame = unit_stride(dy), x.new_empty(x.shape), scale.ndim == 3
-    chunk = 1 if per_frame else CHUNK
-    dscale, dshift = (x.new_empty((n, ceil_div(frames, chunk), width), dtype=torch.float32) for _ in range(2))
-    strides = (*dy.stride()[:2], *x.stride()[:2], *modulation_strides(scale))
-    tensors = (dy, x, scale, mean, rstd, dx, dscale, dshift)
-    if backend_of(x) == "native":
-        _native.call("ada_norm_bwd", x.dtype, *tensors, n, frames, width, scale.shape[0], chunk, *strides)
+    dy, dx, per_frame, native = unit_stride(dy), x.new_empty(x.shape), scale.ndim == 3, backend_of(x) == "native"
+    chunk = CHUNK if native else TILES["ada_norm_bwd"].chunk
+    pieces = ceil_div(frames, chunk)
+    sums = x.new_empty((2, n, frames if per_frame else pieces, width), dtype=torch.float32)
+    tensors, conditions = (dy, x, scale, mean, rstd, dx), scale.shape[0]
+    strides = row_strides(dy, x, scale)
+    if native:
+        sizes = (n, frames, width, conditions, 1 if per_frame else chunk)
+        _native.call("ada_norm_bwd", x.dtype, *tensors, *sums.unbind(0), *sizes, *strides)
     else:
-        launch = {"CHUNK": CHUNK, "PER_FRAME": per_frame, **row_tile(width, BACKWARD_TILE)}
-        _ada_norm_bwd_kernel[(n * ceil_div(frames, CHUNK),)](*tensors, frames, scale.shape[0], *strides, **launch)
-    return dx, per_condition(dscale, scale), per_condition(dshift, scale)
+        constants = {"CHUNK": chunk, "STAGES": TILES["ada_norm_bwd"].stages, "PER_FRAME": per_frame}
+        settings, sizes = tile_settings("ada_norm_bwd", width), (frames, conditions)
+        launch(_ada_norm_bwd_kernel, (n * pieces, 1, 1), (*tensors, sums), sizes, strides, **constants, **settings)
+    return dx, finish_sums(sums, scale)
 
 
-_ada_norm = define(
-    "ada_norm(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor, Tensor, Tensor)", _forward, _outputs
+_ada_norm = Operation(
+    "ada_norm(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor, Tensor, Tensor)", _forward, _outputs, 1
 )
-_ada_norm_backward = define(
-    "ada_norm_backward(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
+_ada_norm_backward = Operation(
+    "ada_norm_backward(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
     _backward,
     _gradients,
 )
@@ -189,13 +193,16 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, scale, mean, rstd)
 
 
-def _differentiate(ctx, dy, _dmean, _drstd) -> tuple[torch.Tensor | None, ...]:
+@once_differentiable("ada_norm")
+def _differentiate(ctx, dy, *_) -> tuple[torch.Tensor | None, ...]:
     if dy is None:
         return None, None, None, None
-    return *_ada_norm_backward(dy, *ctx.saved_tensors), None
+    dx, dmodulations = _ada_norm_backward(dy, *ctx.saved_tensors)
+    dscale, dshift = dmodulations.unbind(0)
+    return dx, dscale, dshift, None
 
 
-differentiate("ada_norm", _differentiate, _save)
+_ada_norm.differentiate(_differentiate, _save)
 
 
 def ada_norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -210,4 +217,4 @@ def ada_norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: flo
         raise ValueError(f"shift is {tuple(shift.shape)}, wanted that of scale, {tuple(scale.shape)}")
     if backend_of(x) == "reference":
         return ada_norm_ref(x, scale, shift, eps)
-    return _ada_norm(x, scale, shift, eps)[0]
+    return _ada_norm(x, scale, shift, float(eps))

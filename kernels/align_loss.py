@@ -24,8 +24,9 @@ import torch.nn.functional as F
 
 from . import _native
 from ._backend import backend_of, tl, triton
-from ._library import define, differentiate
-from ._rows import BACKWARD_TILE, CHUNK, ceil_div, check_tensor, row_tile, valid_frames
+from ._launch import TILES, UNSPECIALIZED, launch, tile_settings
+from ._library import Operation, once_differentiable
+from ._rows import CHUNK, ceil_div, check_tensor, valid_frames
 from ._tiles import store_sums
 from .linear_gelu import gelu_rows, gelu_rows_backward
 
@@ -67,7 +68,7 @@ def align_loss_ref(
     return (weights.view(len(weights), -1) * (distance.sum(-1) / limits.clamp(min=1))).sum(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _cosine_kernel(
     z_ptr,  # (K, rows, E) contiguous; becomes its gradient
     bias_ptr,  # (K, E)
@@ -131,15 +132,21 @@ def _cosine(
     distance (K, N T). With coefficient (K, N), z becomes the gradient of sum(coefficient distance), and the sums of it
     over rows (K, E) are returned."""
     heads, rows, width = z.shape
-    chunks, gradient = ceil_div(rows, CHUNK), coefficient is not None
+    native, gradient = backend_of(z) == "native", coefficient is not None
+    chunk = CHUNK if native else TILES["cosine"].chunk
+    chunks = ceil_div(rows, chunk)
     dbias = z.new_empty((heads, chunks if gradient else 0, width), dtype=torch.float32)
-    tensors = (z, bias, teacher, limits, coefficient, distance, dbias)
-    sizes = (first, rows, *teacher.shape[:2], *teacher.stride()[:2])
-    if backend_of(z) == "native":
+    tensors, sizes, strides = (
+        (z, bias, teacher, limits, coefficient, distance, dbias),
+        (first, rows, *teacher.shape[:2]),
+        teacher.stride()[:2],
+    )
+    if native:
         kind = _TEACHERS.index(teacher.dtype)
-        _native.call("align_cosine", z.dtype, *tensors, *sizes, heads, width, CHUNK, kind, gradient)
+        _native.call("align_cosine", z.dtype, *tensors, *sizes, *strides, heads, width, chunk, kind, gradient)
     else:
-        _cosine_kernel[(heads * chunks,)](*tensors, *sizes, CHUNK=CHUNK, **row_tile(width, BACKWARD_TILE))
+        settings = tile_settings("cosine", width)
+        launch(_cosine_kernel, (heads * chunks, 1, 1), tensors, sizes, strides, CHUNK=chunk, **settings)
     return dbias.sum(1) if gradient else None
 
 
@@ -200,7 +207,7 @@ def _compute(
             gradients[4][k] += db2
             _add_product(dw2, z, inner)
             dpre = torch.bmm(z, w2[k])
-            db1 += gelu_rows_backward(dpre, pre, b1[k], False, dpre)
+            db1 += gelu_rows_backward(dpre, pre, b1[k], False, dpre).sum(1)
             _add_product(dw1, dpre, h)
             dhidden[k, rows] = torch.bmm(dpre, w1[k])
     per_clip = distance.view(heads, clips, frames).sum(-1) / counts
@@ -240,8 +247,8 @@ _INPUTS = (
     "Tensor hidden, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor teacher, Tensor weights, Tensor mask, "
     "Tensor? lengths"
 )
-_align_loss = define(f"align_loss({_INPUTS}) -> Tensor", _losses, _losses_fake)
-_align_loss_sum = define(
+_align_loss = Operation(f"align_loss({_INPUTS}) -> Tensor", _losses, _losses_fake)
+_align_loss_sum = Operation(
     f"align_loss_sum({_INPUTS}, Tensor row_weights) -> "
     "(Tensor total, Tensor losses, Tensor dhidden, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
     _total,
@@ -253,6 +260,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
+@once_differentiable("align_loss")
 def _differentiate(ctx, dlosses) -> tuple[torch.Tensor | None, ...]:
     _, _, *gradients = _align_loss_sum(*ctx.saved_tensors, dlosses)
     return *gradients, None, None, None, None
@@ -265,14 +273,15 @@ def _save_gradients(ctx, inputs, output) -> None:
     ctx.save_for_backward(*others[1:])
 
 
+@once_differentiable("align_loss_sum")
 def _scale_gradients(ctx, dtotal, *_) -> tuple[torch.Tensor | None, ...]:
     if dtotal is None:
         return (None,) * 10
     return *(dtotal * gradient for gradient in ctx.saved_tensors), None, None, None, None, None
 
 
-differentiate("align_loss", _differentiate, _save)
-differentiate("align_loss_sum", _scale_gradients, _save_gradients)
+_align_loss.differentiate(_differentiate, _save)
+_align_loss_sum.differentiate(_scale_gradients, _save_gradients)
 
 
 def _check(

@@ -18,7 +18,8 @@ import torch
 
 from . import _native
 from ._backend import backend_of, tl, triton
-from ._library import define, differentiate
+from ._launch import UNSPECIALIZED, launch
+from ._library import Operation
 from ._rows import ceil_div, check_rows, check_tensor
 
 # The multipliers and the increments of the keys, of Salmon et al. 2011, table 2
@@ -96,7 +97,7 @@ def _normals(word1, word2):
     return radius * first, radius * second
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _flow_mix_kernel(
     x_ptr,  # (C, T, M) contiguous
     t_ptr,  # (C,), or (C, T) if PER_FRAME, fp32
@@ -110,7 +111,7 @@ def _flow_mix_kernel(
     sigma,
     COUNTERS: tl.constexpr,
     PER_FRAME: tl.constexpr,
-    ALIGN: tl.constexpr,  # divides `elements`
+    ALIGN: tl.constexpr,  # divides `bins`
 ):
     elements = elements // ALIGN * ALIGN  # changes no number; shows the compiler that whole vectors can be loaded
     tiles = tl.cdiv(elements, 4 * COUNTERS)
@@ -147,13 +148,13 @@ def _forward(x: torch.Tensor, t: torch.Tensor, keys: torch.Tensor, sigma: float)
         _native.call("flow_mix", x.dtype, *tensors, clips, frames, bins, *t_strides, sigma)
     else:
         elements, counters = frames * bins, 512
-        launch = {"COUNTERS": counters, "PER_FRAME": t.ndim == 2, "ALIGN": math.gcd(elements, 16), "num_warps": 4}
-        grid = (clips * ceil_div(elements, 4 * counters),)
-        _flow_mix_kernel[grid](*tensors, elements, bins, *t_strides, sigma, **launch)
+        settings = {"COUNTERS": counters, "PER_FRAME": t.ndim == 2, "ALIGN": math.gcd(bins, 16), "num_warps": 4}
+        grid, sizes = (clips * ceil_div(elements, 4 * counters), 1, 1), (elements, bins, *t_strides)
+        launch(_flow_mix_kernel, grid, tensors, sizes, (), sigma, **settings)
     return x_t, target
 
 
-_flow_mix = define("flow_mix(Tensor x, Tensor t, Tensor keys, float sigma) -> (Tensor, Tensor)", _forward, _outputs)
+_flow_mix = Operation("flow_mix(Tensor x, Tensor t, Tensor keys, float sigma) -> (Tensor, Tensor)", _forward, _outputs)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -167,7 +168,7 @@ def _differentiate(ctx, dx_t, dtarget) -> tuple[torch.Tensor | None, ...]:
     return (t * dx_t + dtarget).to(ctx.dtype), None, None, None
 
 
-differentiate("flow_mix", _differentiate, _save)
+_flow_mix.differentiate(_differentiate, _save)
 
 
 def flow_mix(

@@ -18,22 +18,21 @@ import torch
 
 from . import _native, _tiles
 from ._backend import backend_of, tl, triton
-from ._library import define, differentiate
+from ._launch import TILES, UNSPECIALIZED, launch, tile_settings
+from ._library import Operation, once_differentiable
 from ._rows import (
-    BACKWARD_TILE,
     CHUNK,
     ceil_div,
     check_rows,
     check_tensor,
     fit_modulation,
-    modulation_strides,
     over_time,
-    per_condition,
-    row_tile,
+    row_strides,
     split_rows,
     unit_stride,
     valid_frames,
 )
+from ._sums import finish_sums
 from .ada_norm import ada_norm_ref
 
 
@@ -71,7 +70,7 @@ def gated_residual_ref(
     return GatedResidual(out, y, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _gated_residual_fwd_kernel(
     h_ptr,  # (N, T, D)
     f_ptr,  # (N, T, D)
@@ -148,7 +147,7 @@ def _gated_residual_fwd_kernel(
         _tiles.store_sums(sums_ptr, sums, d, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _gated_residual_bwd_kernel(
     dout_ptr,  # of h', (N, T, D), or None: nothing used h'
     dy_ptr,  # (N, T, D), or None: no norm, or nothing used y
@@ -163,9 +162,8 @@ def _gated_residual_bwd_kernel(
     rstd_ptr,  # as mean
     dh_ptr,  # (N, T, D) contiguous, or None: dh is dout
     df_ptr,  # (N, T, D) contiguous
-    dgate_ptr,  # before m: (N, chunks, D) fp32 sums over CHUNK frames, or (N, T, D) if PER_FRAME
-    dscale_ptr,  # as dgate, None without dy
-    dshift_ptr,  # as dscale
+    sums_ptr,  # (1 or 3, N, chunks, D) fp32 over CHUNK frames each, or (1 or 3, N, T, D) if PER_FRAME: of dgate before
+    # m, and with dy of dscale and dshift
     frames,
     conditions,
     length_count,
@@ -183,8 +181,11 @@ def _gated_residual_bwd_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
     PER_FRAME: tl.constexpr,
 ):
+    plane = _tiles.plane_size(frames, D, CHUNK, PER_FRAME)
+    dscale_ptr, dshift_ptr = sums_ptr + plane, sums_ptr + 2 * plane
     n, first = _tiles.span_of_program(frames, CHUNK)
     c = n % conditions
     d = tl.arange(0, BLOCK)
@@ -204,7 +205,7 @@ def _gated_residual_bwd_kernel(
     dgate = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     dscale = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     dshift = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    for start in range(0, CHUNK, ROWS):
+    for start in tl.range(0, CHUNK, ROWS, num_stages=STAGES):
         t = first + start + tl.arange(0, ROWS)
         rows = t < frames
         mask = rows[:, None] & inside
@@ -234,94 +235,97 @@ def _gated_residual_bwd_kernel(
             df, along = tl.where(m == 0.0, 0.0, df), tl.where(m == 0.0, 0.0, along)
         _tiles.store_rows(df_ptr, df, n, t, frames, d, mask, D)
         if PER_FRAME:
-            _tiles.store_rows(dgate_ptr, along, n, t, frames, d, mask, D)
+            _tiles.store_rows(sums_ptr, along, n, t, frames, d, mask, D)
         else:
             dgate += along
     if not PER_FRAME:
-        _tiles.store_sums(dgate_ptr, dgate, d, D)
+        _tiles.store_sums(sums_ptr, dgate, d, D)
         if dy_ptr is not None:
             _tiles.store_sums(dscale_ptr, dscale, d, D)
             _tiles.store_sums(dshift_ptr, dshift, d, D)
 
 
-def _strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:
-    return sum(((0, 0) if x is None else modulation_strides(x) for x in tensors), ())
-
-
-def _outputs(h, f, gate, m, scale, shift, lengths, time_sum, eps) -> tuple[torch.Tensor, ...]:
+def _outputs(h, f, gate, m, scale, shift, lengths, time_sum, eps) -> tuple[torch.Tensor | None, ...]:
     n, frames, width = h.shape
-    normed = 0 if scale is None else n
-    mean, rstd = (h.new_empty((normed, frames), dtype=torch.float32) for _ in range(2))
-    total = h.new_empty((n if time_sum else 0, width), dtype=torch.float32)
-    return h.new_empty(h.shape), h.new_empty((normed, frames, width)), total, mean, rstd
+    total = h.new_empty((n, width), dtype=torch.float32) if time_sum else None
+    if scale is None:
+        return h.new_empty(h.shape), None, total, None, None
+    mean, rstd = (h.new_empty((n, frames), dtype=torch.float32) for _ in range(2))
+    return h.new_empty(h.shape), h.new_empty(h.shape), total, mean, rstd
 
 
-def _forward(h, f, gate, m, scale, shift, lengths, time_sum, eps) -> tuple[torch.Tensor, ...]:
+def _forward(h, f, gate, m, scale, shift, lengths, time_sum, eps) -> tuple[torch.Tensor | None, ...]:
     n, frames, width = h.shape
-    tile = row_tile(width)
-    span = CHUNK if time_sum else tile["ROWS"]
-    out, y, total, mean, rstd = _outputs(h, f, gate, m, scale, shift, lengths, time_sum, eps)
+    out, y, _, mean, rstd = _outputs(h, f, gate, m, scale, shift, lengths, False, eps)
+    native, settings = backend_of(h) == "native", tile_settings("gated_residual_fwd", width)
+    span = settings["ROWS"]
+    if time_sum:
+        span = CHUNK if native else TILES["gated_residual_fwd"].chunk
     sums = h.new_empty((n, ceil_div(frames, span), width), dtype=torch.float32) if time_sum else None
-    tensors = (h, f, gate, m, scale, shift, lengths, out, None if scale is None else y, sums, mean, rstd)
+    tensors = (h, f, gate, m, scale, shift, lengths, out, y, sums, mean, rstd)
     sizes = (gate.shape[0], 1 if lengths is None else lengths.shape[0])
-    strides = _strides(h, f, gate, scale, shift)
-    if backend_of(h) == "native":
+    strides = row_strides(h, f, gate, scale, shift)
+    if native:
         _native.call("gated_residual_fwd", h.dtype, *tensors, n, frames, width, *sizes, span, *strides, eps)
     else:
-        launch = {"SPAN": span, "PER_FRAME": gate.ndim == 3, **tile}
-        _gated_residual_fwd_kernel[(n * ceil_div(frames, span),)](*tensors, frames, *sizes, *strides, eps, **launch)
-    return out, y, sums.sum(1) if time_sum else total, mean, rstd
+        grid, constants = (n * ceil_div(frames, span), 1, 1), {"SPAN": span, "PER_FRAME": gate.ndim == 3}
+        launch(_gated_residual_fwd_kernel, grid, tensors, (frames, *sizes), strides, eps, **constants, **settings)
+    return out, y, sums.sum(1) if time_sum else None, mean, rstd
 
 
-def _gradients(dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd) -> tuple[torch.Tensor, ...]:
-    dm = f.new_empty(0 if m is None else f.shape[0], dtype=torch.float32)
-    dscale, dshift = (gate.new_empty((0,) if dy is None else gate.shape) for _ in range(2))
-    return _empty_dh(dy, dsum, f), f.new_empty(f.shape), gate.new_empty(gate.shape), dm, dscale, dshift
+def _gradients(dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd) -> tuple[torch.Tensor | None, ...]:
+    dm = None if m is None else f.new_empty(f.shape[0], dtype=torch.float32)
+    dmodulations = gate.new_empty((1 if dy is None else 3, *gate.shape))
+    return _empty_dh(dy, dsum, f), f.new_empty(f.shape), dmodulations, dm
 
 
-def _empty_dh(dy, dsum, f) -> torch.Tensor:
-    """Return room for dh, or an empty tensor if dh is dout itself."""
-    return f.new_empty((0,) if dy is None and dsum is None else f.shape)
+def _empty_dh(dy, dsum, f) -> torch.Tensor | None:
+    """Return room for dh, or None if dh is dout itself."""
+    return None if dy is None and dsum is None else f.new_empty(f.shape)
 
 
-def _backward(dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd) -> tuple[torch.Tensor, ...]:
+def _backward(dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd) -> tuple[torch.Tensor | None, ...]:
+    """Return dh, df, the gradients of gate and with dy of scale and shift in one tensor, and that of m."""
     n, frames, width = f.shape
-    chunk = 1 if gate.ndim == 3 else CHUNK
+    native, per_frame = backend_of(f) == "native", gate.ndim == 3
+    chunk = CHUNK if native else TILES["gated_residual_bwd"].chunk
     dout, dy = (None if d is None else unit_stride(d) for d in (dout, dy))
     dsum = None if dsum is None else dsum.contiguous()
     dh, df = _empty_dh(dy, dsum, f), f.new_empty(f.shape)
-    count = 1 if dy is None else 3
-    sums = [f.new_empty((n, ceil_div(frames, chunk), width), dtype=torch.float32) for _ in range(count)]
-    normed = (out, scale, mean, rstd) if dy is not None else (None,) * 4
-    inputs = (dout, dy, dsum, f, normed[0], gate, m, normed[1], lengths, *normed[2:])
-    results = (dh if dh.numel() else None, df, *sums, *[None] * (3 - count))
+    if dy is None:
+        out = scale = mean = rstd = None
+    planes, pieces = 1 if dy is None else 3, ceil_div(frames, chunk)
+    sums = f.new_empty((planes, n, frames if per_frame else pieces, width), dtype=torch.float32)
+    tensors = (dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd, dh, df)
     sizes = (gate.shape[0], 1 if lengths is None else lengths.shape[0])
-    strides = _strides(dout, dy, f, gate, normed[1])
-    if backend_of(f) == "native":
-        _native.call("gated_residual_bwd", f.dtype, *inputs, *results, n, frames, width, *sizes, chunk, *strides)
+    strides = row_strides(dout, dy, f, gate, scale)
+    if native:
+        separate, chunk = (*sums.unbind(0), *[None] * (3 - planes)), 1 if per_frame else chunk
+        _native.call("gated_residual_bwd", f.dtype, *tensors, *separate, n, frames, width, *sizes, chunk, *strides)
     else:
-        launch = {"CHUNK": CHUNK, "PER_FRAME": gate.ndim == 3, **row_tile(width, BACKWARD_TILE)}
-        grid = (n * ceil_div(frames, CHUNK),)
-        _gated_residual_bwd_kernel[grid](*inputs, *results, frames, *sizes, *strides, **launch)
-    along, dm = sums[0], f.new_empty(0, dtype=torch.float32)  # along: sums of f * dh', before m and gate
+        constants = {"CHUNK": chunk, "STAGES": TILES["gated_residual_bwd"].stages, "PER_FRAME": per_frame}
+        settings, grid = tile_settings("gated_residual_bwd", width), (n * pieces, 1, 1)
+        arguments = (*tensors, sums), (frames, *sizes), strides
+        launch(_gated_residual_bwd_kernel, grid, *arguments, **constants, **settings)
+    dm = None
     if m is not None:
-        weighted = split_rows(along if gate.ndim == 3 else along.sum(1, keepdim=True), gate.shape[0])
+        along = sums[0]  # sums of f * dh', before m and gate
+        weighted = split_rows(along if per_frame else along.sum(1, keepdim=True), gate.shape[0])
         dm = (weighted * over_time(gate).float()).sum((-2, -1)).flatten()
-        along = along * m.view(-1, 1, 1)
-    dmodulations = [per_condition(s, gate) for s in (along, *sums[1:])]
-    return dh, df, dmodulations[0], dm, *(dmodulations[1:] or (gate.new_empty(0) for _ in range(2)))
+        along.mul_(m.view(-1, 1, 1))
+    return dh, df, finish_sums(sums, gate), dm
 
 
-_gated_residual = define(
+_gated_residual = Operation(
     "gated_residual(Tensor h, Tensor f, Tensor gate, Tensor? m, Tensor? scale, Tensor? shift, Tensor? lengths,"
     " bool time_sum, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _outputs,
+    3,
 )
-_gated_residual_backward = define(
+_gated_residual_backward = Operation(
     "gated_residual_backward(Tensor? dout, Tensor? dy, Tensor? dsum, Tensor f, Tensor out, Tensor gate, Tensor? m,"
-    " Tensor? scale, Tensor? lengths, Tensor mean, Tensor rstd)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? scale, Tensor? lengths, Tensor? mean, Tensor? rstd) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _gradients,
 )
@@ -330,23 +334,26 @@ _gated_residual_backward = define(
 def _save(ctx, inputs, output) -> None:
     _, f, gate, m, scale, _, lengths, time_sum, _ = inputs
     out, _, _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
     ctx.time_sum, ctx.gated, ctx.normed = time_sum, m is not None, scale is not None
+    ctx.mark_non_differentiable(*(x for x in (mean, rstd) if x is not None))
     ctx.save_for_backward(f, out, gate, m, scale, lengths, mean, rstd)
 
 
-def _differentiate(ctx, dout, dy, dsum, _dmean, _drstd) -> tuple[torch.Tensor | None, ...]:
-    dy = dy if ctx.normed else None  # without norm and time-sum, y and total are empty tensors
+@once_differentiable("gated_residual")
+def _differentiate(ctx, dout, dy, dsum, *_) -> tuple[torch.Tensor | None, ...]:
+    dy = dy if ctx.normed else None  # without norm and time-sum, the operator's y and total are empty tensors
     dsum = dsum if ctx.time_sum else None
-    dh, df, dgate, dm, dscale, dshift = _gated_residual_backward(dout, dy, dsum, *ctx.saved_tensors)
-    dscale, dshift = (None, None) if dy is None else (dscale, dshift)
+    if dout is None and dy is None and dsum is None:
+        return (None,) * 9
+    dh, df, dmodulations, dm = _gated_residual_backward(dout, dy, dsum, *ctx.saved_tensors)
+    dgate, dscale, dshift = dmodulations.unbind(0) if dy is not None else (dmodulations[0], None, None)
     if dy is None and dsum is None:
         dh = dout
     return dh, df, dgate, dm if ctx.gated else None, dscale, dshift, None, None, None
 
 
-differentiate("gated_residual", _differentiate, _save)
+_gated_residual.differentiate(_differentiate, _save)
 
 
 def gated_residual(
@@ -386,5 +393,7 @@ def gated_residual(
         lengths = lengths.long()
     if backend_of(h) == "reference":
         return gated_residual_ref(h, f, gate, m, scale=scale, shift=shift, lengths=lengths, time_sum=time_sum, eps=eps)
-    out, y, total, _, _ = _gated_residual(h, f, gate, m, scale, shift, lengths, time_sum, eps)
+    if not time_sum:
+        lengths = None  # they mask nothing else
+    out, y, total = _gated_residual(h, f, gate, m, scale, shift, lengths, time_sum, float(eps))
     return GatedResidual(out, None if scale is None else y, total if time_sum else None)

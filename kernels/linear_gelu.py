@@ -14,8 +14,10 @@ import torch.nn.functional as F
 
 from . import _native
 from ._backend import backend_of, tl, triton
-from ._library import define, differentiate
+from ._launch import UNSPECIALIZED, launch
+from ._library import Operation, once_differentiable
 from ._rows import ceil_div, check_tensor
+from ._sums import finish_sums
 
 _APPROXIMATE = {"erf": "none", "tanh": "tanh"}
 _CHUNK = 64  # rows per partial sum of the bias gradient; fixed, so that results repeat bit for bit
@@ -62,7 +64,7 @@ def _slope(z, TANH: tl.constexpr):
     return 0.5 * (1.0 + odd) + z * steepness
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _gelu_fwd_kernel(
     z_ptr,  # (groups, M, E) contiguous
     bias_ptr,  # (groups, E), or None
@@ -84,7 +86,7 @@ def _gelu_fwd_kernel(
     tl.store(y_ptr + offsets, _gelu(z, TANH).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _gelu_bwd_kernel(
     dy_ptr,  # (groups, M, E) contiguous
     z_ptr,  # (groups, M, E) contiguous
@@ -125,73 +127,76 @@ def gelu_rows(z: torch.Tensor, bias: torch.Tensor | None, tanh: bool, y: torch.T
         _native.call("gelu_fwd", z.dtype, z, bias, y, groups, rows, width, tanh)
     else:
         grid = (ceil_div(rows, _TILE["ROWS"]), ceil_div(width, _TILE["BLOCK"]), groups)
-        _gelu_fwd_kernel[grid](z, bias, y, rows, E=width, TANH=tanh, **_TILE)
+        launch(_gelu_fwd_kernel, grid, (z, bias, y), (rows,), (), E=width, TANH=tanh, **_TILE)
 
 
 def gelu_rows_backward(
     dy: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None, tanh: bool, dz: torch.Tensor
 ) -> torch.Tensor:
-    """Write dy gelu'(z + bias) to dz, all contiguous (groups, M, E), and return its sums over rows, (groups, E) fp32.
-    dz may be dy."""
+    """Write dy gelu'(z + bias) to dz, all contiguous (groups, M, E). Return its sums over _CHUNK rows each, (groups,
+    chunks, E) fp32. dz may be dy."""
     groups, rows, width = z.shape
     dbias = z.new_empty((groups, ceil_div(rows, _CHUNK), width), dtype=torch.float32)
     if backend_of(z) == "native":
         _native.call("gelu_bwd", z.dtype, dy, z, bias, dz, dbias, groups, rows, width, _CHUNK, tanh)
     else:
-        grid = (dbias.shape[1], ceil_div(width, _TILE["BLOCK"]), groups)
-        _gelu_bwd_kernel[grid](dy, z, bias, dz, dbias, rows, E=width, CHUNK=_CHUNK, TANH=tanh, **_TILE)
-    return dbias.sum(1)
+        grid, tensors = (dbias.shape[1], ceil_div(width, _TILE["BLOCK"]), groups), (dy, z, bias, dz, dbias)
+        launch(_gelu_bwd_kernel, grid, tensors, (rows,), (), E=width, CHUNK=_CHUNK, TANH=tanh, **_TILE)
+    return dbias
 
 
 def _outputs(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tanh: bool, keep: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     shape = x.shape[0], weight.shape[0]
-    return x.new_empty(shape), x.new_empty(shape if keep else (0,))
+    return x.new_empty(shape), x.new_empty(shape) if keep else None
 
 
 def _forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tanh: bool, keep: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return y (M, E), and z with `keep`, for the backward; else an empty tensor."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return y (M, E), and z with `keep`, for the backward."""
     z = torch.mm(x, weight.t())
     y = z.new_empty(z.shape) if keep else z
     gelu_rows(z.unsqueeze(0), bias, tanh, y)
-    return y, z if keep else z.new_empty(0)
+    return y, z if keep else None
 
 
 def _gradients(
     dy: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None, tanh: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return z.new_empty(z.shape), z.new_empty(z.shape[1:])
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return z.new_empty(z.shape), None if bias is None else z.new_empty(z.shape[1:])
 
 
 def _backward(
     dy: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None, tanh: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     dz = z.new_empty(z.shape)
-    dbias = gelu_rows_backward(dy.contiguous(), z.unsqueeze(0), bias, tanh, dz)
-    return dz, dbias[0].to(z.dtype)
+    sums = gelu_rows_backward(dy.contiguous(), z.unsqueeze(0), bias, tanh, dz)
+    return dz, None if bias is None else finish_sums(sums.unsqueeze(0), bias.unsqueeze(0)).flatten()
 
 
-_linear_gelu = define(
+_linear_gelu = Operation(
     "linear_gelu(Tensor x, Tensor weight, Tensor? bias, bool tanh, bool keep) -> (Tensor, Tensor)",
     _forward,
     _outputs,
+    1,
 )
-_linear_gelu_backward = define(
+_linear_gelu_backward = Operation(
     "linear_gelu_backward(Tensor dy, Tensor z, Tensor? bias, bool tanh) -> (Tensor, Tensor)", _backward, _gradients
 )
 
 
 def _save(ctx, inputs, output) -> None:
     x, weight, bias, ctx.tanh, _ = inputs
-    ctx.mark_non_differentiable(output[1])
+    _, z = output
+    ctx.mark_non_differentiable(z)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, output[1])
+    ctx.save_for_backward(x, weight, bias, z)
 
 
-def _differentiate(ctx, dy, _dz) -> tuple[torch.Tensor | None, ...]:
+@once_differentiable("linear_gelu")
+def _differentiate(ctx, dy, *_) -> tuple[torch.Tensor | None, ...]:
     if dy is None:
         return (None,) * 5
     x, weight, bias, z = ctx.saved_tensors
@@ -201,7 +206,7 @@ def _differentiate(ctx, dy, _dz) -> tuple[torch.Tensor | None, ...]:
     return dx, dweight, None if bias is None else dbias, None, None
 
 
-differentiate("linear_gelu", _differentiate, _save)
+_linear_gelu.differentiate(_differentiate, _save)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str) -> None:
@@ -231,5 +236,5 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if backend_of(x) == "reference":
         return linear_gelu_ref(x, weight, bias, gelu)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    y = _linear_gelu(x.reshape(-1, x.shape[-1]), weight, bias, gelu == "tanh", keep)[0]
+    y = _linear_gelu(x.reshape(-1, x.shape[-1]), weight, bias, gelu == "tanh", keep)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from . import _native
 from ._backend import backend_of, tl, triton
-from ._library import define
+from ._launch import UNSPECIALIZED, launch
+from ._library import Operation, once_differentiable, wants_gradient
 from ._pairs import inverse_rms, load_angles, load_pairs, store_pairs
 from ._rows import ceil_div, check_rows, check_tensor, unit_stride
 
@@ -75,7 +76,7 @@ def _forward_part(
     store_pairs(y_ptr, a, b, y_offsets, rows, E, BLOCK, INTERLEAVED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _qk_norm_rope_fwd_kernel(
     x_ptr,  # qkv, (N, T, 3 D)
     cos_ptr,  # (T, E / 2) fp32 contiguous, or None: no rotation
@@ -170,7 +171,7 @@ def _backward_part(
         store_pairs(dw_ptr, sum_a, sum_b, piece, one, E, BLOCK, INTERLEAVED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _qk_norm_rope_bwd_kernel(
     dq_ptr,  # (N, H, T, E)
     dk_ptr,  # (N, H, T, E)
@@ -244,9 +245,9 @@ def _forward(qkv, heads, cos, sin, q_weight, k_weight, interleaved, rotary_heads
         _native.call("qk_norm_rope_fwd", qkv.dtype, *tensors, *sizes, *strides, eps)
     else:
         tile, tensors = _tile(heads, width), (qkv, cos, sin, q_weight, k_weight, q, k)
-        launch = {"ROTARY": rotary_heads, "INTERLEAVED": interleaved and cos is not None, **tile}
-        grid = (n * ceil_div(frames * heads, tile["ROWS"]), 2)
-        _qk_norm_rope_fwd_kernel[grid](*tensors, frames, *strides, eps, **launch)
+        constants = {"ROTARY": rotary_heads, "INTERLEAVED": interleaved and cos is not None}
+        grid = (n * ceil_div(frames * heads, tile["ROWS"]), 2, 1)
+        launch(_qk_norm_rope_fwd_kernel, grid, tensors, (frames,), strides, eps, **constants, **tile)
     return q, k
 
 
@@ -256,11 +257,12 @@ def _float(weight: torch.Tensor | None) -> torch.Tensor | None:
 
 def _gradients(dq, dk, dv, qkv, cos, sin, q_weight, k_weight, interleaved, rotary_heads, eps):
     n, heads, frames, width = dq.shape
-    return dq.new_empty((n, frames, 3 * heads * width)), dq.new_empty((2, width), dtype=torch.float32)
+    dweight = None if qkv is None else dq.new_empty((2, width), dtype=torch.float32)
+    return dq.new_empty((n, frames, 3 * heads * width)), dweight
 
 
 def _backward(dq, dk, dv, qkv, cos, sin, q_weight, k_weight, interleaved, rotary_heads, eps):
-    """Return dqkv (N, T, 3 D) and the weights' gradients (2, E) fp32. Without a norm qkv is None and these are 0."""
+    """Return dqkv (N, T, 3 D) and the weights' gradients (2, E) fp32. Without a norm qkv and these are None."""
     n, heads, frames, width = dq.shape
     gradients = tuple(map(unit_stride, (dq, dk, dv)))
     dqkv, norm = dq.new_empty((n, frames, 3 * heads * width)), qkv is not None
@@ -277,34 +279,39 @@ def _backward(dq, dk, dv, qkv, cos, sin, q_weight, k_weight, interleaved, rotary
         pieces = n * ceil_div(frames * heads, tile["ROWS"] * steps)
         dweight = dq.new_empty((pieces if norm else 0, 2, width), dtype=torch.float32)
         tensors = (*gradients, qkv, cos, sin, q_weight, k_weight, dqkv, dweight)
-        launch = {"ROTARY": rotary_heads, "STEPS": steps, "INTERLEAVED": interleaved and cos is not None, **tile}
-        _qk_norm_rope_bwd_kernel[(pieces, 3)](*tensors, frames, *strides, eps, **launch)
-    return dqkv, dweight.sum(0)
+        constants = {"ROTARY": rotary_heads, "STEPS": steps, "INTERLEAVED": interleaved and cos is not None}
+        launch(_qk_norm_rope_bwd_kernel, (pieces, 3, 1), tensors, (frames,), strides, eps, **constants, **tile)
+    return dqkv, dweight.sum(0) if norm else None
 
 
 _OPTIONS = "Tensor? cos, Tensor? sin, Tensor? q_weight, Tensor? k_weight, bool interleaved, int rotary_heads, float eps"
-_qk_norm_rope = define(f"qk_norm_rope(Tensor qkv, int heads, {_OPTIONS}) -> (Tensor, Tensor)", _forward, _outputs)
-_qk_norm_rope_backward = define(
+_qk_norm_rope = Operation(f"qk_norm_rope(Tensor qkv, int heads, {_OPTIONS}) -> (Tensor, Tensor)", _forward, _outputs)
+_qk_norm_rope_backward = Operation(
     f"qk_norm_rope_backward(Tensor dq, Tensor dk, Tensor dv, Tensor? qkv, {_OPTIONS}) -> (Tensor, Tensor)",
     _backward,
     _gradients,
 )
 
 
+def _joint(qkv, heads, cos, sin, q_weight, k_weight, *options) -> tuple[torch.Tensor, ...]:
+    q, k = _qk_norm_rope(qkv, heads, cos, sin, q_weight, k_weight, *options)
+    v = qkv.unflatten(-1, (3, heads, -1))[:, :, 2]
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
 class _QkNormRope(torch.autograd.Function):
-    """Joins both operators for autograd. `differentiate` of _library cannot: an operator may not return v, a view of
-    its input, and the three gradients fill one packed tensor."""
+    """Joins both operations for autograd. Operation.differentiate cannot: an operator may not return v, a view of its
+    input, and the three gradients fill one packed tensor."""
 
     @staticmethod
     def forward(ctx, qkv, heads, cos, sin, q_weight, k_weight, *options):
-        q, k = _qk_norm_rope(qkv, heads, cos, sin, q_weight, k_weight, *options)
         ctx.save_for_backward(None if q_weight is None else qkv, cos, sin, q_weight, k_weight)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        v = qkv.unflatten(-1, (3, heads, -1))[:, :, 2]
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return _joint(qkv, heads, cos, sin, q_weight, k_weight, *options)
 
     @staticmethod
+    @once_differentiable("qk_norm_rope")
     def backward(ctx, *gradients):
         qkv, cos, sin, q_weight, k_weight = ctx.saved_tensors
         some = next((gradient for gradient in gradients if gradient is not None), None)
@@ -358,4 +365,5 @@ def qk_norm_rope(
         options = {"interleaved": interleaved, "rotary_heads": rotary_heads, "eps": eps}
         return qk_norm_rope_ref(qkv, heads, rope, q_weight=q_weight, k_weight=k_weight, **options)
     cos, sin = (None, None) if rope is None else (table.float().contiguous() for table in rope)
-    return _QkNormRope.apply(qkv, heads, cos, sin, q_weight, k_weight, interleaved, rotary_heads, eps)
+    inputs = (qkv, heads, cos, sin, q_weight, k_weight, interleaved, rotary_heads, float(eps))
+    return _QkNormRope.apply(*inputs) if wants_gradient(inputs) else _joint(*inputs)

@@ -15,7 +15,8 @@ import torch
 
 from . import _native
 from ._backend import backend_of, tl, triton
-from ._library import define
+from ._launch import UNSPECIALIZED, launch
+from ._library import Operation
 from ._rows import ceil_div, check_tensor, valid_frames
 
 _PIECE = 4096  # elements per partial sum of a clip; fixed, so that results repeat bit for bit
@@ -31,18 +32,18 @@ def velocity_change_ref(
     return difference.flatten(2).norm(dim=2) / (base.flatten(1).norm(dim=1) + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _velocity_change_kernel(
     variants_ptr,  # (V, C, T, M), clips contiguous
     base_ptr,  # (C, T, M), clips contiguous
     lengths_ptr,  # (C,) int64, or None: all frames are valid
     squares_ptr,  # (V + 1, C, pieces) fp32: of the base at v = 0, of variant v - 1 minus the base beyond
-    variants_v,
-    variants_c,
-    base_c,
     clips,
     frames,
     bins,
+    variants_v,
+    variants_c,
+    base_c,
     PIECE: tl.constexpr,
     ALIGN: tl.constexpr,  # divides all strides and the elements of a clip
 ):
@@ -79,9 +80,9 @@ def _forward(variants: torch.Tensor, base: torch.Tensor, lengths: torch.Tensor |
         sizes = (count, clips, frames, bins, _PIECE)
         _native.call("velocity_change", variants.dtype, variants, base, lengths, squares, *sizes, *strides)
     else:
-        launch = {"PIECE": _PIECE, "ALIGN": math.gcd(*strides, frames * bins, 16), "num_warps": 8}
-        tensors = (variants, base, lengths, squares)
-        _velocity_change_kernel[(squares.numel(),)](*tensors, *strides, clips, frames, bins, **launch)
+        settings = {"PIECE": _PIECE, "ALIGN": math.gcd(*strides, frames * bins, 16), "num_warps": 8}
+        grid, tensors = (squares.numel(), 1, 1), (variants, base, lengths, squares)
+        launch(_velocity_change_kernel, grid, tensors, (clips, frames, bins), strides, **settings)
     norms = squares.sum(2).sqrt()
     return norms[1:] / (norms[0] + eps)
 
@@ -91,7 +92,7 @@ def _packed_clips(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride()[-2:] == (x.shape[-1], 1) else x.contiguous()
 
 
-_velocity_change = define(
+_velocity_change = Operation(
     "velocity_change(Tensor variants, Tensor base, Tensor? lengths, float eps) -> Tensor", _forward, _output
 )
 
@@ -117,4 +118,4 @@ def velocity_change(
     if backend_of(base) == "reference" or wants_gradient:
         dtype = torch.promote_types(base.dtype, torch.float32)
         return velocity_change_ref(variants.to(dtype), base.to(dtype), lengths, eps)
-    return _velocity_change(variants, base, None if lengths is None else lengths.long(), eps)
+    return _velocity_change(variants, base, None if lengths is None else lengths.long(), float(eps))

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from agrepa_fast.kernels import ada_norm
+from agrepa_fast.kernels._launch import TILES, Tile
 
 from .accuracy import DEVICE, assert_as_accurate, assert_repeatable, fused_backends
 
@@ -31,6 +32,18 @@ def call(x, modulation):
 @pytest.mark.parametrize(("shape", "per_frame", "dtype"), CASES, ids=str)
 def test_as_accurate_as_the_reference(shape, per_frame, dtype, backend):
     assert_as_accurate(call, *inputs(*shape, dtype, per_frame), backend)
+
+
+@pytest.mark.parametrize(
+    ("tile", "backward_tile"),
+    [(Tile(4, 8), TILES["ada_norm_bwd"]), (Tile(2, 4), Tile(2, 8)), (Tile(1, 1), Tile(1, 4, 3, 32))],
+    ids=str,
+)
+def test_every_tile_is_as_accurate(tile, backward_tile, monkeypatch):
+    """Several steps per program, which ends beyond the last frame."""
+    monkeypatch.setitem(TILES, "ada_norm_fwd", tile)
+    monkeypatch.setitem(TILES, "ada_norm_bwd", backward_tile)
+    assert_as_accurate(call, *inputs(2, 1, 37, 520, torch.float32, False), "triton")
 
 
 @pytest.mark.parametrize("backend", fused_backends())

@@ -46,10 +46,21 @@ run("misaligned view", "--ops", "ada_norm")
 compile_kernels.CASES["ada_norm"] = abs
 run("nothing launched", "--ops", "ada_norm")
 compile_kernels.CASES["ada_norm"] = original
-module = sys.modules["agrepa_fast.kernels.ada_norm"]
-tile = module.row_tile
-module.row_tile = lambda *sizes: tile(*sizes) | {"num_warps": 1}  # 4096 elements of four tensors on 32 threads
+tiles = sys.modules["agrepa_fast.kernels._launch"]
+tiles.TILES["ada_norm_fwd"] = tiles.Tile(8, 1)  # 8192 elements of four tensors on 32 threads
 run("spills", "--ops", "ada_norm")
+tiles.TILES["ada_norm_bwd"] = tiles.Tile(2, 8)
+run("too few programs", "--ops", "ada_norm")
+
+def kernels(clips, frames):
+    compile_kernels.N, compile_kernels.T = clips, frames
+    with compile_kernels.recording(90) as launched, compile_kernels.force_backend("triton"):
+        with compile_kernels.WithoutProducts():
+            for operation in ("ada_norm", "gated_residual", "qk_norm_rope", "linear_gelu", "align_loss", "flow_mix"):
+                compile_kernels.CASES[operation](1024)
+    return sorted(launched)
+
+results["kernels"] = [kernels(*sizes) for sizes in ((16, 938), (16, 960), (3, 37), (1, 1))]
 print(json.dumps(results))
 """
 
@@ -61,12 +72,13 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Run]:
+def runs(tmp_path_factory) -> dict[str, Run | list]:
     command = [sys.executable, "-c", PROGRAM, str(tmp_path_factory.mktemp("compiled") / "out.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=BENCHMARKS, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return {name: Run(*values) for name, values in json.loads(done.stdout).items()}
+    results = json.loads(done.stdout)
+    return {name: values if name == "kernels" else Run(*values) for name, values in results.items()}
 
 
 def test_every_kernel_keeps_its_limits(runs):
@@ -84,9 +96,18 @@ def test_every_kernel_keeps_its_limits(runs):
         ("misaligned view", "a main load of 16 bits, wanted 128"),
         ("spills", "spills, allowed 0"),
         ("nothing launched", "no kernel was launched"),
+        ("too few programs", "programs per SM, wanted"),
+        ("too few programs", "barriers, allowed"),
     ],
 )
 def test_a_broken_limit_is_an_error(broken, message, runs):
     assert runs[broken].exit_code == 1
     assert message in runs[broken].printed
     assert runs[broken].summary["broken_limits"] > 0
+
+
+def test_one_kernel_serves_every_batch_and_length(runs):
+    """A batch of a new kind, such as one clip or a length that 16 divides, must not compile in the middle of a run."""
+    assert len(runs["kernels"][0]) > 20
+    for others in runs["kernels"][1:]:
+        assert others == runs["kernels"][0]

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from agrepa_fast.kernels import ada_norm, force_backend, gated_residual
+from agrepa_fast.kernels._launch import TILES, Tile
 
 from .accuracy import DEVICE, assert_as_accurate, assert_repeatable, fused_backends
 
@@ -51,6 +52,19 @@ def gradients(inputs, outputs):
 def test_as_accurate_as_the_reference(shape, gated, per_frame, dtype, backend):
     inputs = fused_inputs(*shape, dtype, per_frame, gated)
     assert_as_accurate(full, inputs, gradients(inputs, 3), backend)
+
+
+@pytest.mark.parametrize(
+    ("tile", "backward_tile"),
+    [(Tile(4, 8), TILES["gated_residual_bwd"]), (Tile(1, 1, 1, 16), Tile(2, 8)), (Tile(2, 4), Tile(1, 4, 3, 32))],
+    ids=str,
+)
+def test_every_tile_is_as_accurate(tile, backward_tile, monkeypatch):
+    """Several steps per program, which ends beyond the last frame."""
+    monkeypatch.setitem(TILES, "gated_residual_fwd", tile)
+    monkeypatch.setitem(TILES, "gated_residual_bwd", backward_tile)
+    inputs = fused_inputs(6, 3, 37, 520, torch.float32)
+    assert_as_accurate(full, inputs, gradients(inputs, 3), "triton")
 
 
 @pytest.mark.parametrize("backend", fused_backends())
