@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from _timing import Phases, milliseconds, time_phases
 
 Results = dict[str, torch.Tensor]  # outputs and gradients by name
 FEW = 64  # numbers: of so few, the RMS error is luck
+TINY = (64, 8, 2)  # d, T, B
 
 
 class Allowed(NamedTuple):
@@ -53,11 +55,13 @@ def evaluate(call: Callable, inputs: Results, leaves: Iterable[str], gradients: 
     return results
 
 
-def differentiate(outputs, inputs: Results, leaves: Iterable[str], gradients: list[torch.Tensor]) -> tuple:
+def differentiate(
+    outputs, inputs: Results, leaves: Iterable[str], gradients: list[torch.Tensor], retain_graph: bool = False
+) -> tuple:
     """Return the gradients of `leaves`, given those of the outputs. Outputs without a graph are left out."""
     pairs = zip(as_tuple(outputs), gradients, strict=True)
     outputs, gradients = zip(*((o, g) for o, g in pairs if o.requires_grad), strict=True)
-    return torch.autograd.grad(outputs, [inputs[name] for name in leaves], gradients)
+    return torch.autograd.grad(outputs, [inputs[name] for name in leaves], gradients, retain_graph=retain_graph)
 
 
 def as_tuple(outputs) -> tuple[torch.Tensor, ...]:
@@ -127,6 +131,41 @@ def compare(op: Op, shape: tuple[int, int, int], repeats: int, compiler: str = "
                 timed[phase]["tflop_per_s"] = op.flops(*shape)[number] / took / 1e12
         results[name] = timed
     return results
+
+
+def call_cost(op: Op, rounds: int = 15, calls: int = 100) -> dict[str, dict[str, float]]:
+    """Return the microseconds of CPU time that a call takes on tensors so small that computing takes none: fused and
+    eager, forward and backward, and without gradients. The least of some rounds; methods take turns."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = op.make_inputs(*TINY, op.dtype or (torch.bfloat16 if device == "cuda" else torch.float32), device)
+    for name in op.leaves:
+        inputs[name].requires_grad_()
+    gradients = [torch.randn_like(output) for output in as_tuple(op.reference(**inputs))]
+
+    def both(call):
+        differentiate(call(**inputs), inputs, op.leaves, gradients)
+
+    def forward(call):
+        with torch.no_grad():
+            call(**inputs)
+
+    kinds = {"forward and backward": both} if op.leaves else {}
+    costs = {kind: {"fused": float("inf"), "eager": float("inf")} for kind in (*kinds, "without gradients")}
+    for kind, run in (kinds | {"without gradients": forward}).items():
+        for _ in range(rounds):
+            for name, call in (("fused", op.fused), ("eager", op.reference)):
+                costs[kind][name] = min(costs[kind][name], 1e6 * _seconds_per_call(run, call, calls))
+    return costs
+
+
+def _seconds_per_call(run: Callable, call: Callable, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run(call)
+    taken = time.perf_counter() - start
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return taken / calls
 
 
 def why_wrong(run: Callable[[], Results], plain: Results, exact: Results, allow: Allowed) -> str:
@@ -203,6 +242,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--compiler", default="inductor", help="of the torch.compile baseline; aot_eager: quick, for tests"
     )
+    made.add_argument("--call-cost", action="store_true", help="print the CPU time of a call on tiny tensors, and end")
     made.add_argument("--out", help="JSON file (default: benchmarks/results/bench_<op>_<device>.json)")
     return made
 
@@ -210,6 +250,14 @@ def parser(description: str) -> argparse.ArgumentParser:
 def bench_op(ops: list[Op], description: str) -> None:
     """Run the program of one bench_<op>.py. Exits with 1 if the fused operation is less accurate than allowed."""
     args = parser(description).parse_args()
+    if args.call_cost:
+        costs = [(op.name, kind, cost) for op in ops for kind, cost in call_cost(op).items()]
+        rows = [
+            (name, kind, *(f"{cost[m]:.0f}" for m in ("fused", "eager")), f"{cost['fused'] / cost['eager']:.2f}")
+            for name, kind, cost in costs
+        ]
+        print_table("CPU time of a call", ("operation", "passes", "fused us", "eager us", "ratio"), rows)
+        return
     results = {}
     for op in ops:
         results[op.name], rows = {}, []

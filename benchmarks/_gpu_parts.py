@@ -7,7 +7,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 
+import bench_ada_norm
 import bench_align_loss
 import bench_block
 import bench_gated_residual
@@ -16,14 +18,20 @@ import bench_qk_norm_rope
 import torch
 import torch.nn.functional as F
 from _attention import AttentionCase
-from _bench import compare
+from _bench import Op, as_tuple, compare, differentiate
 from _gpu_steps import free
 from _plan import Plan
 from _results import ROOT
 from _timing import peak_memory_mib, time_interleaved
 from probe_throughput import Case
 
+from agrepa_fast.kernels._launch import TILES, Tile
+
 Measured = Iterator[tuple[str, object]]
+OTHER_TILES = {
+    "fwd": (Tile(4, 8), Tile(2, 4), Tile(1, 1), Tile(4, 4)),
+    "bwd": (Tile(1, 4, 2, 16), Tile(1, 4, 2, 32), Tile(1, 4, 3, 32), Tile(1, 4, 1, 32), Tile(2, 8, 2, 32), Tile(2, 8)),
+}
 
 
 def _median(call: Callable[[], object], repeats: int) -> float:
@@ -107,6 +115,41 @@ def _host_sync(call: Callable[[], object]) -> str:
     return ""
 
 
+def tiles(plan: Plan) -> Measured:
+    """The norms' kernels with each tile, at 60k tokens and at a step's. The tile in use comes first."""
+    for op in (bench_ada_norm.OP, bench_gated_residual.OP):
+        for clips, phase in product((plan.large_batch, plan.sizes.batch), ("fwd", "bwd")):
+            yield f"{op.name}_{phase} {clips * plan.sizes.frames} tokens", _time_tiles(plan, op, phase, clips)
+            free()
+
+
+def _time_tiles(plan: Plan, op: Op, phase: str, clips: int) -> dict[str, dict]:
+    """Return seconds and GB/s of one kernel per tile, named rows x warps x stages x chunk."""
+    shape, kernel, backward = (*plan.shape[:2], clips), f"{op.name}_{phase}", phase == "bwd"
+    inputs = op.make_inputs(*shape, plan.sizes.dtype, plan.sizes.device)
+    for name in op.leaves:
+        inputs[name].requires_grad_()
+    outputs = as_tuple(op.fused(**inputs))
+    gradients, in_use = [torch.randn_like(output) for output in outputs], TILES[kernel]
+
+    def run(tile: Tile) -> None:
+        TILES[kernel] = tile
+        if backward:
+            differentiate(outputs, inputs, op.leaves, gradients, retain_graph=True)
+        else:
+            op.fused(**inputs)
+
+    tiles = dict.fromkeys((in_use, *OTHER_TILES[phase]))
+    try:
+        results = time_interleaved({"x".join(map(str, t)): partial(run, t) for t in tiles}, plan.sizes.repeats)
+    finally:
+        TILES[kernel] = in_use
+    for result in results.values():
+        moved = op.traffic(*shape)[backward] * plan.sizes.dtype.itemsize
+        result["gb_per_s"] = moved / result["median_s"] / 1e9
+    return results
+
+
 def ops(plan: Plan) -> Measured:
     """A block's chain of norms and gates, its rotary positions and FFN, against torch.compile and eager."""
     for op in (bench_gated_residual.CHAIN, bench_qk_norm_rope.OP, bench_linear_gelu.OP):
@@ -122,5 +165,5 @@ def alignment(plan: Plan) -> Measured:
 
 
 PARTS: dict[str, Callable[[Plan], Measured]] = {
-    part.__name__: part for part in (ceilings, accuracy, attention, block, foga, ops, alignment)
+    part.__name__: part for part in (ceilings, accuracy, tiles, attention, block, foga, ops, alignment)
 }

@@ -1,5 +1,5 @@
-"""Read the costs of a compiled Triton kernel: spills and load widths from its SASS, and the argument of each load from
-the PTX instructions of the same source line."""
+"""Read the costs of a compiled Triton kernel: spills, barriers and load widths from its SASS, and the argument of each
+load from the PTX instructions of the same source line."""
 
 import re
 import subprocess
@@ -67,8 +67,20 @@ def _sass_loads(sass: str) -> list[tuple[tuple[str, int] | None, int]]:
     return loads
 
 
+SHARED = {80: 164, 90: 228, 100: 228}  # KiB per multiprocessor
+REGISTERS, WARPS, PROGRAMS = 65536, 64, 32  # per multiprocessor, on all of them
+
+
+def programs_per_sm(arch: int, registers: int, warps: int, shared: int) -> int:
+    """Return how many programs one multiprocessor holds at a time. Registers are given out in 256 per warp and to four
+    warps at a time; each program takes another KiB of shared memory."""
+    per_warp = -(-32 * registers // 256) * 256
+    by_registers = REGISTERS // per_warp // 4 * 4 // warps
+    return min(by_registers, WARPS // warps, PROGRAMS, SHARED[arch] * 1024 // (shared + 1024))
+
+
 def costs(kernel: CompiledKernel, sizes: dict[str, int], large: int) -> dict:
-    """Return registers, shared bytes, spills and load widths of a compiled kernel.
+    """Return registers, shared bytes, programs per multiprocessor, barriers, spills and load widths of a kernel.
 
     `sizes` maps its tensor arguments to their elements. Loads from tensors of at least `large` elements are the main
     path."""
@@ -88,9 +100,12 @@ def costs(kernel: CompiledKernel, sizes: dict[str, int], large: int) -> dict:
         else:
             for name in tensors:
                 others[name] = min(bits, others.get(name, bits))
+    registers, shared = int(re.search(r"REG:(\d+)", usage)[1]), kernel.metadata.shared
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "shared": kernel.metadata.shared,
+        "registers": registers,
+        "shared": shared,
+        "programs_per_sm": programs_per_sm(kernel.metadata.target.arch, registers, kernel.metadata.num_warps, shared),
+        "barriers": len(re.findall(r"\bBAR\.SYNC", sass)),
         "spills": len(re.findall(r"\b(?:STL|LDL)(?:\.\w+)*\b", sass)),
         "main_load_bits": min(main, default=None),
         "other_load_bits": others,

@@ -11,6 +11,7 @@ smaller tensors (statistics, modulations, rotary tables, pooled states) may be n
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -46,8 +47,12 @@ from agrepa_fast.kernels._library import implementation
 
 LIMITS = Path(__file__).with_name("compile_limits.json")
 N, T, HEAD, MELS = 16, 938, 64, 100  # the batch of a training step on one GPU: 16 clips of 10 s
+H100 = (90, 1024)  # architecture and width where limits["h100"] hold: programs per SM and barriers
 LARGE = T * MELS  # elements of a tensor on the main path
-LINE = "{:>3} {:>4}  {:30} {:28} {:>4} {:>6} {:>6} {:>9}  {}"
+LINE = "{:>3} {:>4}  {:30} {:28} {:>8} {:>4} {:>6} {:>6} {:>8} {:>6} {:>9}  {}"
+COLUMNS = (
+    "arch", "d", "kernel", "variant", "programs", "registers", "shared", "programs_per_sm", "barriers", "spills",
+)  # fmt: skip
 ARCHS, DIMS = (80, 90, 100), (256, 1024, 1152, 1664)
 
 
@@ -174,6 +179,7 @@ class Launched:
 
     name: str
     variant: str  # flags that are on, and -name for pointers that are None
+    programs: int  # that the last launch starts
     kernel: CompiledKernel
     sizes: dict[str, int]  # tensor argument -> elements, the most of all launches
 
@@ -189,7 +195,8 @@ def recording(arch: int) -> Iterator[dict[str, Launched]]:
         off = ["-" + name.removesuffix("_ptr") for name, value in given.items() if value is None]
         variant = " ".join(on + off)
         kernel = run(self, *args, grid=(1,), warmup=True, **options)
-        sizes = launched.setdefault(kernel.hash, Launched(self.__name__, variant, kernel, {})).sizes
+        made = Launched(self.__name__, variant, math.prod(grid), kernel, {})
+        sizes = launched.setdefault(kernel.hash, made).sizes
         for name, value in given.items():
             if isinstance(value, torch.Tensor):
                 sizes[name] = max(sizes.get(name, 0), value.numel())
@@ -215,7 +222,7 @@ def compile_case(operation: str, width: int, arch: int) -> tuple[list[dict], str
     rows = []
     for one in launched.values():
         place = {"operation": operation, "arch": one.kernel.metadata.target.arch, "d": width}
-        kind = {"kernel": one.name, "variant": one.variant}
+        kind = {"kernel": one.name, "variant": one.variant, "programs": one.programs}
         rows.append(place | kind | costs(one.kernel, one.sizes, LARGE))
     return rows, error
 
@@ -233,6 +240,12 @@ def broken_limits(row: dict, limits: dict) -> list[str]:
         broken.append(f"{row['registers']} registers, and no limit in {LIMITS.name}")
     elif row["registers"] > registers:
         broken.append(f"{row['registers']} registers, allowed {registers}")
+    if (row["arch"], row["d"]) == H100 and "per_frame" not in row["variant"]:
+        held = limits.get("h100", {}).get(row["kernel"], {"programs_per_sm": 0, "barriers": math.inf})
+        if row["programs_per_sm"] < held["programs_per_sm"]:
+            broken.append(f"{row['programs_per_sm']} programs per SM, wanted {held['programs_per_sm']}")
+        if row["barriers"] > held["barriers"]:
+            broken.append(f"{row['barriers']} barriers, allowed {held['barriers']}")
     return broken
 
 
@@ -259,6 +272,7 @@ def summary(rows: list[dict]) -> dict[str, dict[str, dict]]:
             "kernels": len(group),
             "registers": max(row["registers"] for row in group),
             "spills": max(row["spills"] for row in group),
+            "shared": max(row["shared"] for row in group),
             "main_load_bits": main,
             "other_load_bits": min((bits for row in group for bits in row["other_load_bits"].values()), default=None),
         }
@@ -274,7 +288,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
 
     limits, results, failures = limits_of(triton.__version__), [], 0
-    print(LINE.format("sm", "d", "kernel", "variant", "regs", "shared", "spills", "main load", "other loads"))
+    names = ("programs", "regs", "shared", "per SM", "barriers", "spills", "main load", "other loads")
+    print(LINE.format("sm", "d", "kernel", "variant", *names))
     for arch, width, operation in product(args.archs, args.dims, args.ops):
         compiled, error = compile_case(operation, width, arch)
         if error:
@@ -282,8 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
             failures += 1
         for row in compiled:
             others = ", ".join(f"{name} {bits}" for name, bits in sorted(row["other_load_bits"].items()))
-            places = (row[name] for name in ("arch", "d", "kernel", "variant", "registers", "shared", "spills"))
-            print(LINE.format(*places, row["main_load_bits"] or "-", others))
+            print(LINE.format(*(row[name] for name in COLUMNS), row["main_load_bits"] or "-", others))
             for broken in broken_limits(row, limits):
                 failures += 1
                 print(f"    BROKEN: {broken}")

@@ -36,6 +36,7 @@ LIMITS = {  # seconds per part, in the order of the run: the most important firs
     "accuracy": 110,
     "zero2": 70,
     "ceilings": 25,
+    "tiles": 60,
     "attention": 35,
     "block": 110,
     "step": 80,
