@@ -1,19 +1,31 @@
 """Decode recordings, and resample their waves."""
 
-import io
+import os
+import stat
 import sys
 import types
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..errors import UserError
+from .decoders import DecodeError, NoAudioError, read_pyav, read_soundfile
 
 SOUNDFILE_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
+MORE_SUFFIXES = (
+    *(".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".au", ".caf", ".dsf", ".eac3", ".g722", ".gsm"),
+    *(".m4a", ".m4b", ".mka", ".mp2", ".mpc", ".oga", ".ra", ".rf64", ".snd", ".sph", ".spx", ".tta", ".voc", ".w64"),
+    *(".wave", ".weba", ".wma", ".wv", ".3gp", ".avi", ".flv", ".mkv", ".mov", ".mp4", ".webm"),
+)
+AUDIO_SUFFIXES = (*SOUNDFILE_SUFFIXES, *MORE_SUFFIXES)
 _MAX_RATIO_TERM = 2048  # bounds the resampling kernel: 44101 -> 22050 Hz taken exactly would need 4 GB
+
+
+class SilentError(UserError):
+    """A video has no sound track."""
 
 
 def import_torchaudio():
@@ -37,37 +49,41 @@ def decode(
 ) -> tuple[np.ndarray, int]:
     """Return a recording's wave (samples,) float32 mono, the mean of its channels, and its rate in Hz.
 
-    `source` is a path or the file's bytes. `name` is its file name: PyAV decodes .g722, which has no header to tell it
-    by, and soundfile the others (wav, flac, mp3, ogg, opus). `start` and `seconds` select a part. Raises UserError if
-    it cannot be decoded.
+    `source` is a path or the file's bytes. The content decides on the format, not `name`, the name in messages; except
+    for .g722, which has no header. `start` and `seconds` select a part. libsndfile reads first, then FFmpeg whatever
+    libsndfile refuses or finds empty: a stream whose header has no length. Raises UserError with the reasons of both
+    if the recording cannot be decoded, and SilentError for a video without a sound track.
     """
+    if not isinstance(source, bytes):
+        _check_file(source, name)
     if name.lower().endswith(".g722"):
-        return _decode_g722(source, name, start, seconds)
-    import soundfile
+        readers = {"PyAV": partial(read_pyav, demuxer="g722")}
+    else:
+        readers = {"soundfile": read_soundfile, "PyAV": read_pyav}
+    empty, reasons = None, []
+    for library, read in readers.items():
+        try:
+            wave, rate = read(source, start, seconds)
+        except NoAudioError as error:
+            raise SilentError(f"{name}: {error}") from error
+        except DecodeError as error:
+            reasons.append(f"{library}: {error}")
+            continue
+        if len(wave) or start:
+            return wave, rate
+        empty = empty or (wave, rate)
+    if empty:
+        return empty
+    raise UserError(f"{name}: cannot be decoded ({'; '.join(reasons)}); remove it or convert it to wav")
 
+
+def _check_file(path: str | Path, name: str) -> None:
     try:
-        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as file:
-            rate = file.samplerate
-            file.seek(min(round(start * rate), file.frames))
-            samples = -1 if seconds is None else round(seconds * rate)
-            channels = file.read(samples, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise UserError(f"{name}: cannot be decoded ({error.error_string}); remove it or convert it to wav") from error
-    return channels.mean(axis=1, dtype=np.float32), rate
-
-
-def _decode_g722(source: str | Path | bytes, name: str, start: float, seconds: float | None) -> tuple[np.ndarray, int]:
-    import av
-
-    try:
-        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), format="g722") as container:
-            rate = container.streams.audio[0].rate
-            pieces = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]  # mono, 16-bit
-    except av.error.FFmpegError as error:
-        raise UserError(f"{name}: cannot be decoded ({error.strerror}); remove it or convert it to wav") from error
-    wave = np.concatenate(pieces).astype(np.float32) / 32768 if pieces else np.zeros(0, np.float32)
-    first = round(start * rate)
-    return wave[first : None if seconds is None else first + round(seconds * rate)], rate
+        mode = os.stat(path).st_mode  # noqa: PTH116 - `path` may be a str
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(mode):  # opening a pipe waits for its writer
+        raise UserError(f"{name}: is no regular file")
 
 
 def resample(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
