@@ -14,7 +14,7 @@ from .tokenizers.vq_config import VqFitConfig
 
 SOURCES = {  # of `agrepa prepare`: what it does, and what its path is called
     "demo": ("fetch the demo corpus and prepare it", None),
-    "folder": ("prepare a folder of wav, flac, mp3, ogg or opus files", "PATH"),
+    "folder": ("prepare a folder of recordings: wav, flac, mp3, ogg, opus, m4a and more", "PATH"),
     "librispeech": ("prepare LibriSpeech, or one subset of it", "PATH"),
     "audioset": ("prepare AudioSet from its csv files (or one of them) and the audio below them", "PATH"),
     "webdataset": ("prepare WebDataset shards of audio: a folder, or a glob or braces in quotes", "PATTERN"),

@@ -5,10 +5,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..audio.waves import SOUNDFILE_SUFFIXES
+from ..audio.waves import AUDIO_SUFFIXES, SOUNDFILE_SUFFIXES
 from ..errors import UserError
-from .recordings import Recording, Source, printable, read_text, without_evaluation
-from .walk import walk_folders
+from .recordings import PassedOver, Recording, Source, printable, read_text, without_evaluation
+from .walk import Walk
 
 _TABLES = ("balanced_train_segments.csv", "eval_segments.csv", "unbalanced_train_segments.csv")
 _LABELS = "class_labels_indices.csv"
@@ -27,38 +27,46 @@ def audioset_source(path: Path) -> Source:
     are deleted) and how many files belong to no segment. Groups are videos.
     """
     root = path.parent if path.is_file() else path
-    files, tables = _audio_and_tables(root)
+    walk = Walk(root)
+    files, tables = _audio_and_tables(walk)
     if path.is_file():
         tables[path.name] = path
     names = _label_names(tables.pop(_LABELS, None))
     if not tables:
         raise UserError(f"{path} holds none of {', '.join(_TABLES)}: get them from {_SITE}")
-    chosen = [path] if path.is_file() else without_evaluation("audio", [tables[name] for name in sorted(tables)])
+    found = [tables[name] for name in sorted(tables)]
+    chosen = [path] if path.is_file() else without_evaluation("audio", found)
+    for table in (table for table in found if table not in chosen):
+        walk.pass_over(str(table), "table", "another is the path" if path.is_file() else "for evaluation")
     recordings, missing = _recordings(chosen, files, names, root)
-    counts = f"{len(recordings)} segments with a file, {missing} lines without"
+    counts = f"{len(recordings)} segments with a file, {len(missing)} lines without"
     summary = f"{', '.join(table.name for table in chosen)}: {counts}"
     if not recordings:
         raise UserError(
-            f"{path}: {summary}: {', '.join(SOUNDFILE_SUFFIXES)} files named <YTID>, Y<YTID>, <YTID>_<start> or "
+            f"{path}: {summary}: {', '.join(AUDIO_SUFFIXES)} files named <YTID>, Y<YTID>, <YTID>_<start> or "
             f"<YTID>_<start>_<end> are looked for below {root}"
         )
-    others = sum(file is not None for file in files.values())
-    print(f"audio: {summary}; {others} audio files belong to no segment of these")
-    return Source.of(str(path), "audio", recordings)
+    others = [file for file in files.values() if file is not None]
+    for file in others:
+        walk.pass_over(file, "file without a segment", "belongs to no segment of the tables")
+    print(f"audio: {summary}; {len(others)} audio files belong to no segment of these")
+    return Source.of(str(path), "audio", recordings, walk.passed_over + missing)
 
 
 def _recordings(
     tables: list[Path], files: dict[str, str | None], names: dict[str, str], root: Path
-) -> tuple[list[Recording], int]:
-    """Return the recordings of the tables' segments, and the number of lines without a file. Sets files[key] = None for
+) -> tuple[list[Recording], list[PassedOver]]:
+    """Return the recordings of the tables' segments, and the lines without a file. Sets files[key] = None for
     the files of segments, so that a segment in two tables comes once."""
-    recordings, missing, labels_of = [], 0, {}
+    recordings, missing, labels_of = [], [], {}
     for table in tables:
         for ytid, start, mids in _segments(table):
             keys = (f"{ytid} {round(start * 1000)}", f"{ytid} {round(start * 1000_000)}", ytid)
             key = next((key for key in keys if key in files), None)
             if key is None:
-                missing += 1
+                missing.append(
+                    PassedOver(f"{table.name}: {ytid}, {start:.3f}", "segment without a file", "no such file")
+                )
                 continue
             if (file := files[key]) is None:
                 continue
@@ -78,21 +86,30 @@ def _recordings(
     return recordings, missing
 
 
-def _audio_and_tables(root: Path) -> tuple[dict[str, str | None], dict[str, Path]]:
+def _audio_and_tables(walk: Walk) -> tuple[dict[str, str | None], dict[str, Path]]:
     """Return the audio files below a folder by "<YTID>" or "<YTID> <1000 x the number after it>", and AudioSet's csv
     files by name."""
-    if not root.is_dir():
-        raise UserError(f"{root} is no folder: give the one that holds AudioSet's csv files and audio")
-    files, tables = {}, {}
-    for folder, names in walk_folders(root):
-        for name in names:
+    if not Path(walk.root).is_dir():
+        raise UserError(f"{walk.root} is no folder: give the one that holds AudioSet's csv files and audio")
+    files, more, tables = {}, {}, {}
+    for folder, names in walk.folders():
+        found = {name for name in names if name in _TABLES or name == _LABELS}
+        for name in sorted(found):
+            if tables.setdefault(name, Path(folder, name)) != Path(folder, name):
+                walk.pass_over(f"{folder}/{name}", "table", f"{printable(str(tables[name]))} is taken")
+        for name in walk.recordings(folder, names, found):
             stem, dot, suffix = name.rpartition(".")
-            if name in _TABLES or name == _LABELS:
-                tables.setdefault(name, Path(folder, name))
-            elif f"{dot}{suffix.lower()}" in SOUNDFILE_SUFFIXES and (match := _FILE_NAME.fullmatch(stem)):
-                ytid, start = match.groups()
-                key = ytid if start is None else f"{ytid} {round(float(start) * 1000)}"
-                files.setdefault(key, f"{folder}/{name}")
+            if not (match := _FILE_NAME.fullmatch(stem)):
+                walk.pass_over(f"{folder}/{name}", "file without a segment", "its name has no YTID")
+                continue
+            ytid, start = match.groups()
+            key = ytid if start is None else f"{ytid} {round(float(start) * 1000)}"
+            of_suffix = files if f"{dot}{suffix.lower()}" in SOUNDFILE_SUFFIXES else more
+            if (taken := of_suffix.setdefault(key, f"{folder}/{name}")) != f"{folder}/{name}":
+                walk.pass_over(f"{folder}/{name}", "second file of a segment", f"{printable(taken)} is taken")
+    for key, file in more.items():
+        if (taken := files.setdefault(key, file)) != file:
+            walk.pass_over(file, "second file of a segment", f"{printable(taken)} is taken")
     return files, tables
 
 

@@ -9,13 +9,13 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from ..config import DataConfig
 from ..errors import UserError
 from ..fetch import cache_dir, fetch_apt
-from .recordings import Recording, Source, key_characters, too_many_bad
+from .recordings import PassedOver, Recording, Source, key_characters, too_many_bad
 
 MANIFEST = Path(__file__).with_name("demo_recordings.txt")
 _DIGITS = 32  # of a recording's SHA-256 in the manifest
@@ -74,8 +74,9 @@ def demo_sources(data: DataConfig) -> list[Source]:
     """Return the demo corpus, one source per domain. Fetches nothing before its recordings are asked for."""
     sources = []
     for domain, packages in DEMO_PACKAGES.items():
-        recordings = partial(demo_recordings, domain, data.max_seconds, data.min_seconds)
-        sources.append(Source(domain, "demo", _IDENTITIES[domain], recordings))
+        listed = cache(partial(_list_demo, domain, data.max_seconds, data.min_seconds))
+        recordings, passed_over = (lambda listed=listed, part=part: listed()[part] for part in range(2))
+        sources.append(Source(domain, "demo", _IDENTITIES[domain], recordings, passed_over))
         for package in packages:
             print(f"{domain}: {package.name}, {package.licence}")
     return sources
@@ -89,17 +90,21 @@ def demo_recordings(domain: str, max_seconds: float, min_seconds: float) -> list
     Recordings that the fetched version lacks are printed in one line and have a problem. Raises UserError if too many
     are missing.
     """
-    if domain == "speech":
-        return _prompts(min_seconds)
-    sounds = [
-        SAMPLES.recording("audio", name, file, labels=_sample_labels(name))
-        for name, file in _find_recordings(SAMPLES, fetch_apt(SAMPLES.name)).items()
-    ]
-    sounds += [
-        GAME_SOUNDS.recording("audio", name, file, labels=(_words_of(name),))
-        for name, file in _find_recordings(GAME_SOUNDS, fetch_apt(GAME_SOUNDS.name)).items()
-    ]
-    return [part for sound in sounds for part in _parts(sound, max_seconds, min_seconds)]
+    return _list_demo(domain, max_seconds, min_seconds)[0]
+
+
+def _list_demo(domain: str, max_seconds: float, min_seconds: float) -> tuple[list[Recording], list[PassedOver]]:
+    """Return the demo corpus of one domain, and its recordings that are too short."""
+    recordings, short = [], []
+    for recording in _prompts() if domain == "speech" else _sounds():
+        seconds = _seconds(recording)
+        if seconds is not None and seconds < min_seconds:
+            short.append(PassedOver(recording.source, "short recording", f"{seconds:.2f} s are below {min_seconds} s"))
+        elif domain == "speech":
+            recordings.append(recording)
+        else:
+            recordings += _parts(recording, seconds, max_seconds, min_seconds)
+    return recordings, short
 
 
 def read_manifest() -> dict[str, dict[str, str]]:
@@ -134,13 +139,34 @@ def _find_recordings(package: DemoPackage, root: Path) -> dict[str, Path | None]
     return found
 
 
-def _prompts(min_seconds: float) -> list[Recording]:
+def _prompts() -> list[Recording]:
     texts = _prompt_texts(fetch_apt(PROMPT_TEXTS.name))
     return [
         PROMPTS.recording("speech", name, file, text=texts.get(name, ""))
         for name, file in _find_recordings(PROMPTS, fetch_apt(PROMPTS.name)).items()
-        if file is None or file.stat().st_size >= min_seconds * _G722_BYTES_PER_SECOND
     ]
+
+
+def _sounds() -> list[Recording]:
+    sounds = [
+        SAMPLES.recording("audio", name, file, labels=_sample_labels(name))
+        for name, file in _find_recordings(SAMPLES, fetch_apt(SAMPLES.name)).items()
+    ]
+    return sounds + [
+        GAME_SOUNDS.recording("audio", name, file, labels=(_words_of(name),))
+        for name, file in _find_recordings(GAME_SOUNDS, fetch_apt(GAME_SOUNDS.name)).items()
+    ]
+
+
+def _seconds(recording: Recording) -> float | None:
+    """Return the length of a recording, None if it is missing."""
+    import soundfile
+
+    if recording.problem:
+        return None
+    if recording.path.endswith(PROMPTS.suffix):
+        return Path(recording.path).stat().st_size / _G722_BYTES_PER_SECOND
+    return soundfile.info(recording.path).duration
 
 
 def _prompt_texts(root: Path) -> dict[str, str]:
@@ -165,16 +191,9 @@ def _words_of(name: str) -> str:
     return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+", name)).lower()
 
 
-def _parts(recording: Recording, max_seconds: float, min_seconds: float) -> list[Recording]:
+def _parts(recording: Recording, seconds: float | None, max_seconds: float, min_seconds: float) -> list[Recording]:
     """Return consecutive clips of at most max_seconds, numbered from 1; the recording itself if there is only one."""
-    import soundfile
-
-    if recording.problem:
-        return [recording]
-    seconds = soundfile.info(recording.path).duration
-    if seconds < min_seconds:
-        return []
-    count = 1 + max(0, math.floor((seconds - min_seconds) / max_seconds))
+    count = 1 if seconds is None else 1 + max(0, math.floor((seconds - min_seconds) / max_seconds))
     if count == 1:
         return [recording]
     return [

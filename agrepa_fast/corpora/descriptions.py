@@ -7,6 +7,7 @@ TEXTS = ("text", "sentence", "transcription", "transcript", "caption", "captions
 LABELS = ("labels", "label", "tags", "human_labels", "category", "class")
 GROUPS = ("speaker_id", "speaker", "client_id", "video_id", "youtube_id")  # their clips never meet across the splits
 LICENCES = ("licence", "license")
+MAX_DESCRIPTION = 2**20  # bytes of a .txt or .json
 
 
 def recording_fields(fields: dict, texts: tuple[str, ...] = TEXTS, labels: tuple[str, ...] = LABELS) -> dict:

@@ -2,52 +2,87 @@
 
 from pathlib import Path
 
-from ..audio.waves import SOUNDFILE_SUFFIXES
+from ..audio.waves import AUDIO_SUFFIXES
 from ..errors import UserError
-from .recordings import Recording, Source, check_domain, key_of_path, printable, read_text, read_transcripts
-from .walk import walk_folders
+from .descriptions import MAX_DESCRIPTION
+from .recordings import (
+    PassedOver,
+    Recording,
+    Source,
+    check_domain,
+    count_kinds,
+    key_of_path,
+    printable,
+    read_text,
+    read_transcripts,
+)
+from .walk import Walk
 
 
 def folder_source(path: Path, domain: str) -> Source:
-    """Return the recordings below a folder as a source; see folder_recordings."""
+    """Return the recordings below a folder as a source; see list_folder."""
     check_domain(domain)
-    return Source.of(str(path), domain, folder_recordings(path, domain))
+    recordings, passed_over = list_folder(path, domain)
+    return Source.of(str(path), domain, recordings, passed_over)
 
 
 def folder_recordings(path: Path, domain: str) -> list[Recording]:
-    """Return every wav, flac, mp3, ogg and opus file below `path` and below folders linked there, by relative path.
+    """Return the recordings below a folder; see list_folder."""
+    return list_folder(path, domain)[0]
 
-    Transcripts: `<name>.txt` beside the file, else LibriSpeech's `*.trans.txt` of its folder. Labels of general audio
-    are the names of the folders above the file. Raises UserError if the folder is missing or holds no recordings.
+
+def list_folder(path: Path, domain: str) -> tuple[list[Recording], list[PassedOver]]:
+    """Return the audio files below `path` and below folders linked there, by relative path, and everything else there.
+
+    Transcripts: `<name>.txt` beside the file, else LibriSpeech's `*.trans.txt` of its folder; a recording whose .txt
+    cannot be read has a problem. Labels of general audio are the names of the folders above the file. Raises UserError
+    if the folder is missing or holds no recordings.
     """
-    suffixes = ", ".join(SOUNDFILE_SUFFIXES)
+    suffixes = ", ".join(AUDIO_SUFFIXES)
     if not path.is_dir():
         raise UserError(f"{path} is no folder: give one that holds recordings ({suffixes})")
-    recordings = []
-    for name, files in walk_folders(path):
-        folder = Path(name)
-        audio = [f for f in files if Path(f).suffix.lower() in SOUNDFILE_SUFFIXES and not f.startswith(".")]
-        audio = [f for f in audio if (folder / f).exists()]  # no links to nowhere
-        lines = _transcripts(folder, files) if audio else {}
-        recordings += [_recording(path, folder / f, domain, lines) for f in audio]
+    walk, recordings = Walk(path), []
+    for name, files in walk.folders():
+        stems = {Path(file).stem for file in files if Path(file).suffix.lower() in AUDIO_SUFFIXES}
+        texts = {
+            file for file in files if stems and (file.endswith(".trans.txt") or file.removesuffix(".txt") in stems)
+        }
+        audio = walk.recordings(name, files, texts)
+        lines = _transcripts(Path(name), files) if audio else {}
+        recordings += [_recording(path, Path(name, file), domain, lines) for file in audio]
     if not recordings:
-        raise UserError(f"{path} holds no recordings: {suffixes} are looked for in it and its subfolders")
-    return sorted(recordings, key=lambda recording: recording.source)
+        seen = count_kinds(entry.kind for entry in walk.passed_over)
+        raise UserError(
+            f"{path} holds no recordings: {suffixes} are looked for in it and its subfolders, which hold {seen}"
+        )
+    return sorted(recordings, key=lambda recording: recording.source), walk.passed_over
 
 
 def _recording(root: Path, path: Path, domain: str, lines: dict[str, str]) -> Recording:
     inside = path.relative_to(root)
-    transcript = path.with_suffix(".txt")
-    text = read_text(transcript) if transcript.is_file() else lines.get(path.stem, "")
+    text, problem = _text(path.with_suffix(".txt"), lines.get(path.stem, ""))
     return Recording(
         name=key_of_path(inside.as_posix()),
         path=str(path),
         domain=domain,
         text=" ".join(text.split()),
-        labels=inside.parent.parts if domain == "audio" else (),
+        labels=tuple(map(printable, inside.parent.parts)) if domain == "audio" else (),
         source=printable(inside.as_posix()),
         licence="unknown",
+        problem=problem,
     )
+
+
+def _text(file: Path, line: str) -> tuple[str, str]:
+    """Return the text of a recording, and why it cannot be read, or ""."""
+    try:
+        if not file.is_file():
+            return line, ""
+        if file.stat().st_size > MAX_DESCRIPTION:
+            return "", f"{printable(file.name)}: too long for a transcript"
+        return read_text(file), ""
+    except (UserError, OSError) as error:
+        return "", printable(str(error).removeprefix(f"{file.parent}/"))
 
 
 def _transcripts(folder: Path, files: list[str]) -> dict[str, str]:

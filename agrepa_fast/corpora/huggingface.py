@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..errors import UserError
 from .descriptions import GROUPS, LABELS, LICENCES, TEXTS, recording_fields
-from .recordings import Recording, Source, check_domain, key_characters, size_and_mtime
+from .recordings import Recording, Source, check_domain, key_characters, printable, size_and_mtime
+from .walk import walk_folders
 
 _ROWS = 10_000  # read at once for their descriptions
 
@@ -72,7 +73,7 @@ def hf_source(
             name=f"{'-'.join(map(key_characters, place))[-60:]}-{row:08d}",
             path=str(path),
             domain=domain,
-            source=f"{'/'.join(place)} row {row}",
+            source=printable(f"{'/'.join(place)} row {row}"),
             split=split,
             version=version,
             column=audio,
@@ -88,9 +89,10 @@ def hf_source(
 
 def _version(path: Path) -> str:
     """Return a hash of the names, sizes and times of the folder's files. Reads none of them."""
-    files = sorted(file for file in path.rglob("*") if file.suffix in (".arrow", ".parquet", ".json"))
+    files = sorted(Path(folder, name) for folder, names in walk_folders(path) for name in names)
+    files = [file for file in files if file.suffix in (".arrow", ".parquet", ".json")]
     listed = [(file.relative_to(path).as_posix(), *size_and_mtime(file)) for file in files]
-    return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(listed).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 @lru_cache(maxsize=4)

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
-from .recordings import Recording, Source, key_characters, printable, read_transcripts, without_evaluation
+from .recordings import PassedOver, Recording, Source, key_characters, printable, read_transcripts, without_evaluation
+from .walk import Walk
 
 _LAYOUT = "LibriSpeech/<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<n>.flac"
 
@@ -17,25 +18,40 @@ def librispeech_source(path: Path) -> Source:
     line without a file.
     """
     recordings = []
-    for subset in _subsets(path):
+    subsets, left_out = _subsets(path)
+    passed_over = [PassedOver(subset.name, "subset", "for evaluation") for subset in left_out]
+    for subset in subsets:
         of_subset = [r for chapter in sorted(subset.glob("*/*/")) for r in _chapter(subset, chapter)]
+        passed_over += _others(subset, {recording.path for recording in of_subset})
         speakers = len({recording.group for recording in of_subset})
         print(f"speech: {subset.name}, {len(of_subset)} recordings of {speakers} speakers")
         recordings += of_subset
     if not recordings:
         raise UserError(f"{path} holds no recordings: {_LAYOUT} is looked for")
-    return Source.of(str(path), "speech", sorted(recordings, key=lambda recording: recording.name))
+    return Source.of(str(path), "speech", sorted(recordings, key=lambda recording: recording.name), passed_over)
 
 
-def _subsets(path: Path) -> list[Path]:
+def _subsets(path: Path) -> tuple[list[Path], list[Path]]:
+    """Return the subsets to train on, and the others."""
     path = path.absolute()  # a subset may be given as "."
     root = path / "LibriSpeech" if (path / "LibriSpeech").is_dir() else path
     if not root.is_dir():
         raise UserError(f"{path} is no folder: give the one of LibriSpeech ({_LAYOUT})")
     if _has_speakers(root):
-        return [root]
+        return [root], []
     subsets = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and _has_speakers(folder)]
-    return without_evaluation("speech", subsets)
+    chosen = without_evaluation("speech", subsets)
+    return chosen, [subset for subset in subsets if subset not in chosen]
+
+
+def _others(subset: Path, taken: set[str]) -> list[PassedOver]:
+    """Return the files of a subset that are neither recordings of the published layout nor their transcripts."""
+    walk = Walk(subset)
+    for folder, names in walk.folders():
+        others = [name for name in names if f"{folder}/{name}" not in taken and not name.endswith(".trans.txt")]
+        for name in walk.recordings(folder, others):
+            walk.pass_over(f"{folder}/{name}", "file outside of the layout", f"not {_LAYOUT}")
+    return [entry._replace(name=f"{subset.name}/{entry.name}") for entry in walk.passed_over]
 
 
 def _has_speakers(folder: Path) -> bool:
@@ -58,7 +74,7 @@ def _chapter(subset: Path, folder: Path) -> Iterator[Recording]:
             path=f"{folder}/{utterance}.flac",
             domain="speech",
             text=text,
-            labels=(subset.name,),
+            labels=(printable(subset.name),),
             source=printable(f"{inside}/{utterance}.flac"),
             licence="CC-BY-4.0",
             group=speaker,

@@ -3,9 +3,11 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from ..config import DOMAINS
 from ..errors import UserError, nearest
 
 MAX_BAD_SHARE, MAX_BAD = 0.02, 3  # beyond both, the recordings are not the ones that the user meant
+_KINDS = 12  # named in a line
 _EVALUATION = ("dev", "test", "eval")  # begin the names of subsets that published results are measured on
 
 
@@ -57,6 +60,14 @@ class Recording:
         return [self.problem] if self.problem else [*size_and_mtime(self.path), self.start]
 
 
+class PassedOver(NamedTuple):
+    """Something that a source has seen, and has not taken for a recording."""
+
+    name: str  # like Recording.source
+    kind: str  # those of one kind are counted together
+    reason: str
+
+
 @dataclass(frozen=True)
 class Source:
     """The recordings of one domain. `identity` changes if they change, and costs no download."""
@@ -65,9 +76,12 @@ class Source:
     name: str
     identity: str
     recordings: Callable[[], list[Recording]]
+    passed_over: Callable[[], Sequence[PassedOver]] = tuple
 
     @classmethod
-    def of(cls, name: str, domain: str, recordings: list[Recording]) -> "Source":
+    def of(
+        cls, name: str, domain: str, recordings: list[Recording], passed_over: Sequence[PassedOver] = ()
+    ) -> "Source":
         """Return the source of recordings that are listed already. Raises UserError for two of one name, and for a
         missing file."""
         hasher, names = hashlib.sha256(), set()
@@ -77,7 +91,14 @@ class Source:
             names.add(recording.name)
             line = repr((recording.name, recording.text, recording.labels, recording.group, recording.fingerprint()))
             hasher.update(line.encode("utf-8", "surrogateescape"))
-        return cls(domain, name, hasher.hexdigest()[:16], lambda: recordings)
+        return cls(domain, printable(name), hasher.hexdigest()[:16], lambda: recordings, lambda: passed_over)
+
+
+def count_kinds(kinds: Iterable[str]) -> str:
+    """Return "5 x .pdf file, 2 x link, …", the most frequent kinds first; "nothing" without any."""
+    counts = Counter(kinds).most_common()
+    more = [f"{sum(count for _, count in counts[_KINDS:])} of other kinds"] if len(counts) > _KINDS else []
+    return ", ".join([f"{count} x {kind}" for kind, count in counts[:_KINDS]] + more) or "nothing"
 
 
 def too_many_bad(bad: int, total: int) -> bool:
@@ -117,11 +138,13 @@ def printable(name: str) -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """Return the text of a UTF-8 file. Raises UserError for other encodings."""
+    """Return the text of a UTF-8 file. Raises UserError for other encodings, and if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}): convert it or remove it") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): repair it or remove it") from error
 
 
 def read_transcripts(path: str | Path) -> dict[str, str]:

@@ -1,31 +1,93 @@
-"""Walk a tree of folders, linked ones included."""
+"""Walk a tree of folders, linked ones included, and account for everything in it that is no recording."""
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..audio.waves import MORE_SUFFIXES, SOUNDFILE_SUFFIXES
+from .recordings import PassedOver, printable
+
+
+class Walk:
+    """A walk of a tree. `passed_over` grows as `folders` and `recordings` are called."""
+
+    def __init__(self, root: Path):
+        self.root, self.passed_over = str(root), []
+
+    def folders(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield (folder, sorted names of its files) for the root and all folders below it but hidden ones.
+
+        Every folder comes once, so links may form loops. Links are followed after the real folders: a recording that
+        has a path without links keeps its name. Prints a line per folder that cannot be read.
+        """
+        seen, starts = set(), [self.root]
+        while starts:
+            links = []
+            for folder, folders, files in os.walk(starts.pop(0), onerror=self._report):
+                status = os.stat(folder)  # noqa: PTH116 - Path.stat takes three times as long
+                identity = (status.st_dev, status.st_ino)
+                if identity in seen:
+                    self.pass_over(folder, "link", "a link to a folder that is read at another place")
+                    folders.clear()
+                    continue
+                seen.add(identity)
+                for name in (name for name in folders if name.startswith(".")):
+                    self.pass_over(f"{folder}/{name}", "hidden folder", "hidden")
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                links += [path for path in (f"{folder}/{name}" for name in folders) if os.path.islink(path)]  # noqa: PTH114
+                yield folder, sorted(files)
+            starts += links
+
+    def recordings(self, folder: str, names: list[str], used: set[str] = frozenset()) -> list[str]:
+        """Return those of a folder's files that are recordings, by their suffixes. `used`: names of other files that
+        are not passed over.
+
+        A file with one of MORE_SUFFIXES is none beside a file of SUFFIXES with the same stem, such as a video beside
+        its sound.
+        """
+        taken, more = [], []
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - for millions of files
+            if name.startswith("."):
+                self.pass_over(f"{folder}/{name}", "hidden file", "hidden")
+            elif suffix in SOUNDFILE_SUFFIXES or suffix in MORE_SUFFIXES:
+                if self._is_file(f"{folder}/{name}"):
+                    (taken if suffix in SOUNDFILE_SUFFIXES else more).append(name)
+            elif name not in used:
+                kind = f"{suffix} file" if suffix else "file without a suffix"
+                self.pass_over(f"{folder}/{name}", kind, "no suffix of a recording")
+        of_stem = {os.path.splitext(name)[0]: name for name in taken}  # noqa: PTH122
+        for name in more:
+            if beside := of_stem.get(os.path.splitext(name)[0]):  # noqa: PTH122
+                self.pass_over(f"{folder}/{name}", "second file of a recording", f"{printable(beside)} is taken")
+            else:
+                taken.append(name)
+        return taken
+
+    def pass_over(self, path: str, kind: str, reason: str) -> None:
+        """Record that a path below the root is not taken."""
+        self.passed_over.append(PassedOver(printable(path.removeprefix(self.root).lstrip("/") or "."), kind, reason))
+
+    def _is_file(self, path: str) -> bool:
+        try:
+            mode = os.stat(path).st_mode  # noqa: PTH116
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP):
+                self.pass_over(path, "link", "a link to nowhere")
+            else:
+                self.pass_over(path, "unreadable file", error.strerror)
+            return False
+        if not stat.S_ISREG(mode):
+            self.pass_over(path, "no regular file", "a pipe, a socket or a device")
+        return stat.S_ISREG(mode)
+
+    def _report(self, error: OSError) -> None:
+        print(f"{printable(error.filename)} cannot be read ({error.strerror}): passed over")
+        self.pass_over(error.filename, "unreadable folder", error.strerror)
+
 
 def walk_folders(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield (folder, sorted names of its files) for `root` and all folders below it but hidden ones.
-
-    Every folder comes once, so links may form loops. Links are followed after the real folders: a recording that has a
-    path without links keeps its name. Prints a line per folder that cannot be read.
-    """
-    seen, starts = set(), [str(root)]
-    while starts:
-        links = []
-        for folder, folders, files in os.walk(starts.pop(0), onerror=_report):
-            status = os.stat(folder)  # noqa: PTH116 - Path.stat takes three times as long
-            identity = (status.st_dev, status.st_ino)
-            if identity in seen:
-                folders.clear()
-                continue
-            seen.add(identity)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            links += [path for path in (f"{folder}/{name}" for name in folders) if os.path.islink(path)]  # noqa: PTH114
-            yield folder, sorted(files)
-        starts += links
-
-
-def _report(error: OSError) -> None:
-    print(f"{error.filename} cannot be read ({error.strerror}): passed over")
+    """Yield the folders of a Walk."""
+    return Walk(root).folders()

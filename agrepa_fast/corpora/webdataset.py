@@ -3,22 +3,32 @@
 import glob
 import json
 import os
+import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
+from typing import NamedTuple
 
-from ..audio.waves import SOUNDFILE_SUFFIXES
+from ..audio.waves import MORE_SUFFIXES, SOUNDFILE_SUFFIXES
 from ..errors import UserError
-from .descriptions import TEXTS, recording_fields
-from .recordings import Recording, Source, check_domain, key_of_path, printable
-from .walk import walk_folders
+from .descriptions import MAX_DESCRIPTION, TEXTS, recording_fields
+from .recordings import PassedOver, Recording, Source, check_domain, count_kinds, key_of_path, printable
+from .walk import Walk
 
 _AUDIO = tuple(suffix[1:] for suffix in SOUNDFILE_SUFFIXES)
+_MORE_AUDIO = tuple(suffix[1:] for suffix in MORE_SUFFIXES)
+_TEXTS = ("txt", "json")
 _TAR_BLOCK = 512
 _TAR_NAMES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_MAX_DESCRIPTION = 2**20  # bytes of a .txt or .json
+_MAX_PARTS = 1_000_000  # of a pattern with braces
+_REMEDY = "make or fetch it again, or leave it out"
+_PART = "part of a split tar"
+_TAR_PART = re.compile(
+    r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))[-_.]?(part)?[-_.]?(\d+|[a-z]{2})$", re.IGNORECASE
+)  # as of `split`
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
 
@@ -44,38 +54,68 @@ class TarMember(Recording):
         return [*Recording.fingerprint(self), self.offset, self.size]
 
 
+class _Member(NamedTuple):
+    """A member of a tar that is a file."""
+
+    group: str  # the sample's key by WebDataset's rule: up to the first dot
+    key: str  # the recording's: up to the last dot, if a suffix of a recording or of a description comes after it
+    suffix: str
+    offset: int
+    size: int  # bytes
+
+    @property
+    def complete(self) -> bool:
+        """Whether the key has all of the name but its last suffix, so that it comes once in a tar."""
+        return "." not in self.suffix
+
+
 def webdataset_source(pattern: str, domain: str) -> Source:
     """Return the samples of WebDataset shards as a source. `pattern` is a folder of tars, a glob, or braces; a sample
-    has one audio member, and .txt or .json.
+    has one audio member, and .txt or .json. A tar may consist of several that were concatenated.
 
-    Ignores links among the members. A sample without audio, or with unreadable json, becomes a recording with a
-    problem. Raises UserError for a tar that is compressed or damaged, has a member with an absolute or a parent path,
-    or holds a sample twice.
+    A sample without audio, or with unreadable json, becomes a recording with a problem. Links among the members and
+    other members are passed over. Raises UserError for a tar that is compressed or damaged, has a member with an
+    absolute or a parent path, or holds a sample twice.
     """
     check_domain(domain)
-    shards = _shards(pattern)
+    passed_over: list[PassedOver] = []
+    shards = _shards(pattern, passed_over)
     root = os.path.commonpath([shard.parent for shard in shards])
-    recordings = [r for shard in shards for r in _samples(shard, shard.relative_to(root).as_posix(), domain)]
+    recordings = []
+    for shard in shards:
+        recordings += _Shard(shard, shard.relative_to(root).as_posix(), domain, passed_over).recordings()
     if not recordings:
-        raise UserError(f"{pattern} holds no recordings: members <key>{', <key>'.join(SOUNDFILE_SUFFIXES)} are read")
-    return Source.of(pattern, domain, recordings)
+        seen = count_kinds(entry.kind for entry in passed_over)
+        wanted = f"members <key>{', <key>'.join((*SOUNDFILE_SUFFIXES, *MORE_SUFFIXES))} are read"
+        raise UserError(f"{pattern} holds no recordings: {wanted}, and it has {seen}")
+    return Source.of(pattern, domain, recordings, passed_over)
 
 
-def _shards(pattern: str) -> list[Path]:
-    files = _tars_below(Path(pattern)) if Path(pattern).is_dir() else _matches(pattern)
+def _shards(pattern: str, passed_over: list[PassedOver]) -> list[Path]:
+    files = _tars_below(Path(pattern), passed_over) if Path(pattern).is_dir() else _matches(pattern)
     shards = sorted({file.absolute() for file in files if file.is_file()})
+    others = (printable(str(file)) for file in files if not file.is_file())
+    passed_over += [PassedOver(name, "no regular file", "a folder, a link to nowhere or a pipe") for name in others]
     if not shards:
-        raise UserError(f"{pattern} holds no tars: name a folder of them, a glob or braces, in quotes")
+        parts = "; join the parts of a split tar, in their order, with cat" * any(e.kind == _PART for e in passed_over)
+        raise UserError(f"{pattern} holds no tars: name a folder of them, a glob or braces, in quotes{parts}")
     return shards
 
 
-def _tars_below(root: Path) -> list[Path]:
-    return [
-        Path(folder, name)
-        for folder, names in walk_folders(root)
-        for name in names
-        if name.endswith(_TAR_NAMES) and not name.startswith(".")
-    ]
+def _tars_below(root: Path, passed_over: list[PassedOver]) -> list[Path]:
+    walk, tars = Walk(root), []
+    for folder, names in walk.folders():
+        for name in names:
+            if name.startswith("."):
+                walk.pass_over(f"{folder}/{name}", "hidden file", "hidden")
+            elif name.endswith(_TAR_NAMES):
+                tars.append(Path(folder, name))
+            elif _TAR_PART.search(name):
+                walk.pass_over(f"{folder}/{name}", _PART, "join the parts, in their order, with cat")
+            else:
+                walk.pass_over(f"{folder}/{name}", f"{Path(name).suffix} file".lstrip(), "no tar")
+    passed_over += walk.passed_over
+    return tars
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -83,9 +123,11 @@ def _matches(pattern: str) -> list[Path]:
     from braceexpand import UnbalancedBracesError, braceexpand
 
     try:
-        parts = [pattern] if Path(pattern).is_file() else list(braceexpand(pattern))
+        parts = [pattern] if Path(pattern).is_file() else list(islice(braceexpand(pattern), _MAX_PARTS + 1))
     except UnbalancedBracesError as error:
         raise UserError(f"{pattern}: a brace is not closed") from error
+    if len(parts) > _MAX_PARTS:
+        raise UserError(f"{pattern}: the braces name more than {_MAX_PARTS} files: give a glob, or a folder")
     paths = []
     for part in parts:
         names = [part] if Path(part).exists() else glob.glob(part, recursive=True)  # noqa: PTH207 - may be absolute
@@ -95,64 +137,138 @@ def _matches(pattern: str) -> list[Path]:
     return paths
 
 
-def _samples(shard: Path, inside: str, domain: str) -> Iterator[Recording]:
-    """Yield a recording per sample of a shard; `inside` is the shard's path inside the source."""
-    seen = set()
-    with shard.open("rb") as stream:
-        for key, group in groupby(_members(shard, stream), key=lambda member: member[0]):
-            members = {}
-            for _, suffix, offset, size in group:
-                if suffix in members or key in seen:
-                    raise UserError(f"{shard}: {key}.{suffix} comes twice: WebDataset wants one sample a key, in a row")
-                members[suffix] = (offset, size)
-            seen.add(key)
-            audio = [suffix for suffix in members if suffix in _AUDIO]
-            if not audio and not {"txt", "json"} & members.keys():
-                continue
-            fields, problem = _description(stream, members)
-            if len(audio) != 1:
-                problem = f"has {len(audio)} audio members, of {', '.join(members)}"
-            suffix = audio[0] if audio else ""
-            offset, size = members.get(suffix, (0, 0))
-            yield TarMember(
-                name=key_of_path(f"{inside}/{key}"),
-                path=str(shard),
-                domain=domain,
-                source=printable(f"{inside}/{key}.{suffix}".rstrip(".")),
-                problem=problem,
-                offset=offset,
-                size=size,
-                **fields,
-            )
+class _Shard:
+    """A shard; `inside` is its path inside the source. What it holds beside recordings is added to `passed_over`."""
+
+    def __init__(self, path: Path, inside: str, domain: str, passed_over: list[PassedOver]):
+        self.path, self.inside, self.domain, self.passed_over = path, inside, domain, passed_over
+        self.beside: Counter[str] = Counter()  # suffixes of members beside the recordings of their sample
+
+    def recordings(self) -> Iterator[Recording]:
+        """Yield a recording per sample."""
+        seen = set()
+        with self.path.open("rb") as stream:
+            for group, members in groupby(self._members(stream), key=lambda member: member.group):
+                of_key: dict[str, dict[str, tuple[int, int]]] = {}
+                complete: set[str] = set()
+                for member in members:
+                    found = of_key.setdefault(member.key, {})
+                    if member.suffix in found or (member.complete and member.key in seen):
+                        raise UserError(
+                            f"{self.path}: {member.key}.{member.suffix} comes twice: WebDataset wants one sample a "
+                            "key, in a row"
+                        )
+                    found[member.suffix] = (member.offset, member.size)
+                    complete |= {member.key} if member.complete else set()
+                seen |= complete
+                yield from self._sample(stream, group, of_key)
+        for suffix, count in self.beside.items():
+            self._pass_over(f"*.{suffix}", "members beside a recording", f"{count} members of samples that are taken")
+
+    def _sample(self, stream, group: str, of_key: dict[str, dict[str, tuple[int, int]]]) -> Iterator[Recording]:
+        """Yield the recordings of a sample by WebDataset's rule: one, or one per key if dots are in the keys."""
+        with_audio = {key for key, members in of_key.items() if members.keys() & {*_AUDIO, *_MORE_AUDIO}}
+        for key, members in of_key.items():
+            if key in with_audio:
+                shared = {} if group in with_audio else of_key.get(group, {})
+                yield self._recording(stream, key, {name: shared[name] for name in _TEXTS if name in shared} | members)
+            elif key == group and members.keys() & {*_TEXTS} and not with_audio:
+                yield self._recording(stream, key, members)
+            elif not with_audio:
+                for suffix in members:
+                    self._pass_over(f"{key}.{suffix}", f"member .{suffix}", "belongs to no recording")
+            else:
+                self.beside.update(suffix for suffix in members if not (key == group and suffix in _TEXTS))
+
+    def _recording(self, stream, key: str, members: dict[str, tuple[int, int]]) -> Recording:
+        audio = [suffix for suffix in members if suffix in _AUDIO]
+        audio = audio or [suffix for suffix in members if suffix in _MORE_AUDIO]
+        fields, problem = _description(stream, members)
+        if len(audio) != 1:
+            problem = f"has {len(audio)} audio members, of {', '.join(members)}"
+        self.beside.update(suffix for suffix in members if suffix not in (*audio, *_TEXTS))
+        suffix = audio[0] if audio else ""
+        offset, size = members.get(suffix, (0, 0))
+        return TarMember(
+            name=key_of_path(f"{self.inside}/{key}"),
+            path=str(self.path),
+            domain=self.domain,
+            source=printable(f"{self.inside}/{key}.{suffix}".rstrip(".")),
+            problem=problem,
+            offset=offset,
+            size=size,
+            **fields,
+        )
+
+    def _members(self, stream) -> Iterator[_Member]:
+        """Yield the members that are files, of all tars that the file is a concatenation of."""
+        start: int | None = 0
+        try:
+            while start is not None:
+                stream.seek(start)
+                with tarfile.open(fileobj=stream, mode="r:") as tar:
+                    yield from self._members_of(tar)
+                if start and tar.offset == start:
+                    rest = f"{stream.seek(0, os.SEEK_END) - start} bytes, from byte {start} on, are no tar"
+                    self._pass_over("", "bytes after the end of a tar", rest)
+                    return
+                # tarfile takes a damaged header for the end.
+                stream.seek(tar.offset)
+                if stream.read(_TAR_BLOCK) != bytes(_TAR_BLOCK):
+                    raise UserError(f"{self.path} is damaged, or cut short, at byte {tar.offset}: {_REMEDY}")
+                start = _next_block(stream)
+        except UserError:
+            raise
+        except Exception as error:  # tarfile's parsing of a damaged header raises errors of many kinds
+            stream.seek(0)
+            first = stream.read(8)
+            if tool := next((tool for magic, tool in _COMPRESSED.items() if first.startswith(magic)), None):
+                raise UserError(
+                    f"{self.path} is compressed, so that nothing can be read at its place: {tool} it"
+                ) from error
+            raise UserError(f"{self.path} is no tar, or cut short ({error}): {_REMEDY}") from error
+
+    def _members_of(self, tar: tarfile.TarFile) -> Iterator[_Member]:
+        while (info := tar.next()) is not None:
+            tar.members.clear()  # a tar of a million members would keep them all
+            if tar.offset <= info.offset or info.issparse():  # tarfile would turn in circles
+                raise UserError(f"{self.path}: member {info.name!r} is sparse or of negative size: {_REMEDY}")
+            parts = info.name.replace("\\", "/").split("/")
+            if not parts[0] or ".." in parts or parts[0].endswith(":"):
+                raise UserError(f"{self.path}: member {info.name!r} has an absolute or a parent path: {_REMEDY}")
+            if member := self._member(info):
+                yield member
+
+    def _member(self, info: tarfile.TarInfo) -> _Member | None:
+        """Return a member that is a file, or None, and account for others."""
+        from webdataset.tariterators import base_plus_ext
+
+        if not info.isfile():
+            if not info.isdir():
+                link = info.islnk() or info.issym()
+                reason = f"links to {printable(info.linkname)}" if link else f"of type {info.type!r}"
+                self._pass_over(info.name, "link among members" if link else "no plain member", reason)
+            return None
+        group, suffix = base_plus_ext(info.name.removeprefix("./"))
+        if not group or group.endswith("/"):  # a/._x.flac has the key a/
+            self._pass_over(info.name, "member without a key", "hidden, or without a suffix")
+            return None
+        suffix, last = suffix.lower(), suffix.lower().rpartition(".")[2]
+        if last in (*_AUDIO, *_MORE_AUDIO, *_TEXTS):  # Track 2.0 (Live).mp3
+            return _Member(group, info.name.removeprefix("./")[: -len(last) - 1], last, info.offset_data, info.size)
+        return _Member(group, group, suffix, info.offset_data, info.size)
+
+    def _pass_over(self, name: str, kind: str, reason: str) -> None:
+        self.passed_over.append(PassedOver(printable(f"{self.inside}/{name}"), kind, reason))
 
 
-def _members(shard: Path, stream) -> Iterator[tuple[str, str, int, int]]:
-    """Yield (key, suffix, offset, size in bytes) per member that is a file, by WebDataset's rule for names."""
-    from webdataset.tariterators import base_plus_ext
-
-    remedy = "make or fetch it again, or leave it out"
-    try:
-        with tarfile.open(fileobj=stream, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # a tar of a million members would keep them all
-                if tar.offset <= member.offset or member.issparse():  # tarfile would turn in circles
-                    raise UserError(f"{shard}: member {member.name!r} is sparse or of negative size: {remedy}")
-                parts = member.name.replace("\\", "/").split("/")
-                if not parts[0] or ".." in parts or parts[0].endswith(":"):
-                    raise UserError(f"{shard}: member {member.name!r} has an absolute or a parent path: {remedy}")
-                key, suffix = base_plus_ext(member.name.removeprefix("./"))
-                if key and member.isfile() and not key.endswith("/"):  # a/._x.flac has the key a/
-                    yield key, suffix.lower(), member.offset_data, member.size
-            # tarfile takes a damaged header for the end.
-            stream.seek(tar.offset)
-            if stream.read(_TAR_BLOCK) != bytes(_TAR_BLOCK):
-                raise UserError(f"{shard} is damaged, or cut short, at byte {tar.offset}: {remedy}")
-    except (tarfile.TarError, OSError, ValueError) as error:
-        stream.seek(0)
-        first = stream.read(8)
-        if tool := next((tool for magic, tool in _COMPRESSED.items() if first.startswith(magic)), None):
-            raise UserError(f"{shard} is compressed, so that nothing can be read at its place: {tool} it") from error
-        raise UserError(f"{shard} is no tar, or cut short ({error}): {remedy}") from error
+def _next_block(stream) -> int | None:
+    """Return the place of the first block that is not zero, or None if there is none."""
+    while block := stream.read(256 * _TAR_BLOCK):
+        if block.count(0) < len(block):
+            first = len(block) - len(block.lstrip(b"\0"))
+            return stream.tell() - len(block) + first // _TAR_BLOCK * _TAR_BLOCK
+    return None
 
 
 def _description(stream, members: dict[str, tuple[int, int]]) -> tuple[dict, str]:
@@ -162,7 +278,7 @@ def _description(stream, members: dict[str, tuple[int, int]]) -> tuple[dict, str
         for suffix in ("json", "txt"):
             if suffix in members:
                 offset, size = members[suffix]
-                if size > _MAX_DESCRIPTION:
+                if size > MAX_DESCRIPTION:
                     raise ValueError(f"{size} bytes")
                 stream.seek(offset)
                 content = stream.read(size).decode("utf-8-sig")
