@@ -8,15 +8,17 @@ from typing import NamedTuple
 import numpy as np
 
 from ..audio.mel import LogMel
-from ..audio.waves import resample
+from ..audio.waves import SilentError, resample
 from ..config import DataConfig
-from ..corpora.recordings import MAX_BAD_SHARE, Recording, too_many_bad
+from ..corpora.recordings import Recording
 from ..data_config import MelConfig, values_of
 from ..errors import UserError
 from .job import Job, digest, work_file, write_work
 from .passes import read_ahead
+from .skipped import BAD, SHORT, SILENT, LeftOut
 
 _MIN_PEAK = 1e-4  # a recording that stays below is silent
+MAX_PEAK = 10.0  # mixes reach 2 or 3, integers stored as floats hundreds
 
 
 @dataclass(frozen=True)
@@ -45,57 +47,46 @@ class _Decoded(NamedTuple):
     file: str
     frames: int
     seconds: float
-    reason: str  # why it cannot be used, or ""
+    left_out: LeftOut | None
 
 
-def decode_recordings(job: Job, recordings: list[Recording], rates: set[int]) -> tuple[list[Clip], list[dict]]:
+def decode_recordings(job: Job, recordings: list[Recording], rates: set[int]) -> tuple[list[Clip], dict[str, LeftOut]]:
     """Decode every recording once, each rank its part, and keep its mel, and its waves at `rates` in Hz.
 
-    Returns the usable clips in the recordings' order; and name, source and reason of the others. Raises UserError if
-    those are too many. Every rank must call it.
+    Returns the usable clips in the recordings' order; and by name why the others are left out. Every rank must call it.
     """
     data, own = job.data, job.ranks.part_of(recordings)
-    folder = job.work_folder("mel", [*values_of(MelConfig, data).values(), sorted(rates)])
+    # The number changes with what a recording is checked for.
+    folder = job.work_folder("mel", [*values_of(MelConfig, data).values(), sorted(rates), 2])
     task = partial(_decode_once, data=data, rates=rates, folder=folder, log_mel=LogMel(data))
     decoded = []
     with job.stage("decode", len(own)) as stage:
         for one, computed in read_ahead(job.pool, task, own):
             decoded.append(one)
             stage.add(one.seconds) if computed else stage.skip()
-    clips, skipped = [], []
+    clips, left_out = [], {}
     for recording, one in zip(recordings, job.ranks.join_parts(job.ranks.all_gather(decoded)), strict=True):
-        if one.reason:
-            skipped.append({"name": recording.name, "source": recording.source, "reason": one.reason})
+        if one.left_out:
+            left_out[recording.name] = one.left_out
         else:
             clips.append(Clip(recording, work_file(folder, one.file), one.frames, one.seconds))
-    _report_skipped(job, skipped, len(recordings))
-    return clips, skipped
-
-
-def _report_skipped(job: Job, skipped: list[dict], total: int) -> None:
-    lines = [f"{entry['source']} ({entry['reason']})" for entry in skipped]
-    if too_many_bad(len(lines), total):
-        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-        first = f": {', '.join(lines[:3])}{more}" if lines else ""
-        limit = f"at most {MAX_BAD_SHARE:.0%} may be bad and at least 2 must be good"
-        raise UserError(
-            f"{len(lines)} of {total} {job.domain} recordings cannot be used{first}; {limit}: repair, remove or add "
-            "some"
-        )
-    for line in lines:
-        job.print(f"{job.domain}: skipped {line}")
+    return clips, left_out
 
 
 def _decode_once(
     recording: Recording, data: DataConfig, rates: set[int], folder: Path, log_mel: LogMel
 ) -> tuple[_Decoded, bool]:
     """Return the facts on a recording, and whether it was decoded now."""
-    name = f"{recording.name}-{digest(recording.fingerprint())}.npz"
+    try:
+        name = f"{recording.name}-{digest(recording.fingerprint())}.npz"
+    except UserError as error:  # it was there when the recordings were listed
+        return _Decoded("", 0, 0.0, LeftOut(BAD, str(error))), True
     file = work_file(folder, name)
     if computed := not file.is_file():
         write_work(file, **_features(recording, data, rates, log_mel))
     with np.load(file, allow_pickle=False) as stored:
-        return _Decoded(name, int(stored["frames"]), float(stored["seconds"]), str(stored["reason"])), computed
+        left_out = LeftOut(str(stored["kind"]), str(stored["reason"])) if str(stored["kind"]) else None
+        return _Decoded(name, int(stored["frames"]), float(stored["seconds"]), left_out), computed
 
 
 def _features(recording: Recording, data: DataConfig, rates: set[int], log_mel: LogMel) -> dict:
@@ -103,28 +94,45 @@ def _features(recording: Recording, data: DataConfig, rates: set[int], log_mel: 
     try:
         wave, rate, cut = _read(recording, data)
     except UserError as error:
-        return _unusable(str(error).removeprefix(f"{recording.source}: "))
-    seconds = len(wave) / rate
-    if seconds < max(data.min_seconds, log_mel.min_samples / data.sample_rate):
-        return _unusable(f"{seconds:.2f} s are shorter than data.min_seconds={data.min_seconds}")
-    if not np.isfinite(wave).all():
-        return _unusable("not finite")
-    if (peak := float(np.abs(wave).max())) < _MIN_PEAK:
-        return _unusable(f"silent, peak {peak:.0e}")
+        kind = SILENT if isinstance(error, SilentError) else BAD
+        return _unusable(kind, str(error).removeprefix(f"{recording.source}: "))
+    if fault := _fault(wave, rate, data, log_mel):
+        return _unusable(*fault)
     at_rate = {to_rate: _resample(wave, rate, data, to_rate) for to_rate in {*rates, data.sample_rate}}
+    if len(at_rate[data.sample_rate]) < log_mel.min_samples:  # of a rate that is resampled by a near ratio
+        return _unusable(SHORT, "shorter than a window of the mel")
     mel = log_mel(at_rate[data.sample_rate]).astype(np.float16)
+    if not np.isfinite(mel).all():
+        return _unusable(BAD, "its mel is not finite")
     return {
         "frames": len(mel),
         "seconds": len(at_rate[data.sample_rate]) / data.sample_rate,
         "cut": cut,
+        "kind": "",
         "reason": "",
         "mel": mel,
         **{f"wave_{to_rate}": _as_small_as_exact(at_rate[to_rate]) for to_rate in rates},
     }
 
 
-def _unusable(reason: str) -> dict:
-    return {"frames": 0, "seconds": 0.0, "cut": False, "reason": reason}
+def _fault(wave: np.ndarray, rate: int, data: DataConfig, log_mel: LogMel) -> LeftOut | None:
+    """Return why a wave cannot be used, if so."""
+    seconds = len(wave) / rate if rate else 0.0
+    if len(wave) == 0:
+        return LeftOut(BAD, "holds no audio")
+    if seconds < max(data.min_seconds, log_mel.min_samples / data.sample_rate):
+        return LeftOut(SHORT, f"{seconds:.2f} s are shorter than data.min_seconds={data.min_seconds}")
+    if not np.isfinite(wave).all():
+        return LeftOut(BAD, "not finite")
+    if (peak := float(np.abs(wave).max())) < _MIN_PEAK:
+        return LeftOut(SILENT, f"silent, peak {peak:.0e}")
+    if peak > MAX_PEAK:
+        return LeftOut(BAD, f"peak {peak:.5g}, not in [-1, 1]: integers stored as floats, or damaged")
+    return None
+
+
+def _unusable(kind: str, reason: str) -> dict:
+    return {"frames": 0, "seconds": 0.0, "kind": kind, "reason": reason}
 
 
 def _as_small_as_exact(wave: np.ndarray) -> np.ndarray:

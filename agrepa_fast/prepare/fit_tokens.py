@@ -15,17 +15,18 @@ import torch
 from tqdm import tqdm
 
 from ..config import DataConfig
-from ..corpora.folder import folder_recordings
-from ..corpora.recordings import MAX_BAD_SHARE, Recording, Source, too_many_bad
+from ..corpora.folder import list_folder
+from ..corpora.recordings import MAX_BAD_SHARE, Recording, Source, count_kinds, too_many_bad
 from ..errors import UserError
 from ..files import FolderLock, write_atomically
 from ..tokenizers.vq import FORMAT, VqTokenizer, codec_bytes
 from ..tokenizers.vq_config import VqFitConfig
 from ..tokenizers.vq_fit import FitFrames, fit_codec, lost_variance
-from .decode import cut_wave
+from .decode import MAX_PEAK, cut_wave
 from .job import digest
 from .passes import BATCH, BatchPass
 from .split import name_hash
+from .targets import no_frames
 
 _HELD_OUT = 0.05  # share of the recordings
 
@@ -38,7 +39,9 @@ def fit_tokens(path: Path, config: VqFitConfig, out: Path) -> dict:
     without recordings, too many bad ones, and fewer frames than codes.
     """
     out, device = Path(out), "cuda" if torch.cuda.is_available() else "cpu"
-    recordings = sorted(folder_recordings(Path(path), "audio"), key=lambda r: name_hash("order", r.name))
+    found, passed_over = list_folder(Path(path), "audio")
+    print(f"{path}: {len(found)} recordings; not taken: {count_kinds(entry.kind for entry in passed_over)}")
+    recordings = sorted(found, key=lambda r: name_hash("order", r.name))
     asked = digest([asdict(config), Source.of(str(path), "audio", recordings).identity])
     if out.is_file():
         about = VqTokenizer.load(out).about
@@ -115,8 +118,8 @@ def _wave(recording: Recording, data: DataConfig, rate: int) -> np.ndarray | Use
         wave = cut_wave(recording, data, rate)
     except UserError as error:
         return error
-    usable = len(wave) > 0 and np.isfinite(wave).all()
-    return wave if usable else UserError(f"{recording.source}: empty, or not finite")
+    usable = len(wave) > 0 and np.isfinite(wave).all() and np.abs(wave).max() <= MAX_PEAK
+    return wave if usable else UserError(f"{recording.source}: empty, not finite, or far outside of [-1, 1]")
 
 
 def _frames(teacher, batch: list[Recording], waves: list[np.ndarray | UserError]) -> list[np.ndarray]:
@@ -131,6 +134,7 @@ def _frames(teacher, batch: list[Recording], waves: list[np.ndarray | UserError]
             continue
         frames = next(of_waves).astype(np.float16)
         if not np.isfinite(frames).all():
-            raise UserError(f"{recording.source}: teacher {teacher.name} gives values that fp16 cannot hold")
+            print(f"skipped {recording.source}: {no_frames(teacher)}")
+            frames = frames[:0]
         result.append(frames)
     return result

@@ -8,17 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from ..ranks import Ranks
 from .job import Stage, list_work, read_work, work_file, write_work
 
 BATCH = 16  # clips per call of a teacher or tokenizer
+REASON = "reason"  # the only entry of the result of a clip that cannot be used
 
 
 class BatchPass:
     """Computes something of every clip, a batch at a time, and keeps the result of each clip in a work file.
 
     read(batch) returns the inputs, in threads that read ahead; compute(batch, inputs) returns a dict of arrays per
-    clip. A clip is anything with a `name`, unique in the folder. A batch with a missing result is computed whole, so
-    that the numbers of a clip do not depend on ranks and interruptions: on GPUs they depend on its batch.
+    clip, {REASON: text} for one that cannot be used. A clip is anything with a `name`, unique in the folder. A batch
+    with a missing result is computed whole, so that the numbers of a clip do not depend on ranks and interruptions: on
+    GPUs they depend on its batch.
     """
 
     def __init__(
@@ -29,6 +32,7 @@ class BatchPass:
         compute: Callable[[list, Any], Iterable[dict[str, np.ndarray]]],
     ):
         self.pool, self.folder, self.read, self.compute = pool, folder, read, compute
+        self.unusable: dict[str, str] = {}  # name -> reason, of the clips of this rank's batches
 
     def run(self, batches: Sequence[list], stage: Stage) -> None:
         """Compute the missing results of all batches, and count their clips in `stage`."""
@@ -40,17 +44,30 @@ class BatchPass:
         present = list_work(self.folder)
 
         def read(batch: list) -> Any:
-            complete = all(self.file(clip).name in present for clip in batch)
+            complete = all(present & {self.file(clip).name, self._mark(clip).name} for clip in batch)
             return None if complete else self.read(batch)
 
         for batch, inputs in zip(batches, read_ahead(self.pool, read, batches, depth=2), strict=True):
             if inputs is not None:
                 for clip, result in zip(batch, self.compute(batch, inputs), strict=True):
-                    write_work(self.file(clip), **result)
+                    if REASON in result:
+                        self.unusable[clip.name] = result[REASON]
+                    write_work(self._mark(clip) if REASON in result else self.file(clip), **result)
+            else:
+                marked = [clip for clip in batch if self._mark(clip).name in present]
+                self.unusable |= {clip.name: str(read_work(self._mark(clip))[REASON]) for clip in marked}
             yield batch, inputs is not None
+
+    def gather_unusable(self, ranks: Ranks) -> dict[str, str]:
+        """Return the reasons of all ranks' clips that cannot be used. Every rank must call it."""
+        return {name: reason for part in ranks.all_gather(self.unusable) for name, reason in part.items()}
 
     def file(self, clip) -> Path:
         return work_file(self.folder, f"{clip.name}.npz")
+
+    def _mark(self, clip) -> Path:
+        """Return the file of a clip that cannot be used; its name tells without reading it."""
+        return work_file(self.folder, f"{clip.name}.unusable.npz")
 
     def result(self, clip) -> dict[str, np.ndarray]:
         """Return the result of a clip."""

@@ -16,13 +16,14 @@ from typing import Any
 from ..config import Config, DataConfig
 from ..corpora.demo import demo_sources
 from ..corpora.folder import folder_source
-from ..corpora.recordings import Recording, Source
+from ..corpora.recordings import PassedOver, Recording, Source
 from ..data.index import Index, load_index
 from ..ranks import ALONE, Ranks
 from .decode import decode_recordings
 from .job import Job, digest
 from .out_folder import finish, locked, read_existing
 from .roles import domain_roles
+from .skipped import BAD, LeftOut, check_share, count_line, print_left_out, write_skipped
 from .split import split_clips
 from .teacher_pass import TeacherPass
 from .token_pass import run_token_pass
@@ -64,9 +65,9 @@ def prepare(config: Config, list_sources: Callable[[], list[Source]], out: Path,
                 continue
             job = Job(data, out, domain, ranks, pool)
             recordings = ranks.from_rank_0(lambda number=number: sources[number].recordings())
-            entry, shards = _prepare_domain(job, recordings, load_teacher)
-            if ranks.rank == 0:
-                source = sources[number]
+            source = sources[number] if ranks.rank == 0 else None
+            entry, shards = _prepare_domain(job, recordings, source, load_teacher)
+            if source is not None:
                 entry["recordings"] |= {"name": source.name, "identity": source.identity}
                 content["domains"][domain] = entry
                 content["shards"] += shards
@@ -75,21 +76,52 @@ def prepare(config: Config, list_sources: Callable[[], list[Source]], out: Path,
 
 
 def _prepare_domain(
-    job: Job, recordings: list[Recording], load_teacher: Callable[[str], Any]
+    job: Job, recordings: list[Recording], source: Source | None, load_teacher: Callable[[str], Any]
 ) -> tuple[dict, list[dict]]:
-    """Run all stages of one domain. Returns, on rank 0, its entry in the index and those of its shards."""
+    """Run all stages of one domain. `source`: that of the recordings, on rank 0. Returns, on rank 0, the domain's entry
+    in the index and those of its shards."""
     teacher = load_teacher(getattr(job.data, f"{job.domain}_teacher"))
     roles = domain_roles(job, teacher, load_teacher)
     rates = {teacher.sample_rate, *(role.sample_rate for role in roles)}
-    clips, skipped = decode_recordings(job, recordings, rates)
+    clips, left_out = decode_recordings(job, recordings, rates)
+    counts = _account(job, recordings, left_out, source)
     splits = split_clips(clips, job.data.val_share)
     with_teacher = {role.name: role.tokenizer for role in roles if role.teacher is teacher}
     targets = TeacherPass(job, teacher, splits, with_teacher)
     codebook = targets.run()
     passes = {role.name: run_token_pass(job, role, splits) for role in roles if role.teacher is not teacher}
+    unusable = [one.gather_unusable(job.ranks) for one in (targets, *passes.values())]
+    late = {name: LeftOut(BAD, reason) for part in unusable for name, reason in part.items()}
+    if late:
+        left_out |= late
+        counts = _account(job, recordings, left_out, source)
+        splits = split_clips([clip for clip in clips if clip.name not in late], job.data.val_share)
     descriptions = digest([(r.name, r.text, r.labels, r.source, r.licence) for r in recordings])
     entry, shards = ShardStage(job, descriptions, splits, targets, codebook, roles, passes).run()
+    job.print(counts)
+    skipped = [
+        {"name": r.name, "source": r.source, "reason": left_out[r.name].reason}
+        for r in recordings
+        if r.name in left_out
+    ]
     return {**entry, "recordings": {}, "skipped": skipped}, shards
+
+
+def _account(job: Job, recordings: list[Recording], left_out: dict[str, LeftOut], source: Source | None) -> str:
+    """Write what has not been taken into skipped.csv, and print the recordings among it. Returns the line that counts
+    it, on rank 0. Raises UserError if it is too much. Every rank must call it."""
+    counts = [""]
+
+    def account() -> None:
+        named = [PassedOver(r.source, *left_out[r.name]) for r in recordings if r.name in left_out]
+        entries = [*named, *source.passed_over()]
+        write_skipped(job.out, job.domain, source.name, entries)
+        check_share(job.out, job.domain, named, len(recordings))
+        print_left_out(job.out, job.domain, named)
+        counts[0] = count_line(job.out, job.domain, source.name, entries, len(recordings) - len(named))
+
+    job.ranks.on_rank_0(account)
+    return counts[0]
 
 
 def reading_threads() -> ThreadPoolExecutor:

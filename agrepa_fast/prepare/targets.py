@@ -3,20 +3,19 @@
 import numpy as np
 
 from ..config import DataConfig
-from ..errors import UserError
 
 
-def teacher_frames(teacher, waves: list[np.ndarray], sources: list[str], domain: str) -> list[np.ndarray]:
-    """Return the teacher's frames (frames, dim) fp16 per wave. Raises UserError, naming the wave's source, for a wave
-    without frames, or with frames that fp16 cannot hold."""
-    of_waves = [frames.astype(np.float16) for frames in teacher.frames(waves)]
-    for source, frames in zip(sources, of_waves, strict=True):
-        if len(frames) == 0 or not np.isfinite(frames).all():
-            raise UserError(
-                f"{source}: teacher {teacher.name} gives {len(frames)} frames, or values that fp16 cannot hold: "
-                f"remove the recording, or set another data.{domain}_teacher"
-            )
-    return of_waves
+def teacher_frames(teacher, waves: list[np.ndarray]) -> list[np.ndarray]:
+    """Return the teacher's frames (frames, dim) fp16 per wave. There are none, (0, dim), of a wave whose frames fp16
+    cannot hold; no_frames says so."""
+    with np.errstate(over="ignore"):
+        of_waves = [frames.astype(np.float16) for frames in teacher.frames(waves)]
+    return [frames if np.isfinite(frames).all() else frames[:0] for frames in of_waves]
+
+
+def no_frames(teacher) -> str:
+    """Return the reason why a clip without teacher frames cannot be used."""
+    return f"teacher {teacher.name} gives no frames, or values that fp16 cannot hold"
 
 
 def stored_target(frames: np.ndarray, seconds: float, rate: float | None) -> np.ndarray:

@@ -5,11 +5,12 @@ from collections.abc import Iterable
 import numpy as np
 
 from ..data.index import SPLITS
+from ..ranks import Ranks
 from ..tokenizers.kmeans import Codebook, FrameTokenizer, fit_frames
 from .decode import Clip
 from .job import Job, read_work, write_work
-from .passes import BatchPass, batches_by_length
-from .targets import stored_target, teacher_frames
+from .passes import REASON, BatchPass, batches_by_length
+from .targets import no_frames, stored_target, teacher_frames
 
 
 class TeacherPass:
@@ -50,6 +51,10 @@ class TeacherPass:
             self._of_waves.run(rest, stage)
         return codebook
 
+    def gather_unusable(self, ranks: Ranks) -> dict[str, str]:
+        """Return the reasons of the clips that cannot be used. Every rank must call it."""
+        return self._of_frames.gather_unusable(ranks) | self._of_waves.gather_unusable(ranks)
+
     def _fit_clips(self) -> list[Clip]:
         enough, frames, fit = fit_frames(self.data.codebook), 0.0, []
         seconds_per_mel = self.data.hop_length / self.data.sample_rate
@@ -74,15 +79,15 @@ class TeacherPass:
         return [self._frames.result(clip)["frames"] for clip in batch]
 
     def _keep_frames(self, batch: list[Clip], waves: list[np.ndarray]) -> Iterable[dict[str, np.ndarray]]:
-        return ({"frames": frames} for frames in self._run_teacher(batch, waves))
+        return ({"frames": frames} for frames in teacher_frames(self.teacher, waves))
 
     def _run_and_encode(self, batch: list[Clip], waves: list[np.ndarray]) -> Iterable[dict[str, np.ndarray]]:
-        return self._encode(batch, self._run_teacher(batch, waves))
-
-    def _run_teacher(self, batch: list[Clip], waves: list[np.ndarray]) -> list[np.ndarray]:
-        return teacher_frames(self.teacher, waves, [clip.recording.source for clip in batch], self.job.domain)
+        return self._encode(batch, teacher_frames(self.teacher, waves))
 
     def _encode(self, batch: list[Clip], of_clips: list[np.ndarray]) -> Iterable[dict[str, np.ndarray]]:
         for clip, frames in zip(batch, of_clips, strict=True):
+            if len(frames) == 0:
+                yield {REASON: no_frames(self.teacher)}
+                continue
             ids = {role: tokenizer.encode(frames) for role, tokenizer in self.tokenizers.items()}
             yield {**ids, "target": stored_target(frames, clip.seconds, self.data.teacher_rate)}

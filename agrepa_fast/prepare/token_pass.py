@@ -7,23 +7,25 @@ import numpy as np
 from ..data.index import SPLITS
 from .decode import Clip
 from .job import Job
-from .passes import BatchPass, batches_by_length
+from .passes import REASON, BatchPass, batches_by_length
 from .roles import TokenRole
-from .targets import teacher_frames
+from .targets import no_frames, teacher_frames
 
 
 def run_token_pass(job: Job, role: TokenRole, splits: dict[str, list[Clip]]) -> BatchPass:
-    """Compute the ids of a role for all clips. Returns the pass, whose result(clip)["ids"] is (S,) int32. Every rank
-    must call it."""
+    """Compute the ids of a role for all clips. Returns the pass, whose result(clip)["ids"] is (S,) int32, S > 0. Every
+    rank must call it."""
 
     def read(batch: list[Clip]) -> list[np.ndarray]:
         return [clip.wave(role.sample_rate) for clip in batch]
 
     def compute(batch: list[Clip], waves: list[np.ndarray]) -> Iterable[dict[str, np.ndarray]]:
         if role.teacher is None:
-            return ({"ids": ids} for ids in role.tokenizer.encode(waves))
-        of_clips = teacher_frames(role.teacher, waves, [clip.recording.source for clip in batch], job.domain)
-        return ({"ids": role.tokenizer.encode(frames)} for frames in of_clips)
+            for ids in role.tokenizer.encode(waves):
+                yield {"ids": ids} if len(ids) else {REASON: f"tokenizer {role.spec} gives no tokens"}
+            return
+        for frames in teacher_frames(role.teacher, waves):
+            yield {"ids": role.tokenizer.encode(frames)} if len(frames) else {REASON: no_frames(role.teacher)}
 
     clips = [clip for split in SPLITS for clip in splits[split]]
     folder = job.work_folder(role.name, [role.identity, [clip.file.name for clip in clips]])

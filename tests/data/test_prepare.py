@@ -199,10 +199,10 @@ def test_killed_runs_are_resumed_to_the_same_bytes(prepared, corpus, whisper, tm
     overrides = [f"data.{n}={getattr(config.data, n)}" for n in ("speech_teacher", "codebook", "shard_clips")]
     script = KILLED.format(root=str(Path(__file__).parents[2]), overrides=overrides, corpus=str(corpus), out=str(out))
     stages = []
-    # The n-th file of each run: amid 24 mels; 15 more mels and amid the frames of train clips; then all of those (the
-    # batch that was cut short is repeated), the codebook, 24 clips' tokens, the first shard and what it adds to the
-    # statistics, and the second shard.
-    for number in (10, 15 + 8, prepared.clips("train", "speech") + 1 + 24 + 3):
+    # The n-th file of each run: amid 24 mels; 15 more mels, skipped.csv and amid the frames of train clips; then
+    # skipped.csv and all of those (the batch that was cut short is repeated), the codebook, 24 clips' tokens, the first
+    # shard and what it adds to the statistics, and the second shard.
+    for number in (10, 15 + 1 + 8, 1 + prepared.clips("train", "speech") + 1 + 24 + 3):
         code = subprocess.run([sys.executable, "-c", script, str(number)], capture_output=True, timeout=120).returncode
         assert code == -signal.SIGKILL
         with pytest.raises(UserError, match=r"has no index\.json"):
@@ -244,7 +244,7 @@ BAD = {
     "empty": "cannot be decoded",
     "silent": "silent, peak 5e-05",
     "short": r"0\.49 s are shorter than data\.min_seconds=0\.5",
-    "headeronly": r"0\.00 s are shorter",
+    "headeronly": "holds no audio",
     "nan": "not finite",
     "inf": "not finite",
 }
@@ -269,9 +269,9 @@ def test_bad_recordings_are_skipped_and_listed(whisper, tmp_path, kinds, capsys)
 
 def test_too_many_bad_recordings_stop_it(whisper, tmp_path):
     corpus = write_corpus(tmp_path / "corpus", 12)
-    for kind in ("unreadable", "silent", "short", "nan"):
+    for kind in ("unreadable", "empty", "headeronly", "nan"):
         write_bad(corpus, kind)
-    message = r"4 of 16 speech recordings cannot be used: bad-nan\.wav \(not finite\), .* and 1 more"
+    message = r"4 of 16 speech recordings cannot be used: bad-empty\.wav \(cannot be decoded .* and 1 more, all in "
     with pytest.raises(UserError, match=message):
         prepare_folder(settings(whisper), corpus, "speech", tmp_path / "out")
     assert not (tmp_path / "out" / "index.json").exists()

@@ -223,7 +223,7 @@ def test_launched_by_torchrun(single, whisper, corpus, tmp_path):
 
 def test_ranks_agree_on_what_is_wrong(whisper, tmp_path):
     corpus = write_corpus(tmp_path / "corpus", 12)
-    for kind in ("unreadable", "silent", "short", "nan"):
+    for kind in ("unreadable", "empty", "headeronly", "nan"):
         write_bad(corpus, kind)
     out = tmp_path / "out"
     errors = run_threads(3, lambda ranks: prepare_folder(settings(whisper), corpus, "speech", out, ranks))
