@@ -14,6 +14,7 @@ from .c_stderr import muted
 
 MAX_RATE = 1_000_000  # Hz; a damaged header may claim any, and the arrays of a part grow with it
 MAX_CHANNELS = 256
+_SEARCHED = 2**27  # bytes without a frame; video between two frames of sound is less
 _GAP = 0.01  # seconds; times in Matroska are rounded to 1 ms
 _UNKNOWN = 2**62  # frames: libsndfile's mark of a stream whose header has no length is 2**63 - 1
 # Demuxers of recordings. The others include playlists, which open the files and the URLs that they name.
@@ -66,8 +67,8 @@ def read_pyav(
     try:
         # FFmpeg refuses names that are not UTF-8, so it gets an open file. Tags may be in any encoding.
         with (
-            _open(source) as stream,
-            av.open(stream, format=demuxer, options=_OPTIONS, metadata_errors="replace") as container,
+            _open(source) as file,
+            av.open(stream := _Stream(file), format=demuxer, options=_OPTIONS, metadata_errors="replace") as container,
         ):
             if not container.streams.audio:
                 raise (NoAudioError if container.streams.video else DecodeError)("no audio stream")
@@ -75,7 +76,8 @@ def read_pyav(
             if track.codec_context is None:
                 raise DecodeError("an unknown codec")
             # FLAC numbers its samples. Other timestamps may have gaps by design, as of silence that is not sent.
-            rate, pieces = _pieces(container.decode(track), start, seconds, numbered=track.codec.name == "flac")
+            frames = stream.reset_after(container.decode(track))
+            rate, pieces = _pieces(frames, start, seconds, numbered=track.codec.name == "flac")
             return np.concatenate(pieces) if pieces else np.zeros(0, np.float32), rate or track.rate
     except av.error.FFmpegError as error:
         raise DecodeError(error.strerror) from error
@@ -83,6 +85,26 @@ def read_pyav(
         raise
     except Exception as error:  # of PyAV, numpy or the disk, for a header that no encoder writes
         raise DecodeError(_describe(error)) from error
+
+
+class _Stream:
+    """A file for FFmpeg, which would read and keep gigabytes in search of a frame. Without a name, so that the content
+    alone decides on the format."""
+
+    def __init__(self, file: BinaryIO):
+        self.seek, self.tell, self._file, self._left = file.seek, file.tell, file, _SEARCHED
+
+    def read(self, size: int) -> bytes:
+        content = self._file.read(size)
+        self._left -= len(content)
+        if self._left < 0:
+            raise DecodeError(f"no audio in {_SEARCHED >> 20} MiB")
+        return content
+
+    def reset_after(self, frames: Iterator) -> Iterator:
+        for frame in frames:
+            self._left = _SEARCHED
+            yield frame
 
 
 def _pieces(frames: Iterator, start: float, seconds: float | None, numbered: bool) -> tuple[int, list[np.ndarray]]:

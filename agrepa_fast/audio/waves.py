@@ -21,6 +21,7 @@ MORE_SUFFIXES = (
     *(".wave", ".weba", ".wma", ".wv", ".3gp", ".avi", ".flv", ".mkv", ".mov", ".mp4", ".webm"),
 )
 AUDIO_SUFFIXES = (*SOUNDFILE_SUFFIXES, *MORE_SUFFIXES)
+_WITHOUT_HEADER = {".g722": "g722", ".gsm": "gsm"}  # FFmpeg's names
 _MAX_RATIO_TERM = 2048  # bounds the resampling kernel: 44101 -> 22050 Hz taken exactly would need 4 GB
 
 
@@ -50,14 +51,14 @@ def decode(
     """Return a recording's wave (samples,) float32 mono, the mean of its channels, and its rate in Hz.
 
     `source` is a path or the file's bytes. The content decides on the format, not `name`, the name in messages; except
-    for .g722, which has no header. `start` and `seconds` select a part. libsndfile reads first, then FFmpeg whatever
-    libsndfile refuses or finds empty: a stream whose header has no length. Raises UserError with the reasons of both
-    if the recording cannot be decoded, and SilentError for a video without a sound track.
+    for .g722 and .gsm, which have no header. `start` and `seconds` select a part. libsndfile reads first, then FFmpeg
+    if libsndfile refuses the recording or finds it empty, as a stream whose header has no length. Raises UserError with
+    the reasons of both if the recording cannot be decoded, and SilentError for a video without a sound track.
     """
     if not isinstance(source, bytes):
         _check_file(source, name)
-    if name.lower().endswith(".g722"):
-        readers = {"PyAV": partial(read_pyav, demuxer="g722")}
+    if demuxer := _WITHOUT_HEADER.get(os.path.splitext(name)[1].lower()):  # noqa: PTH122
+        readers = {"PyAV": partial(read_pyav, demuxer=demuxer)}
     else:
         readers = {"soundfile": read_soundfile, "PyAV": read_pyav}
     empty, reasons = None, []

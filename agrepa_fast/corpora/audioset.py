@@ -15,7 +15,8 @@ _LABELS = "class_labels_indices.csv"
 _SITE = "https://research.google.com/audioset/download.html"
 # <YTID>.flac, Y<YTID>.wav (PANNs), <YTID>_30.000.wav, <YTID>_30_40.wav, <YTID>_30.0-40.0.wav (audioset-download),
 # <YTID>_30000_40000.flac (ms). A YTID always has 11 letters, so that one beginning with Y is not mistaken for a prefix.
-_FILE_NAME = re.compile(r"Y?([\w-]{11})(?:_(\d+(?:\.\d+)?)(?:[_-]\d+(?:\.\d+)?)?)?", re.ASCII)
+_FILE_NAME = re.compile(r"Y?([\w-]{11})(?:_(\d{1,12}(?:\.\d+)?)(?:[_-]\d+(?:\.\d+)?)?)?", re.ASCII)
+_LONGEST = 1e9  # seconds
 _YTID = re.compile(r"[\w-]{11}", re.ASCII)
 
 
@@ -134,7 +135,7 @@ def _segments(table: Path) -> Iterator[tuple[str, float, str]]:
                     continue
                 try:
                     ytid, start, end, mids = line
-                    start, valid = float(start), float(start) < float(end) < float("inf")
+                    start, valid = float(start), -_LONGEST < float(start) < float(end) < _LONGEST
                 except ValueError:
                     valid = False
                 if not valid or not mids or not _YTID.fullmatch(ytid):

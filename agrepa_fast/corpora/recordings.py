@@ -149,7 +149,8 @@ def read_text(path: str | Path) -> str:
 
 def read_transcripts(path: str | Path) -> dict[str, str]:
     """Return {utterance: text} of a file with LibriSpeech's lines `utterance TEXT`."""
-    return {name: text for name, _, text in (line.partition(" ") for line in read_text(path).splitlines())}
+    lines = (line.partition(" ") for line in read_text(path).splitlines())
+    return {name: text for name, _, text in lines if name}
 
 
 def without_evaluation(domain: str, subsets: list[Path]) -> list[Path]:

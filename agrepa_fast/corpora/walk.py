@@ -22,23 +22,27 @@ class Walk:
         Every folder comes once, so links may form loops. Links are followed after the real folders: a recording that
         has a path without links keeps its name. Prints a line per folder that cannot be read.
         """
-        seen, starts = set(), [self.root]
-        while starts:
-            links = []
-            for folder, folders, files in os.walk(starts.pop(0), onerror=self._report):
-                status = os.stat(folder)  # noqa: PTH116 - Path.stat takes three times as long
+        seen, links = set(), [self.root]
+        while links:
+            below, links = [links[0]], links[1:]
+            while below:  # no recursion: trees may be deeper than Python's stack
+                folder = below.pop()
+                try:
+                    status = os.stat(folder)  # noqa: PTH116 - Path.stat takes three times as long
+                    names = _list(folder)
+                except OSError as error:
+                    self._report(error)
+                    continue
                 identity = (status.st_dev, status.st_ino)
                 if identity in seen:
                     self.pass_over(folder, "link", "a link to a folder that is read at another place")
-                    folders.clear()
                     continue
                 seen.add(identity)
-                for name in (name for name in folders if name.startswith(".")):
+                for name in (name for name in names["folder"] + names["link"] if name.startswith(".")):
                     self.pass_over(f"{folder}/{name}", "hidden folder", "hidden")
-                folders[:] = sorted(name for name in folders if not name.startswith("."))
-                links += [path for path in (f"{folder}/{name}" for name in folders) if os.path.islink(path)]  # noqa: PTH114
-                yield folder, sorted(files)
-            starts += links
+                yield folder, names["file"]
+                below += [f"{folder}/{name}" for name in reversed(names["folder"]) if not name.startswith(".")]
+                links += [f"{folder}/{name}" for name in names["link"] if not name.startswith(".")]
 
     def recordings(self, folder: str, names: list[str], used: set[str] = frozenset()) -> list[str]:
         """Return those of a folder's files that are recordings, by their suffixes. `used`: names of other files that
@@ -86,6 +90,19 @@ class Walk:
     def _report(self, error: OSError) -> None:
         print(f"{printable(error.filename)} cannot be read ({error.strerror}): passed over")
         self.pass_over(error.filename, "unreadable folder", error.strerror)
+
+
+def _list(folder: str) -> dict[str, list[str]]:
+    """Return the sorted names in a folder: of folders, of links to folders, and of everything else."""
+    names = {"folder": [], "link": [], "file": []}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                is_folder, is_link = entry.is_dir(), entry.is_symlink()
+            except OSError:
+                is_folder = is_link = False
+            names[("link" if is_link else "folder") if is_folder else "file"].append(entry.name)
+    return {kind: sorted(of_kind) for kind, of_kind in names.items()}
 
 
 def walk_folders(root: Path) -> Iterator[tuple[str, list[str]]]:

@@ -69,12 +69,14 @@ def check_share(out: Path, domain: str, left_out: Sequence[PassedOver], total: i
     bad = sum(entry.kind == BAD for entry in left_out)
     if not too_many_bad(bad, total) and total - len(left_out) >= 2:
         return
+    if not left_out:
+        raise UserError(f"{total} {domain} recording{'s' * (total != 1)} are too few, at least 2 are needed: add some")
     worst = sorted(left_out, key=lambda entry: entry.kind != BAD)
-    more = f" and {len(worst) - 3} more" if len(worst) > 3 else ""
-    first = f": {', '.join(map(_named, worst[:3]))}{more}, all in {out / FILE}" if worst else ""
+    named = f"{', '.join(map(_named, worst[:3]))}{f' and {len(worst) - 3} more' if len(worst) > 3 else ''}"
     raise UserError(
-        f"{len(left_out)} of {total} {domain} recordings cannot be used{first}; at most {MAX_BAD_SHARE:.0%} may be bad "
-        "(short and silent ones are not) and at least 2 must be good: repair, remove or add some"
+        f"{len(left_out)} of {total} {domain} recordings cannot be used: {named}, all in {out / FILE}; at most "
+        f"{MAX_BAD_SHARE:.0%} may be bad (short and silent ones are not) and at least 2 must be good: repair, remove "
+        "or add some"
     )
 
 
