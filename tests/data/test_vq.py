@@ -93,7 +93,7 @@ def train(config: VqFitConfig, frames: FitFrames, path) -> FrameCodec:
     return vq_fit.fit_codec(frames, config, "cpu", path / "state.safetensors")
 
 
-CONFIG = VqFitConfig("none", codes=16, steps=150, batch=16, lr=3e-3)
+CONFIG = VqFitConfig(teacher="none", codes=16, steps=150, batch=16, lr=3e-3)
 
 
 def test_it_keeps_more_of_held_out_frames_than_k_means_with_as_many_codes(tmp_path):
