@@ -41,6 +41,7 @@ from .dry_run import dry_run
 from .flops import peak_flops
 from .folder import locate_run, open_folder
 from .metrics import Metrics
+from .precision import choose_precision
 from .run import Run
 from .tracker import check_tracker, open_tracker
 
@@ -76,6 +77,7 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     device = join_process_group()
     rank, world = dist.get_rank(), dist.get_world_size()
     config, checkpoint = locate_run(config, resume)
+    config, precision_line = choose_precision(config, ds_values, device, checkpoint is not None)
     fixed_clips_per_step = config.train.batch_clips if config.train.batch_frames is None else None
     layout = BatchLayout(fixed_clips_per_step, config.train.accumulation, rank, world)
     ds_config = resolve_ds_config(ds_values, config.train, layout, device)
@@ -113,7 +115,7 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     shapes = count_shapes(config.train, device, zero_stage(ds_config), plan, layout)
     run = Run(context, engine, ema, choice, metrics, started, auto_graphs=shapes)
     run.seconds |= {"prepare": prepared - started, "build": time.perf_counter() - prepared}
-    for line in lines_before_the_first_step(engine, context, plan, layout):
+    for line in (*filter(None, [precision_line]), *lines_before_the_first_step(engine, context, plan, layout)):
         metrics.print(line)
     reading = {"seed": config.run.seed, "center": config.align.center, "step": first_step}
     batches = TrainBatches(index, config.data, layout, **reading, plan=plan)

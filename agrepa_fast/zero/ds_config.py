@@ -87,7 +87,7 @@ def resolve_ds_config(values: dict, train: TrainConfig, layout: BatchLayout, dev
 
 
 def precision(train: TrainConfig, device: torch.device) -> str:
-    """Return fp32 or bf16: `auto` is bf16 on GPUs and fp32 on a CPU."""
+    """Return fp32 or bf16: `auto` is bf16 on GPUs, and fp32 on a CPU, where a new run has chosen before."""
     if train.precision != "auto":
         return train.precision
     return "bf16" if device.type == "cuda" else "fp32"
