@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -f data/demo/index.json ] || agrepa prepare demo
 
-pure="deepspeed hjson omegaconf pydantic annotated-types typing-inspection typing-extensions webdataset braceexpand tenacity"
+pure="deepspeed hjson pydantic annotated-types typing-inspection typing-extensions webdataset braceexpand tenacity"
 pure="$pure soundfile pycparser pytest-xdist execnet"
 compiled="pydantic-core cffi"  # for the GPU machine's Python, not for this one
 rm -rf .gpu_once

@@ -170,7 +170,9 @@ def test_attention_that_is_wrong_is_named():
     rows = decide({"attention": {"T960 padded": methods, "status": "ok"}})
     row = next(row for row in rows if row[0] == "attention, T960 padded")
     assert row[1].endswith("wrong: cudnn")
-    assert row[3] == "right"
+    assert row[3] == "keep"
+    methods["attend"] = {"wrong": "out: nan"}
+    assert answers(attention={"T960 padded": methods})["attention, T960 padded"] == "NO"
 
 
 def test_parts_without_results_leave_their_questions_open():
