@@ -1,5 +1,6 @@
 """Decode recordings, and resample their waves."""
 
+import math
 import os
 import stat
 import sys
@@ -22,7 +23,9 @@ MORE_SUFFIXES = (
 )
 AUDIO_SUFFIXES = (*SOUNDFILE_SUFFIXES, *MORE_SUFFIXES)
 _WITHOUT_HEADER = {".g722": "g722", ".gsm": "gsm"}  # FFmpeg's names
-_MAX_RATIO_TERM = 2048  # bounds the resampling kernel: 44101 -> 22050 Hz taken exactly would need 4 GB
+# Bounds of the resampling kernel: 44101 -> 22050 Hz taken exactly would need 4 GB, 2039 -> 22050 Hz 1.4 GB.
+_MAX_RATIO_TERM = 2048
+_MAX_KERNEL = 2**24  # values, numerator x denominator
 
 
 class SilentError(UserError):
@@ -94,6 +97,8 @@ def resample(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     0.05 % or a cent off.
     """
     ratio = Fraction(to_rate, from_rate).limit_denominator(_MAX_RATIO_TERM)
+    if ratio.numerator * ratio.denominator > _MAX_KERNEL:  # from below 6 kHz to 24 kHz
+        ratio = ratio.limit_denominator(math.isqrt(int(_MAX_KERNEL / ratio)))
     if ratio == 1:
         return wave
     return _resampler(ratio.denominator, ratio.numerator)(torch.from_numpy(wave)).numpy()

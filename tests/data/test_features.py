@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from agrepa_fast.audio import waves
 from agrepa_fast.audio.mel import LogMel, frame_count
 from agrepa_fast.audio.waves import decode, resample
 from agrepa_fast.config import DataConfig
@@ -161,6 +162,21 @@ def test_resample_keeps_the_tone(from_rate, to_rate, tolerance):
     expected = sine(to_rate, seconds=1.1)[: len(wave)]
     np.testing.assert_allclose(wave[200:-200], expected[200:-200], atol=tolerance)  # the filter sees zeros at the ends
     assert dominant_hertz(wave, to_rate) == pytest.approx(440, abs=0.6)
+
+
+@pytest.mark.parametrize("from_rate", [1, 7, 1009, 2039, 3712, 4001, 5999, 44101, 999_983])
+def test_no_rate_makes_a_large_kernel(from_rate, monkeypatch):
+    terms = []
+
+    def identity(from_term, to_term):
+        terms.append((from_term, to_term))
+        return lambda wave: wave
+
+    monkeypatch.setattr(waves, "_resampler", identity)
+    resample(np.zeros(9, np.float32), from_rate, 22050)
+    [(from_term, to_term)] = terms
+    assert from_term * to_term <= 2**24
+    assert to_term / from_term == pytest.approx(22050 / from_rate, rel=5e-4)
 
 
 def test_resample_returns_equal_rates_unchanged():
