@@ -214,12 +214,12 @@ def test_tokens_fit_writes_a_tokenizer_and_goes_on_where_it_was_interrupted(
     assert "nothing to do" in capsys.readouterr().out
     assert file_sha256(tmp_path / "whole.safetensors") == before
     with pytest.raises(UserError, match=r"whole\.safetensors was fitted on other recordings, or with other settings"):
-        fit_tokens(corpus, VqFitConfig(f"{whisper}@1", codes=20, steps=12), tmp_path / "whole.safetensors")
+        fit_tokens(corpus, VqFitConfig(teacher=f"{whisper}@1", codes=20, steps=12), tmp_path / "whole.safetensors")
 
 
 def test_refusals_name_the_thing_and_the_remedy(whisper, corpus, tmp_path):
     with pytest.raises(UserError, match=r"--codes=5000: .* gives only \d+ teacher frames .* lower --codes"):
-        fit_tokens(corpus, VqFitConfig(str(whisper), codes=5000), tmp_path / "vq.safetensors")
+        fit_tokens(corpus, VqFitConfig(teacher=str(whisper), codes=5000), tmp_path / "vq.safetensors")
     with pytest.raises(UserError, match=r"vq:.*none\.safetensors: no such file: fit one with `agrepa tokens fit"):
         VqTokenizer.load(tmp_path / "none.safetensors")
     (tmp_path / "other.safetensors").write_bytes(b"no safetensors")
@@ -231,7 +231,7 @@ def test_refusals_name_the_thing_and_the_remedy(whisper, corpus, tmp_path):
     with pytest.raises(UserError, match=r"x\.safetensors holds no vector quantiser"):
         VqTokenizer.load(tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"--stride=9: must be from 1 to 8"):
-        VqFitConfig("x", stride=9)
+        VqFitConfig(teacher="x", stride=9)
 
 
 def test_the_rate_warms_up_and_decays_and_gradients_are_clipped(tmp_path, monkeypatch):

@@ -230,7 +230,7 @@ def fitted(whisper, corpus, tmp_path_factory):
     pytest.importorskip("vector_quantize_pytorch", reason="pip install 'agrepa_fast[vq]'")
     folder = tmp_path_factory.mktemp("fitted")
     for name, spec, stride in (("own", f"{whisper}@1", 1), ("other", str(whisper), 2)):
-        config = VqFitConfig(spec, codes=8, stride=stride, steps=3, batch=4)
+        config = VqFitConfig(teacher=spec, codes=8, stride=stride, steps=3, batch=4)
         fit_tokens(corpus, config, folder / f"{name}.safetensors")
     return folder
 
