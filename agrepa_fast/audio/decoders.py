@@ -15,6 +15,7 @@ from .c_stderr import muted
 MAX_RATE = 1_000_000  # Hz; a damaged header may claim any, and the arrays of a part grow with it
 MAX_CHANNELS = 256
 _SEARCHED = 2**27  # bytes without a frame; video between two frames of sound is less
+_MAX_PLANES = 8  # PyAV reads beyond FFmpeg's array, and ends the process, for more: a damaged frame may claim 59
 _GAP = 0.01  # seconds; times in Matroska are rounded to 1 ms
 _UNKNOWN = 2**62  # frames: libsndfile's mark of a stream whose header has no length is 2**63 - 1
 # Demuxers of recordings. The others include playlists, which open the files and the URLs that they name.
@@ -89,22 +90,36 @@ def read_pyav(
 
 class _Stream:
     """A file for FFmpeg, which would read and keep gigabytes in search of a frame. Without a name, so that the content
-    alone decides on the format."""
+    alone decides on the format. Raises nothing, since PyAV would print it: see `fault`."""
 
     def __init__(self, file: BinaryIO):
-        self.seek, self.tell, self._file, self._left = file.seek, file.tell, file, _SEARCHED
+        self.tell, self.fault = file.tell, ""
+        self._file, self._left = file, _SEARCHED
 
     def read(self, size: int) -> bytes:
-        content = self._file.read(size)
+        """Return the next bytes, or none after a fault."""
+        try:
+            content = b"" if self.fault else self._file.read(size)
+        except OSError as error:
+            self.fault, content = error.strerror, b""
         self._left -= len(content)
         if self._left < 0:
-            raise DecodeError(f"no audio in {_SEARCHED >> 20} MiB")
+            self.fault, content = f"no audio in {_SEARCHED >> 20} MiB", b""
         return content
+
+    def seek(self, offset: int, whence: int) -> int:
+        """Return the new place, -1 if there is no such place: damaged files name some."""
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, ValueError, OverflowError):
+            return -1
 
     def reset_after(self, frames: Iterator) -> Iterator:
         for frame in frames:
             self._left = _SEARCHED
             yield frame
+        if self.fault:
+            raise DecodeError(self.fault)
 
 
 def _pieces(frames: Iterator, start: float, seconds: float | None, numbered: bool) -> tuple[int, list[np.ndarray]]:
@@ -132,6 +147,8 @@ def _pieces(frames: Iterator, start: float, seconds: float | None, numbered: boo
 
 
 def _mean_of_channels(frame) -> np.ndarray:
+    if frame.format.is_planar and frame.layout.nb_channels > _MAX_PLANES:
+        raise DecodeError(f"{frame.layout.nb_channels} channels in planes")
     values = frame.to_ndarray()  # planar: (channels, samples), packed: (1, samples x channels)
     if not frame.format.is_planar:
         values = values.reshape(-1, frame.layout.nb_channels).T

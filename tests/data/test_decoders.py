@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from agrepa_fast.audio import waves
+from agrepa_fast.audio import decoders, waves
+from agrepa_fast.audio.decoders import DecodeError
 from agrepa_fast.audio.waves import MORE_SUFFIXES, SilentError, decode
 from agrepa_fast.errors import UserError
 
@@ -142,6 +143,23 @@ def test_headers_that_ask_for_too_much_are_refused(tmp_path):
         changed[place : place + len(value)] = value
         with pytest.raises(UserError, match="cannot be decoded"):
             decode(bytes(changed), "a.wav")
+
+
+def test_a_damaged_frame_of_many_channels_does_not_end_the_process(tmp_path):
+    path = write_pyav(tmp_path / "a.m4a", "aac", tone(1.0, RATE, 0), container="ipod")
+    draw, content, reasons = np.random.default_rng(4), path.read_bytes(), set()
+    frame = av.AudioFrame(format="fltp", layout=f"{decoders._MAX_PLANES + 1} channels", samples=8)
+    with pytest.raises(DecodeError, match="9 channels in planes"):
+        decoders._mean_of_channels(frame)
+    for _ in range(200):  # some of them have such frames
+        damaged = bytearray(content)
+        place = int(draw.integers(len(damaged)))
+        damaged[place : place + 2] = draw.bytes(2)
+        try:
+            decode(bytes(damaged), "a.m4a")
+        except UserError as error:
+            reasons.add(str(error))
+    assert reasons
 
 
 def test_a_video_without_sound_is_silent_not_damaged(tmp_path):

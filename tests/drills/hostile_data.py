@@ -36,7 +36,7 @@ from .results import record
 SECONDS = 10.0  # that one file may take
 MEMORY = 1024  # MiB by which one worker may grow
 STARTING = 120.0  # seconds until a worker answers
-FORMATS = ("wav", "flac", "mp3", "ogg", "opus", "m4a", "tar")
+FORMATS = ("wav", "flac", "mp3", "ogg", "opus", "aiff", "m4a", "aac", "webm", "wma", "tar")
 _KINDS = ("bit", "byte", "field", "field", "cut", "remove", "repeat", "zeros", "noise", "other", "checksum")
 _KINDS = ("bit", "byte", "field", "field", "cut", "remove", "repeat", "zeros", "noise", "other")
 _EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
@@ -50,7 +50,7 @@ def whole_files() -> dict[str, list[bytes]]:
     from ..data.test_prepare import tone
 
     kinds = {"wav": ("PCM_16", "FLOAT", "IMA_ADPCM", "ULAW"), "flac": ("PCM_16", "PCM_24"), "mp3": (None,)}
-    kinds |= {"ogg": ("VORBIS",), "opus": ("OPUS",)}
+    kinds |= {"ogg": ("VORBIS",), "opus": ("OPUS",), "aiff": ("PCM_16",)}
     files: dict[str, list[bytes]] = {}
     for form, subtypes in kinds.items():
         for number, subtype in enumerate(subtypes):
@@ -61,7 +61,10 @@ def whole_files() -> dict[str, list[bytes]]:
             soundfile.write(content, stereo if number % 2 else wave, 16000, format=name, subtype=subtype)
             files.setdefault(form, []).append(content.getvalue())
     with tempfile.TemporaryDirectory() as folder:
-        files["m4a"] = [write_pyav(Path(folder, "a.m4a"), "aac", tone(1.0, 16000, 0), 16000, "ipod").read_bytes()]
+        encoders = {"m4a": ("aac", "ipod"), "aac": ("aac", "adts"), "webm": ("libopus", None), "wma": ("wmav2", "asf")}
+        for form, (codec, container) in encoders.items():
+            path = write_pyav(Path(folder, f"a.{form}"), codec, tone(1.0, 16000, 0), 16000, container)
+            files[form] = [path.read_bytes()]
     files["tar"] = [tar_of(files, form) for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
     return files
 
