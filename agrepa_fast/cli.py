@@ -20,6 +20,16 @@ SOURCES = {  # of `agrepa prepare`: what it does, and what its path is called
     "webdataset": ("prepare WebDataset shards of audio: a folder, or a glob or braces in quotes", "PATTERN"),
     "hf": ("prepare a Hugging Face datasets folder: save_to_disk's, or parquet files", "PATH"),
 }
+MODEL_OPTIONS = {  # of `agrepa probe --model`
+    "--row-arguments": "arguments of a block that have a row per clip",
+    "--state": "the argument that a block updates, if its shape does not tell",
+    "--velocity": "the field of the model's output that is the velocity, if it cannot be told",
+}
+MODEL_FLAGS = {
+    "--per-call": "a layer is one call of a block, where blocks run several times",
+    "--verify": "compare every layer with a forward of its own, not two of them",
+    "--traceback": "show an error of the model's code whole",
+}
 PROBE_MEASURES = tuple(measure for measure in MEASURES if measure != "gradnorm")  # gradnorm needs a training step
 
 
@@ -155,9 +165,11 @@ def _add_probe(commands) -> None:
     probe.add_argument(
         "--kind", default="block", choices=("block", "branch"), help="branch: attention and FFN of every block apart"
     )
-    probe.add_argument(
-        "--row-arguments", nargs="*", metavar="NAME", help="arguments of a block that have a row per clip"
-    )
+    for name, about in MODEL_OPTIONS.items():
+        options = {"nargs": "*"} if name == "--row-arguments" else {}
+        probe.add_argument(name, metavar="NAME", help=f"with --model: {about}", **options)
+    for name, about in MODEL_FLAGS.items():
+        probe.add_argument(name, action="store_true", help=f"with --model: {about}")
     _add_checkpoint(probe, nargs="?")  # --model stands in for it
     probe.set_defaults(command=_probe)
 
@@ -297,17 +309,44 @@ def _probe(args: argparse.Namespace) -> None:
     if args.out is not None or args.model is not None:
         check_writable(args.out or Path("probe"), "--out")
     from .probing.measure import ProbeRequest
-    from .reporting.probe import probe_any_model, probe_checkpoint
+    from .reporting.probe import probe_checkpoint
 
-    if args.model:
-        if (args.measures or ["foga"]) != ["foga"] or args.recipe != "corrected":
-            raise UserError("--model: only foga in the corrected recipe measures models that are not AudioDiT")
-        probe_any_model(args.model, args.blocks, args.kind, args.row_arguments, args.out or Path("probe"))
+    if args.model is not None:
+        _probe_any_model(args)
         return
+    given = {
+        name: getattr(args, name.strip("-").replace("-", "_")) for name in ("--blocks", *MODEL_OPTIONS, *MODEL_FLAGS)
+    }
+    if ignored := [name for name, value in given.items() if value not in (None, False)]:
+        raise UserError(f"{', '.join(ignored)}: without effect but with --model MODULE:FACTORY")
     if args.checkpoint is None:
         raise UserError("name a checkpoint, or --model MODULE:FACTORY with --blocks PATH")
     request = ProbeRequest(args.measures and tuple(args.measures), args.recipe, args.kind)
     probe_checkpoint(args.checkpoint, args.overrides, request, live=args.live, out=args.out)
+
+
+def _probe_any_model(args: argparse.Namespace) -> None:
+    from .reporting.any_model import ModelRequest, probe_any_model
+
+    if (args.measures or ["foga"]) != ["foga"] or args.recipe != "corrected":
+        raise UserError("--model: only foga in the corrected recipe measures models that are not AudioDiT")
+    ignored = [str(args.checkpoint)] if args.checkpoint is not None else []
+    if ignored := [*ignored, *args.overrides, *(["--live"] if args.live else [])]:
+        raise UserError(
+            f"{', '.join(ignored)}: without effect with --model, which measures the factory's model at its inputs"
+        )
+    request = ModelRequest(
+        args.model,
+        args.blocks,
+        args.kind,
+        args.row_arguments,
+        args.state,
+        args.velocity,
+        per_call=args.per_call,
+        verify=None if args.verify else 2,
+        traceback=args.traceback,
+    )
+    probe_any_model(request, args.out or Path("probe"))
 
 
 def _sample(args: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ def ablate(
     kind: str = "block",
     row_arguments: Sequence[str | int] | None = None,
     state: str | None = None,
-    output: str | None = None,
+    velocity: str | None = None,
     per_call: bool = False,
     verify: int | None = 2,
     max_rows: int | None = None,
@@ -39,8 +39,8 @@ def ablate(
     """Return how much model(**inputs) changes when each block is left out, in all of its calls.
 
     inputs: keyword arguments. The first floating tensor of two dimensions has C rows, and every tensor with C rows, in
-    tuples, mappings and dataclasses too, is repeated for the variants. output: the field of the model's output that is
-    the velocity; None: the output, the first of a tuple, one of OUTPUTS, or the only tensor.
+    tuples, mappings and dataclasses too, is repeated for the variants. velocity: the field of the model's output
+    that it is; None: the output, the first of a tuple, one of OUTPUTS, or the only tensor.
 
     per_call: a layer is one call of a block, not a block: a stack of 4 blocks that runs twice has 8 layers, named
     1.call1, ..., 4.call1, 1.call2, ... in the order of running. Name every block once.
@@ -57,19 +57,19 @@ def ablate(
     clips = _count_clips(inputs)
     with evaluation_mode(model):
         trace, out = trace_calls(lambda: model(**inputs), blocks, clips, kind=kind, state=state)
-        field = find_output(out, output)
-        velocity = _Velocity(field, dict(tensors(out))[field], clips)
+        field = find_velocity(out, velocity)
+        velocities = _Velocity(field, dict(tensors(out))[field], clips)
         names: tuple[str, ...] = ()
         if per_call:
             trace, blocks, names = _layer_per_call(trace, blocks)
         variants = Variants(gates, [1] * len(blocks))
 
         def run(count: int) -> torch.Tensor:
-            return velocity.of(model(**_repeated(inputs, clips, count)), count)
+            return velocities.of(model(**_repeated(inputs, clips, count)), count)
 
         options = {"kind": kind, "row_arguments": row_arguments, "state": state, "max_rows": max_rows, "trace": trace}
         changes, base = variants.changes(run, blocks, **options)
-        floor = velocity_change(velocity.of(out, 1)[None], base)[0]
+        floor = velocity_change(velocities.of(out, 1)[None], base)[0]
         scores = BatchScores(changes[..., None, None], floor, ~base.flatten(1).any(1))
         domains = torch.full((clips,), DOMAINS.index(domain))
         names = names if gates is None else ()
@@ -118,7 +118,7 @@ def _layer_per_call(trace: Trace, blocks: Sequence[nn.Module]) -> tuple[Trace, l
     return Trace(trace.clips, calls), [blocks[number] for number in ran], tuple(names)
 
 
-def find_output(out, name: str | None) -> tuple:
+def find_velocity(out, name: str | None) -> tuple:
     """Return the path of the velocity in a model's output.
 
     name: of its field; None: found. Raises ValueError, listing the fields, if it must be named.
@@ -135,7 +135,8 @@ def find_output(out, name: str | None) -> tuple:
     if len(found) == 1 or (found and isinstance(out, tuple | list)):
         return next(iter(found))
     raise ValueError(
-        f"the model returns {type(out).__name__} of {listed}: name its velocity: --output NAME, output=NAME in Python"
+        f"the model returns {type(out).__name__} of {listed}: name its velocity (--velocity NAME, velocity=NAME in "
+        "Python)"
     )
 
 

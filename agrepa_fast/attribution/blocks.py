@@ -33,12 +33,19 @@ def find_blocks(model: nn.Module, paths: str) -> dict[str, nn.Module]:
     """Return name -> module of `paths`, in the order of running.
 
     paths: the path of a list ("transformer.blocks"), or paths with a star for every element of a list, taken in turn
-    ("layers.*.attn,layers.*.ff"). Raises ValueError for a path that does not exist.
+    ("layers.*.attn,layers.*.ff"). A module that stands at several places is named once, by the first. Raises ValueError
+    for a path that does not exist.
     """
     columns = [_expand(model, path if "*" in path else f"{path}.*") for path in paths.split(",")]
     if len({len(column) for column in columns}) > 1:
         raise ValueError(f"{paths}: the lists have {', '.join(str(len(column)) for column in columns)} elements")
-    return {name: model.get_submodule(name) for turn in zip(*columns, strict=True) for name in turn}
+    found: dict[nn.Module, str] = {}
+    for turn in zip(*columns, strict=True):
+        for name in turn:
+            if isinstance(model.get_submodule(name), nn.ModuleList | nn.ModuleDict):
+                raise ValueError(f"{name} is a list of modules, no block: name it, as in --blocks {name}")
+            found.setdefault(model.get_submodule(name), name)
+    return {name: module for module, name in found.items()}
 
 
 def _expand(model: nn.Module, path: str) -> list[str]:

@@ -237,7 +237,10 @@ def test_agrepa_probe_of_any_model(tmp_path, monkeypatch, capsys):
     [
         (["--model", "mine", "--blocks", "x"], "write MODULE:FACTORY"),
         (["--model", "no_such_module:f", "--blocks", "x"], "No module named 'no_such_module'"),
-        (["--model", "tests.attribution.test_peers:f5_inputs", "--blocks", "x"], "too many values to unpack"),
+        (
+            ["--model", "tests.attribution.test_peers:f5_inputs", "--blocks", "x"],
+            "f5_inputs() returned dict, not (model, inputs)",
+        ),
         ([], "name a checkpoint, or --model"),
         (["--model", "mine:f", "--blocks", "x", "--measures", "cka"], "only foga"),
     ],

@@ -1,0 +1,50 @@
+"""Errors of other people's code in one line, with the place in that code."""
+
+import sysconfig
+from pathlib import Path
+from types import TracebackType
+
+from ..errors import UserError
+
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+_OURS = __name__.partition(".")[0]
+_LONGEST = 300  # characters of a reason
+
+
+def their_error(error: BaseException) -> str:
+    """Return an error that a factory, a model or a block raised as one line: the innermost place in the user's files,
+    the type and the message. A ValueError or UserError of this package is its message alone."""
+    reason = " ".join(str(error).split())
+    reason = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]} …"
+    places = _places(error.__traceback__)
+    if places and places[-1][0] and isinstance(error, ValueError | UserError):
+        cause = _their_place(_places(error.__cause__.__traceback__)) if error.__cause__ else None
+        return " ".join(str(error).split()) + (f" ({cause})" if cause else "")
+    text = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{_short(error.filename)}:{error.lineno}: {type(error).__name__}: {error.msg}"
+    place = _their_place(places)
+    return f"{place}: {text}" if place else text
+
+
+def _places(trace: TracebackType | None) -> list[tuple[bool, str]]:
+    """Return (whether it is in this package, place) of every frame outside of libraries, the innermost last."""
+    places = []
+    while trace is not None:
+        code, module = trace.tb_frame.f_code, trace.tb_frame.f_globals.get("__name__", "")
+        is_ours = module.partition(".")[0] == _OURS
+        is_library = code.co_filename.startswith(("<", *_LIBRARIES)) or "site-packages" in Path(code.co_filename).parts
+        if is_ours or not is_library:
+            places.append((is_ours, f"{_short(code.co_filename)}:{trace.tb_lineno}, in {code.co_name}"))
+        trace = trace.tb_next
+    return places
+
+
+def _their_place(places: list[tuple[bool, str]]) -> str | None:
+    return next((place for is_ours, place in reversed(places) if not is_ours), None)
+
+
+def _short(path: str) -> str:
+    """Return the path relative to the current folder, if it is below it."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
