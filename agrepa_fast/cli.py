@@ -27,7 +27,7 @@ MODEL_OPTIONS = {  # of `agrepa probe --model`
 }
 MODEL_FLAGS = {
     "--per-call": "a layer is one call of a block, where blocks run several times",
-    "--verify": "compare every layer with a forward of its own, not two of them",
+    "--verify": "compare every layer with a forward of its own, not four of them",
     "--traceback": "show an error of the model's code whole",
 }
 PROBE_MEASURES = tuple(measure for measure in MEASURES if measure != "gradnorm")  # gradnorm needs a training step
@@ -343,7 +343,7 @@ def _probe_any_model(args: argparse.Namespace) -> None:
         args.state,
         args.velocity,
         per_call=args.per_call,
-        verify=None if args.verify else 2,
+        **({"verify": None} if args.verify else {}),
         traceback=args.traceback,
     )
     probe_any_model(request, args.out or Path("probe"))

@@ -17,6 +17,7 @@ from .scores import BatchScores, LayerScores
 from .trees import describe, replaced, tensors
 from .variants import Variants, check_floor
 
+VERIFY = 4  # layers that are also computed in a forward of their own
 OUTPUTS = ("sample", "v", "velocity", "last_hidden_state")  # names of a velocity among other outputs
 
 
@@ -32,7 +33,7 @@ def ablate(
     state: str | None = None,
     velocity: str | None = None,
     per_call: bool = False,
-    verify: int | None = 2,
+    verify: int | None = VERIFY,
     max_rows: int | None = None,
     domain: str = "audio",
 ) -> LayerScores:

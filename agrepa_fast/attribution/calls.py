@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 
+from .rows import same
 from .trees import Path, describe, tensors
 
 Tensors = dict[Path, torch.Tensor]
@@ -56,6 +57,21 @@ def patched(blocks: Sequence[nn.Module], wrap: Callable[[int, Callable], Callabl
                 block.forward = own_forward
 
 
+class Turns:
+    """The place of every call of a block in a list of blocks. One that is listed n times runs at these n in turn."""
+
+    def __init__(self, blocks: Sequence[nn.Module]):
+        self.places, self.calls = defaultdict(list), defaultdict(int)
+        for number, block in enumerate(blocks):
+            self.places[id(block)].append(number)
+
+    def next_place(self, block: nn.Module) -> int:
+        """Return the place, 0-based, of a call that begins."""
+        places = self.places[id(block)]
+        self.calls[id(block)] += 1
+        return places[(self.calls[id(block)] - 1) % len(places)]
+
+
 @dataclass
 class TracedCall:
     """One call of a block in a forward of C rows."""
@@ -66,6 +82,7 @@ class TracedCall:
     outputs: Tensors
     given: Tensors  # the very tensors, to follow them from call to call
     returned: Tensors
+    named: str | None = None  # the argument that the user calls the state
     state: Path = ()  # among the inputs; of no meaning for branches
     update: Path = ()  # the state, or the branch, among the outputs
 
@@ -79,19 +96,25 @@ class Trace:
 
 
 def trace_calls(
-    run: Callable[[], object], blocks: Sequence[nn.Module], clips: int, *, kind: str = "block", state: str | None = None
+    run: Callable[[], object],
+    blocks: Sequence[nn.Module],
+    clips: int,
+    *,
+    kind: str = "block",
+    state: str | int | None = None,
 ) -> tuple[Trace, object]:
     """Return how run(), a forward of C clips, calls the blocks, and its output.
 
-    kind: as multi_gate. state: the name of the argument that is the state; None: found by its shape.
+    kind: as multi_gate. state: the name or position of the argument that is the state; None: found by its shape.
 
     Raises ValueError, naming a block and the reason, for blocks that do not run, run inside each other, change an
     argument (a cache, say), or whose state cannot be told.
     """
-    trace, running, copied = Trace(clips), [], {}
+    trace, running, copied, turns = Trace(clips), [], {}, Turns(blocks)
 
-    def record(number: int, forward: Callable, names: Sequence[str], /, *args, **kwargs):
-        name = block_name(number, blocks[number])
+    def record(block: nn.Module, forward: Callable, names: Sequence[str], /, *args, **kwargs):
+        number = turns.next_place(block)
+        name = block_name(number, block)
         if running:
             raise ValueError(f"{name} runs inside {running[-1]}: name blocks that follow each other")
         arguments = name_arguments(names, args, kwargs)
@@ -107,17 +130,18 @@ def trace_calls(
         running.pop()
         _check_unchanged(name, before, inputs, dict(tensors(arguments)))
         returned = dict(tensors(out))
-        trace.calls.append(TracedCall(number, name, inputs, _copies(returned, copied), given, returned))
+        named = names[state] if isinstance(state, int) and state < len(names) else state
+        trace.calls.append(TracedCall(number, name, inputs, _copies(returned, copied), given, returned, named))
         return out
 
     def wrap(number: int, forward: Callable) -> Callable:
-        return partial(record, number, forward, positional_names(forward))
+        return partial(record, blocks[number], forward, positional_names(forward))
 
     with patched(blocks, wrap):
         out = run()
     check_all_ran([call.block for call in trace.calls], blocks)
     if kind == "block":
-        _find_states(trace.calls, state)
+        _find_states(trace.calls)
     else:
         _find_branches(trace.calls)
     for call in trace.calls:
@@ -148,7 +172,7 @@ def _copies(values: Tensors, copied: dict) -> Tensors:
 
 
 def _versions(values: Tensors) -> dict[Path, tuple]:
-    """Return what tells whether a value was replaced or changed in place. Tensors of inference mode count nothing."""
+    """Return what tells whether a value was replaced or changed in place. Tensors of inference mode have no count."""
     return {path: (id(value), None if value.is_inference() else value._version) for path, value in values.items()}
 
 
@@ -156,7 +180,7 @@ def _check_unchanged(name: str, before: dict[Path, tuple], copies: Tensors, afte
     """Raises ValueError if a block has changed an argument: variants would share what is not the same for them."""
     now = _versions(after)
     changed = [path for path in (*before, *now) if before.get(path) != now.get(path)]
-    changed += [p for p, value in after.items() if value.is_inference() and p in copies and not copies[p].equal(value)]
+    changed += [path for path, value in after.items() if path in copies and not same(value, copies[path], 0)]
     if not changed:
         return
     argument = describe(changed[0])
@@ -246,7 +270,7 @@ def _shapes(inputs: Tensors, outputs: Tensors) -> str:
     return f"makes {tuple(next(iter(outputs.values())).shape)} of {', '.join(map(str, shapes))}"
 
 
-def _find_states(calls: Sequence[TracedCall], state: str | None) -> None:
+def _find_states(calls: Sequence[TracedCall]) -> None:
     """Set state and update of every call.
 
     Of several candidates, arguments that one tensor fills for several blocks are conditions, unless a block returned
@@ -261,13 +285,13 @@ def _find_states(calls: Sequence[TracedCall], state: str | None) -> None:
     undecided, known = [], defaultdict(set)
     for call in calls:
         ins, outs = updates(call.given, call.returned)
-        if state is None and len(ins) > 1:
+        if call.named is None and len(ins) > 1:
             left = {path: value for path, value in ins.items() if len(users[id(value)]) == 1 or id(value) in made}
             if len(left) != 1 or id(next(iter(left.values()))) not in made:
                 undecided.append(call)
                 continue
             ins = left
-        call.state, call.update = choose_state(call.name, call.given, call.returned, state, ins, outs)
+        call.state, call.update = choose_state(call.name, call.given, call.returned, call.named, ins, outs)
         known[_class_of(call)].add(call.state)
     for call in undecided:
         ins, outs = updates(call.given, call.returned)

@@ -13,8 +13,10 @@ from ..kernels import velocity_change
 from ..models.audio_dit.conditioning import Condition
 from ..models.backbone import Backbone
 from .blocks import gated_parts, gating, part_names
+from .calls import Trace, trace_calls
 from .official import official_foga
 from .points import ProbeBatch, ProbePoints, clip_times, evaluation_mode
+from .rows import rounding_limit
 from .scores import BatchScores, LayerScores
 from .variants import Variants, check_floor
 
@@ -41,6 +43,7 @@ class FogaProbe:
         self.blocks = [block for of_layer in parts for block in of_layer]
         self.variants = Variants(gates, [len(of_layer) for of_layer in parts])
         self._gating = gating(model, kind)
+        self._is_known = None not in (model.row_arguments, model.state if self._gating["kind"] == "block" else ())
         self._programs = CapturedPrograms() if graph else None
 
     def launch(self, batch: ProbeBatch) -> BatchScores:
@@ -53,6 +56,9 @@ class FogaProbe:
         with evaluation_mode(self.model), torch.no_grad():
             if self._programs is not None:
                 self._programs.drop_stale(self.model.parameters())
+            if not self._is_known:
+                self._check_calls(batch, condition)
+                self._is_known = True
             for time, draw in self.points:
                 x_t, t = self.points.x_t(batch, time, draw), clip_times(batch, time)
                 change, base, is_zero = self._run(self._ablate, x_t, t, condition)
@@ -72,14 +78,19 @@ class FogaProbe:
         return self._programs(key, *inputs)
 
     def _ablate(
-        self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition, check_rows: bool = False
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        condition: Condition,
+        check_rows: bool = False,
+        trace: Trace | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Return the changes (V - 1, C), the whole model's velocity (C, T, M) fp32, and whether it is zero (C,)."""
 
         def run(variants: int) -> torch.Tensor:
             return self.model(x_t.repeat(variants, 1, 1), t, condition).v
 
-        options = self._gating | {"check_rows": check_rows}
+        options = self._gating | {"check_rows": check_rows, "trace": trace}
         changes, base = self.variants.changes(run, self.blocks, condition.lengths, **options)
         return changes, base.float(), ~base.flatten(1).any(1)
 
@@ -89,6 +100,22 @@ class FogaProbe:
         """Return the change (C,) of `base`, computed among the variants, against the model as it is."""
         v = self.model(x_t, t, condition).v.float()
         return (velocity_change(v[None], base, condition.lengths)[0],)
+
+    def _check_calls(self, batch: ProbeBatch, condition: Condition) -> None:
+        """Raises ValueError if a model that does not say how its layers are called is gated otherwise than its plain
+        forward shows. Costs a checked forward of all variants, and one more."""
+        x_t, t, name = batch.mel, clip_times(batch, 0.5), type(self.model).__name__
+        naming = {option: self._gating[option] for option in ("kind", "state")}
+        trace, _ = trace_calls(lambda: self.model(x_t, t, condition), self.blocks, len(x_t), **naming)
+        checked = self._ablate(x_t, t, condition, trace=trace)[0]
+        remedy = f"{name}: which arguments of its blocks are rows cannot be told: set {name}.row_arguments and state"
+        try:
+            changes = self._ablate(x_t, t, condition)[0]
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{remedy} ({error})") from error
+        limit = rounding_limit(next(self.model.parameters()).dtype)
+        if not torch.allclose(changes, checked, rtol=limit, atol=limit, equal_nan=True):
+            raise ValueError(remedy)
 
     def check_blocks(self, batch: ProbeBatch) -> None:
         """Raises ValueError naming a block whose rows depend on each other. Costs a forward of all variants; call it

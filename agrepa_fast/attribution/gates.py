@@ -14,7 +14,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-from .calls import Trace, block_name, check_all_ran, name_arguments, patched, positional_names
+from .calls import Trace, Turns, block_name, check_all_ran, name_arguments, patched, positional_names
 from .forms import CallForm, GuessedForm, TracedForm
 from .gate_plan import BlockPlan, GatePlan
 from .rows import RowAxis, prefixes_differ, rounding_limit, same
@@ -34,17 +34,11 @@ class _GatedRun:
         self.columns: list[int] = []  # of every call
         self.seen: set[str | int] = set()  # arguments that some block was called with
         self._before: frozenset[int] = frozenset()
-        self._places = defaultdict(list)  # a block's places in the list
-        for number, block in enumerate(blocks):
-            self._places[id(block)].append(number)
-        self._calls = defaultdict(int)
+        self._turns = Turns(blocks)
 
     def begin_call(self, block: nn.Module) -> tuple[int, BlockPlan]:
-        """Return the place of this call of a block, and its plan. A block that is listed n times runs at these n places
-        in turn."""
-        places = self._places[id(block)]
-        number = places[self._calls[id(block)] % len(places)]
-        self._calls[id(block)] += 1
+        """Return the place of this call of a block, and its plan."""
+        number = self._turns.next_place(block)
         plan = self.plan.after(self._before, number)
         self._before |= {number}
         self.columns.append(number)
@@ -71,7 +65,7 @@ class _GatedRun:
         """Raises ValueError if a block did not run, or not as often as before, or no block has a row argument."""
         check_all_ran(self.columns, self.blocks)
         for number, block in enumerate(self.blocks):
-            calls, places = self._calls[id(block)], len(self._places[id(block)])
+            calls, places = self._turns.calls[id(block)], len(self._turns.places[id(block)])
             if calls % places:
                 raise ValueError(f"{block_name(number, block)} ran {calls} times, but is listed {places} times")
         if self.trace is not None and len(self.columns) % len(self.trace.calls):

@@ -56,7 +56,7 @@ def _parts(value) -> list[tuple]:
     if isinstance(value, Mapping):
         return list(value.items())
     if isinstance(value, tuple | list):
-        return list(enumerate(value))
+        return list(zip(getattr(value, "_fields", range(len(value))), value, strict=True))
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
         return [(name, getattr(value, name)) for name in names if hasattr(value, name)]

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch.nn as nn
 
-from ..attribution.ablate import ablate
+from ..attribution.ablate import VERIFY, ablate
 from ..attribution.blocks import find_blocks
 from ..audio.waves import make_torchaudio_importable
 from ..errors import UserError
+from ..files import check_writable
 from .probe import report
 from .their_code import their_error
 
@@ -32,7 +33,7 @@ class ModelRequest:
     state: str | None = None
     velocity: str | None = None
     per_call: bool = False
-    verify: int | None = 2
+    verify: int | None = VERIFY
     traceback: bool = False
 
     def __post_init__(self) -> None:
@@ -44,6 +45,7 @@ class ModelRequest:
 def probe_any_model(request: ModelRequest, out: Path) -> None:
     """Measure the layers; write attribution.csv and plots; print tables. Raises UserError, with the place in the user's
     code, if the model cannot be imported, built, run or gated."""
+    check_writable(out, "--out")
     try:
         model, inputs = _built(request.factory)
         found = find_blocks(model, request.blocks)

@@ -281,6 +281,11 @@ def test_options_without_effect_are_refused(options, message, refusal):
     assert message in refusal("plain", *options)
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, refusal):
+    (tmp_path / "out").write_text("a file")
+    assert "--out out cannot be written" in refusal("no_such")
+
+
 def test_options_of_any_model_are_refused_with_a_checkpoint(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["probe", "runs/mine", "--blocks", "layers", "--state", "x", "--per-call"])

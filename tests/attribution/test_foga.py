@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from agrepa_fast import ablate, device, foga, select_layers
+from agrepa_fast import Backbone, Layer, ablate, device, foga, select_layers
 from agrepa_fast.attribution.foga import FogaProbe
 from agrepa_fast.attribution.points import ProbeBatch, ProbePoints
 from agrepa_fast.kernels import flow_mix
 from agrepa_fast.seeds import clip_keys
 
-from ..testing import small_batch, small_model
+from ..testing import MEL_BINS, small_batch, small_model
 
 POINTS = ProbePoints((0.2, 0.6), draws=2)
 
@@ -283,6 +283,66 @@ def test_a_model_that_mixes_clips_is_refused_by_the_blocks_name(probe_batch):
     block.forward = lambda *args, **kwargs: (out := forward(*args, **kwargs)) + 0.1 * out.mean(0)
     with pytest.raises(ValueError, match=r"block 3 \(GatedDiTBlock\) cannot be gated exactly"):
         foga(model, probe_batch, times=(0.5,))
+
+
+class Biased(torch.nn.Module):
+    """A block with a bias of rows x heads, and its context first."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.linear = torch.nn.Linear(dim, dim)
+
+    def forward(self, context, x, bias):
+        bias = bias.view(x.shape[0], -1, x.shape[1], x.shape[1]).mean(1)
+        return x + torch.tanh(self.linear(x) + 0.1 * (bias @ x) + context)
+
+
+class ThirdParty(Backbone):
+    def __init__(self, dim=8, heads=4):
+        super().__init__()
+        self.heads, self.enter, self.leave = heads, torch.nn.Linear(MEL_BINS, dim), torch.nn.Linear(dim, MEL_BINS)
+        self.blocks = torch.nn.ModuleList(Biased(dim) for _ in range(4))
+
+    @property
+    def layers(self):
+        return [Layer((block,), width=8) for block in self.blocks]
+
+    def velocity(self, x_t, t, condition):
+        x = context = self.enter(x_t)
+        bias = (context @ context.mT).repeat_interleave(self.heads, 0)
+        for block in self.blocks:
+            x = block(context.roll(1, 1), x, bias)
+        return self.leave(x)
+
+
+class TestBackbonesOfOthers:
+    def test_what_cannot_be_told_is_refused_in_the_first_pass(self, probe_batch):
+        torch.manual_seed(0)
+        with pytest.raises(ValueError, match=r"block 1 \(Biased\): its state could be 'context' or 'x'"):
+            foga(ThirdParty(), probe_batch, times=(0.5,))
+
+    def test_rows_that_are_not_told_by_their_number(self, probe_batch):
+        torch.manual_seed(0)
+        model = ThirdParty()
+        model.state = "x"
+        with pytest.raises(ValueError, match=r"ThirdParty: which arguments .* set ThirdParty.row_arguments and state"):
+            foga(model, probe_batch, times=(0.5,))
+        model.row_arguments = ("context", "bias")
+        scores = foga(model, probe_batch, times=(0.5,))
+        torch.testing.assert_close(scores.values[..., 0, 0], one_by_one(model, probe_batch), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def one_by_one(model, batch: ProbeBatch, t: float = 0.5) -> torch.Tensor:
+    """(L, C): one forward per block, which hands on its state as it got it."""
+    times = torch.full((len(batch.places),), t)
+    x_t, _ = flow_mix(batch.mel, times, clip_keys(0, 0, batch.places, f"foga {t:g}"), 0.5)
+    base, scores = model(x_t, times, batch.condition).v.flatten(1), []
+    for block in model.blocks:
+        block.forward = lambda context, x, bias: x
+        scores.append((model(x_t, times, batch.condition).v.flatten(1) - base).norm(dim=1) / base.norm(dim=1))
+        del block.forward
+    return torch.stack(scores)
 
 
 class TestOfficialRecipe:

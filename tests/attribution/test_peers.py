@@ -253,9 +253,15 @@ def test_probe_refusals(arguments, message, capsys):
 
 
 def test_find_blocks():
-    model = nn.ModuleDict({"a": nn.ModuleList(nn.ModuleList([nn.Identity(), nn.ReLU()]) for _ in range(2))})
+    model = nn.ModuleDict({"a": nn.ModuleList(nn.Sequential(nn.Identity(), nn.ReLU()) for _ in range(2))})
+    model["lists"] = nn.ModuleList([model["a"]])
     assert list(find_blocks(model, "a")) == ["a.0", "a.1"]
     assert list(find_blocks(model, "a.*.0,a.*.1")) == ["a.0.0", "a.0.1", "a.1.0", "a.1.1"]
-    for path, message in (("b", "b"), ("a.*.2", "2"), ("a.0.0", "no list of modules")):
+    for path, message in (
+        ("b", "b"),
+        ("a.*.2", "2"),
+        ("a.0.0", "no list of modules"),
+        ("lists", "name it, as in --blocks lists.0"),
+    ):
         with pytest.raises(ValueError, match=message):
             find_blocks(model, path)

@@ -21,7 +21,7 @@ def compare(seed: int) -> str:
     shape, refusal = model.shape, ""
     wanted = scores_one_by_one(model, inputs, blocks)
     try:
-        scores = ablate(model, inputs, blocks, state=shape.state, max_rows=(None, 7)[seed % 2])
+        scores = ablate(model, inputs, blocks, kind=shape.kind, state=shape.state, max_rows=(None, 7)[seed % 2])
     except ValueError as error:
         refusal = str(error)
     else:

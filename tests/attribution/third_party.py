@@ -1,6 +1,7 @@
 """Random models in the manner of third parties, to compare ablate with: other arguments, outputs, loops and caches.
 
-A block that is `left_out` computes everything as before and hands on its state as it got it: the meaning of FoG-A.
+A block that is `left_out` computes everything as before and hands on its state as it got it, the meaning of FoG-A; a
+branch returns zeros.
 """
 
 import random
@@ -112,8 +113,11 @@ class Block(nn.Module):
         weights = torch.softmax(rows @ rows.mT, -1)
         update = torch.tanh(update + weights @ rows)
         update = update.transpose(0, 1) if self.shape.time_first else update
-        hidden = x.add_(update) if self.shape.fault == "place" else x + update
-        hidden = before if self.left_out else hidden
+        if self.shape.kind == "branch":
+            hidden = torch.zeros_like(update) if self.left_out else update
+        else:
+            hidden = x.add_(update) if self.shape.fault == "place" else x + update
+            hidden = before if self.left_out else hidden
         other = given[self.shape.conditions[0]] if self.shape.hands_on else weights
         return {
             "tensor": lambda: hidden,
@@ -146,11 +150,13 @@ class Shape:
         self.fault = draw.choice(FAULTS) if draw.random() < 0.25 else ""
         self.model_output = draw.choice(["tensor", "tuple", "sample", "only", "last_hidden_state"])
         self.state = "x" if draw.random() < 0.3 else None
+        self.kind = "branch" if draw.random() < 0.2 and self.fault != "place" else "block"
 
     @property
     def refusable(self) -> bool:
         """Whether it has a fault, keeps a cache, or a second argument of the state's shape that changes like it."""
         alike = "sequence" in self.conditions and not self.time_first and self.state is None
+        alike = alike and self.kind == "block"
         ambiguous = alike and (self.own_conditions or self.between != "" or self.output != "tensor")
         if alike and self.depth == 2:
             ambiguous = True
@@ -214,6 +220,7 @@ class Model(nn.Module):
             arguments = {**given, "x": turned}
             first = [arguments.pop(name) for name in shape.names[: shape.positional]]
             out = block(*first, **arguments)
+            before = x
             x = {
                 "tensor": lambda out: out,
                 "tuple": lambda out: out[0],
@@ -223,6 +230,7 @@ class Model(nn.Module):
                 "named": lambda out: out.hidden,
             }[shape.output](out)
             x = x.transpose(0, 1) if shape.time_first else x
+            x = before + x if shape.kind == "branch" else x
         return x
 
     def forget(self):
