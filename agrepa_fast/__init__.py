@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # the same names as in _HOMES; a test compares them
     from .models.backbone import Backbone as Backbone
     from .models.backbone import Layer as Layer
     from .models.backbone import Velocity as Velocity
+    from .models.fuse import fuse as fuse
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ _HOMES = {
     "ablate": "attribution.ablate",
     "count_block_forwards": "attribution.gate_plan",
     "foga": "attribution.foga",
+    "fuse": "models.fuse",
     "load_config": "config_file",
     "load_model": "checkpoints.weights",
     "multi_gate": "attribution.gates",

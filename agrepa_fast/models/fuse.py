@@ -1,0 +1,104 @@
+"""Fused operations inside other people's blocks: `fuse(module)` gives F5-TTS's DiT blocks the forward below.
+
+The class of a block is swapped in place. Parameters, their names, hooks and `isinstance` stay as they are. A block then
+projects queries, keys and values by one product, and norms, rotation, GELU and the gated residual sums are those of
+agrepa_fast.kernels. Hooks on modules inside a block (attn, ff, …) no longer run, except on its Linear layers.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..kernels import ada_norm, gated_residual, linear_gelu, qk_norm_rope
+from .audio_dit.attention import attend
+
+_KNOWN = {"f5_tts.model.modules.DiTBlock"}
+
+
+def fuse(module: nn.Module) -> int:
+    """Fuse every known block inside `module`, in place, and return how many there are.
+
+    Known are F5-TTS's DiT blocks, and classes derived from them that keep their forward. A block that is called in a
+    way that the fused operations lack (flash-attn's kernels, xPos) runs its own forward. Fuse before torch.compile.
+    """
+    count = 0
+    for part in module.modules():
+        if isinstance(part, FusedBlock):
+            count += 1
+        elif any(_is_known(base) and type(part).forward is base.forward for base in type(part).__mro__):
+            part.__class__ = _fused(type(part))
+            count += 1
+    return count
+
+
+class FusedBlock:
+    """The forward of a fused block. Its other base is the block's own class."""
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        rope: tuple[torch.Tensor, float] | None = None,
+    ) -> torch.Tensor:
+        """Return x (N, T, D) after the block. t (N, D): time embedding. mask (N, T): True on valid frames. rope: the
+        rotary angles (1, T, E) of x-transformers, each twice, and its scale."""
+        if self.attn.processor.attn_backend != "torch" or not _is_plain(rope, self.attn):
+            return super().forward(x, t, mask=mask, rope=rope)
+        x = x.contiguous()  # F5's convolution hands on a transposed view
+        norm1, norm2, inner, outer = self.attn_norm, self.ff_norm, self.ff.ff[0][0], self.ff.ff[2]
+        shift1, scale1, gate1, shift2, scale2, gate2 = norm1.linear(F.silu(t)).chunk(6, dim=1)
+        attended = self._attend(ada_norm(x, scale1, shift1, norm1.norm.eps), mask, rope)
+        h = gated_residual(x, attended, gate1, scale=scale2, shift=shift2, eps=norm2.eps)
+        y = self.ff.ff[1](linear_gelu(h.y, inner.weight, inner.bias, "tanh"))
+        return gated_residual(h.h, outer(y), gate2).h
+
+    def _attend(self, y: torch.Tensor, mask: torch.Tensor | None, rope) -> torch.Tensor:
+        attn = self.attn
+        parts = attn.to_q, attn.to_k, attn.to_v
+        weight, bias = (torch.cat([getattr(part, name) for part in parts]) for name in ("weight", "bias"))
+        angles = None if rope is None else rope[0][0, -y.shape[1] :, 0::2]
+        norms = {} if attn.q_norm is None else {"q_weight": attn.q_norm.weight, "k_weight": attn.k_norm.weight}
+        q, k, v = qk_norm_rope(
+            F.linear(y, weight, bias),
+            attn.heads,
+            None if angles is None else (angles.cos(), angles.sin()),
+            rotary_heads=attn.processor.pe_attn_head,
+            **norms,
+        )
+        if attn.processor.attn_mask_enabled and mask is not None:
+            attended = attend(q, k, v, mask.sum(1))
+        else:
+            attended = attend(q, k, v, None)
+        out = attn.to_out[1](attn.to_out[0](attended))
+        return out if mask is None else out.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+    def __reduce_ex__(self, protocol):
+        return _empty, (type(self).__bases__[1],), self.__dict__
+
+
+def _is_plain(rope, attn: nn.Module) -> bool:
+    """Whether the fused rotation serves: all channels of a head, the same angles for all clips, no xPos scale."""
+    if rope is None:
+        return True
+    angles, scale = rope
+    if isinstance(scale, torch.Tensor) or scale not in (None, 1.0):
+        return False
+    return angles.shape[0] == 1 and angles.shape[-1] == attn.inner_dim // attn.heads
+
+
+def _is_known(kind: type) -> bool:
+    return f"{kind.__module__}.{kind.__qualname__}" in _KNOWN
+
+
+@cache
+def _fused(kind: type) -> type:
+    return type(kind.__name__, (FusedBlock, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _empty(kind: type) -> nn.Module:
+    """Return a fused block without contents, for copies and pickles to fill."""
+    made = _fused(kind)
+    return made.__new__(made)
