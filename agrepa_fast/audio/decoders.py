@@ -52,7 +52,9 @@ def read_soundfile(source: str | os.PathLike | bytes, start: float, seconds: flo
             samples = -1 if seconds is None else round(seconds * rate)
             return file.read(samples, dtype="float32", always_2d=True).mean(axis=1, dtype=np.float32), rate
     except soundfile.LibsndfileError as error:
-        raise DecodeError(error.error_string.rstrip(".")) from error
+        reason = error.error_string.rstrip(".")
+        # Said of a file that begins like MP3, and is none. The file is there: `decode` has looked.
+        raise DecodeError("Format not recognised" if reason.startswith("File does not exist") else reason) from error
     except DecodeError:
         raise
     except Exception as error:  # of soundfile, numpy or the disk, for a header that no encoder writes

@@ -29,7 +29,7 @@ def audioset_source(path: Path) -> Source:
     """
     root = path.parent if path.is_file() else path
     walk = Walk(root)
-    files, tables = _audio_and_tables(walk)
+    files, tables = _audio_and_tables(walk, path)
     if path.is_file():
         tables[path.name] = path
     names = _label_names(tables.pop(_LABELS, None))
@@ -87,18 +87,19 @@ def _recordings(
     return recordings, missing
 
 
-def _audio_and_tables(walk: Walk) -> tuple[dict[str, str | None], dict[str, Path]]:
+def _audio_and_tables(walk: Walk, path: Path) -> tuple[dict[str, str | None], dict[str, Path]]:
     """Return the audio files below a folder by "<YTID>" or "<YTID> <1000 x the number after it>", and AudioSet's csv
     files by name."""
     if not Path(walk.root).is_dir():
         raise UserError(f"{walk.root} is no folder: give the one that holds AudioSet's csv files and audio")
     files, more, tables = {}, {}, {}
+    chosen = {path.name} if path.is_file() else set()
     for folder, names in walk.folders():
         found = {name for name in names if name in _TABLES or name == _LABELS}
         for name in sorted(found):
             if tables.setdefault(name, Path(folder, name)) != Path(folder, name):
                 walk.pass_over(f"{folder}/{name}", "table", f"{printable(str(tables[name]))} is taken")
-        for name in walk.recordings(folder, names, found):
+        for name in walk.recordings(folder, names, found | chosen):
             stem, dot, suffix = name.rpartition(".")
             if not (match := _FILE_NAME.fullmatch(stem)):
                 walk.pass_over(f"{folder}/{name}", "file without a segment", "its name has no YTID")

@@ -26,7 +26,7 @@ from .decode import MAX_PEAK, cut_wave
 from .job import digest
 from .passes import BATCH, BatchPass
 from .split import name_hash
-from .targets import no_frames
+from .targets import teacher_frames
 
 _HELD_OUT = 0.05  # share of the recordings
 
@@ -125,16 +125,12 @@ def _wave(recording: Recording, data: DataConfig, rate: int) -> np.ndarray | Use
 def _frames(teacher, batch: list[Recording], waves: list[np.ndarray | UserError]) -> list[np.ndarray]:
     """Return teacher frames (S, dim) fp16 per recording, (0, dim) for a bad one."""
     good = [wave for wave in waves if not isinstance(wave, UserError)]
-    of_waves = iter(teacher.frames(good) if good else [])
+    of_waves = iter(teacher_frames(teacher, good) if good else [])
     result = []
     for recording, wave in zip(batch, waves, strict=True):
-        if isinstance(wave, UserError):
-            print(f"skipped {wave}")
-            result.append(np.zeros((0, teacher.dim), np.float16))
-            continue
-        frames = next(of_waves).astype(np.float16)
-        if not np.isfinite(frames).all():
-            print(f"skipped {recording.source}: {no_frames(teacher)}")
-            frames = frames[:0]
+        frames = str(wave) if isinstance(wave, UserError) else next(of_waves)
+        if isinstance(frames, str):
+            print(f"skipped {frames if isinstance(wave, UserError) else f'{recording.source}: {frames}'}")
+            frames = np.zeros((0, teacher.dim), np.float16)
         result.append(frames)
     return result

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..ranks import Ranks
 from .job import Stage, list_work, read_work, work_file, write_work
@@ -71,7 +72,27 @@ class BatchPass:
 
     def result(self, clip) -> dict[str, np.ndarray]:
         """Return the result of a clip."""
-        return read_work(self.file(clip))
+        try:
+            return read_work(self.file(clip))
+        except FileNotFoundError:
+            return read_work(self._mark(clip))
+
+
+def compute_each(name: str, compute: Callable[[list], Iterable], inputs: list) -> list:
+    """Return compute(inputs), a result per input. If it raises, it is called for each input alone, and the reason, a
+    str, takes the place of the results that it raises for. Raises if it raises for all of several inputs, or for want
+    of memory: then the inputs are not the cause."""
+    try:
+        return list(compute(inputs))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if len(inputs) > 1:
+            results = [one for value in inputs for one in compute_each(name, compute, [value])]
+            if all(isinstance(result, str) for result in results):
+                raise
+            return results
+        return [f"{name} fails: {type(error).__name__}: {' '.join(str(error).split())[:160]}"]
 
 
 def batches_by_length(clips: Iterable) -> list[list]:

@@ -24,7 +24,7 @@ from .job import Job, read_record, read_work, work_file, write_work
 from .out_folder import check_setting, finish, locked, read_existing
 from .passes import BatchPass, batches_by_length
 from .pipeline import load_teacher_on_every_rank, reading_threads
-from .targets import no_frames, stored_target, target_name, teacher_entry, teacher_frames
+from .targets import stored_target, target_name, teacher_entry, teacher_frames
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,9 @@ class _SidecarStage:
 
     def _compute(self, batch: list[_ShardClip], waves: list[np.ndarray]) -> Iterable[dict[str, np.ndarray]]:
         for clip, frames in zip(batch, teacher_frames(self.teacher, waves), strict=True):
-            if len(frames) == 0:  # the clip is in the shards already, so that it cannot be left out
+            if isinstance(frames, str):  # the clip is in the shards already, so that it cannot be left out
                 raise UserError(
-                    f"{clip.recording.source}: {no_frames(self.teacher)}: add another teacher, or prepare the "
+                    f"{clip.recording.source}: {frames}: add another teacher, or prepare the "
                     "recordings again without it"
                 )
             yield {"target": stored_target(frames, clip.seconds, self.job.data.teacher_rate)}

@@ -3,19 +3,23 @@
 import numpy as np
 
 from ..config import DataConfig
+from .passes import compute_each
 
 
-def teacher_frames(teacher, waves: list[np.ndarray]) -> list[np.ndarray]:
-    """Return the teacher's frames (frames, dim) fp16 per wave. There are none, (0, dim), of a wave whose frames fp16
-    cannot hold; no_frames says so."""
+def teacher_frames(teacher, waves: list[np.ndarray]) -> list[np.ndarray | str]:
+    """Return the teacher's frames (frames, dim) fp16 per wave; or the reason why a wave cannot be used, if it gives
+    none, or values that fp16 cannot hold."""
+    return [_as_stored(teacher, frames) for frames in compute_each(f"teacher {teacher.name}", teacher.frames, waves)]
+
+
+def _as_stored(teacher, frames: np.ndarray | str) -> np.ndarray | str:
+    if isinstance(frames, str):
+        return frames
     with np.errstate(over="ignore"):
-        of_waves = [frames.astype(np.float16) for frames in teacher.frames(waves)]
-    return [frames if np.isfinite(frames).all() else frames[:0] for frames in of_waves]
-
-
-def no_frames(teacher) -> str:
-    """Return the reason why a clip without teacher frames cannot be used."""
-    return f"teacher {teacher.name} gives no frames, or values that fp16 cannot hold"
+        stored = frames.astype(np.float16)
+    if len(stored) == 0:
+        return f"teacher {teacher.name} gives no frames"
+    return stored if np.isfinite(stored).all() else f"teacher {teacher.name} gives values that fp16 cannot hold"
 
 
 def stored_target(frames: np.ndarray, seconds: float, rate: float | None) -> np.ndarray:

@@ -5,12 +5,13 @@ from collections.abc import Iterable
 import numpy as np
 
 from ..data.index import SPLITS
+from ..errors import UserError
 from ..ranks import Ranks
 from ..tokenizers.kmeans import Codebook, FrameTokenizer, fit_frames
 from .decode import Clip
 from .job import Job, read_work, write_work
 from .passes import REASON, BatchPass, batches_by_length
-from .targets import no_frames, stored_target, teacher_frames
+from .targets import stored_target, teacher_frames
 
 
 class TeacherPass:
@@ -68,26 +69,36 @@ class TeacherPass:
     def _fit_codebook(self) -> Codebook:
         file = self.folder / "codebook.npz"
         if not file.is_file():
-            frames = np.concatenate([self._frames.result(clip)["frames"] for clip in self._fit_clips()])
-            write_work(file, centroids=Codebook.fit(frames, self.data.codebook, self.job.domain).centroids)
+            of_clips = self._read_frames(self._fit_clips())
+            usable = [frames for frames in of_clips if not isinstance(frames, str)]
+            if not usable:
+                raise UserError(
+                    f"{of_clips[0]}, for all of the first {len(of_clips)} {self.job.domain} clips: set another "
+                    f"data.{self.job.domain}_teacher"
+                )
+            codebook = Codebook.fit(np.concatenate(usable), self.data.codebook, self.job.domain)
+            write_work(file, centroids=codebook.centroids)
         return Codebook(read_work(file)["centroids"])
 
     def _read_waves(self, batch: list[Clip]) -> list[np.ndarray]:
         return [clip.wave(self.teacher.sample_rate) for clip in batch]
 
-    def _read_frames(self, batch: list[Clip]) -> list[np.ndarray]:
-        return [self._frames.result(clip)["frames"] for clip in batch]
+    def _read_frames(self, batch: list[Clip]) -> list[np.ndarray | str]:
+        """Return the frames of every clip, or the reason why it has none."""
+        results = [self._frames.result(clip) for clip in batch]
+        return [str(result[REASON]) if REASON in result else result["frames"] for result in results]
 
     def _keep_frames(self, batch: list[Clip], waves: list[np.ndarray]) -> Iterable[dict[str, np.ndarray]]:
-        return ({"frames": frames} for frames in teacher_frames(self.teacher, waves))
+        of_clips = teacher_frames(self.teacher, waves)
+        return ({REASON if isinstance(frames, str) else "frames": frames} for frames in of_clips)
 
     def _run_and_encode(self, batch: list[Clip], waves: list[np.ndarray]) -> Iterable[dict[str, np.ndarray]]:
         return self._encode(batch, teacher_frames(self.teacher, waves))
 
-    def _encode(self, batch: list[Clip], of_clips: list[np.ndarray]) -> Iterable[dict[str, np.ndarray]]:
+    def _encode(self, batch: list[Clip], of_clips: list[np.ndarray | str]) -> Iterable[dict[str, np.ndarray]]:
         for clip, frames in zip(batch, of_clips, strict=True):
-            if len(frames) == 0:
-                yield {REASON: no_frames(self.teacher)}
+            if isinstance(frames, str):
+                yield {REASON: frames}
                 continue
             ids = {role: tokenizer.encode(frames) for role, tokenizer in self.tokenizers.items()}
             yield {**ids, "target": stored_target(frames, clip.seconds, self.data.teacher_rate)}

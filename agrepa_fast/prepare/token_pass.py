@@ -7,9 +7,9 @@ import numpy as np
 from ..data.index import SPLITS
 from .decode import Clip
 from .job import Job
-from .passes import REASON, BatchPass, batches_by_length
+from .passes import REASON, BatchPass, batches_by_length, compute_each
 from .roles import TokenRole
-from .targets import no_frames, teacher_frames
+from .targets import teacher_frames
 
 
 def run_token_pass(job: Job, role: TokenRole, splits: dict[str, list[Clip]]) -> BatchPass:
@@ -21,11 +21,15 @@ def run_token_pass(job: Job, role: TokenRole, splits: dict[str, list[Clip]]) -> 
 
     def compute(batch: list[Clip], waves: list[np.ndarray]) -> Iterable[dict[str, np.ndarray]]:
         if role.teacher is None:
-            for ids in role.tokenizer.encode(waves):
+            of_clips = compute_each(f"tokenizer {role.spec}", role.tokenizer.encode, waves)
+        else:
+            of_frames = teacher_frames(role.teacher, waves)
+            of_clips = (f if isinstance(f, str) else role.tokenizer.encode(f) for f in of_frames)
+        for ids in of_clips:
+            if isinstance(ids, str):
+                yield {REASON: ids}
+            else:
                 yield {"ids": ids} if len(ids) else {REASON: f"tokenizer {role.spec} gives no tokens"}
-            return
-        for frames in teacher_frames(role.teacher, waves):
-            yield {"ids": role.tokenizer.encode(frames)} if len(frames) else {REASON: no_frames(role.teacher)}
 
     clips = [clip for split in SPLITS for clip in splits[split]]
     folder = job.work_folder(role.name, [role.identity, [clip.file.name for clip in clips]])

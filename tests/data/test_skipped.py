@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
@@ -166,7 +167,8 @@ def test_frames_that_cannot_be_stored_leave_their_clip_out(whisper, tmp_path, mo
     assert len(sources) == 18
     assert not [source for source in sources if source.endswith(LATE)]
     assert sorted((row[2].rpartition("/")[2], row[3]) for row in rows(out)) == [(n, "bad recording") for n in LATE]
-    assert all("gives no frames, or values that fp16 cannot hold" in row[4] for row in rows(out))
+    reason = "gives no frames" if kind == "none" else "gives values that fp16 cannot hold"
+    assert all(row[4].startswith("teacher ") and reason in row[4] for row in rows(out))
     assert len(index.content["domains"]["speech"]["skipped"]) == 2
     left = {path for path in corpus.rglob("take*") if path.name.endswith((*LATE, "take.3.txt", "take.8.txt"))}
     assert len(left) == 4
@@ -191,7 +193,7 @@ def test_an_interruption_after_bad_frames_changes_nothing(whisper, tmp_path, mon
         interrupted.setattr("agrepa_fast.prepare.write.ShardStage.run", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare_folder(settings(whisper), corpus, "speech", tmp_path / "again")
-    assert len(list((tmp_path / "again").rglob("*.unusable.npz"))) == 2
+    assert len(list((tmp_path / "again/.work").glob("*-teacher-*/*/*.unusable.npz"))) == 2
     monkeypatch.setattr(WhisperTeacher, "frames", lambda *_: pytest.fail("computed again"))
     prepare_folder(settings(whisper), corpus, "speech", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
@@ -201,8 +203,39 @@ def test_too_many_bad_frames_end_it_with_all_names(whisper, tmp_path, monkeypatc
     corpus = write_corpus(tmp_path / "corpus", 12)
     frames = WhisperTeacher.frames
     monkeypatch.setattr(WhisperTeacher, "frames", lambda self, waves: [f * np.nan for f in frames(self, waves)])
-    with pytest.raises(UserError, match=r"codebook|12 of 12 speech recordings cannot be used"):
+    with pytest.raises(UserError, match=r"gives values that fp16 cannot hold, for all of the first \d+ speech clips"):
         prepare_folder(settings(whisper, "data.codebook=4"), corpus, "speech", tmp_path / "out")
+    calls = iter([1.0, 1.0] + [np.nan] * 99)  # the first clips are good, so that there is a codebook
+    monkeypatch.setattr(WhisperTeacher, "frames", lambda self, waves: [f * next(calls) for f in frames(self, waves)])
+    with pytest.raises(UserError, match=r"\d+ of 12 speech recordings cannot be used: .* all in .*skipped\.csv"):
+        prepare_folder(settings(whisper, "data.codebook=4"), corpus, "speech", tmp_path / "half")
+    assert len(rows(tmp_path / "half")) == 10
+
+
+def fails(self, waves, frames=WhisperTeacher.frames):
+    if any(abs(len(wave) / 16000 - 0.9) < 0.05 for wave in waves):
+        raise RuntimeError("kernel size is greater\nthan input size")
+    return frames(self, waves)
+
+
+def test_a_clip_that_the_teacher_fails_on_is_left_out(whisper, tmp_path, monkeypatch):
+    corpus = write_corpus(tmp_path / "corpus", 12)
+    monkeypatch.setattr(WhisperTeacher, "frames", fails)
+    index = prepare_folder(settings(whisper), corpus, "speech", tmp_path / "out")
+    assert sum(map(len, read_all(index).values())) == 11
+    [row] = rows(tmp_path / "out")
+    assert row[2] == "speaker 0/take.3.ogg"
+    assert row[4].endswith("fails: RuntimeError: kernel size is greater than input size")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), torch.OutOfMemoryError("full"), MemoryError()], ids=repr)
+def test_a_teacher_that_fails_on_everything_ends_it(whisper, tmp_path, monkeypatch, error):
+    def frames(self, waves):
+        raise error
+
+    monkeypatch.setattr(WhisperTeacher, "frames", frames)
+    with pytest.raises(type(error)):
+        prepare_folder(settings(whisper), write_corpus(tmp_path / "corpus", 12), "speech", tmp_path / "out")
 
 
 class NoTokens(Signs):
