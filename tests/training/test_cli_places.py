@@ -23,7 +23,8 @@ def refused(capsys, *arguments: object) -> str:
     with pytest.raises(SystemExit) as stopped:
         main([str(argument) for argument in arguments])
     assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    *bars, line = capsys.readouterr().err.strip().splitlines()
+    assert all("%|" in bar for bar in bars), bars
     return line
 
 
