@@ -27,11 +27,11 @@ if TYPE_CHECKING:  # the same names as in _HOMES; a test compares them
     from .config_file import load_config as load_config
     from .errors import UserError as UserError
     from .models.audio_dit.block import GatedDiTBlock as GatedDiTBlock
-    from .models.audio_dit.conditioning import Condition as Condition
     from .models.audio_dit.dit import AudioDiT as AudioDiT
     from .models.backbone import Backbone as Backbone
     from .models.backbone import Layer as Layer
     from .models.backbone import Velocity as Velocity
+    from .models.condition import Condition as Condition
     from .models.fuse import fuse as fuse
 
 __version__ = "0.1.0"
@@ -39,7 +39,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AudioDiT": "models.audio_dit.dit",
     "Backbone": "models.backbone",
-    "Condition": "models.audio_dit.conditioning",
+    "Condition": "models.condition",
     "Config": "config",
     "GatedDiTBlock": "models.audio_dit.block",
     "Layer": "models.backbone",

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .data_config import DataConfig
+from .domains import DOMAINS as DOMAINS
 from .errors import UserError, nearest
 from .settings import (
     Count,
@@ -33,7 +34,6 @@ from .settings import (
 )
 
 PRESETS = Path(__file__).with_name("presets")
-DOMAINS = ("speech", "audio")
 CONTRIBUTION = ("foga", "foga-vjp", "gradnorm")  # measures of what a layer contributes to the velocity
 STORAGE = ("ridge", "cka", "lasp")  # measures of what a layer stores of the teacher
 MEASURES = (*CONTRIBUTION, *STORAGE)

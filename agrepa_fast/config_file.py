@@ -163,7 +163,8 @@ def _merge(settings: dict, later: dict) -> None:
 
 def _refuse_expression(name: str, value: object) -> None:
     """Raise UserError for ${NAME}: other programs put a variable in its place, this one does not."""
-    for text in value if isinstance(value, list) else [value]:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    for text in parts:
         if isinstance(text, str) and "${" in text:
             raise UserError(f"{name}={text}: ${{…}} is not expanded: write the value")
 

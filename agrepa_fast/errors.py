@@ -1,13 +1,23 @@
 """Errors that a user can put right, and the nearest known name for one that is misspelt."""
 
 import difflib
+import re
 import sys
 from collections.abc import Iterable
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_LONGEST = 1000  # characters of a message
 
 
 class UserError(Exception):
     """An error that the user can put right. Its one line names the thing and the remedy; commands print it and exit
-    with code 2."""
+    with code 2. Line breaks and control characters of names in it are escaped, and the middle of a long line is cut."""
+
+    def __init__(self, message: str):
+        message = _CONTROL.sub(lambda found: repr(found[0])[1:-1], message)
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 2 :]}"
+        super().__init__(message)
 
 
 class LocalError(UserError):

@@ -13,7 +13,7 @@ import torch
 
 from .config import FlowConfig
 from .kernels import philox_normal, philox_uniform, valid_frames
-from .models.audio_dit.conditioning import Condition
+from .models.condition import Condition
 
 
 class Draws(NamedTuple):

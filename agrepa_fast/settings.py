@@ -130,20 +130,24 @@ def _value(hint: object, shown: str, value: object, path: bool) -> object:
     if base is list and isinstance(value, list):
         return [_value(_item(hint), shown, item, path) for item in value]
     if base is dict:
-        return _untyped(value)
+        return _untyped(shown, value, 0, [])
     return _number(hint, shown, value) if base in (int, float) else value
 
 
-def _untyped(value: object) -> object:
-    """Return texts as the numbers and truth values that they are written like, inside of lists and dicts too."""
+def _untyped(shown: str, value: object, depth: int, parts: list[object]) -> object:
+    """Return texts as the numbers and truth values that they are written like, inside of lists and dicts too. parts:
+    all that were looked at; YAML's aliases can make billions of them, or an endless depth."""
+    parts.append(value)
+    if depth > 20 or len(parts) > 10_000:
+        raise UserError(f"{shown}={_shown(value)}: more than 20 values inside each other, or 10000 in all")
     if isinstance(value, dict):
-        return {name: _untyped(part) for name, part in value.items()}
+        return {name: _untyped(f"{shown}.{name}", part, depth + 1, parts) for name, part in value.items()}
     if isinstance(value, list):
-        return [_untyped(part) for part in value]
+        return [_untyped(shown, part, depth + 1, parts) for part in value]
     if value in ("true", "false"):
         return value == "true"
     if isinstance(value, str) and _NUMBER.fullmatch(value):
-        return int(value) if value.lstrip("-").isdigit() else float(value)
+        return _number(int if value.lstrip("-").isdigit() else float, shown, value)
     return value
 
 

@@ -16,8 +16,8 @@ from agrepa_fast.data.samples import Sample
 from agrepa_fast.data.writing import write_shard
 from agrepa_fast.data_config import ShardConfig
 from agrepa_fast.files import file_sha256, write_atomically
-from agrepa_fast.models.audio_dit.conditioning import Condition
 from agrepa_fast.models.audio_dit.dit import AudioDiT
+from agrepa_fast.models.condition import Condition
 from agrepa_fast.settings import setting_names
 from agrepa_fast.tokenizers.code_mels import codebook_bytes
 from agrepa_fast.tokenizers.kmeans import Codebook

@@ -4,8 +4,8 @@ import torch
 
 from ..config import ModelConfig
 from ..errors import UserError
-from ..models.audio_dit.conditioning import Condition
 from ..models.backbone import Backbone
+from ..models.condition import Condition
 from ..their_code import their_error
 from .foga import FogaProbe
 from .points import ProbeBatch, ProbePoints, clip_times, evaluation_mode

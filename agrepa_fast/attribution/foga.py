@@ -10,8 +10,8 @@ import torch
 from ..config import RECIPES, TIMES
 from ..device import CapturedPrograms
 from ..kernels import velocity_change
-from ..models.audio_dit.conditioning import Condition
 from ..models.backbone import Backbone
+from ..models.condition import Condition
 from .blocks import gated_parts, gating, part_names
 from .calls import Trace, trace_calls
 from .official import official_foga

@@ -13,7 +13,7 @@ from ..config import TIMES
 from ..device import to_device
 from ..flow import reference_prefix
 from ..kernels import flow_mix
-from ..models.audio_dit.conditioning import Condition
+from ..models.condition import Condition
 from ..seeds import clip_keys
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple, Self
 
 import torch
 
-from ..config import DOMAINS
-from ..models.audio_dit.conditioning import Condition
+from ..domains import DOMAINS
+from ..models.condition import Condition
 from .index import Index
 from .reading import Fault
 from .samples import Sample

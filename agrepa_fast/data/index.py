@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..config import DOMAINS
+from ..domains import DOMAINS
 from ..errors import UserError
 from ..files import file_sha256, write_atomically
 from .locations import Location, ReadError, Remote, locate, read_object

@@ -8,12 +8,11 @@ from dataclasses import replace
 from multiprocessing import context, resource_tracker
 from multiprocessing.connection import wait
 from types import ModuleType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ..config import DataConfig
 from .batch import Batch, PackedBatch, pack
 from .clip_reader import Background, ClipReader
 from .index import Index
@@ -21,6 +20,9 @@ from .layout import BatchLayout
 from .plan import BatchPlan
 from .reading import Fault
 from .samples import Sample
+
+if TYPE_CHECKING:  # loader processes do without pydantic
+    from ..config import DataConfig
 
 _READERS = 4  # threads that read ahead
 
@@ -36,7 +38,7 @@ class TrainBatches:
     def __init__(
         self,
         index: Index,
-        data: DataConfig,
+        data: "DataConfig",
         layout: BatchLayout,
         *,
         seed: int,

@@ -13,15 +13,17 @@ run resumes anywhere, on any number of ranks, by opening the shards of one batch
 
 import math
 from functools import lru_cache
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
-from ..config import Config
 from .buckets import Bucket, length_buckets
 from .index import Index
 from .layout import BatchLayout, ceil_div
 from .order import ClipOrder, seeded
+
+if TYPE_CHECKING:  # loader processes do without pydantic
+    from ..config import Config
 
 _CROWDED = 8  # reads of a shard in an epoch that are worth a warning
 
@@ -71,7 +73,7 @@ class BatchPlan:
         self.cycle = sum(bucket.steps for bucket in self.buckets)
 
     @classmethod
-    def of(cls, index: Index, config: Config, layout: BatchLayout) -> Self:
+    def of(cls, index: Index, config: "Config", layout: BatchLayout) -> Self:
         """Return the plan of a run. The cost of attention is its FLOPs per pair of frames over those of the linear
         layers per frame: 4 D, for scores and values, over (8 + 4 ffn_mult) D^2, for the four projections and the two
         FFN layers, = 1 / ((2 + ffn_mult) D). That of a user's model is not known, and not counted."""

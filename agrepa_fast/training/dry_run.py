@@ -9,8 +9,8 @@ from ..data.layout import BatchLayout
 from ..data.plan import BatchPlan
 from ..errors import LocalError, UserError
 from ..flow import flow_loss
-from ..models.audio_dit.conditioning import Condition
 from ..models.backbone import Backbone
+from ..models.condition import Condition
 from ..ranks import first_failure
 
 

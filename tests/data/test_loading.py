@@ -116,11 +116,12 @@ def test_a_plan_can_be_pickled(index):
 UNGUARDED = """
 import sys
 print("imported as", __name__, flush=True)
-from agrepa_fast.config import DataConfig
 from agrepa_fast.data.index import load_index
 from agrepa_fast.data.layout import BatchLayout
 from agrepa_fast.data.loading import TrainBatches
-print("heavy:", sorted({"deepspeed", "transformers", "omegaconf", "matplotlib", "scipy"} & sys.modules.keys()))
+heavy = {"deepspeed", "transformers", "matplotlib", "scipy", "yaml", "pydantic", "triton"}
+print("heavy:", sorted(heavy & sys.modules.keys()))
+from agrepa_fast.config import DataConfig
 batches = TrainBatches(load_index(sys.argv[1]), DataConfig(workers=1), BatchLayout(4, 1, 0, 1), seed=0, center=True)
 print(next(batches).keys)
 batches.close()

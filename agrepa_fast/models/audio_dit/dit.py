@@ -9,8 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ...config import ModelConfig
 from ..backbone import Backbone, Layer, Velocity
+from ..condition import Condition
 from .block import GatedDiTBlock
-from .conditioning import Condition, TimeEmbedding, TokenCondition, keep_clips, rotary_tables, sinusoids, zero_padding
+from .conditioning import TimeEmbedding, TokenCondition, keep_clips, rotary_tables, sinusoids, zero_padding
 
 
 class AudioDiT(Backbone):
