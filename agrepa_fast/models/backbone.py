@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from ..kernels import valid_frames
-from .audio_dit.conditioning import Condition, zero_padding
+from .audio_dit.conditioning import zero_padding
+from .condition import Condition
 
 
 class Velocity(NamedTuple):
