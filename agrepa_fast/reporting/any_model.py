@@ -14,8 +14,8 @@ from ..attribution.blocks import find_blocks
 from ..audio.waves import make_torchaudio_importable
 from ..errors import UserError
 from ..files import check_writable
+from ..their_code import their_error
 from .probe import report
-from .their_code import their_error
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ def choose_precision(config: Config, ds_values: dict, device: torch.device, resu
     """Return the settings with what `auto` takes, and a line that says so; None if nothing was to choose.
 
     bf16 is taken on a CPU with instructions for it, if forward and backward of a block run GAIN times as fast. A run
-    that is resumed, a narrow model, and a ds_config that decides, keep what they had. Every rank must call it: the
-    speed is rank 0's. Weights and random states stay as they are.
+    that is resumed, a narrow model, a user's model, and a ds_config that decides, keep what they had. Every rank must
+    call it: the speed is rank 0's. Weights and random states stay as they are.
     """
     decided = ds_values.get("bf16", {}).get("enabled", "auto") != "auto"
     if config.train.precision != "auto" or device.type != "cpu" or resumed or decided:
         return config, None
     instructions = [name for name in _INSTRUCTIONS if torch.cpu.get_capabilities().get(name)]
-    if not instructions or config.model.dim < _NARROW:
+    if not instructions or config.model.backbone != "audio_dit" or config.model.dim < _NARROW:
         return config, None
     gain = from_rank_0(lambda: bf16_gain(config.model))
     precision = "bf16" if gain >= GAIN else "fp32"
