@@ -18,8 +18,7 @@ def librispeech_source(path: Path) -> Source:
     line without a file.
     """
     recordings = []
-    subsets, left_out = _subsets(path)
-    passed_over = [PassedOver(subset.name, "subset", "for evaluation") for subset in left_out]
+    subsets, passed_over = _subsets(path)
     for subset in subsets:
         of_subset = [r for chapter in sorted(subset.glob("*/*/")) for r in _chapter(subset, chapter)]
         passed_over += _others(subset, {recording.path for recording in of_subset})
@@ -31,7 +30,7 @@ def librispeech_source(path: Path) -> Source:
     return Source.of(str(path), "speech", sorted(recordings, key=lambda recording: recording.name), passed_over)
 
 
-def _subsets(path: Path) -> tuple[list[Path], list[Path]]:
+def _subsets(path: Path) -> tuple[list[Path], list[PassedOver]]:
     """Return the subsets to train on, and the others."""
     path = path.absolute()  # a subset may be given as "."
     root = path / "LibriSpeech" if (path / "LibriSpeech").is_dir() else path
@@ -39,9 +38,18 @@ def _subsets(path: Path) -> tuple[list[Path], list[Path]]:
         raise UserError(f"{path} is no folder: give the one of LibriSpeech ({_LAYOUT})")
     if _has_speakers(root):
         return [root], []
-    subsets = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and _has_speakers(folder)]
+    found = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and _has_speakers(folder)]
+    real = {}
+    for folder in sorted(found, key=Path.is_symlink):  # a link beside its subset gives no second one
+        real.setdefault(folder.resolve(), folder)
+    subsets = [folder for folder in found if folder in real.values()]
     chosen = without_evaluation("speech", subsets)
-    return chosen, [subset for subset in subsets if subset not in chosen]
+    passed_over = [PassedOver(folder.name, "subset", "for evaluation") for folder in subsets if folder not in chosen]
+    return chosen, passed_over + [
+        PassedOver(folder.name, "link", f"a link to {real[folder.resolve()].name}")
+        for folder in found
+        if folder not in subsets
+    ]
 
 
 def _others(subset: Path, taken: set[str]) -> list[PassedOver]:

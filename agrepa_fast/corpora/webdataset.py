@@ -206,7 +206,7 @@ class _Shard:
         try:
             while start is not None:
                 stream.seek(start)
-                with tarfile.open(fileobj=stream, mode="r:") as tar:
+                with tarfile.open(fileobj=_Headers(stream), mode="r:") as tar:
                     yield from self._members_of(tar)
                 if start and tar.offset == start:
                     rest = f"{stream.seek(0, os.SEEK_END) - start} bytes, from byte {start} on, are no tar"
@@ -260,6 +260,18 @@ class _Shard:
 
     def _pass_over(self, name: str, kind: str, reason: str) -> None:
         self.passed_over.append(PassedOver(printable(f"{self.inside}/{name}"), kind, reason))
+
+
+class _Headers:
+    """A tar for tarfile, which reads long names and attributes whole, however long a damaged header says they are."""
+
+    def __init__(self, stream):
+        self.seek, self.tell, self._stream = stream.seek, stream.tell, stream
+
+    def read(self, size: int) -> bytes:
+        if size > MAX_DESCRIPTION:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._stream.read(size)
 
 
 def _next_block(stream) -> int | None:

@@ -70,7 +70,7 @@ def check_share(out: Path, domain: str, left_out: Sequence[PassedOver], total: i
     if not too_many_bad(bad, total) and total - len(left_out) >= 2:
         return
     if not left_out:
-        raise UserError(f"{total} {domain} recording{'s' * (total != 1)} are too few, at least 2 are needed: add some")
+        raise UserError(f"at least 2 {domain} recordings are needed, {total} found: add some")
     worst = sorted(left_out, key=lambda entry: entry.kind != BAD)
     named = f"{', '.join(map(_named, worst[:3]))}{f' and {len(worst) - 3} more' if len(worst) > 3 else ''}"
     raise UserError(

@@ -192,6 +192,18 @@ def test_tars_of_several_tars(tmp_path):
         webdataset_source(str(joined), "audio")
 
 
+def test_headers_of_tars_are_read_up_to_a_bound(tmp_path):
+    write_tar(tmp_path / "a.tar", {"a.flac": audio_bytes(0)})
+    for kind in (b"x", b"g", b"L", b"K"):
+        header = tarfile.TarInfo("endless")
+        header.type, header.size = kind, 2**32
+        with (tmp_path / "b.tar").open("wb") as stream:
+            stream.write(header.tobuf(tarfile.GNU_FORMAT))
+            stream.truncate(2**32 + 2048)  # sparse on the disk, whole in memory
+        with pytest.raises(UserError, match=r"b\.tar is no tar, or cut short \(a header of 4294967296 bytes\)"):
+            webdataset_source(str(tmp_path), "audio")
+
+
 def test_a_folder_of_tars_accounts_for_every_name(tmp_path):
     root = tmp_path / "shards"
     (root / ".cache").mkdir(parents=True)
@@ -245,6 +257,20 @@ def test_audioset_takes_what_it_took_before_more_suffixes_were_read(audioset):
     assert taken(again) == taken(source)
     assert again.identity == source.identity
     assert [kind for kind, _ in reasons(again).values()].count("second file of a recording") >= 11
+
+
+def test_a_linked_subset_beside_the_real_one_comes_once(librispeech):
+    (librispeech / "an-alias").symlink_to("train-clean-100")
+    source = librispeech_source(librispeech)
+    assert {recording.labels for recording in source.recordings()} == {("train-clean-100",)}
+    assert reasons(source)["an-alias"] == ("link", "a link to train-clean-100")
+
+
+def test_lines_without_a_name_are_no_recordings(librispeech):
+    transcript = librispeech / "train-clean-100/19/7/19-7.trans.txt"
+    before = taken(librispeech_source(librispeech))
+    transcript.write_bytes(transcript.read_bytes().replace(b"\n", b"\r\n") + b"\n \n\r\n")
+    assert taken(librispeech_source(librispeech)) == before
 
 
 def test_librispeech_accounts_for_files_outside_of_the_layout(librispeech):
