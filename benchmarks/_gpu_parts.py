@@ -18,7 +18,7 @@ import bench_qk_norm_rope
 import torch
 import torch.nn.functional as F
 from _attention import AttentionCase
-from _bench import Op, as_tuple, compare, differentiate
+from _bench import Allowed, Op, Results, as_tuple, compare, differentiate, why_wrong
 from _gpu_steps import free
 from _plan import Plan
 from _results import ROOT
@@ -28,6 +28,7 @@ from probe_throughput import Case
 from agrepa_fast.kernels._launch import TILES, Tile
 
 Measured = Iterator[tuple[str, object]]
+SAME = Allowed(0.0, 2e-3)  # sums over other chunks of frames, rounded
 OTHER_TILES = {
     "fwd": (Tile(4, 8), Tile(2, 4), Tile(1, 1), Tile(4, 4)),
     "bwd": (Tile(1, 4, 2, 16), Tile(1, 4, 2, 32), Tile(1, 4, 3, 32), Tile(1, 4, 1, 32), Tile(2, 8, 2, 32), Tile(2, 8)),
@@ -124,7 +125,8 @@ def tiles(plan: Plan) -> Measured:
 
 
 def _time_tiles(plan: Plan, op: Op, phase: str, clips: int) -> dict[str, dict]:
-    """Return seconds and GB/s of one kernel per tile, named rows x warps x stages x chunk."""
+    """Return seconds and GB/s of one kernel per tile, named rows x warps x stages x chunk, or {"wrong": message}
+    for one that changes a result."""
     shape, kernel, backward = (*plan.shape[:2], clips), f"{op.name}_{phase}", phase == "bwd"
     inputs = op.make_inputs(*shape, plan.sizes.dtype, plan.sizes.device)
     for name in op.leaves:
@@ -132,22 +134,25 @@ def _time_tiles(plan: Plan, op: Op, phase: str, clips: int) -> dict[str, dict]:
     outputs = as_tuple(op.fused(**inputs))
     gradients, in_use = [torch.randn_like(output) for output in outputs], TILES[kernel]
 
-    def run(tile: Tile) -> None:
+    def run(tile: Tile) -> Results:
         TILES[kernel] = tile
         if backward:
-            differentiate(outputs, inputs, op.leaves, gradients, retain_graph=True)
+            made = differentiate(outputs, inputs, op.leaves, gradients, retain_graph=True)
         else:
-            op.fused(**inputs)
+            made = as_tuple(op.fused(**inputs))
+        return {str(number): tensor.detach() for number, tensor in enumerate(made)}
 
-    tiles = dict.fromkeys((in_use, *OTHER_TILES[phase]))
+    tiles = {"x".join(map(str, tile)): partial(run, tile) for tile in dict.fromkeys((in_use, *OTHER_TILES[phase]))}
     try:
-        results = time_interleaved({"x".join(map(str, t)): partial(run, t) for t in tiles}, plan.sizes.repeats)
+        usual = run(in_use)
+        wrong = {name: why_wrong(call, usual, usual, SAME) for name, call in tiles.items()}
+        timed = time_interleaved({name: call for name, call in tiles.items() if not wrong[name]}, plan.sizes.repeats)
     finally:
         TILES[kernel] = in_use
-    for result in results.values():
-        moved = op.traffic(*shape)[backward] * plan.sizes.dtype.itemsize
+    moved = op.traffic(*shape)[backward] * plan.sizes.dtype.itemsize
+    for result in timed.values():
         result["gb_per_s"] = moved / result["median_s"] / 1e9
-    return results
+    return {name: {"wrong": wrong[name]} if wrong[name] else timed[name] for name in tiles}
 
 
 def ops(plan: Plan) -> Measured:

@@ -79,8 +79,8 @@ def write_json(name: str, results: dict, out: str | Path | None = None) -> Path:
     path = Path(out) if out else RESULTS / f"{name}_{device_name()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     script, *arguments = sys.argv
-    if "--out" in arguments:  # the file's place does not change the numbers
-        del arguments[(at := arguments.index("--out")) : at + 2]
+    for option in {"--out", "--shards"} & set(arguments):  # where files are does not change the numbers
+        del arguments[(at := arguments.index(option)) : at + 2]
     command = " ".join(["python", f"benchmarks/{Path(script).name}", *arguments])
     path.write_text(_as_lines(_shortened({"command": command, "machine": machine(), **results})) + "\n")
     return path
