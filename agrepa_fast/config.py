@@ -110,12 +110,28 @@ class FlowConfig:
     """The path x_t = (1 - t) sigma eps + t x, the condition drops, and the sampler."""
 
     sigma: Positive = setting(0.5, "scale of the noise")
-    max_reference: ShareBelowOne = setting(0.3, "the reference mel is a prefix of at most this share of the clip")
+    reference: Literal["prefix", "infill"] = setting(
+        "prefix", "frames of the clip that are given: a prefix, or all but a span"
+    )
+    max_reference: ShareBelowOne = setting(0.3, "prefix: at most this share of the clip is given")
+    infill: Annotated[list[ShareAboveZero], Field(min_length=2, max_length=2)] = setting(
+        [0.7, 1.0], "infill: least and largest share of the clip in the span that is hidden"
+    )
     drop_tokens: ShareBelowOne = setting(0.1, "share of clips that train without tokens")
     drop_reference: ShareBelowOne = setting(0.1, "share of clips that train without the reference")
+    drop_all: ShareBelowOne = setting(0.0, "share of clips that train without either")
+    loss_region: Literal["clip", "hidden"] = setting("clip", "frames whose loss counts: all, or those not given")
+    average: Literal["clip", "frame"] = setting("clip", "every clip counts alike, or every frame")
     steps: Count = setting(31, "Euler steps; the release's linspace(0, 1, 32) has 31")
     guidance: float = setting(3.0, "scale of classifier-free guidance")
+    null: Literal["tokens", "all"] = setting(
+        "tokens", "what guidance's other branch is without: tokens, or all conditions"
+    )
+    schedule: Literal["sway", "cosine"] = setting("sway", "times of Euler steps; cosine: 1 - cos(pi t / 2)")
     sway: float = setting(-1.0, "sway sampling of F5-TTS; 0: uniform steps")
+
+    def __post_init__(self) -> None:
+        check(self.infill[0] <= self.infill[1], f"flow.infill={self.infill}: the least share comes first")
 
 
 @section("align.")

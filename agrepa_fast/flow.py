@@ -20,14 +20,47 @@ class Draws(NamedTuple):
     t: torch.Tensor  # (C,) uniform in [0, 1)
     keep_tokens: torch.Tensor  # (C,) bool
     keep_reference: torch.Tensor  # (C,) bool
-    reference_lengths: torch.Tensor  # (C,) frames, uniform in 1 ... max(1, int(max_reference * length))
+    hidden: "Span"  # what the reference does not give
+
+
+class Span(NamedTuple):
+    """Frames of each clip, from `start` to before `end`, (C,) each."""
+
+    start: torch.Tensor
+    end: torch.Tensor
+
+    def frames(self, count: int) -> torch.Tensor:
+        """Return a mask (C, count)."""
+        place = torch.arange(count, device=self.start.device)
+        return (place >= self.start.unsqueeze(1)) & (place < self.end.unsqueeze(1))
 
 
 def training_draws(flow: FlowConfig, lengths: torch.Tensor, keys: torch.Tensor) -> Draws:
-    """Return a training step's draws for each clip. lengths (C,) frames; keys (C,) int64, on the same device."""
-    t, tokens, reference, share = philox_uniform(keys, 4).unbind(1)
-    longest = (flow.max_reference * lengths).long().clamp(min=1)
-    return Draws(t, tokens >= flow.drop_tokens, reference >= flow.drop_reference, 1 + (share * longest).long())
+    """Return a training step's draws for each clip. lengths (C,) frames; keys (C,) int64, on the same device.
+
+    A prefix has 1 to max(1, int(max_reference * length)) frames. A span to fill in has a share of the clip between the
+    two of flow.infill, and lies anywhere (F5-TTS's mask_from_frac_lengths).
+    """
+    t, tokens, reference, share, place, everything = philox_uniform(keys, 6).unbind(1)
+    kept = everything >= flow.drop_all
+    if flow.reference == "prefix":
+        longest = (flow.max_reference * lengths).long().clamp(min=1)
+        hidden = Span(1 + (share * longest).long(), lengths)
+    else:
+        least, most = flow.infill
+        span = ((least + share * (most - least)) * lengths).long()
+        start = (place * (lengths - span)).long()
+        hidden = Span(start, start + span)
+    return Draws(t, kept & (tokens >= flow.drop_tokens), kept & (reference >= flow.drop_reference), hidden)
+
+
+def fixed_span(flow: FlowConfig, lengths: torch.Tensor) -> Span:
+    """Return what is hidden from probes and validation: all beyond half of the longest prefix, or a middle span."""
+    if flow.reference == "prefix":
+        return Span((0.5 * flow.max_reference * lengths).long().clamp(min=1), lengths)
+    span = (sum(flow.infill) / 2 * lengths).long()
+    start = (lengths - span) // 2
+    return Span(start, start + span)
 
 
 def reference_prefix(mel: torch.Tensor, reference_lengths: torch.Tensor) -> torch.Tensor:
@@ -35,10 +68,30 @@ def reference_prefix(mel: torch.Tensor, reference_lengths: torch.Tensor) -> torc
     return torch.where(valid_frames(reference_lengths, mel.shape[1]).unsqueeze(-1), mel, 0)
 
 
-def flow_loss(v: torch.Tensor, target: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Return the mean square of v - target (C, T, M) over each clip's valid frames, (C,) fp32."""
-    square = torch.where(valid_frames(lengths, v.shape[1]).unsqueeze(-1), v.float() - target.float(), 0).square()
-    return square.sum((1, 2)) / (lengths * v.shape[2])
+def reference_around(mel: torch.Tensor, hidden: Span) -> torch.Tensor:
+    """Return mel (C, T, M) with the hidden frames set to zero."""
+    return torch.where(hidden.frames(mel.shape[1]).unsqueeze(-1), 0, mel)
+
+
+def flow_loss(v: torch.Tensor, target: torch.Tensor, counted: Span | torch.Tensor) -> torch.Tensor:
+    """Return the mean square of v - target (C, T, M) over each clip's counted frames, (C,) fp32: a span of them, or the
+    first ones, (C,)."""
+    span = counted if isinstance(counted, Span) else Span(torch.zeros_like(counted), counted)
+    square = torch.where(span.frames(v.shape[1]).unsqueeze(-1), v.float() - target.float(), 0).square()
+    return square.sum((1, 2)) / ((span.end - span.start).clamp(min=1) * v.shape[2])
+
+
+def counted_frames(flow: FlowConfig, hidden: Span, lengths: torch.Tensor) -> Span:
+    """Return the frames whose loss counts (flow.loss_region)."""
+    return hidden if flow.loss_region == "hidden" else Span(torch.zeros_like(lengths), lengths)
+
+
+def expected_frames(flow: FlowConfig, frames: float) -> float:
+    """Return how many frames count in a clip on average, given the clips' mean of frames. flow.average=frame weights
+    every clip by its counted frames over this: the mean over all frames of all ranks, without communication."""
+    if flow.loss_region == "clip":
+        return frames
+    return frames * (1 - flow.max_reference / 2 if flow.reference == "prefix" else sum(flow.infill) / 2)
 
 
 def sway_times(steps: int, sway: float, device: torch.device | str | None = None) -> torch.Tensor:
@@ -46,6 +99,13 @@ def sway_times(steps: int, sway: float, device: torch.device | str | None = None
     3.3)."""
     t = torch.linspace(0, 1, steps + 1, device=device)
     return t + sway * (torch.cos(math.pi / 2 * t) - 1 + t)
+
+
+def sample_times(flow: FlowConfig, device: torch.device | str | None = None) -> torch.Tensor:
+    """Return the flow.steps + 1 times of the sampler, from 0 to 1."""
+    if flow.schedule == "sway":
+        return sway_times(flow.steps, flow.sway, device)
+    return 1 - torch.cos(math.pi / 2 * torch.linspace(0, 1, flow.steps + 1, device=device))
 
 
 def euler(
@@ -64,7 +124,7 @@ def sample(
     """Return normalised mels (C, T, n_mels) for C conditions, from noise keyed by keys (C,).
 
     Guidance v_u + guidance (v_c - v_u) needs both branches, which run in one batch. The null branch drops the tokens
-    and keeps the reference, as the release does. progress: show a bar.
+    and keeps the reference, as the release does, or drops both (flow.guidance_without). progress: show a bar.
     """
     from tqdm import tqdm
 
@@ -72,8 +132,8 @@ def sample(
     shape = condition.reference.shape
     x = flow.sigma * philox_normal(keys, shape[1] * shape[2]).view(shape)
     guided = flow.guidance != 1
-    both = _with_null_branch(condition) if guided else condition
-    times = sway_times(flow.steps, flow.sway, x.device)
+    both = _with_null_branch(condition, flow.guidance_without) if guided else condition
+    times = sample_times(flow, x.device)
     bar = tqdm(total=flow.steps, desc="sample", unit="step", disable=not progress)
 
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -91,13 +151,15 @@ def sample(
         bar.close()
 
 
-def _with_null_branch(condition: Condition) -> Condition:
-    """Return the conditions twice: as they are, then without tokens."""
+def _with_null_branch(condition: Condition, without: str) -> Condition:
+    """Return the conditions twice: as they are, then without tokens, or without all."""
     clips = torch.arange(condition.lengths.shape[0], device=condition.lengths.device)
-    doubled = condition[torch.cat((clips, clips))]
-    kept = (
-        torch.ones(len(clips), dtype=torch.bool, device=clips.device)
-        if condition.keep_tokens is None
-        else condition.keep_tokens
-    )
-    return replace(doubled, keep_tokens=torch.cat((kept, torch.zeros_like(kept))))
+    doubled, kept = condition[torch.cat((clips, clips))], torch.ones_like(clips, dtype=torch.bool)
+
+    def then_none(keep: torch.Tensor | None) -> torch.Tensor:
+        return torch.cat((kept if keep is None else keep, ~kept))
+
+    dropped = {"keep_tokens": then_none(condition.keep_tokens)}
+    if without == "all":
+        dropped["keep_reference"] = then_none(condition.keep_reference)
+    return replace(doubled, **dropped)

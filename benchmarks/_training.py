@@ -11,7 +11,7 @@ from agrepa_fast.alignment.heads import AlignmentHeads
 from agrepa_fast.alignment.objectives import alignment_loss
 from agrepa_fast.config import FlowConfig, ModelConfig
 from agrepa_fast.device import captured
-from agrepa_fast.flow import flow_loss, reference_prefix, training_draws
+from agrepa_fast.flow import flow_loss, reference_around, training_draws
 from agrepa_fast.kernels import flow_mix
 from agrepa_fast.seeds import clip_keys
 
@@ -113,7 +113,7 @@ class OurStep:
         draws = training_draws(FLOW, clips.condition.lengths, self.keys[0])
         condition = replace(
             clips.condition,
-            reference=reference_prefix(clips.mel, draws.reference_lengths),
+            reference=reference_around(clips.mel, draws.hidden),
             keep_tokens=draws.keep_tokens,
             keep_reference=draws.keep_reference,
         )

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from ..config import TIMES
+from ..config import TIMES, FlowConfig
 from ..device import to_device
-from ..flow import reference_prefix
+from ..flow import fixed_span, reference_around
 from ..kernels import flow_mix
 from ..models.condition import Condition
 from ..seeds import clip_keys
@@ -66,10 +66,10 @@ def clip_times(batch: ProbeBatch, time: float) -> torch.Tensor:
     return torch.full_like(batch.mel[:, 0, 0], time)
 
 
-def probe_condition(mel: torch.Tensor, condition: Condition, max_reference: float) -> Condition:
-    """Return the condition of a probe or validation clip: nothing dropped, half of the longest reference prefix."""
-    reference = (0.5 * max_reference * condition.lengths).long().clamp(min=1)
-    return replace(condition, reference=reference_prefix(mel, reference), keep_tokens=None, keep_reference=None)
+def probe_condition(mel: torch.Tensor, condition: Condition, flow: FlowConfig) -> Condition:
+    """Return the condition of a probe or validation clip: nothing dropped, and the reference around a fixed span."""
+    reference = reference_around(mel, fixed_span(flow, condition.lengths))
+    return replace(condition, reference=reference, keep_tokens=None, keep_reference=None)
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class FixedClips:
     def _batch(self, places: list[int], shape: dict[str, int], padded: bool | None) -> Batch:
         samples = [self.samples[place] for place in places]
         batch = collate(samples, tuple(places), self.index, center=self.config.align.center, **shape).to(self.device)
-        condition = probe_condition(batch.mel, batch.condition, self.config.flow.max_reference)
+        condition = probe_condition(batch.mel, batch.condition, self.config.flow)
         if padded is not None:
             condition = replace(condition, padded=padded)
         return replace(batch, condition=condition)

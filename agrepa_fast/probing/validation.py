@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 
 from ..config import DOMAINS
-from ..flow import flow_loss
+from ..flow import counted_frames, fixed_span, flow_loss
 from ..kernels import flow_mix
 from ..ranks import all_sum
 from ..seeds import clip_keys
@@ -18,17 +18,19 @@ def validation_loss(model: nn.Module, clips: FixedClips, *, progress: bool = Fal
     The noise is the same at every call and on any number of ranks. The model is in evaluation mode meanwhile. progress:
     show a bar. Every rank must call it.
     """
-    times, sigma = clips.config.eval.times, clips.config.flow.sigma
+    times, flow = clips.config.eval.times, clips.config.flow
     losses = torch.zeros(len(clips), device=clips.device)
     training = model.training
     model.eval()
     for batch, owned in clips.chunks("validation" if progress else None):
+        lengths = batch.condition.lengths
+        counted = counted_frames(flow, fixed_span(flow, lengths), lengths)
         for number, time in enumerate(times):
             keys = clip_keys(0, number, batch.places, "validation").to(clips.device)
             t = torch.full((len(batch.keys),), time, device=clips.device)
-            x_t, target = flow_mix(batch.mel, t, keys, sigma)
+            x_t, target = flow_mix(batch.mel, t, keys, flow.sigma)
             v = model(x_t, t, batch.condition).v
-            loss = flow_loss(v, target, batch.condition.lengths) / len(times)
+            loss = flow_loss(v, target, counted) / len(times)
             for row, place in owned:
                 losses[place] += loss[row]
     model.train(training)

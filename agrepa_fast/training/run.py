@@ -12,7 +12,7 @@ import torch
 from ..data.batch import Batch
 from ..device import GRAPHS, SideStream, tensors_of, to_device
 from ..errors import LocalError, UserError
-from ..flow import flow_loss, reference_prefix, training_draws
+from ..flow import Span, counted_frames, expected_frames, flow_loss, reference_around, training_draws
 from ..kernels import flow_mix
 from ..lr_schedule import lr_factor
 from ..probing.fixed_clips import FixedClips
@@ -109,16 +109,22 @@ class Run:
         draws = training_draws(flow, batch.condition.lengths, keys[0])
         condition = replace(
             batch.condition,
-            reference=reference_prefix(batch.mel, draws.reference_lengths),
+            reference=reference_around(batch.mel, draws.hidden),
             keep_tokens=draws.keep_tokens,
             keep_reference=draws.keep_reference,
         )
         x_t, target = flow_mix(batch.mel, draws.t, keys[1], flow.sigma)
         out = model(x_t, draws.t, condition, capture=aligner.layers(step), pooled=True)
         losses = aligner.losses(out.hidden, batch, draws.t, draws.keep_tokens, step)
-        clips = flow_loss(out.v, target, batch.condition.lengths)
-        losses["flow_loss"] = clips.mean()
+        counted = counted_frames(flow, draws.hidden, batch.condition.lengths)
+        clips = flow_loss(out.v, target, counted)
+        losses["flow_loss"] = (clips if flow.average == "clip" else clips * self._frame_weights(counted)).mean()
         return losses, clips
+
+    def _frame_weights(self, counted: Span) -> torch.Tensor:
+        """Return the weight (B,) of each clip's loss with which every frame counts alike."""
+        frames = self.context.index.mean_frames(self.config.data.speech_share)
+        return (counted.end - counted.start) / expected_frames(self.config.flow, frames)
 
     def step(self, batches, step: int) -> None:
         """Take one optimizer step over the global batch; all ranks leave it out if it is not finite. step: from 0."""

@@ -89,7 +89,7 @@ def test_a_step_by_hand(index, tmp_path):
     wanted, target = flow_mix(batch.mel, draws.t, clip_keys(0, 3, range(8, 16), "noise"), 0.7)
     assert torch.equal(t, draws.t)
     assert torch.equal(x_t, wanted)
-    assert torch.equal(condition.reference, reference_prefix(batch.mel, draws.reference_lengths))
+    assert torch.equal(condition.reference, reference_prefix(batch.mel, draws.hidden.start))
     assert torch.equal(condition.keep_tokens, draws.keep_tokens)
     assert torch.equal(condition.keep_reference, draws.keep_reference)
     torch.testing.assert_close(engine.loss, flow_loss(0 * target, target, condition.lengths).mean() + 3)

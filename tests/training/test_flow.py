@@ -6,11 +6,23 @@ import pytest
 import torch
 
 from agrepa_fast.config import FlowConfig
-from agrepa_fast.flow import euler, flow_loss, reference_prefix, sample, sway_times, training_draws
-from agrepa_fast.kernels import philox_normal
+from agrepa_fast.flow import (
+    counted_frames,
+    euler,
+    expected_frames,
+    flow_loss,
+    reference_around,
+    reference_prefix,
+    sample,
+    sample_times,
+    sway_times,
+    training_draws,
+)
+from agrepa_fast.kernels import philox_normal, philox_uniform
 from agrepa_fast.models.backbone import Velocity
 from agrepa_fast.seeds import clip_keys
 
+from ..attribution.test_peers import import_alone
 from ..testing import small_batch
 
 
@@ -85,11 +97,11 @@ def test_draws():
     assert draws.t.mean().item() == pytest.approx(0.5, abs=0.02)
     assert draws.keep_tokens.float().mean().item() == pytest.approx(0.9, abs=0.02)
     assert draws.keep_reference.float().mean().item() == pytest.approx(0.9, abs=0.02)
-    assert draws.reference_lengths.min() == 1
-    assert draws.reference_lengths.max() == 30
-    assert len(set(draws.reference_lengths.tolist())) == 30
+    assert draws.hidden.start.min() == 1
+    assert draws.hidden.start.max() == 30
+    assert len(set(draws.hidden.start.tolist())) == 30
     short = training_draws(FlowConfig(), torch.full((50,), 2), keys[:50])
-    assert set(short.reference_lengths.tolist()) == {1}
+    assert set(short.hidden.start.tolist()) == {1}
 
 
 def test_a_clips_draws_depend_on_seed_step_place_and_use_alone():
@@ -103,3 +115,68 @@ def test_a_clips_draws_depend_on_seed_step_place_and_use_alone():
 def test_reference_prefix():
     mel = torch.ones(2, 4, 1)
     assert reference_prefix(mel, torch.tensor([1, 3])).flatten(1).tolist() == [[1, 0, 0, 0], [1, 1, 1, 0]]
+
+
+def test_spans_to_fill_in_are_those_of_f5_tts(monkeypatch):
+    """mask_from_frac_lengths of F5-TTS, from the same draws."""
+    utils = import_alone("f5_tts.model.utils", "jieba", "rjieba", "pypinyin")
+    lengths, keys = torch.tensor([100, 37, 8, 3]), clip_keys(0, 1, range(4), "draws")
+    flow = FlowConfig(reference="infill", infill=[0.7, 1.0])
+    *_, share, place, _ = philox_uniform(keys, 6).unbind(1)
+    monkeypatch.setattr(torch, "rand_like", lambda _: place)
+    want = utils.mask_from_frac_lengths(lengths, 0.7 + 0.3 * share)
+    hidden = training_draws(flow, lengths, keys).hidden
+    assert torch.equal(hidden.frames(want.shape[1]), want)
+    mel = torch.ones(4, want.shape[1], 1)
+    assert torch.equal(reference_around(mel, hidden)[..., 0] == 0, want)
+
+
+def test_settings_that_stay_off_change_no_draw():
+    keys = clip_keys(0, 1, range(4), "draws")
+    assert torch.equal(philox_uniform(keys, 6)[:, :4], philox_uniform(keys, 4))
+
+
+def test_everything_is_dropped_for_a_share_of_clips():
+    flow, lengths = FlowConfig(drop_tokens=0.0, drop_reference=0.0, drop_all=0.25), torch.full((4000,), 50)
+    draws = training_draws(flow, lengths, clip_keys(0, 0, range(4000), "draws"))
+    assert torch.equal(draws.keep_tokens, draws.keep_reference)
+    assert draws.keep_tokens.float().mean().item() == pytest.approx(0.75, abs=0.03)
+
+
+def test_the_loss_of_hidden_frames_alone_averaged_over_frames():
+    """As upstream: the mean over all hidden frames of the batch, if the batch has the shards' mean of frames."""
+    flow = FlowConfig(reference="infill", infill=[0.8, 0.8], loss_region="hidden", average="frame")
+    lengths = torch.tensor([30, 10])
+    v, target = torch.randn(2, 2, 30, 3)
+    hidden = training_draws(flow, lengths, clip_keys(0, 0, range(2), "draws")).hidden
+    counted = counted_frames(flow, hidden, lengths)
+    assert (counted.end - counted.start).tolist() == [24, 8]
+    weights = (counted.end - counted.start) / expected_frames(flow, 20.0)
+    ours = (flow_loss(v, target, counted) * weights).mean()
+    torch.testing.assert_close(ours, (v - target)[hidden.frames(30)].square().mean())
+    whole = FlowConfig(reference="infill", average="frame")
+    counted = counted_frames(whole, hidden, lengths)
+    weights = (counted.end - counted.start) / expected_frames(whole, 20.0)
+    valid = torch.arange(30) < lengths[:, None]
+    torch.testing.assert_close((flow_loss(v, target, counted) * weights).mean(), (v - target)[valid].square().mean())
+
+
+def test_times_of_cosyvoice():
+    times = sample_times(FlowConfig(schedule="cosine", steps=10))
+    torch.testing.assert_close(times, 1 - torch.cos(torch.linspace(0, 1, 11) * 0.5 * torch.pi))
+
+
+@pytest.mark.parametrize(("without", "wanted"), [("tokens", [True, True]), ("all", [True, False])])
+def test_the_other_branch_of_guidance(without, wanted):
+    seen = []
+
+    def model(x, t, condition):
+        seen.append(condition)
+        return Velocity(torch.zeros_like(x), {})
+
+    model.training, model.eval, model.train = False, lambda: None, lambda _: None
+    _, condition = small_batch()
+    sample(model, condition, torch.arange(3), FlowConfig(steps=1, guidance_without=without))
+    assert seen[0].keep_tokens.tolist() == [True] * 3 + [False] * 3
+    kept = seen[0].keep_reference
+    assert (kept is None and without == "tokens") or [kept[0].item(), kept[3].item()] == wanted
