@@ -57,7 +57,7 @@ def ablate(
     _check_model(model, blocks)
     clips = _count_clips(inputs)
     with evaluation_mode(model):
-        trace, out = trace_calls(lambda: model(**inputs), blocks, clips, kind=kind, state=state)
+        trace, out = trace_calls(lambda: model(**_repeated(inputs, clips, 1)), blocks, clips, kind=kind, state=state)
         field = find_velocity(out, velocity)
         velocities = _Velocity(field, dict(tensors(out))[field], clips)
         names: tuple[str, ...] = ()
@@ -106,6 +106,7 @@ def _count_clips(inputs: dict) -> int:
 
 
 def _repeated(inputs: dict, clips: int, variants: int) -> dict:
+    """Return the inputs with copies of their rows for every variant, so that a model may write into them."""
     rows = {path: value for path, value in tensors(inputs) if value.ndim and len(value) == clips}
     return replaced(inputs, {path: value.repeat(variants, *[1] * (value.ndim - 1)) for path, value in rows.items()})
 

@@ -17,6 +17,7 @@ from .rows import same
 from .trees import Path, describe, tensors
 
 Tensors = dict[Path, torch.Tensor]
+FOLLOW = "name blocks that follow each other"
 NAME_IT = "name it: --state NAME, state=NAME in Python"
 
 
@@ -116,7 +117,7 @@ def trace_calls(
         number = turns.next_place(block)
         name = block_name(number, block)
         if running:
-            raise ValueError(f"{name} runs inside {running[-1]}: name blocks that follow each other")
+            raise ValueError(f"{name} runs inside {running[-1]}: {FOLLOW}")
         arguments = name_arguments(names, args, kwargs)
         given = dict(tensors(arguments))
         if nested := next((path for path, value in given.items() if value.is_nested), None):

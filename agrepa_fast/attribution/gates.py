@@ -14,7 +14,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-from .calls import Trace, Turns, block_name, check_all_ran, name_arguments, patched, positional_names
+from .calls import FOLLOW, Trace, Turns, block_name, check_all_ran, name_arguments, patched, positional_names
 from .forms import CallForm, GuessedForm, TracedForm
 from .gate_plan import BlockPlan, GatePlan
 from .rows import RowAxis, prefixes_differ, rounding_limit, same
@@ -33,12 +33,15 @@ class _GatedRun:
         self.prefixes: list[int] = []  # of every call, as it ran
         self.columns: list[int] = []  # of every call
         self.seen: set[str | int] = set()  # arguments that some block was called with
+        self.running: str | None = None  # the block that runs
         self._before: frozenset[int] = frozenset()
         self._turns = Turns(blocks)
 
     def begin_call(self, block: nn.Module) -> tuple[int, BlockPlan]:
         """Return the place of this call of a block, and its plan."""
         number = self._turns.next_place(block)
+        if self.running:
+            raise ValueError(f"{block_name(number, block)} runs inside {self.running}: {FOLLOW}")
         plan = self.plan.after(self._before, number)
         self._before |= {number}
         self.columns.append(number)
@@ -163,7 +166,10 @@ def _gated_forward(forward: Callable, block: nn.Module, names: Sequence[str], ru
             part[path] = tensor_of[whole]
         changed = replaced(arguments, part)
         named = list(changed.values())
-        return form.called(forward, named[: len(args)], dict(list(changed.items())[len(args) :]), part)
+        run.running = form.name
+        out = form.called(forward, named[: len(args)], dict(list(changed.items())[len(args) :]), part)
+        run.running = None
+        return out
 
     out, parts, axes = _in_chunks(call, form, plan, run.max_rows, run.check_rows)
     if run.check_rows and run.trace is None and plan.prefixes > 1:

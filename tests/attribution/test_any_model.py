@@ -108,6 +108,52 @@ def meta():
         return Model(), inputs()
 
 
+class Streams(Block):
+    def forward(self, context, x):
+        return context + x, super().forward(x)
+
+
+def two_streams():
+    class M(Model):
+        def forward(self, x):
+            context = x.roll(1, 1)
+            for block in self.blocks:
+                context, x = block(context, x)
+            return x
+
+    return M(Streams), inputs()
+
+
+def inner():
+    model = Model()
+    model.blocks.append(nn.Sequential(model.blocks[0]))
+    return model, inputs()
+
+
+class Counting(Block):
+    def forward(self, x, rows):
+        return super().forward(x)
+
+
+def row_count():
+    class M(Model):
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x, torch.tensor([len(x)]))
+            return x
+
+    return M(Counting), inputs()
+
+
+def writes_into_its_input():
+    class M(Model):
+        def forward(self, x):
+            x += 1
+            return super().forward(x)
+
+    return M(), inputs()
+
+
 class Growing(Block):
     def forward(self, x, store, n):
         store[n] = x if store[n] is None else torch.cat((store[n], x), 1)
@@ -213,7 +259,9 @@ def layers_in(path) -> list[str]:
         return [row["layer"] for row in csv.DictReader(file) if row["t"] == "mean"]
 
 
-@pytest.mark.parametrize("factory", ["plain", "one_time", "dict_output", "dict_block", "looped"])
+@pytest.mark.parametrize(
+    "factory", ["plain", "one_time", "dict_output", "dict_block", "looped", "writes_into_its_input"]
+)
 def test_models_of_many_forms_are_measured(factory, probe, tmp_path, capsys):
     probe(factory)
     assert layers_in(tmp_path / "out" / "attribution.csv") == ["1", "2", "3"]
@@ -234,10 +282,19 @@ def test_the_velocity_and_the_state_are_named(probe, refusal):
     probe("crossed", "--state", "x")
 
 
+def test_row_arguments_are_the_way_out(probe, refusal):
+    err = refusal("row_count")
+    assert "block 1 (Counting): its argument 'rows' changes with the number of rows" in err
+    assert "name the arguments that have a row per clip: --row-arguments" in err
+    probe("row_count", "--row-arguments", "x")
+
+
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
         ("nested", "block 1 (TransformerEncoderLayer) gets nested tensors as 'src', which have no rows"),
+        ("two_streams", "block 1 (Streams) returns an updated argument 'x' beside its state"),
+        ("inner", "block 1 (Block) runs inside block 4 (Sequential)"),
         ("meta", "the model's weights have no values (blocks.0.linear.weight is on the meta device)"),
         ("cache", "block 1 (Growing) keeps state in its argument 'store[0]' (a cache?)"),
         ("broken_block", "their_models.py:N, in forward: AssertionError\n"),

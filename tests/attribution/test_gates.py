@@ -247,6 +247,12 @@ class TestRefusals:
         ):
             block(repeated(x, 2), y=repeated(y, 2))
 
+    def test_a_block_inside_another(self):
+        outer = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        gated = multi_gate([outer, outer[1]], single_ablations(2))
+        with pytest.raises(ValueError, match=r"block 2 \(Linear\) runs inside block 1 \(Sequential\)"), gated:
+            outer(torch.randn(2, 4).repeat(3, 1))
+
     def test_a_state_by_name_or_position(self):
         class Cross(nn.Module):
             def forward(self, context, x):

@@ -155,11 +155,8 @@ class Shape:
     @property
     def refusable(self) -> bool:
         """Whether it has a fault, keeps a cache, or a second argument of the state's shape that changes like it."""
-        alike = "sequence" in self.conditions and not self.time_first and self.state is None
-        alike = alike and self.kind == "block"
-        ambiguous = alike and (self.own_conditions or self.between != "" or self.output != "tensor")
-        if alike and self.depth == 2:
-            ambiguous = True
+        alike = "sequence" in self.conditions and not self.time_first and self.state is None and self.kind == "block"
+        ambiguous = alike and (self.own_conditions or self.between == "add")
         return bool(self.fault) or "cache" in self.conditions or ambiguous
 
 
