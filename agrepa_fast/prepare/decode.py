@@ -119,7 +119,7 @@ def _fault(wave: np.ndarray, rate: int, data: DataConfig, log_mel: LogMel) -> Le
     """Return why a wave cannot be used, if so."""
     seconds = len(wave) / rate if rate else 0.0
     if len(wave) == 0:
-        return LeftOut(BAD, "holds no audio")
+        return LeftOut(BAD, "no samples: the file is empty, or its header says so")
     if seconds < max(data.min_seconds, log_mel.min_samples / data.sample_rate):
         return LeftOut(SHORT, f"{seconds:.2f} s are shorter than data.min_seconds={data.min_seconds}")
     if not np.isfinite(wave).all():

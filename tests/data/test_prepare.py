@@ -244,7 +244,7 @@ BAD = {
     "empty": "cannot be decoded",
     "silent": "silent, peak 5e-05",
     "short": r"0\.49 s are shorter than data\.min_seconds=0\.5",
-    "headeronly": "holds no audio",
+    "headeronly": "no samples",
     "nan": "not finite",
     "inf": "not finite",
 }
