@@ -61,8 +61,8 @@ class RunConfig:
 class ModelConfig:
     """AudioDiT, or a model of yours. `n_mels` and `vocab` are those of the shards unless given."""
 
-    backbone: str = setting("audio_dit", "audio_dit, or MODULE:CLASS of a Backbone of yours")
-    options: dict[str, Any] = setting({}, "keywords for your class: model.options.NAME=VALUE; all else is AudioDiT's")
+    backbone: str = setting("audio_dit", "audio_dit, voicebox, or MODULE:CLASS of a Backbone of yours")
+    options: dict[str, Any] = setting({}, "keywords for its class: model.options.NAME=VALUE; all below is AudioDiT's")
     dim: Count = setting(1024, "width of the residual stream")
     depth: Count = setting(24, "number of blocks, named L1 … L<depth>")
     heads: Count = setting(16, "attention heads")
@@ -85,7 +85,7 @@ class ModelConfig:
         if self.backbone != "audio_dit":
             self._refuse_settings_of_audio_dit()
             return
-        check(not self.options, "model.options are those of a model of yours: set model.backbone=MODULE:CLASS, too")
+        check(not self.options, "model.options are those of another model: set model.backbone, too")
         check(self.dim * self.ffn_mult >= 1, f"model.ffn_mult={self.ffn_mult}: must be positive")
         check(
             self.dim % self.heads == 0,
@@ -124,9 +124,7 @@ class FlowConfig:
     average: Literal["clip", "frame"] = setting("clip", "every clip counts alike, or every frame")
     steps: Count = setting(31, "Euler steps; the release's linspace(0, 1, 32) has 31")
     guidance: float = setting(3.0, "scale of classifier-free guidance")
-    null: Literal["tokens", "all"] = setting(
-        "tokens", "what guidance's other branch is without: tokens, or all conditions"
-    )
+    guidance_without: Literal["tokens", "all"] = setting("tokens", "what the other branch of guidance lacks")
     schedule: Literal["sway", "cosine"] = setting("sway", "times of Euler steps; cosine: 1 - cos(pi t / 2)")
     sway: float = setting(-1.0, "sway sampling of F5-TTS; 0: uniform steps")
 
