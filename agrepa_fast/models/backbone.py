@@ -55,6 +55,8 @@ class Backbone(nn.Module):
     as in multi_gate; None: found by their size and in a first forward.
     condition_width: channels of the token condition, layer 0, which BiT-C and LASP need; None: the model has none.
     partitioned: weights are whole only inside a module's forward (ZeRO-3); set by the engine.
+    replayable: the velocity is a function of weights, arguments and PyTorch's random state alone, so training replays
+    CUDA graphs of it by default; a graph would repeat what Python chose when it was captured.
     """
 
     kind = "block"
@@ -62,6 +64,7 @@ class Backbone(nn.Module):
     state: str | int | None = None
     condition_width: int | None = None
     partitioned = False
+    replayable = False
 
     @property
     def layers(self) -> Sequence[Layer]:

@@ -17,6 +17,7 @@ from ..data.layout import BatchLayout, ceil_div
 from ..data.plan import BatchPlan
 from ..device import CapturedPrograms, CaptureError, tensors_of
 from ..errors import UserError
+from ..models.backbone import Backbone
 
 _ALIGNMENT = 128  # elements: each gradient starts where vectorised kernels want it
 _FEW_SHAPES = 8  # a graph of each is captured in the first steps, and again when layers are chosen
@@ -32,11 +33,13 @@ def check_graphs(train: TrainConfig, device: torch.device, stage: int) -> None:
         raise UserError(f"train.graphs={train.graphs}: there are no CUDA graphs {where}: set it to 0")
 
 
-def count_shapes(train: TrainConfig, device: torch.device, stage: int, plan: BatchPlan, layout: BatchLayout) -> int:
+def count_shapes(
+    model: Backbone, train: TrainConfig, device: torch.device, stage: int, plan: BatchPlan, layout: BatchLayout
+) -> int:
     """Return the number of shapes of all ranks' micro-batches, where each of them is worth a CUDA graph, or 0: without
     graphs, or if shapes are many. It is the limit of GraphedLosses where train.graphs is null."""
     graphs = device.type == "cuda" and stage < 3 and not train.compile and not train.activation_checkpointing
-    if not (graphs and plan.fixed_shapes):
+    if not (model.replayable and graphs and plan.fixed_shapes):
         return 0
     parts = layout.parts
     shapes = {(b.frames, size) for b in plan.buckets for size in (b.clips // parts, ceil_div(b.clips, parts))}

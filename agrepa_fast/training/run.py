@@ -21,6 +21,7 @@ from ..probing.validation import validation_loss
 from ..seeds import clip_keys
 from ..zero.ema import Ema
 from ..zero.gradients import gradient_norms, make_gradient_nan
+from ..zero.masters import trained_parameters
 from ..zero.update_ratio import update_ratio
 from .captured_step import GraphedLosses, Losses
 from .context import RunContext
@@ -175,7 +176,8 @@ class Run:
         self.metrics.close()
 
     def _trained(self) -> list[torch.nn.Parameter]:
-        return [*self.engine.module.parameters(), *self.choice.aligner.parameters()]
+        trained = (parameter for _, parameter in trained_parameters(self.engine.module))
+        return [*trained, *self.choice.aligner.parameters()]
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         """Return the next batch, counted. Raises LocalError for a fault in the shards, which this rank alone sees."""

@@ -15,6 +15,7 @@ from agrepa_fast.models.registry import make_model
 
 from ..ranks import run_training
 from ..testing import assert_same_curve, write_small_shards
+from ..training.graphs_on_ranks import plant_captures
 
 PRESET = """
 model: {backbone: "mine:Mine", options: {dim: 12}}
@@ -106,3 +107,11 @@ def test_padding_that_changes_a_clip_is_said(folder):
     output = run_training(1, "--preset", "mine.yaml", "model.backbone=mine:Mixes", "run.dir=run", cwd=folder)
     assert "warning: Mixes: padding changes the velocity of a clip by" in output
     assert "padding" not in run_training(1, "--preset", "mine.yaml", "run.dir=other", cwd=folder)
+
+
+def test_a_users_model_with_frozen_weights_is_replayed_if_that_is_asked(folder):
+    given = ("--preset", "mine.yaml", "--ds_config", "zero2.json")
+    run_training(1, *given, "train.graphs=0", "run.dir=eager", cwd=folder)
+    output = run_training(1, *given, "train.graphs=1", "run.dir=graphs", cwd=folder, plant=plant_captures)
+    assert "CUDA graphs: 2 captured" in output
+    assert_same_curve(folder / "eager", folder / "graphs")

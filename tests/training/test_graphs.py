@@ -12,6 +12,7 @@ from agrepa_fast.data.layout import BatchLayout
 from agrepa_fast.errors import UserError
 from agrepa_fast.flow import flow_loss
 from agrepa_fast.kernels import flow_mix, philox_uniform
+from agrepa_fast.models.backbone import Backbone
 from agrepa_fast.seeds import clip_keys
 from agrepa_fast.training import captured_step as graphs
 
@@ -224,7 +225,8 @@ def test_shapes_are_counted_over_all_ranks(device, stage, train, buckets, shapes
     plan = SimpleNamespace(fixed_shapes=True, buckets=[SimpleNamespace(frames=f, clips=c) for f, c in buckets])
     for rank in range(2):
         layout = BatchLayout(None, 2, rank, 2)
-        count = graphs.count_shapes(TrainConfig(**train), torch.device(device), stage, plan, layout)
-        assert count == shapes
-        plan_of_any_length = SimpleNamespace(fixed_shapes=False, buckets=plan.buckets)
-        assert graphs.count_shapes(TrainConfig(**train), torch.device(device), stage, plan_of_any_length, layout) == 0
+        given = (TrainConfig(**train), torch.device(device), stage)
+        assert graphs.count_shapes(small_model(1), *given, plan, layout) == shapes
+        assert graphs.count_shapes(Backbone(), *given, plan, layout) == 0  # it may choose in Python
+        of_any_length = SimpleNamespace(fixed_shapes=False, buckets=plan.buckets)
+        assert graphs.count_shapes(small_model(1), *given, of_any_length, layout) == 0

@@ -27,6 +27,7 @@ class AudioDiT(Backbone):
 
     row_arguments = ()  # the blocks' other arguments are per condition
     state = 0
+    replayable = True
 
     def __init__(self, config: ModelConfig, finish: Callable[[nn.Module], nn.Module] = lambda part: part):
         super().__init__()
