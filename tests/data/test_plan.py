@@ -22,6 +22,15 @@ def clip(order: ClipOrder, position: int) -> tuple[int, int]:
     return place.shard, order.clip(place)
 
 
+@pytest.mark.parametrize(("frames", "fixed"), [(800, True), (799, False)])
+def test_batches_of_clips_of_one_length_have_one_shape(frames, fixed):
+    """Those of any length are as long as their longest clip, unless something else fixes them."""
+    shard = Shard(Path("x"), 8, "speech", frames, 100, 0, "")
+    index = SimpleNamespace(domains=("speech",), shards=lambda split, domain: (shard,))
+    assert BatchPlan(index, 1.0, 0, clips=4).fixed_shapes is fixed
+    assert BatchPlan(index, 1.0, 0, clips=4, fixed_shapes=True).fixed_shapes
+
+
 @pytest.mark.parametrize("lanes", [1, 4, 5, 99])
 def test_every_clip_once_an_epoch_in_another_order_each_time(lanes):
     order = ClipOrder(COUNTS, lanes, 0, "speech")
