@@ -74,7 +74,7 @@ def read_pyav(
             av.open(stream := _Stream(file), format=demuxer, options=_OPTIONS, metadata_errors="replace") as container,
         ):
             if not container.streams.audio:
-                raise (NoAudioError if container.streams.video else DecodeError)("no audio stream")
+                raise (NoAudioError if container.streams.video and not stream.fault else DecodeError)("no audio stream")
             track = container.streams.audio[0]
             if track.codec_context is None:
                 raise DecodeError("an unknown codec")
@@ -83,7 +83,7 @@ def read_pyav(
             rate, pieces = _pieces(frames, start, seconds, numbered=track.codec.name == "flac")
             return np.concatenate(pieces) if pieces else np.zeros(0, np.float32), rate or track.rate
     except av.error.FFmpegError as error:
-        raise DecodeError(error.strerror) from error
+        raise DecodeError(stream.fault or error.strerror) from error
     except DecodeError:
         raise
     except Exception as error:  # of PyAV, numpy or the disk, for a header that no encoder writes
@@ -117,6 +117,7 @@ class _Stream:
             return -1
 
     def reset_after(self, frames: Iterator) -> Iterator:
+        """Yield the frames, and let FFmpeg search again after each. Raises DecodeError if a fault ended them."""
         for frame in frames:
             self._left = _SEARCHED
             yield frame

@@ -26,9 +26,8 @@ _TAR_NAMES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MAX_PARTS = 1_000_000  # of a pattern with braces
 _REMEDY = "make or fetch it again, or leave it out"
 _PART = "part of a split tar"
-_TAR_PART = re.compile(
-    r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))[-_.]?(part)?[-_.]?(\d+|[a-z]{2})$", re.IGNORECASE
-)  # as of `split`
+# As `split` and archivers name them: a.tar.00, a.tar.aa, a.tgz.001, a.tar.part1.
+_TAR_PART = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))[-_.]?(part)?[-_.]?(\d+|[a-z]{2})$", re.IGNORECASE)
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
+from agrepa_fast.corpora import webdataset
 from agrepa_fast.corpora.audioset import audioset_source
 from agrepa_fast.corpora.folder import folder_source, list_folder
 from agrepa_fast.corpora.librispeech import librispeech_source
@@ -230,8 +231,14 @@ def test_a_folder_of_tars_accounts_for_every_name(tmp_path):
     (root / "a.tar").unlink()
     with pytest.raises(UserError, match=r"holds no tars: .*; join the parts of a split tar, in their order, with cat"):
         webdataset_source(str(root), "audio")
-    with pytest.raises(UserError, match="the braces name more than 1000000 files"):
-        webdataset_source("x-{0000000..9999999}.tar", "audio")
+
+
+def test_braces_are_expanded_up_to_a_bound(monkeypatch):
+    monkeypatch.setattr(webdataset, "_MAX_PARTS", 100)
+    with pytest.raises(UserError, match="the braces name more than 100 files"):
+        webdataset_source("x-{000000000..999999999}.tar", "audio")
+    with pytest.raises(UserError, match=r"x-01\.tar: there is no such file"):
+        webdataset_source("x-{01..99}.tar", "audio")
 
 
 # Corpora with a layout
