@@ -306,8 +306,12 @@ def _fit_tokens(args: argparse.Namespace) -> None:
 
 
 def _probe(args: argparse.Namespace) -> None:
+    from .attribution.csv import read_csv
+
     if args.out is not None or args.model is not None:
-        check_writable(args.out or Path("probe"), "--out")
+        out = args.out or Path("probe")
+        check_writable(out, "--out")
+        read_csv(out / "attribution.csv")  # what it cannot be appended to is refused before the work, too
     from .probing.measure import ProbeRequest
     from .reporting.probe import probe_checkpoint
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from .config_file import load_config
-from .errors import UserError
+from .errors import UserError, one_line
 from .fetch import cache_dir
 from .kernels import active_backend, native_isa
 
@@ -70,9 +70,9 @@ def _cache() -> list[tuple[str, str, str]]:
     try:
         cache = cache_dir()
         packages = sorted(path.name for kind in ("apt", "pip") for path in (cache / kind).glob("*"))
-    except UserError as error:
-        return [("cache", "no place for it", str(error))]
-    parent = next(path for path in (cache, *cache.parents) if path.exists())
+        parent = next(path for path in (cache, *cache.parents) if path.exists())
+    except (UserError, OSError) as error:
+        return [("cache", "no place for it", one_line(error))]
     writable = "" if os.access(parent, os.W_OK | os.X_OK) else f"{parent} is read-only: set AGREPA_CACHE to fetch more"
     return [("cache", str(cache), writable), *(("fetched package", name, "") for name in packages)]
 

@@ -5,7 +5,8 @@ import io
 import math
 from pathlib import Path
 
-from ..files import write_atomically
+from ..errors import UserError
+from ..files import read_text, write_atomically
 from .scores import LayerScores
 
 COLUMNS = ("step", "measure", "recipe", "domain", "layer", "t", "score", "stderr", "floor", "clips")
@@ -39,11 +40,20 @@ def csv_rows(scores: LayerScores) -> list[dict]:
 
 
 def read_csv(path: Path) -> list[dict]:
-    """Return the rows of an attribution.csv, [] if it does not exist."""
+    """Return the rows of an attribution.csv, [] if it does not exist. Raises UserError for a file of another kind."""
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+    for row in rows:
+        try:
+            int(row["step"])
+            float(row["score"])
+            whole = row.keys() == set(COLUMNS) and None not in row.values()
+        except (KeyError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise UserError(f"{path} is no attribution.csv of this version: move it away, or choose another folder")
+    return rows
 
 
 def append_csv(path: Path, scores: LayerScores) -> None:

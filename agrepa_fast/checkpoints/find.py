@@ -105,7 +105,15 @@ def step_of(path: Path) -> int:
 
 def read_facts(file: Path, name: str) -> Any:
     """Return one entry of a marker or of an export.json. Raises UserError if the file or the entry cannot be read."""
+    facts = read_json(file)
+    if not isinstance(facts, dict) or name not in facts:
+        raise UserError(f"{file} is damaged (no {name!r}): take another checkpoint, or export it again")
+    return facts[name]
+
+
+def read_json(file: Path) -> Any:
+    """Return the content of a JSON file of a checkpoint or an export. Raises UserError if it cannot be read."""
     try:
-        return json.loads(read_text(file))[name]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}): export it again") from error
+        return json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error}): take another checkpoint, or export it again") from error

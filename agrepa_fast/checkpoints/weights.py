@@ -17,7 +17,7 @@ from ..files import check_writable, write_atomically
 from ..models.backbone import Backbone
 from ..models.registry import make_model
 from ..tensor_files import open_tensors
-from .find import EXPORT, read_facts, resolve_checkpoint, step_of
+from .find import EXPORT, read_facts, read_json, resolve_checkpoint, step_of
 
 _REMEDY = "take it from another checkpoint"
 
@@ -29,6 +29,8 @@ def load_model(path: str | Path, *, live: bool = False) -> tuple[Backbone, Confi
     """
     path = resolve_checkpoint(Path(path))
     config = load_config(path / "config.yaml")
+    if None in (config.model.n_mels, config.model.vocab):
+        raise UserError(f"{path}/config.yaml is no checkpoint's: it has no model.n_mels or model.vocab")
     model = make_model(config.model)
     load_weights(model, weights_file(path, live), "its config.yaml")
     return model.eval(), config
@@ -90,7 +92,7 @@ def export(path: Path, out: Path, *, live: bool = False) -> None:
     facts = {"step": step_of(path), "weights": "live" if live else "averaged"}
     for name in ("shards", "selection"):
         file = path / f"{name}.json"
-        facts[name] = json.loads(file.read_text()) if file.is_file() else None
+        facts[name] = read_json(file) if file.is_file() else None
     out.mkdir(parents=True, exist_ok=True)
     try:
         shutil.copyfile(weights_file(path, live), out / "model.safetensors")

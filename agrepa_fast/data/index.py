@@ -186,7 +186,7 @@ def read_index(folder: str | Location) -> Index:
     folder = locate(folder)
     path = folder / INDEX
     try:
-        content = json.loads(read_object(path).decode())
+        content = json.loads(read_object(path).removeprefix(b"\xef\xbb\xbf").decode())
         schema = content["schema"]
         if missing := {"features", "domains", "shards"} - content.keys():
             raise KeyError(f"no {', '.join(sorted(missing))}")
@@ -198,7 +198,7 @@ def read_index(folder: str | Location) -> Index:
         raise UserError(
             f"{folder} {fault}: write it with `agrepa prepare demo` or `agrepa prepare folder` --out {folder}"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): {remedy(folder)}") from error
     if schema != SCHEMA:
         raise UserError(f"{path} has schema version {schema}, this release reads {SCHEMA}: {remedy(folder)}")

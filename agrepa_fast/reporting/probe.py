@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..attribution.csv import append_csv
+from ..attribution.csv import append_csv, read_csv
 from ..attribution.scores import LayerScores
 from ..attribution.selection import LayerSelection, select_as
 from ..checkpoints.find import step_of
@@ -29,6 +29,7 @@ def probe_checkpoint(
     opened = open_checkpoint(checkpoint, overrides, live=live)
     out = out or opened.beside("probe" if request.kind == "block" else "probe-branch")
     check_writable(out, "--out")
+    read_csv(out / "attribution.csv")  # what it cannot be appended to is refused before the work, too
     try:
         projections, step = load_projections(opened.path), step_of(opened.path)
         measured = measure_model(opened.model, opened.index, opened.config, opened.device, request, projections, step)

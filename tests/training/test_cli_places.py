@@ -1,6 +1,8 @@
 """Where a command reads and writes: looked at before the work, and said in one line if it cannot be used."""
 
+import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -12,7 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from agrepa_fast.checkpoints import weights
+from agrepa_fast.checkpoints.find import resolve_checkpoint
 from agrepa_fast.cli import main
+from agrepa_fast.data.index import read_index
 from agrepa_fast.errors import UserError
 from agrepa_fast.reporting import probe, samples
 
@@ -114,12 +118,69 @@ def test_what_is_written_may_be_read_by_whom_the_umask_says(baseline, tmp_path):
     assert load_file(tmp_path / "new" / "model.safetensors").keys()
 
 
+class TestDamage:
+    """Content that a disk, an editor or somebody else has changed: one line, before any work."""
+
+    @pytest.mark.parametrize("marker", ["", "[]", "{}", "null", '{"files": [], "saved": 1, "step": 5}', "\udcff"])
+    def test_a_marker(self, marker, baseline, tmp_path, capsys):
+        copy = self.copy(baseline, tmp_path)
+        (copy / "checkpoint.json").write_bytes(marker.encode(errors="surrogateescape"))
+        assert "checkpoint.json is damaged" in refused(capsys, "export", copy, "--out", tmp_path / "out")
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("config.yaml", b"", "is no checkpoint's"),
+            ("config.yaml", b"model: {dim: 64}", "is no checkpoint's"),
+            ("config.yaml", "model: {}".encode("utf-16"), "is not UTF-8"),
+            ("ema.safetensors", b"", "is no whole safetensors file"),
+            ("ema.safetensors", b"\xff" * 100, "is no whole safetensors file"),
+            ("shards.json", b"nul", "shards.json is damaged"),
+            ("shards.json", b"[" * 100_000, "shards.json is damaged"),
+        ],
+    )
+    def test_a_file_of_a_checkpoint(self, name, content, message, baseline, tmp_path, capsys):
+        copy = self.copy(baseline, tmp_path)
+        (copy / name).write_bytes(content)
+        facts = json.loads((copy / "checkpoint.json").read_text())
+        facts["files"][name] = len(content)
+        (copy / "checkpoint.json").write_text(json.dumps(facts))
+        assert message in refused(capsys, "export", copy, "--out", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_pointer(self, baseline, tmp_path):
+        self.copy(baseline, tmp_path)
+        for content in (b"", b"\xff\xfe", b"../../..", b"x" * 5000):
+            (tmp_path / "run" / "checkpoints" / "latest").write_bytes(content)
+            assert resolve_checkpoint(tmp_path / "run").name == "step00000005"
+
+    @pytest.mark.parametrize("content", [b"step,measure\n1,2\n", b"\xff\xfe\0", b"a\0b\n1\n"])
+    def test_a_table_of_another_kind_in_the_way_of_a_probe(self, content, baseline, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(probe, "measure_model", no_work)
+        (tmp_path / "attribution.csv").write_bytes(content)
+        line = refused(capsys, "probe", baseline, "--out", tmp_path)
+        assert "attribution.csv is no" in line
+        assert (tmp_path / "attribution.csv").read_bytes() == content
+
+    def test_an_index_with_a_byte_order_mark_is_whole_and_one_of_another_encoding_is_damaged(self, preset, tmp_path):
+        content = (preset.parent / "index.json").read_bytes()
+        (tmp_path / "index.json").write_bytes(b"\xef\xbb\xbf" + content)
+        assert read_index(tmp_path).content == json.loads(content)
+        for damaged in (content.decode().encode("utf-16"), b"[" * 100_000):
+            (tmp_path / "index.json").write_bytes(damaged)
+            with pytest.raises(UserError, match="is damaged"):
+                read_index(tmp_path)
+
+    def copy(self, baseline: Path, tmp_path: Path) -> Path:
+        """Return the checkpoint of a copy of the run, tmp_path/run."""
+        shutil.copytree(baseline, tmp_path / "run")
+        return next((tmp_path / "run" / "checkpoints").glob("step*"))
+
+
 class TestUnreadable:
     @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
     def test_weights_and_checkpoints_of_somebody_else(self, baseline, tmp_path):
         """In a process of its own: what it may not read is said to be so, not to be missing."""
-        import shutil
-
         copy = tmp_path / "run"
         shutil.copytree(baseline, copy)
         (checkpoint,) = (copy / "checkpoints").glob("step*")
