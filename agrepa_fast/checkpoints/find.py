@@ -73,7 +73,7 @@ def find_checkpoint(run: Path, name: str, say: Callable[[str], object] = lambda 
         tag = (folder / name).read_text(errors="replace").strip()
     if folder / tag in whole:
         return folder / tag
-    fault = damage(folder / tag) if (folder / tag / MARKER).is_file() else None
+    fault = damage(folder / tag) if folder / tag in _marked(folder) else None
     if name == "latest":
         if fault is not None:
             say(f"{folder / tag} is damaged ({fault}): {whole[-1].name} is the newest that is whole")
