@@ -121,11 +121,14 @@ def _matches(pattern: str) -> list[Path]:
     """Return the paths that a glob or braces name. Raises UserError for a part that names no file."""
     from braceexpand import UnbalancedBracesError, braceexpand
 
+    # braceexpand keeps all numbers of a range in memory.
+    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
+    large = any(len(start + end) > 99 or abs(int(end) - int(start)) > _MAX_PARTS for start, end in ranges)
     try:
-        parts = [pattern] if Path(pattern).is_file() else list(islice(braceexpand(pattern), _MAX_PARTS + 1))
+        parts = [pattern] if large or Path(pattern).is_file() else list(islice(braceexpand(pattern), _MAX_PARTS + 1))
     except UnbalancedBracesError as error:
         raise UserError(f"{pattern}: a brace is not closed") from error
-    if len(parts) > _MAX_PARTS:
+    if large or len(parts) > _MAX_PARTS:
         raise UserError(f"{pattern}: the braces name more than {_MAX_PARTS} files: give a glob, or a folder")
     paths = []
     for part in parts:
