@@ -235,12 +235,7 @@ def test_a_folder_of_tars_accounts_for_every_name(tmp_path):
 
 def test_braces_are_expanded_up_to_a_bound(monkeypatch):
     monkeypatch.setattr(webdataset, "_MAX_PARTS", 100)
-    for pattern in (
-        "x-{000000000..999999999}.tar",
-        "x-{1..20}-{1..20}.tar",
-        "x" + "{a,b}" * 40,
-        f"{{1..{'9' * 5000}}}",
-    ):
+    for pattern in ("x-{000000000..999999999}", "x-{1..20}-{1..20}", "x" + "{a,b}" * 40, "{1.." + "9" * 120 + "}"):
         with pytest.raises(UserError, match="the braces name more than 100 files"):
             webdataset_source(pattern, "audio")
     with pytest.raises(UserError, match=r"x-01\.tar: there is no such file"):
