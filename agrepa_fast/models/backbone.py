@@ -14,7 +14,7 @@ class Mine(Backbone):
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import wraps
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -53,7 +53,8 @@ class Backbone(nn.Module):
     kind: "block" if a layer's parts contain their residual sum; "branch" if their outputs are added outside of them.
     row_arguments, state: arguments of the parts with a row per clip, and the one that is handed on from block to block,
     as in multi_gate; None: found by their size and in a first forward.
-    condition_width: channels of the token condition, layer 0, which BiT-C and LASP need; None: the model has none.
+    condition_width, condition_tap: channels of the token condition, layer 0, which BiT-C and LASP need, and the module
+    whose output (N, T, condition_width) it is; None: the model has none.
     partitioned: weights are whole only inside a module's forward (ZeRO-3); set by the engine.
     replayable: the velocity is a function of weights, arguments and PyTorch's random state alone, so training replays
     CUDA graphs of it by default; a graph would repeat what Python chose when it was captured.
@@ -65,6 +66,10 @@ class Backbone(nn.Module):
     condition_width: int | None = None
     partitioned = False
     replayable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.condition_tap: nn.Module | None = None
 
     @property
     def layers(self) -> Sequence[Layer]:
@@ -87,9 +92,9 @@ class Backbone(nn.Module):
     ) -> Velocity:
         """Return the velocity at x_t (N, T, n_mels), for times t (C,) and C conditions; row n has condition n mod C.
 
-        capture: 1-based layers whose states come back in `hidden`, averaged over valid frames if pooled. Raises
-        ValueError if the conditions do not divide the rows, if a captured layer does not exist, and for a velocity of
-        another shape than x_t.
+        capture: 1-based layers whose states come back in `hidden`, and 0 for the token condition, averaged over valid
+        frames if pooled. Raises ValueError if the conditions do not divide the rows, if a layer does not exist, and for
+        a velocity of another shape than x_t.
         """
         copies = self.check_inputs(x_t, t, condition, capture)
         if copies > 1:
@@ -97,7 +102,7 @@ class Backbone(nn.Module):
             t = t.repeat(copies)
         hidden: dict[int, torch.Tensor] = {}
         handles = [self._tap(number, hidden) for number in capture]
-        half = next((p.dtype for p in self.parameters() if p.dtype != torch.float32), None)
+        half = next((p.dtype for p in self.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
         try:
             with torch.autocast(x_t.device.type, dtype=half, enabled=half is not None):
                 v = self.velocity(x_t, t, condition)
@@ -126,22 +131,34 @@ class Backbone(nn.Module):
         return x_t.shape[0] // conditions
 
     def _tap(self, number: int, hidden: dict[int, torch.Tensor]) -> RemovableHandle:
-        layer = self.layers[number - 1]
+        if number == 0:
+            tap = self.condition_tap
+        else:
+            layer = self.layers[number - 1]
+            tap = layer.tap or layer.parts[-1]
 
         def keep(_module: nn.Module, _args: tuple, output) -> None:
             hidden[number] = output if isinstance(output, torch.Tensor) else output[0]
 
-        return (layer.tap or layer.parts[-1]).register_forward_hook(keep)
+        return tap.register_forward_hook(keep)
 
     def recompute_layers(self) -> None:
         """Let training keep only each part's inputs for the backward (activation checkpointing)."""
         for layer in self.layers:
             for part in layer.parts:
-                part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+                part.forward = _recomputed(part.forward)
 
     def start_from_codes(self, code_mels: torch.Tensor, gathered: Callable) -> None:
         """Begin from each code's mean mel (vocab, n_mels), normalised, if the model has a use for it. gathered(list of
         parameters): a context in which partitioned ones are whole."""
+
+
+def _recomputed(forward: Callable) -> Callable:
+    @wraps(forward)  # gates look for the names of its arguments
+    def recompute(*args, **kwargs):
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return recompute
 
 
 def pool_frames(hidden: torch.Tensor, lengths: torch.Tensor, frames: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The model that a configuration names: AudioDiT, or a Backbone of the user's."""
+"""The model that a configuration names: AudioDiT, Voicebox, or a Backbone of the user's."""
 
 import importlib
 import sys
@@ -12,6 +12,8 @@ from ..their_code import their_error
 from .audio_dit.dit import AudioDiT
 from .backbone import Backbone
 
+_OURS = {"voicebox": "agrepa_fast.models.voicebox:Voicebox"}
+
 
 def make_model(config: ModelConfig, finish: Callable[[nn.Module], nn.Module] = lambda part: part) -> Backbone:
     """Return a new model of the configuration. finish: as in AudioDiT; a user's model is one part.
@@ -22,9 +24,9 @@ def make_model(config: ModelConfig, finish: Callable[[nn.Module], nn.Module] = l
     if config.backbone == "audio_dit":
         return AudioDiT(config, finish)
     name = f"model.backbone={config.backbone}"
-    module, colon, attribute = config.backbone.partition(":")
+    module, colon, attribute = _OURS.get(config.backbone, config.backbone).partition(":")
     if not (module and colon and attribute):
-        raise UserError(f"{name}: audio_dit, or MODULE:CLASS of a Backbone of yours")
+        raise UserError(f"{name}: audio_dit, voicebox, or MODULE:CLASS of a Backbone of yours")
     if "" not in sys.path:
         sys.path.insert(0, "")  # the current folder, which a script's path lacks
     try:

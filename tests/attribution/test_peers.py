@@ -85,11 +85,15 @@ def f5_unett():
     return model, [branch for _, _, attn, _, ff in model.layers for branch in (attn, ff)], f5_inputs()
 
 
-def voicebox():
+def voicebox_package() -> ModuleType:
     absent = ("torchode", "torchdiffeq", "naturalspeech2_pytorch", "naturalspeech2_pytorch.aligner", "vocos")
     absent += ("naturalspeech2_pytorch.utils", "naturalspeech2_pytorch.utils.tokenizer", "gateloop_transformer")
     absent += ("naturalspeech2_pytorch.naturalspeech2_pytorch", "audiolm_pytorch", "spear_tts_pytorch")
-    module = import_alone("voicebox_pytorch.voicebox_pytorch", *absent)
+    return import_alone("voicebox_pytorch.voicebox_pytorch", *absent)
+
+
+def voicebox():
+    module = voicebox_package()
     model = module.Transformer(dim=32, depth=6, dim_head=16, heads=2, use_unet_skip_connection=True, attn_qk_norm=True)
     torch.manual_seed(1)
     mask = torch.arange(FRAMES) < torch.tensor([[FRAMES], [7]])

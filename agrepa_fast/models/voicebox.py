@@ -1,0 +1,214 @@
+"""Voicebox (Le et al. 2023): flow matching that fills in a span of a mel, given token ids.
+
+The weights have the names and shapes of voicebox-pytorch 0.5.0's VoiceBox, and with them the same velocity. It stands
+here because that package cannot be installed beside this one. Unlike there, padding never changes a clip: tokens are
+stretched to each clip's own frames, and padded frames are masked throughout.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .audio_dit.attention import attend
+from .audio_dit.conditioning import Condition, interpolate_tokens, keep_clips, zero_padding
+from .backbone import Backbone, Layer
+
+
+class Voicebox(Backbone):
+    """`depth` layers of attention and a gated FFN with adaptive RMS norms, and register tokens in front of the frames.
+
+    n_mels, vocab: of the shards. skips: the paper's U-Net connections from layer l to depth + 1 - l; depth must be
+    even. dropout: of the FFN. A clip without tokens gets the id `vocab`, as upstream; one without a reference, zeros.
+    """
+
+    kind = "branch"
+    row_arguments = ("lengths",)
+
+    def __init__(
+        self,
+        n_mels: int,
+        vocab: int,
+        dim: int = 1024,
+        depth: int = 24,
+        heads: int = 16,
+        dim_head: int = 64,
+        ff_mult: float = 4.0,
+        token_dim: int = 1024,
+        registers: int = 16,
+        kernel_size: int = 31,
+        dropout: float = 0.0,
+        skips: bool = False,
+    ):
+        super().__init__()
+        if skips and depth % 2:
+            raise ValueError(f"depth={depth}: skips join pairs of layers, so it must be even")
+        self.null_id, self.condition_width = vocab, token_dim
+        self.sinu_pos_emb = nn.Sequential(_Fourier(dim), nn.Linear(dim, 4 * dim), nn.SiLU())
+        self.to_cond_emb = nn.Embedding(vocab + 1, token_dim)
+        self.to_embed = nn.Linear(2 * n_mels + token_dim, dim)
+        self.null_cond = nn.Parameter(torch.zeros(n_mels), requires_grad=False)
+        self.conv_embed = _Conv(dim, kernel_size)
+        sizes = {"heads": heads, "dim_head": dim_head, "ff_mult": ff_mult, "registers": registers}
+        self.transformer = _Transformer(dim, depth, dropout=dropout, skips=skips, **sizes)
+        self.to_pred = nn.Linear(dim, n_mels, bias=False)
+        self.condition_tap = nn.Identity()
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [_Parts(layer).layer(self.to_embed.out_features) for layer in self.transformer.layers]
+
+    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        lengths = condition.mask_lengths
+        ids = condition.tokens
+        if condition.keep_tokens is not None:
+            ids = torch.where(condition.keep_tokens.unsqueeze(1), ids, self.null_id)
+        embedded = interpolate_tokens(self.to_cond_emb(ids), condition.token_lengths, condition.lengths, x_t.shape[1])
+        embedded = self.condition_tap(embedded)
+        reference = keep_clips(condition.reference, condition.keep_reference)
+        dtype = self.to_embed.weight.dtype
+        x = self.to_embed(torch.cat((x_t.to(dtype), embedded.to(dtype), reference.to(dtype)), dim=-1))
+        x = self.conv_embed(x, lengths) + x
+        return self.to_pred(self.transformer(x, self.sinu_pos_emb(t.to(dtype)), lengths))
+
+
+class _Parts:
+    """The modules of a layer by name; upstream keeps them in a list."""
+
+    def __init__(self, layer: nn.ModuleList):
+        self.skip, _, self.norm1, self.attn, self.norm2, self.ffn, self.tap = layer
+
+    def layer(self, width: int) -> Layer:
+        return Layer((self.attn, self.ffn), width, tap=self.tap, branches={"attn": self.attn, "ffn": self.ffn})
+
+
+class _Transformer(nn.Module):
+    def __init__(self, dim, depth, *, heads, dim_head, ff_mult, registers, dropout, skips):
+        super().__init__()
+        self.register_tokens = nn.Parameter(torch.randn(registers, dim)) if registers else None
+        inner = int(dim * ff_mult * 2 / 3)
+        self.layers = nn.ModuleList()
+        self.rotary_emb = _Rotary(dim_head)
+        for number in range(depth):
+            skip = nn.Linear(2 * dim, dim) if skips and number >= depth // 2 else None
+            ffn = nn.Sequential(nn.Linear(dim, 2 * inner), _GeGlu(), nn.Dropout(dropout), nn.Linear(inner, dim))
+            norms = (_AdaptiveNorm(dim, 4 * dim) for _ in range(2))
+            parts = [skip, None, next(norms), _Attention(dim, heads, dim_head), next(norms), ffn, nn.Identity()]
+            self.layers.append(nn.ModuleList(parts))
+        self.final_norm = _RmsNorm(dim)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        registers = 0 if self.register_tokens is None else len(self.register_tokens)
+        positions = torch.arange(x.shape[1], device=x.device)
+        if registers:
+            x = torch.cat((self.register_tokens.to(x.dtype).expand(len(x), -1, -1), x), dim=1)
+            positions = torch.cat((positions.new_full((registers,), -10_000), positions))  # far from all frames
+        angles = self.rotary_emb(positions)
+        valid = None if lengths is None else lengths + registers
+        earlier = []
+        for layer in self.layers:
+            parts = _Parts(layer)
+            if parts.skip is None:
+                earlier.append(x)
+            else:
+                x = parts.skip(torch.cat((x, earlier.pop() * 2**-0.5), dim=-1))
+            x = x + parts.attn(parts.norm1(x, time), angles, valid)
+            x = x + parts.ffn(parts.norm2(x, time))
+            parts.tap(x[:, registers:])
+        return self.final_norm(x[:, registers:])
+
+
+class _Attention(nn.Module):
+    """Attention with RMS-normed queries and keys, one gain per head and channel, and a scale of 10."""
+
+    scale = 10.0
+
+    def __init__(self, dim: int, heads: int, dim_head: int):
+        super().__init__()
+        self.heads = heads
+        self.q_norm, self.k_norm = _HeadNorm(dim_head, heads), _HeadNorm(dim_head, heads)
+        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+
+    def forward(self, y: torch.Tensor, angles: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        q, k, v = self.to_qkv(y).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = (_rotate(x, angles) for x in (self.q_norm(q), self.k_norm(k)))
+        q = q * (self.scale * q.shape[-1] ** 0.5)  # attend divides by the root of the width
+        return self.to_out(attend(q.to(v.dtype), k.to(v.dtype), v, lengths))
+
+
+class _Fourier(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(dim // 2))
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        angles = 2 * math.pi * t.unsqueeze(1) * self.weights
+        return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+class _Conv(nn.Module):
+    def __init__(self, dim: int, kernel_size: int):
+        super().__init__()
+        conv = nn.Conv1d(dim, dim, kernel_size, groups=dim, padding=kernel_size // 2)
+        self.dw_conv1d = nn.Sequential(conv, nn.GELU())
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        y = self.dw_conv1d(zero_padding(x, lengths).transpose(1, 2)).transpose(1, 2)
+        return zero_padding(y, lengths)
+
+
+class _Rotary(nn.Module):
+    def __init__(self, dim: int, theta: float = 50_000.0):
+        super().__init__()
+        self.register_buffer("inv_freq", theta ** (-torch.arange(0, dim, 2) / dim))
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return the angles (T, dim) of positions (T,)."""
+        return (positions.unsqueeze(1) * self.inv_freq).repeat(1, 2)
+
+
+def _rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
+
+
+class _RmsNorm(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.normalize(x, dim=-1) * x.shape[-1] ** 0.5 * self.gamma
+
+
+class _HeadNorm(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(heads, 1, dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.normalize(x, dim=-1) * self.gamma * x.shape[-1] ** 0.5
+
+
+class _AdaptiveNorm(nn.Module):
+    """RMS norm whose gain and shift come from the time; the identity's at first."""
+
+    def __init__(self, dim: int, time_dim: int):
+        super().__init__()
+        self.to_gamma, self.to_beta = nn.Linear(time_dim, dim), nn.Linear(time_dim, dim)
+        for linear in (self.to_gamma, self.to_beta):
+            nn.init.zeros_(linear.weight)
+        nn.init.ones_(self.to_gamma.bias)
+        nn.init.zeros_(self.to_beta.bias)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        gain, shift = self.to_gamma(time).unsqueeze(1), self.to_beta(time).unsqueeze(1)
+        return F.normalize(x, dim=-1) * x.shape[-1] ** 0.5 * gain + shift
+
+
+class _GeGlu(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, gate = x.chunk(2, dim=-1)
+        return F.gelu(gate) * x

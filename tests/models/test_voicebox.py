@@ -1,0 +1,157 @@
+"""Voicebox against voicebox-pytorch's, in float64, and what that package lacks."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn as nn
+
+from agrepa_fast.attribution.foga import FogaProbe, foga
+from agrepa_fast.attribution.points import ProbeBatch, ProbePoints
+from agrepa_fast.models.audio_dit.conditioning import Condition
+from agrepa_fast.models.voicebox import Voicebox, _Transformer
+
+from ..attribution.test_peers import voicebox_package
+
+MELS, VOCAB, FRAMES = 6, 11, 23
+SIZES = {"dim": 32, "depth": 4, "heads": 2, "dim_head": 16, "token_dim": 12, "registers": 3}
+
+
+def small(**options) -> Voicebox:
+    torch.manual_seed(0)
+    return awake(Voicebox(MELS, VOCAB, **(SIZES | options))).eval()
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """Adaptive norms that depend on the time."""
+    for name, parameter in model.named_parameters():
+        if "to_gamma" in name or "to_beta" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def clips(lengths=(FRAMES, 17, 9), frames: int = FRAMES, per_frame: bool = False) -> tuple[torch.Tensor, Condition]:
+    draw, lengths = torch.Generator().manual_seed(1), torch.tensor(lengths)
+    valid = (torch.arange(frames) < lengths[:, None])[..., None]
+    mel = torch.randn(len(lengths), frames, MELS, generator=draw) * valid
+    count = frames if per_frame else frames // 2
+    tokens = torch.randint(0, VOCAB, (len(lengths), count), generator=draw)
+    token_lengths = lengths if per_frame else (lengths // 2).clamp(min=1)
+    reference = torch.where(torch.arange(frames)[:, None] < 5, mel, 0)
+    return mel, Condition(tokens, token_lengths, reference, lengths)
+
+
+def both_in_float64() -> tuple[Voicebox, nn.Module]:
+    ours = small().double()
+    theirs = voicebox_package().VoiceBox(
+        num_cond_tokens=VOCAB,
+        dim_in=MELS,
+        dim_cond_emb=12,
+        dim=32,
+        depth=4,
+        dim_head=16,
+        heads=2,
+        num_register_tokens=3,
+    )
+    theirs = theirs.double().eval()
+    assert list(theirs.state_dict()) == list(ours.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("lengths", [(FRAMES,) * 3, (FRAMES, 17, 9)])
+def test_equals_voicebox_pytorch(lengths, dropped):
+    ours, theirs = both_in_float64()
+    x, condition = clips(lengths, per_frame=True)
+    x, t = x.double(), torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64)
+    condition = replace(condition, reference=condition.reference.double())
+    if dropped:
+        none = torch.zeros(3, dtype=torch.bool)
+        condition = replace(condition, keep_tokens=none, keep_reference=none)
+    mask = torch.arange(FRAMES) < condition.lengths[:, None]
+    want = theirs(
+        x,
+        times=t,
+        cond_token_ids=condition.tokens,
+        cond=condition.reference,
+        cond_mask=torch.zeros_like(mask),
+        self_attn_mask=mask if condition.padded else None,
+        cond_drop_prob=float(dropped),
+    )
+    found = ours(x, t, condition).v
+    torch.testing.assert_close(found, want * mask[..., None], rtol=1e-10, atol=1e-10)
+    for out in (found, want * mask[..., None]):
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    for name, parameter in ours.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-8, atol=1e-10)
+
+
+def test_skips_equal_those_of_its_transformer():
+    torch.manual_seed(0)
+    theirs = voicebox_package().Transformer(
+        dim=32, depth=4, dim_head=16, heads=2, num_register_tokens=3, adaptive_rmsnorm=True,
+        adaptive_rmsnorm_cond_dim_in=128, use_unet_skip_connection=True, attn_qk_norm=True,
+    )  # fmt: skip
+    theirs = awake(theirs).double().eval()
+    ours = _Transformer(32, 4, heads=2, dim_head=16, ff_mult=4, registers=3, dropout=0.0, skips=True).double()
+    ours.load_state_dict(theirs.state_dict())
+    x, time = torch.randn(3, FRAMES, 32, dtype=torch.float64), torch.randn(3, 128, dtype=torch.float64)
+    lengths = torch.tensor([FRAMES, 17, 9])
+    mask = torch.arange(FRAMES) < lengths[:, None]
+    want = theirs(x, mask=mask, adaptive_rmsnorm_cond=time)
+    torch.testing.assert_close(ours(x, time, lengths)[mask], want[mask], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_padding_changes_no_clip(skips):
+    model = small(skips=skips)
+    x, condition = clips()
+    keep = torch.tensor([True, False, True])
+    condition = replace(condition, keep_tokens=keep, keep_reference=~keep)
+    t = torch.tensor([0.2, 0.5, 0.9])
+    together = model(x, t, condition, capture=(0, 2), pooled=True)
+    for clip, length in enumerate(condition.lengths.tolist()):
+        one, tokens = condition[clip : clip + 1], int(condition.token_lengths[clip])
+        alone = Condition(
+            one.tokens[:, :tokens], one.token_lengths, one.reference[:, :length], one.lengths,
+            keep_tokens=one.keep_tokens, keep_reference=one.keep_reference,
+        )  # fmt: skip
+        out = model(x[clip : clip + 1, :length], t[clip : clip + 1], alone, capture=(0, 2), pooled=True)
+        torch.testing.assert_close(out.v[0], together.v[clip, :length], rtol=1e-5, atol=1e-5)
+        for layer in (0, 2):
+            torch.testing.assert_close(out.hidden[layer][0], together.hidden[layer][clip], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_foga_equals_leaving_out_one_layer_at_a_time(skips):
+    model = small(skips=skips)
+    mel, condition = clips()
+    batch = ProbeBatch(mel, condition, torch.tensor([0, 1, 0]), (0, 1, 2))
+    scores = foga(model, batch, times=(0.5,), sigma=1.0).values[..., 0, 0]
+    points = ProbePoints((0.5,), sigma=1.0)
+    x_t, t = points.x_t(batch, 0.5, 0), torch.full((3,), 0.5)
+    with torch.no_grad():
+        base = model(x_t, t, condition).v
+        for number, layer in enumerate(model.layers):
+            handles = [part.register_forward_hook(lambda _m, _a, out: 0 * out) for part in layer.parts]
+            v = model(x_t, t, condition).v
+            for handle in handles:
+                handle.remove()
+            change = (v - base).flatten(1).norm(dim=1) / base.flatten(1).norm(dim=1)
+            torch.testing.assert_close(scores[number], change, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_and_ffn_apart():
+    mel, condition = clips()
+    batch = ProbeBatch(mel, condition, torch.tensor([0, 1, 0]), (0, 1, 2))
+    scores = foga(small(), batch, times=(0.5,), kind="branch")
+    assert scores.names == tuple(f"{n}.{part}" for n in (1, 2, 3, 4) for part in ("attn", "ffn"))
+    FogaProbe(small(), ProbePoints((0.5,)), kind="branch").check_blocks(batch)
+
+
+def test_skips_need_pairs():
+    with pytest.raises(ValueError, match="depth=3"):
+        small(depth=3, skips=True)
