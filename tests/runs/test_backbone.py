@@ -80,7 +80,7 @@ def test_voicebox_fills_in_spans_on_any_ranks(folder):
         2, *given, "--ds_config", "zero3.json", "run.dir=two", "train.activation_checkpointing=true", cwd=folder
     )
     # Queries and keys of norm 1 times a scale of 10: the softmax amplifies what rounding differs by.
-    assert_same_curve(folder / "one", folder / "two", tolerance=1e-4)
+    assert_same_curve(folder / "one", folder / "two", tolerance=1e-3)
     rows = read_csv(folder / "two" / "attribution.csv")
     assert {int(row["layer"]) for row in rows} == {1, 2, 3, 4}
     losses = json.loads((folder / "two" / "summary.json").read_text())["val/flow_loss"]
