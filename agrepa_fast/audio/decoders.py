@@ -50,7 +50,7 @@ def read_soundfile(source: str | os.PathLike | bytes, start: float, seconds: flo
                 raise DecodeError("AAC, not MP3")
             file.seek(min(round(start * rate), file.frames))
             samples = -1 if seconds is None else round(seconds * rate)
-            return file.read(samples, dtype="float32", always_2d=True).mean(axis=1, dtype=np.float32), rate
+            return _mean(file.read(samples, dtype="float32", always_2d=True), axis=1), rate
     except soundfile.LibsndfileError as error:
         reason = error.error_string.rstrip(".")
         # Said of a file that begins like MP3, and is none. The file is there: `decode` has looked.
@@ -159,7 +159,12 @@ def _mean_of_channels(frame) -> np.ndarray:
         values = (values.astype(np.float32) - 128) / 128
     elif values.dtype.kind == "i":
         values = values.astype(np.float32) / np.float32(2.0 ** (8 * values.dtype.itemsize - 1))
-    return values.mean(axis=0, dtype=np.float32)
+    return _mean(values, axis=0)
+
+
+def _mean(channels: np.ndarray, axis: int) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):  # the wave is checked later, and named then
+        return channels.mean(axis=axis, dtype=np.float32)
 
 
 def _checked_rate(rate: int, channels: int) -> int:

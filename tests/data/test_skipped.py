@@ -285,6 +285,18 @@ def test_waves_and_mels_are_checked_from_both_sides(whisper, tmp_path):
     assert row[4].startswith("peak 1e+29, not in [-1, 1]")
 
 
+@pytest.mark.filterwarnings("error")
+def test_waves_that_overflow_are_named_without_a_warning(whisper, tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", 12)
+    for name, values in {"huge": (3e38, 3e38), "opposite": (np.inf, -np.inf)}.items():
+        wave = np.tile(np.float32(values), (16000, 1))
+        soundfile.write(corpus / f"{name}.wav", wave, 16000, subtype="FLOAT")
+    prepare_folder(settings(whisper), corpus, "speech", tmp_path / "out")
+    assert [row[2:] for row in rows(tmp_path / "out")] == [
+        (f"{name}.wav", "bad recording", "not finite") for name in ("huge", "opposite")
+    ]
+
+
 def test_phone_recordings_beside_wavs_are_prepared(whisper, tmp_path):
     corpus = write_corpus(tmp_path / "corpus", 6)
     for number in range(4):
