@@ -28,16 +28,21 @@ def their_error(error: BaseException) -> str:
 
 
 def _places(trace: TracebackType | None) -> list[tuple[bool, str]]:
-    """Return (whether it is in this package, place) of every frame outside of libraries, the innermost last."""
-    places = []
+    """Return (whether it is in this package, place) of every frame outside of libraries, the innermost last.
+
+    Without a frame of a user's files, those of installed packages stand in for them, torch apart.
+    """
+    users, all_packages = [], []
     while trace is not None:
-        code, module = trace.tb_frame.f_code, trace.tb_frame.f_globals.get("__name__", "")
-        is_ours = module.partition(".")[0] == _OURS
-        is_library = code.co_filename.startswith(("<", *_LIBRARIES)) or "site-packages" in Path(code.co_filename).parts
-        if is_ours or not is_library:
-            places.append((is_ours, f"{_short(code.co_filename)}:{trace.tb_lineno}, in {code.co_name}"))
+        code, module = trace.tb_frame.f_code, trace.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+        place = module == _OURS, f"{_short(code.co_filename)}:{trace.tb_lineno}, in {code.co_name}"
+        is_package = "site-packages" in Path(code.co_filename).parts
+        if place[0] or not (is_package or code.co_filename.startswith(("<", *_LIBRARIES))):
+            users.append(place)
+        if place[0] or (is_package and module != "torch"):
+            all_packages.append(place)
         trace = trace.tb_next
-    return places
+    return users if any(not is_ours for is_ours, _ in users) else all_packages
 
 
 def _their_place(places: list[tuple[bool, str]]) -> str | None:

@@ -118,9 +118,11 @@ class FogaProbe:
             raise ValueError(remedy)
 
     def check_blocks(self, batch: ProbeBatch) -> None:
-        """Raises ValueError naming a block whose rows depend on each other. Costs a forward of all variants; call it
-        when the floor is high."""
+        """Raises ValueError naming a block whose rows depend on each other, or whose arguments cannot be told apart.
+        Costs a forward of all variants or a few; call it before a run, and when the floor is high."""
         with evaluation_mode(self.model), torch.no_grad():
+            if not self._is_known:
+                self._check_calls(batch, batch.condition)
             self._ablate(batch.mel, clip_times(batch, 0.5), batch.condition, check_rows=True)
 
 

@@ -319,6 +319,11 @@ def test_one_line_with_the_place_in_their_code(factory, message, refusal):
     assert message in re.sub(r"py:\d+", "py:N", refusal(factory))
 
 
+def test_a_place_in_an_installed_package_where_no_file_is_the_users(refusal):
+    err = refusal("transformers:AutoModel")
+    assert re.search(r"site-packages/transformers/.*\.py:\d+, in \w+: \w+: ", err)
+
+
 def test_a_traceback_on_request(refusal):
     err = refusal("broken_config", "--traceback")
     assert "Traceback" in err

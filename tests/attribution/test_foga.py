@@ -327,6 +327,8 @@ class TestBackbonesOfOthers:
         model.state = "x"
         with pytest.raises(ValueError, match=r"ThirdParty: which arguments .* set ThirdParty.row_arguments and state"):
             foga(model, probe_batch, times=(0.5,))
+        with pytest.raises(ValueError, match="ThirdParty: which arguments"):
+            FogaProbe(model, POINTS).check_blocks(probe_batch)
         model.row_arguments = ("context", "bias")
         scores = foga(model, probe_batch, times=(0.5,))
         torch.testing.assert_close(scores.values[..., 0, 0], one_by_one(model, probe_batch), atol=1e-5, rtol=1e-5)
