@@ -64,8 +64,10 @@ class Walk:
                 self.pass_over(f"{folder}/{name}", kind, "no suffix of a recording")
         of_stem = {os.path.splitext(name)[0]: name for name in taken}  # noqa: PTH122
         for name in more:
-            if beside := of_stem.get(os.path.splitext(name)[0]):  # noqa: PTH122
-                self.pass_over(f"{folder}/{name}", "second file of a recording", f"{printable(beside)} is taken")
+            stem, suffix = os.path.splitext(name)  # noqa: PTH122
+            if beside := of_stem.get(stem):
+                kind = f"{suffix.lower()} file of a recording that is taken"
+                self.pass_over(f"{folder}/{name}", kind, f"{printable(beside)} is taken")
             else:
                 taken.append(name)
         return taken

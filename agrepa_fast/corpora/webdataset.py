@@ -165,7 +165,8 @@ class _Shard:
                 seen |= complete
                 yield from self._sample(stream, group, of_key)
         for suffix, count in self.beside.items():
-            self._pass_over(f"*.{suffix}", "members beside a recording", f"{count} members of samples that are taken")
+            kind = f".{suffix.rpartition('.')[2]} members beside a recording"
+            self._pass_over(f"*.{suffix}", kind, f"{count} members of samples that are taken")
 
     def _sample(self, stream, group: str, of_key: dict[str, dict[str, tuple[int, int]]]) -> Iterator[Recording]:
         """Yield the recordings of a sample by WebDataset's rule: one, or one per key if dots are in the keys."""

@@ -52,8 +52,8 @@ def test_a_folder_accounts_for_every_name(tmp_path):
         "a/.git": ("hidden folder", "hidden"),
         "a/README": ("file without a suffix", "no suffix of a recording"),
         "a/notes.pdf": (".pdf file", "no suffix of a recording"),
-        "a/x.M4A": ("second file of a recording", "x.wav is taken"),
-        "a/x.mp4": ("second file of a recording", "x.wav is taken"),
+        "a/x.M4A": (".m4a file of a recording that is taken", "x.wav is taken"),
+        "a/x.mp4": (".mp4 file of a recording that is taken", "x.wav is taken"),
         "b/back": ("link", "a link to a folder that is read at another place"),
         "b/lonely.txt": (".txt file", "no suffix of a recording"),
         "b/nowhere.wav": ("link", "a link to nowhere"),
@@ -158,12 +158,12 @@ def test_keys_with_dots(tmp_path):
     assert reasons(source) == {
         "a.tar/meta.data.json": ("member .json", "belongs to no recording"),
         "a.tar/lost.npy": ("member .npy", "belongs to no recording"),
-        "a.tar/*.cls": ("members beside a recording", "1 members of samples that are taken"),
-        "a.tar/*.0 (clean version).npy": ("members beside a recording", "1 members of samples that are taken"),
-        "a.tar/*. smith 1.npy": ("members beside a recording", "1 members of samples that are taken"),
-        "a.tar/*. smith 2.npy": ("members beside a recording", "1 members of samples that are taken"),
-        "a.tar/*.1.npy": ("members beside a recording", "1 members of samples that are taken"),
-        "a.tar/*.m4a": ("members beside a recording", "1 members of samples that are taken"),
+        "a.tar/*.cls": (".cls members beside a recording", "1 members of samples that are taken"),
+        "a.tar/*.0 (clean version).npy": (".npy members beside a recording", "1 members of samples that are taken"),
+        "a.tar/*. smith 1.npy": (".npy members beside a recording", "1 members of samples that are taken"),
+        "a.tar/*. smith 2.npy": (".npy members beside a recording", "1 members of samples that are taken"),
+        "a.tar/*.1.npy": (".npy members beside a recording", "1 members of samples that are taken"),
+        "a.tar/*.m4a": (".m4a members beside a recording", "1 members of samples that are taken"),
     }
 
 
@@ -264,7 +264,7 @@ def test_audioset_takes_what_it_took_before_more_suffixes_were_read(audioset):
     again = audioset_source(audioset)
     assert taken(again) == taken(source)
     assert again.identity == source.identity
-    assert [kind for kind, _ in reasons(again).values()].count("second file of a recording") >= 11
+    assert [kind for kind, _ in reasons(again).values()].count(".aac file of a recording that is taken") >= 11
 
 
 def test_a_linked_subset_beside_the_real_one_comes_once(librispeech):
