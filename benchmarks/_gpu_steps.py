@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import repeat
@@ -162,59 +162,63 @@ def zero2(plan: Plan) -> Measured:
     step = DeepSpeedStep(plan.sizes)
     step()  # AdamW's state exists from here on
     changes = step.changes()
-    yield "eager", time_steps(step, ROUNDS)
-    for name, taken_back in changes.items():
-        with taken_back():
-            yield f"without: {name}", time_steps(step, ROUNDS)
-    with ExitStack() as stack:
-        for taken_back in changes.values():
-            stack.enter_context(taken_back())
-        yield "without all", time_steps(step, ROUNDS)
+
+    @contextmanager
+    def all_taken_back() -> Iterator[None]:
+        with ExitStack() as stack:
+            for taken_back in changes.values():
+                stack.enter_context(taken_back())
+            yield
+
+    inside = {"eager": nullcontext} | {f"without: {name}": taken_back for name, taken_back in changes.items()}
+    inside["without all"] = all_taken_back
     if plan.cuda:
-        step.run.graphs = GraphedLosses(step.run._trained, 2, print)
-        step()  # captures
-        yield "train.graphs", time_steps(step, ROUNDS)
+        inside["train.graphs"] = partial(patch.object, step.run, "graphs", GraphedLosses(step.run._trained, 2, print))
+    yield from time_steps(dict.fromkeys(inside, step), ROUNDS, inside=inside).items()
 
 
 def step(plan: Plan) -> Measured:
     """The optimizer step without DeepSpeed, eager and as a CUDA graph, on padded clips, on the reference backend, and
     with 1.5B parameters."""
     s = plan.sizes
-
-    def timed(sizes: Sizes, call: Callable[[], object], clips: int) -> dict:
-        result = time_steps(call, ROUNDS)
-        took = result["median_s"]
-        return result | {"clips_per_s": clips / took, "tflop_per_s": clips * sizes.clip_flops() / took / 1e12}
-
     for clips in (s.batch, s.small_batch):
-        ours = OurStep(s, clips)
-        first = [ours() for _ in range(4)]
-        yield f"ours B{clips}", timed(s, ours, clips)
-        del ours
+        yield from _eager_and_graphed(s, clips)
         free()
-        if plan.cuda:
-            captured = OurStep(s, clips)
-            replay, loss = graphed(captured)  # three steps of warm-up; the replay is the fourth
-            replay()
-            yield f"graphed B{clips} loss difference", float((loss - first[3]).abs() / first[3].abs())
-            yield f"graphed B{clips}", timed(s, replay, clips)
-            del captured, replay, loss
-            free()
-    yield f"padded B{s.batch}", time_steps(OurStep(s, s.batch, padded=True), ROUNDS)
+    yield f"padded B{s.batch}", time_steps({"step": OurStep(s, s.batch, padded=True)}, ROUNDS)["step"]
     free()
     with force_backend("reference"):
-        yield f"reference B{s.batch}", timed(s, OurStep(s, s.batch), s.batch)
+        yield from _timed(s, s.batch, reference=OurStep(s, s.batch))
     free()
     wide = replace(s, dim=plan.wide[0], depth=plan.wide[1])
     for clips in (s.batch, s.batch // 2):
         try:
             ours = OurStep(wide, clips)
             parameters = sum(weight.numel() for weight in ours.weights)
-            yield "wide", timed(wide, ours, clips) | {"parameters": parameters, "clips": clips}
+            for _, result in _timed(wide, clips, wide=ours):
+                yield "wide", result | {"parameters": parameters, "clips": clips}
             return
         except torch.OutOfMemoryError:  # again with half as many clips; the result holds their number
             ours = None
         free()
+
+
+def _eager_and_graphed(s: Sizes, clips: int) -> Measured:
+    ours = OurStep(s, clips)
+    calls = {"ours": ours}
+    if s.device == "cuda":
+        losses = [ours() for _ in range(4)]
+        ours = calls["ours"] = OurStep(s, clips)
+        calls["graphed"], loss = graphed(ours)  # three steps of warm-up; the replay is the fourth
+        calls["graphed"]()
+        yield f"graphed B{clips} loss difference", float((loss - losses[3]).abs() / losses[3].abs())
+    yield from _timed(s, clips, **calls)
+
+
+def _timed(sizes: Sizes, clips: int, **calls: Callable[[], object]) -> Measured:
+    for name, result in time_steps(calls, ROUNDS).items():
+        took = result["median_s"]
+        rates = {"clips_per_s": clips / took, "tflop_per_s": clips * sizes.clip_flops() / took / 1e12}
+        yield f"{name} B{clips}", result | rates
 
 
 def traces(plan: Plan) -> Measured:

@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median, quantiles
 from typing import NamedTuple
@@ -123,27 +124,39 @@ def time_interleaved(calls: dict[str, Callable[[], object]], repeats: int, warmu
     return {name: result.pop("forward") | result for name, result in timed.items()}
 
 
-def time_steps(step: Callable[[], object], rounds: int, steps: int = 4) -> dict:
-    """Return the wall seconds per step where `steps` of them follow each other, as in training: the CPU may run ahead,
-    or the GPU wait for it. On a GPU also the CPU's seconds per step (`cpu`) and the peak extra memory (MiB)."""
-    cuda, wall, cpu = torch.cuda.is_available(), [], []
-    step()
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+def time_steps(
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    steps: int = 4,
+    inside: dict[str, Callable[[], AbstractContextManager]] | None = None,
+) -> dict[str, dict]:
+    """Return the wall seconds per call where `steps` of them follow each other, as in training: the CPU may run ahead,
+    or the GPU wait for it. On a GPU also the CPU's seconds per call (`cpu`) and the peak extra memory (MiB).
+
+    Calls take turns, one call more per turn, which is not timed. inside: contexts that calls run in.
+    """
+    cuda = torch.cuda.is_available()
+    wall, cpu = {name: [] for name in calls}, {name: [] for name in calls}
+    peak = dict.fromkeys(calls, 0.0)
     for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(steps):
-            step()
-        cpu.append((time.perf_counter() - start) / steps)
-        if cuda:
-            torch.cuda.synchronize()
-        wall.append((time.perf_counter() - start) / steps)
+        for name, call in calls.items():
+            with (inside or {}).get(name, nullcontext)():
+                call()
+                if cuda:
+                    torch.cuda.synchronize()
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                start = time.perf_counter()
+                for _ in range(steps):
+                    call()
+                cpu[name].append((time.perf_counter() - start) / steps)
+                if cuda:
+                    torch.cuda.synchronize()
+                    peak[name] = max(peak[name], (torch.cuda.max_memory_allocated() - before) / 2**20)
+                wall[name].append((time.perf_counter() - start) / steps)
     if not cuda:
-        return spread(wall)
-    memory = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return spread(wall) | {"cpu": spread(cpu), "peak_memory_mib": memory}
+        return {name: spread(wall[name]) for name in calls}
+    return {name: spread(wall[name]) | {"cpu": spread(cpu[name]), "peak_memory_mib": peak[name]} for name in calls}
 
 
 def peak_memory_mib(call: Callable[[], object]) -> float:
