@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _check_backend()
         args.command(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # >&-
+            sys.stdout.flush()
     except BrokenPipeError:  # `agrepa config | head` has read enough
         _close_stdout()
     except (UserError, OSError) as error:
@@ -68,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
 def _close_stdout() -> None:
     """Drop what could not be written, on a full disk for one: Python would try again at exit, and fail."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

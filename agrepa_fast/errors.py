@@ -36,7 +36,8 @@ def one_line(error: BaseException) -> str:
     folder for temporary files."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror is not None:
-        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        places = [str(place) for place in (error.filename, error.filename2) if place is not None]
+        text = ": ".join([" to ".join(places), error.strerror] if places else [error.strerror])
         if error.strerror.startswith("No usable temporary directory"):
             text += ": set TMPDIR to a folder that can be written"
     return " ".join(text.splitlines()) or type(error).__name__

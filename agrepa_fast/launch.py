@@ -7,6 +7,7 @@ their own, from which the first three are derived. A process without any of them
 import os
 import re
 import socket
+import time
 import sys
 from dataclasses import dataclass
 
@@ -69,6 +70,20 @@ def launched_rank() -> int:
     place, rank = _place_by_launcher(), os.environ.get("RANK", "")
     known = place is not None or "WORLD_SIZE" in os.environ  # RANK alone may be left over from a pod or a script
     return int(rank) if known and _NUMBER.fullmatch(rank) else place.rank if place is not None else 0
+
+
+def check_master_address(patience: float = 60.0) -> None:
+    """Wait until MASTER_ADDR has an address; torch would try for as long as ranks wait for each other. Raises
+    LocalError after `patience` seconds, in which a cluster may still be making its names known."""
+    name, until = os.environ["MASTER_ADDR"], time.monotonic() + patience
+    while True:
+        try:
+            socket.getaddrinfo(name, None)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > until:
+                raise LocalError(f"MASTER_ADDR={name}: no address is known for it ({error}): correct it") from error
+        time.sleep(1)
 
 
 def why_not_joined(error: Exception) -> str:

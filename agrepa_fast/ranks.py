@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import LocalError, UserError
-from .launch import complete_launch_environment, local_device, why_not_joined
+from .launch import check_master_address, complete_launch_environment, local_device, why_not_joined
 
 PATIENCE = timedelta(hours=12)  # ranks wait while rank 0 prepares recordings; torch's default is 10 or 30 minutes
 _CHECK_SECONDS = 1.0  # between two looks for failed ranks
@@ -187,6 +187,7 @@ def _join() -> Ranks:
 
     if complete_launch_environment() == 1:
         return ALONE
+    check_master_address()
     try:
         store, rank, world = next(rendezvous("env://", timeout=timedelta(minutes=5)))
         store = dist.PrefixStore("agrepa-prepare", store)

@@ -191,6 +191,8 @@ def read_index(folder: str | Location) -> Index:
         if missing := {"features", "domains", "shards"} - content.keys():
             raise KeyError(f"no {', '.join(sorted(missing))}")
         names = [entry["file"] for entry in index_files(content)] if schema == SCHEMA else []
+        if schema == SCHEMA and not content["shards"]:
+            raise KeyError("no shards")
     except ReadError as error:
         if error.kind != "missing" or isinstance(folder, Remote):
             raise

@@ -161,7 +161,7 @@ def _read_lines(path: Path) -> Iterator[dict]:
             line = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and "step" in line:
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
             yield line
 
 

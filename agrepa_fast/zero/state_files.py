@@ -12,6 +12,15 @@ from ..errors import UserError
 from .lean_step import detach_fragments
 from .optimizers import optimizer_inside
 
+# In messages of torch.load about files that are no archives, or half of one.
+_DAMAGE = (
+    "PytorchStreamReader",
+    "mmap can only be used",
+    "central directory",
+    "invalid load key",
+    "Unsupported operand",
+)
+
 
 def layout(engine, ranks: int) -> dict:
     """Return the settings that DeepSpeed's files depend on. An engine of the same layout reads them again; any other
@@ -79,7 +88,12 @@ def tensors_only(path: Path) -> Iterator[None]:
         classes = [LossScaler, ZeroStageEnum, fragment_address, (_stage_by_name, "builtins.getattr")]
         with torch.serialization.safe_globals(classes):
             yield
-    except UnpicklingError as error:
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        text = " ".join(str(error).split()) or "empty"
+        if isinstance(error, EOFError) or any(sign in text for sign in _DAMAGE):
+            raise UserError(f"{path} is damaged ({text[:120]}): take another checkpoint") from error
+        if isinstance(error, RuntimeError):
+            raise
         raise UserError(
             f"{path} holds more than numbers, and was not loaded: no run of agrepa_fast wrote it"
         ) from error

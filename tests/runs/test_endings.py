@@ -45,7 +45,7 @@ def test_loader_processes_end_with_a_run_that_fails(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "cut", [b'{"step": 2, "train/lo', b'{"step": 2, "tr{"step": 2, "x": 1}\n', b"\0\0\0\n", b"7\n"]
+    "cut", [b'{"step": 2, "train/lo', b'{"step": 2, "tr{"step": 2, "x": 1}\n', b"\0\0\0\n", b"7\n", b'{"step": "a"}\n']
 )
 def test_a_line_that_was_cut_costs_itself(cut, tmp_path):
     path = tmp_path / "metrics.jsonl"

@@ -99,7 +99,7 @@ def test_parts_of_whole_tensors_are_exact_on_two_ranks():
 
 def save_on_a_full_disk(folder: Path, shards: Path) -> None:
     """Save twice; the second time rank 1 has no room."""
-    engine, said, save = small_engine(3, True), [], checkpoint.save_file
+    engine, said, save = small_engine(3, True), [], checkpoint.save_tensors
 
     def fails(tensors, path):
         if "rank1" in str(path):
@@ -111,7 +111,7 @@ def save_on_a_full_disk(folder: Path, shards: Path) -> None:
         state_dict=dict, aligner=SimpleNamespace(selection=None, export=lambda: {"bitc": torch.ones(1)})
     )
     assert ours.save(engine, Ema(engine, 0.9), choice, 1, must_succeed=False)
-    checkpoint.save_file = fails
+    checkpoint.save_tensors = fails
     assert not ours.save(engine, Ema(engine, 0.9), choice, 2, must_succeed=False)
     assert "No space left" in said[0]
     dist.barrier()
@@ -190,3 +190,11 @@ def test_a_zero_stage_that_python_3_11_2_wrote_is_read(tmp_path):
         assert torch.load(tmp_path / "stage.pt") is ZeroStageEnum.gradients
     with pytest.raises(UserError, match="holds more than numbers"), tensors_only(tmp_path):
         torch.load(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, b"PK\x03\x04" + b"x" * 100])
+def test_a_file_of_a_checkpoint_that_is_damaged_is_not_called_a_stranger_s(content, tmp_path):
+    (tmp_path / "state.pt").write_bytes(content)
+    for mmap in (False, True):
+        with pytest.raises(UserError, match=r"is damaged .*take another checkpoint"), tensors_only(tmp_path):
+            torch.load(tmp_path / "state.pt", map_location="cpu", mmap=mmap)

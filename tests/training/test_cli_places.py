@@ -95,7 +95,9 @@ class TestFailuresWhileWriting:
         monkeypatch.setattr(samples, "write_atomically", full)
         assert "No space left" in refused(capsys, "sample", baseline, "--out", tmp_path, "--clips", "1", "flow.steps=1")
 
-    @pytest.mark.parametrize(("redirect", "code", "said"), [("> /dev/full", 2, "No space left"), ("| true", 0, "")])
+    @pytest.mark.parametrize(
+        ("redirect", "code", "said"), [("> /dev/full", 2, "No space left"), ("| true", 0, ""), (">&-", 0, "")]
+    )
     def test_stdout_that_takes_nothing(self, redirect, code, said):
         command = f"set -o pipefail; {sys.executable} -m agrepa_fast.cli config agrepa-a {redirect}"
         done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from agrepa_fast import launch
 from agrepa_fast.errors import LocalError, UserError
-from agrepa_fast.launch import complete_launch_environment, launched_rank, local_device
+from agrepa_fast.launch import check_master_address, complete_launch_environment, launched_rank, local_device
 from agrepa_fast.ranks import all_gather, first_failure, from_rank_0, launched, on_rank_0
 from agrepa_fast.zero import process_group
 from agrepa_fast.zero.process_group import join_process_group
@@ -160,6 +160,12 @@ class TestRanksThatDoNotJoin:
                 assert f"port {port} of this machine is in use" in line
                 assert "--master_port" in line
                 assert "\n" not in line
+
+    @pytest.mark.parametrize("name", ["no.such.host.invalid", "a" * 70, "é.." + "b" * 70])
+    def test_a_machine_without_an_address_is_named(self, name, environment):
+        environment({"MASTER_ADDR": name})
+        with pytest.raises(LocalError, match=f"MASTER_ADDR={name}: no address is known for it"):
+            check_master_address(patience=-1)
 
     def test_a_rank_that_is_not_started_is_not_waited_for_without_end(self):
         (ended,) = fork_ranks(1, _join, {"WORLD_SIZE": "2"}, 1.0)
