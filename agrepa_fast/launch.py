@@ -7,8 +7,8 @@ their own, from which the first three are derived. A process without any of them
 import os
 import re
 import socket
-import time
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
