@@ -3,6 +3,10 @@
 from functools import cache
 from typing import NamedTuple
 
+import torch._C as _C
+
+from ._backend import triton
+
 # Arguments that Triton must not compile anew for: one kernel serves all batches and lengths.
 UNSPECIALIZED = [
     "frames", "conditions", "length_count", "repeats", "chunks", "first", "rows", "clips", "elements", "bins", "t_c",
@@ -21,9 +25,9 @@ class Tile(NamedTuple):
 
 # Fixed, so that results repeat bit for bit. Assign another one to compare tiles on a GPU.
 TILES = {
-    "ada_norm_fwd": Tile(4, 8),
+    "ada_norm_fwd": Tile(2, 4),
     "ada_norm_bwd": Tile(1, 4, 2, 16),
-    "gated_residual_fwd": Tile(4, 8),
+    "gated_residual_fwd": Tile(2, 4),
     "gated_residual_bwd": Tile(1, 4, 2, 16),
     "cosine": Tile(2, 8),
 }
@@ -70,7 +74,12 @@ def launch(kernel, grid: tuple[int, int, int], tensors: tuple, sizes: tuple, str
     key = (id(kernel), device, *types, *settings.values())
     if key in _compiled:
         compiled, constants = _compiled[key]
-        compiled[grid](*arguments, *constants)
+        stream, hooks = _C._cuda_getCurrentRawStream(device), triton.knobs.runtime
+        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # a profiler's
+            compiled[grid](*arguments, *constants, stream=stream)
+        else:
+            program = compiled.function, compiled.packed_metadata
+            compiled.run(*grid, stream, *program, None, None, None, *arguments, *constants)
     else:
         constants = (None,) * (len(kernel.arg_names) - len(arguments))  # the launcher takes and ignores them
         _compiled[key] = kernel[grid](*arguments, **settings), constants

@@ -25,7 +25,7 @@ class Operation:
 
     def __init__(self, schema: str, run: Callable, fake: Callable, results: int | None = None):
         self.name = schema.partition("(")[0]
-        self._run, self._results, self._function = on_its_device(run), results, None
+        self._run, self._results, self._differentiable = on_its_device(run), results, None
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         for key in ("CPU", "CUDA"):
             _library.impl(self.name, _without_none(self._run), key)
@@ -48,13 +48,15 @@ class Operation:
 
         torch.library.register_autograd(f"agrepa::{self.name}", backward, setup_context=save, lib=_library)
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._function = type(self.name, (torch.autograd.Function,), methods)
+        function = type(self.name, (torch.autograd.Function,), methods)
+        # Function.apply of PyTorch minds function transforms first, which do not come here.
+        self._differentiable = super(torch.autograd.Function, function).apply
 
     def __call__(self, *inputs):
         if is_traced(inputs):
             return _first(self.operator(*inputs), self._results)
-        if self._function is not None and wants_gradient(inputs):
-            return self._function.apply(*inputs)
+        if self._differentiable is not None and wants_gradient(inputs):
+            return self._differentiable(*inputs)
         return _first(self._run(*inputs), self._results)
 
 
@@ -67,19 +69,28 @@ def is_traced(inputs: tuple) -> bool:
         or _C._get_tracing_state() is not None
     ):
         return True
-    return any(type(value) not in _PLAIN and isinstance(value, torch.Tensor) for value in inputs)
+    for value in inputs:  # noqa: SIM110 - loops, here and below: any() would take twice as long
+        if type(value) not in _PLAIN and isinstance(value, torch.Tensor):
+            return True
+    return False
 
 
 def wants_gradient(inputs: tuple) -> bool:
     """Return whether autograd would record a call with these inputs."""
-    return torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs)
+    if torch.is_grad_enabled():
+        for value in inputs:
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                return True
+    return False
 
 
 def on_its_device(run: Callable) -> Callable:
     """Return `run` such that the GPU of its first tensor is the current one: Triton launches on the current one."""
 
     def guarded(*inputs):
-        first = next(value for value in inputs if isinstance(value, torch.Tensor))
+        for first in inputs:
+            if isinstance(first, torch.Tensor):
+                break
         if not first.is_cuda or first.get_device() == torch.cuda.current_device():
             return run(*inputs)
         with torch.cuda.device(first.device):

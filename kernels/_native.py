@@ -63,4 +63,4 @@ def call(operation: str, dtype: torch.dtype, *arguments: torch.Tensor | int | fl
     function = _function(operation, dtype, _isa)
     if not function.argtypes:
         function.argtypes = [_C_TYPES.get(type(value), ctypes.c_void_p) for value in arguments]
-    function(*(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments))
+    function(*[value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments])

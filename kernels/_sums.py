@@ -41,20 +41,23 @@ def _finish_sums_kernel(
     tl.store(result_ptr + (plane * conditions + c) * D + d, result, mask=d < D)
 
 
-def finish_sums(sums: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the gradients (K, *like.shape) of modulations `like` (C, D) or (C, T, D), in its dtype.
+def finish_sums(sums: torch.Tensor, like: torch.Tensor, planes: int | None = None) -> torch.Tensor:
+    """Return the gradient of `like`, a bias (D,) or a modulation (C, D) or (C, T, D), in its dtype: the sums over
+    repeats and chunks. With `planes`, return the gradients of K such tensors, (K, *like.shape).
 
-    sums: contiguous partial sums (K, N, chunks, D), or (K, N, T, D) per frame.
+    sums: contiguous partial sums ([K,] N, chunks, D), or ([K,] N, T, D) per frame.
     """
-    planes, rows, chunks, width = sums.shape
-    conditions = like.shape[0]
+    chunks, width = sums.shape[-2:]
+    shape, count = like.shape if planes is None else (planes, *like.shape), planes or 1
     if like.ndim == 3:
-        return sums.view(planes, -1, *like.shape).sum(1).to(like.dtype)
+        return sums.view(count, -1, like.numel()).sum(1).to(like.dtype).view(shape)
+    conditions = like.numel() // width
     if backend_of(sums) != "triton":
-        return sums.view(planes, -1, conditions, chunks, width).sum((1, 3)).to(like.dtype)
-    result = like.new_empty((planes, *like.shape))
+        total = sums.view(count, -1, conditions, chunks, width).sum((1, 3)).to(like.dtype)
+        return total if total.shape == shape else total.view(shape)
+    result = like.new_empty(shape)
     block = min(_COLUMNS, max(16, 1 << (width - 1).bit_length()))
-    grid = (conditions * ceil_div(width, block), planes, 1)
-    sizes = (rows // conditions, conditions, chunks)
+    grid = (conditions * ceil_div(width, block), count, 1)
+    sizes = (sums.numel() // (count * conditions * chunks * width), conditions, chunks)
     launch(_finish_sums_kernel, grid, (sums, result), sizes, (), D=width, BLOCK=block, ROWS=_ROWS, num_warps=4)
     return result

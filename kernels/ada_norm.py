@@ -3,7 +3,7 @@
 Peebles & Xie 2023, "Scalable Diffusion Models with Transformers", sec. 3.2.
 
 Dims:     N rows of the batch, C conditions (C divides N, row n has condition n mod C), T frames, D width.
-Shapes:   x, y (N, T, D); scale, shift (C, D) or (C, T, D), any row stride; mean, rstd (N, T) fp32.
+Shapes:   x, y (N, T, D); scale, shift (C, D) or (C, T, D), any row stride; statistics (2, N, T) fp32: mean, 1 / std.
 Numerics: the norm has no learned affine; statistics and sums in fp32, y in x's dtype; no atomics, deterministic.
 Traffic:  with (C, D) modulations, forward 2 N T D elements (x, y), backward 3 (dy, x, dx).
 """
@@ -19,6 +19,7 @@ from ._rows import (
     CHUNK,
     ceil_div,
     check_rows,
+    empty_like,
     fit_modulation,
     over_time,
     row_strides,
@@ -39,8 +40,7 @@ def _ada_norm_fwd_kernel(
     scale_ptr,  # (C, D), or (C, T, D) if PER_FRAME
     shift_ptr,  # as scale
     y_ptr,  # (N, T, D) contiguous
-    mean_ptr,  # (N, T) fp32
-    rstd_ptr,  # (N, T) fp32
+    mean_ptr,  # (2, N, T) fp32: mean, rstd
     frames,
     conditions,
     x_n,
@@ -55,6 +55,7 @@ def _ada_norm_fwd_kernel(
     ROWS: tl.constexpr,
     PER_FRAME: tl.constexpr,
 ):
+    rstd_ptr = mean_ptr + _tiles.plane_size(frames, 1, ROWS, True)
     n, first = _tiles.span_of_program(frames, ROWS)
     c = n % conditions
     t = first + tl.arange(0, ROWS)
@@ -80,8 +81,7 @@ def _ada_norm_bwd_kernel(
     dy_ptr,  # (N, T, D)
     x_ptr,  # (N, T, D)
     scale_ptr,  # (C, D), or (C, T, D) if PER_FRAME
-    mean_ptr,  # (N, T) fp32
-    rstd_ptr,  # (N, T) fp32
+    mean_ptr,  # (2, N, T) fp32: mean, rstd
     dx_ptr,  # (N, T, D) contiguous
     sums_ptr,  # of dscale and dshift, (2, N, chunks, D) fp32 over CHUNK frames each, or (2, N, T, D) if PER_FRAME
     frames,
@@ -99,6 +99,7 @@ def _ada_norm_bwd_kernel(
     STAGES: tl.constexpr,
     PER_FRAME: tl.constexpr,
 ):
+    rstd_ptr = mean_ptr + _tiles.plane_size(frames, 1, CHUNK, True)
     dshift_ptr = sums_ptr + _tiles.plane_size(frames, D, CHUNK, PER_FRAME)
     n, first = _tiles.span_of_program(frames, CHUNK)
     c = n % conditions
@@ -129,57 +130,56 @@ def _ada_norm_bwd_kernel(
 
 
 def _outputs(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:
-    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape), mean, rstd
+    return empty_like(x), x.new_empty((2, *x.shape[:2]), dtype=torch.float32)
 
 
 def _forward(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:
     n, frames, width = x.shape
-    y, mean, rstd = outputs = _outputs(x, scale, shift, eps)
-    tensors, conditions = (x, scale, shift, y, mean, rstd), scale.shape[0]
-    strides = row_strides(x, scale, shift)
+    y, statistics = outputs = _outputs(x, scale, shift, eps)
+    tensors, conditions, strides = (x, scale, shift, y), scale.shape[0], row_strides(x, scale, shift)
     if backend_of(x) == "native":
-        _native.call("ada_norm_fwd", x.dtype, *tensors, n, frames, width, conditions, *strides, eps)
+        _native.call("ada_norm_fwd", x.dtype, *tensors, *statistics, n, frames, width, conditions, *strides, eps)
     else:
         settings = tile_settings("ada_norm_fwd", width)
         grid = (n * ceil_div(frames, settings["ROWS"]), 1, 1)
         sizes, per_frame = (frames, conditions), scale.ndim == 3
+        tensors += (statistics,)
         launch(_ada_norm_fwd_kernel, grid, tensors, sizes, strides, eps, PER_FRAME=per_frame, **settings)
     return outputs
 
 
 def _gradients(
-    dy: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
+    dy: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, statistics: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    return x.new_empty(x.shape), scale.new_empty((2, *scale.shape))
+    return empty_like(x), scale.new_empty((2, *scale.shape))
 
 
 def _backward(
-    dy: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
+    dy: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, statistics: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """Return dx, and dscale and dshift in one tensor."""
     n, frames, width = x.shape
-    dy, dx, per_frame, native = unit_stride(dy), x.new_empty(x.shape), scale.ndim == 3, backend_of(x) == "native"
+    dy, dx, per_frame, native = unit_stride(dy), empty_like(x), scale.ndim == 3, backend_of(x) == "native"
     chunk = CHUNK if native else TILES["ada_norm_bwd"].chunk
     pieces = ceil_div(frames, chunk)
     sums = x.new_empty((2, n, frames if per_frame else pieces, width), dtype=torch.float32)
-    tensors, conditions = (dy, x, scale, mean, rstd, dx), scale.shape[0]
-    strides = row_strides(dy, x, scale)
+    conditions, strides = scale.shape[0], row_strides(dy, x, scale)
     if native:
         sizes = (n, frames, width, conditions, 1 if per_frame else chunk)
-        _native.call("ada_norm_bwd", x.dtype, *tensors, *sums.unbind(0), *sizes, *strides)
+        _native.call("ada_norm_bwd", x.dtype, dy, x, scale, *statistics, dx, *sums, *sizes, *strides)
     else:
         constants = {"CHUNK": chunk, "STAGES": TILES["ada_norm_bwd"].stages, "PER_FRAME": per_frame}
         settings, sizes = tile_settings("ada_norm_bwd", width), (frames, conditions)
-        launch(_ada_norm_bwd_kernel, (n * pieces, 1, 1), (*tensors, sums), sizes, strides, **constants, **settings)
-    return dx, finish_sums(sums, scale)
+        tensors = (dy, x, scale, statistics, dx, sums)
+        launch(_ada_norm_bwd_kernel, (n * pieces, 1, 1), tensors, sizes, strides, **constants, **settings)
+    return dx, finish_sums(sums, scale, 2)
 
 
 _ada_norm = Operation(
-    "ada_norm(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor, Tensor, Tensor)", _forward, _outputs, 1
+    "ada_norm(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor, Tensor)", _forward, _outputs, 1
 )
 _ada_norm_backward = Operation(
-    "ada_norm_backward(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
+    "ada_norm_backward(Tensor dy, Tensor x, Tensor scale, Tensor statistics) -> (Tensor, Tensor)",
     _backward,
     _gradients,
 )
@@ -187,10 +187,10 @@ _ada_norm_backward = Operation(
 
 def _save(ctx, inputs, output) -> None:
     x, scale, _, _ = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
+    _, statistics = output
+    ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, scale, mean, rstd)
+    ctx.save_for_backward(x, scale, statistics)
 
 
 @once_differentiable("ada_norm")

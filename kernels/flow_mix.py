@@ -20,7 +20,7 @@ from . import _native
 from ._backend import backend_of, tl, triton
 from ._launch import UNSPECIALIZED, launch
 from ._library import Operation
-from ._rows import ceil_div, check_rows, check_tensor
+from ._rows import ceil_div, check_rows, check_tensor, empty_like
 
 # The multipliers and the increments of the keys, of Salmon et al. 2011, table 2
 _A, _B = 0xD2511F53, 0xCD9E8D57
@@ -135,7 +135,7 @@ def _flow_mix_kernel(
 
 
 def _outputs(x: torch.Tensor, t: torch.Tensor, keys: torch.Tensor, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape)
+    return empty_like(x), empty_like(x)
 
 
 def _forward(x: torch.Tensor, t: torch.Tensor, keys: torch.Tensor, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ adaLN-gated residual of Peebles & Xie 2023 (DiT), with the ablation gate m of AG
 
 Dims:     N rows, C conditions (C divides N, row n has condition n mod C), T frames, D width.
 Shapes:   h, f, h', y (N, T, D); gate, scale, shift (C, D) or (C, T, D), any row stride; m (N,) in [0, 1]; lengths (C,);
-          time_sum (N, D) fp32; mean, rstd (N, T) fp32.
+          time_sum (N, D) fp32; statistics (2, N, T) fp32: mean, 1 / std.
 Numerics: fp32 inside; a row with m = 0 returns h bit for bit and gives f no gradient, even if f is not finite; time_sum
           adds the valid frames in fp32; no atomics, deterministic.
 Traffic:  with (C, D) modulations, forward 4 N T D elements (h, f, h', y), backward 6 (dh', dy, f, h', dh, df); without
@@ -12,6 +12,7 @@ Traffic:  with (C, D) modulations, forward 4 N T D elements (h, f, h', y), backw
           (N, D) row, and then dh is written.
 """
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from ._rows import (
     ceil_div,
     check_rows,
     check_tensor,
+    empty_like,
     fit_modulation,
     over_time,
     row_strides,
@@ -82,8 +84,7 @@ def _gated_residual_fwd_kernel(
     out_ptr,  # h', (N, T, D) contiguous
     y_ptr,  # (N, T, D) contiguous, None without norm
     sums_ptr,  # (N, spans, D) fp32, or None: no time-sum
-    mean_ptr,  # (N, T) fp32, empty without norm
-    rstd_ptr,  # as mean
+    mean_ptr,  # (2, N, T) fp32: mean, rstd; None without norm
     frames,
     conditions,
     length_count,
@@ -142,6 +143,7 @@ def _gated_residual_fwd_kernel(
             y = (out - mean[:, None]) * rstd[:, None] * (1.0 + scale) + shift
             _tiles.store_rows(y_ptr, y, n, t, frames, d, mask, D)
             tl.store(mean_ptr + n * frames + t, mean, mask=rows)
+            rstd_ptr = mean_ptr + _tiles.plane_size(frames, 1, SPAN, True)
             tl.store(rstd_ptr + n * frames + t, rstd, mask=rows)
     if sums_ptr is not None:
         _tiles.store_sums(sums_ptr, sums, d, D)
@@ -158,8 +160,7 @@ def _gated_residual_bwd_kernel(
     m_ptr,  # (N,) fp32, or None: 1
     scale_ptr,  # as gate, None without dy
     lengths_ptr,  # (length_count,) int64, or None: all frames are valid
-    mean_ptr,  # (N, T) fp32, None without dy
-    rstd_ptr,  # as mean
+    mean_ptr,  # (2, N, T) fp32: mean, rstd; None without dy
     dh_ptr,  # (N, T, D) contiguous, or None: dh is dout
     df_ptr,  # (N, T, D) contiguous
     sums_ptr,  # (1 or 3, N, chunks, D) fp32 over CHUNK frames each, or (1 or 3, N, T, D) if PER_FRAME: of dgate before
@@ -216,6 +217,7 @@ def _gated_residual_bwd_kernel(
             total += tl.where((t < valid)[:, None] & mask, dsum, 0.0)
         if dy_ptr is not None:
             dy = _tiles.load_rows(dy_ptr, n, t, dy_n, dy_t, d, mask)
+            rstd_ptr = mean_ptr + _tiles.plane_size(frames, 1, CHUNK, True)
             xhat, rstd = _tiles.load_normalised(out_ptr, mean_ptr, rstd_ptr, n, t, frames, frames * D, D, d, mask)
             if PER_FRAME:
                 scale = _tiles.load_rows(scale_ptr, c, t, scale_c, scale_t, d, mask)
@@ -249,63 +251,60 @@ def _outputs(h, f, gate, m, scale, shift, lengths, time_sum, eps) -> tuple[torch
     n, frames, width = h.shape
     total = h.new_empty((n, width), dtype=torch.float32) if time_sum else None
     if scale is None:
-        return h.new_empty(h.shape), None, total, None, None
-    mean, rstd = (h.new_empty((n, frames), dtype=torch.float32) for _ in range(2))
-    return h.new_empty(h.shape), h.new_empty(h.shape), total, mean, rstd
+        return empty_like(h), None, total, None
+    return empty_like(h), empty_like(h), total, h.new_empty((2, n, frames), dtype=torch.float32)
 
 
 def _forward(h, f, gate, m, scale, shift, lengths, time_sum, eps) -> tuple[torch.Tensor | None, ...]:
     n, frames, width = h.shape
-    out, y, _, mean, rstd = _outputs(h, f, gate, m, scale, shift, lengths, False, eps)
+    out, y, _, statistics = _outputs(h, f, gate, m, scale, shift, lengths, False, eps)
     native, settings = backend_of(h) == "native", tile_settings("gated_residual_fwd", width)
     span = settings["ROWS"]
     if time_sum:
         span = CHUNK if native else TILES["gated_residual_fwd"].chunk
     sums = h.new_empty((n, ceil_div(frames, span), width), dtype=torch.float32) if time_sum else None
-    tensors = (h, f, gate, m, scale, shift, lengths, out, y, sums, mean, rstd)
+    tensors = (h, f, gate, m, scale, shift, lengths, out, y, sums)
     sizes = (gate.shape[0], 1 if lengths is None else lengths.shape[0])
     strides = row_strides(h, f, gate, scale, shift)
     if native:
+        tensors += (None, None) if statistics is None else tuple(statistics)
         _native.call("gated_residual_fwd", h.dtype, *tensors, n, frames, width, *sizes, span, *strides, eps)
     else:
         grid, constants = (n * ceil_div(frames, span), 1, 1), {"SPAN": span, "PER_FRAME": gate.ndim == 3}
-        launch(_gated_residual_fwd_kernel, grid, tensors, (frames, *sizes), strides, eps, **constants, **settings)
-    return out, y, sums.sum(1) if time_sum else None, mean, rstd
+        arguments = (*tensors, statistics), (frames, *sizes), strides, eps
+        launch(_gated_residual_fwd_kernel, grid, *arguments, **constants, **settings)
+    return out, y, sums.sum(1) if time_sum else None, statistics
 
 
-def _gradients(dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd) -> tuple[torch.Tensor | None, ...]:
+def _gradients(dout, dy, dsum, f, out, gate, m, scale, lengths, statistics) -> tuple[torch.Tensor | None, ...]:
     dm = None if m is None else f.new_empty(f.shape[0], dtype=torch.float32)
     dmodulations = gate.new_empty((1 if dy is None else 3, *gate.shape))
-    return _empty_dh(dy, dsum, f), f.new_empty(f.shape), dmodulations, dm
+    return None if dy is None and dsum is None else empty_like(f), empty_like(f), dmodulations, dm
 
 
-def _empty_dh(dy, dsum, f) -> torch.Tensor | None:
-    """Return room for dh, or None if dh is dout itself."""
-    return None if dy is None and dsum is None else f.new_empty(f.shape)
-
-
-def _backward(dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd) -> tuple[torch.Tensor | None, ...]:
-    """Return dh, df, the gradients of gate and with dy of scale and shift in one tensor, and that of m."""
+def _backward(dout, dy, dsum, f, out, gate, m, scale, lengths, statistics) -> tuple[torch.Tensor | None, ...]:
+    """Return dh (None: it is dout), df, the gradients of gate and with dy of scale and shift in one tensor, and dm."""
     n, frames, width = f.shape
     native, per_frame = backend_of(f) == "native", gate.ndim == 3
     chunk = CHUNK if native else TILES["gated_residual_bwd"].chunk
     dout, dy = (None if d is None else unit_stride(d) for d in (dout, dy))
     dsum = None if dsum is None else dsum.contiguous()
-    dh, df = _empty_dh(dy, dsum, f), f.new_empty(f.shape)
+    dh, df = None if dy is None and dsum is None else empty_like(f), empty_like(f)
     if dy is None:
-        out = scale = mean = rstd = None
+        out = scale = statistics = None
     planes, pieces = 1 if dy is None else 3, ceil_div(frames, chunk)
     sums = f.new_empty((planes, n, frames if per_frame else pieces, width), dtype=torch.float32)
-    tensors = (dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd, dh, df)
+    inputs = (dout, dy, dsum, f, out, gate, m, scale, lengths)
     sizes = (gate.shape[0], 1 if lengths is None else lengths.shape[0])
     strides = row_strides(dout, dy, f, gate, scale)
     if native:
-        separate, chunk = (*sums.unbind(0), *[None] * (3 - planes)), 1 if per_frame else chunk
-        _native.call("gated_residual_bwd", f.dtype, *tensors, *separate, n, frames, width, *sizes, chunk, *strides)
+        results = ((None, None) if statistics is None else statistics), (dh, df), sums, [None] * (3 - planes)
+        sizes = (n, frames, width, *sizes, 1 if per_frame else chunk)
+        _native.call("gated_residual_bwd", f.dtype, *inputs, *chain(*results), *sizes, *strides)
     else:
         constants = {"CHUNK": chunk, "STAGES": TILES["gated_residual_bwd"].stages, "PER_FRAME": per_frame}
         settings, grid = tile_settings("gated_residual_bwd", width), (n * pieces, 1, 1)
-        arguments = (*tensors, sums), (frames, *sizes), strides
+        arguments = (*inputs, statistics, dh, df, sums), (frames, *sizes), strides
         launch(_gated_residual_bwd_kernel, grid, *arguments, **constants, **settings)
     dm = None
     if m is not None:
@@ -313,19 +312,19 @@ def _backward(dout, dy, dsum, f, out, gate, m, scale, lengths, mean, rstd) -> tu
         weighted = split_rows(along if per_frame else along.sum(1, keepdim=True), gate.shape[0])
         dm = (weighted * over_time(gate).float()).sum((-2, -1)).flatten()
         along.mul_(m.view(-1, 1, 1))
-    return dh, df, finish_sums(sums, gate), dm
+    return dh, df, finish_sums(sums, gate, planes), dm
 
 
 _gated_residual = Operation(
     "gated_residual(Tensor h, Tensor f, Tensor gate, Tensor? m, Tensor? scale, Tensor? shift, Tensor? lengths,"
-    " bool time_sum, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool time_sum, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _outputs,
     3,
 )
 _gated_residual_backward = Operation(
     "gated_residual_backward(Tensor? dout, Tensor? dy, Tensor? dsum, Tensor f, Tensor out, Tensor gate, Tensor? m,"
-    " Tensor? scale, Tensor? lengths, Tensor? mean, Tensor? rstd) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? scale, Tensor? lengths, Tensor? statistics) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _gradients,
 )
@@ -333,11 +332,12 @@ _gated_residual_backward = Operation(
 
 def _save(ctx, inputs, output) -> None:
     _, f, gate, m, scale, _, lengths, time_sum, _ = inputs
-    out, _, _, mean, rstd = output
+    out, _, _, statistics = output
     ctx.set_materialize_grads(False)
     ctx.time_sum, ctx.gated, ctx.normed = time_sum, m is not None, scale is not None
-    ctx.mark_non_differentiable(*(x for x in (mean, rstd) if x is not None))
-    ctx.save_for_backward(f, out, gate, m, scale, lengths, mean, rstd)
+    if statistics is not None:
+        ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(f, out, gate, m, scale, lengths, statistics)
 
 
 @once_differentiable("gated_residual")
@@ -375,8 +375,9 @@ def gated_residual(
     the rows, or if only one of scale and shift is given.
     """
     check_rows("h", h)
-    check_tensor("f", f, tuple(h.shape), h)
-    f, gate = f.to(h.dtype), fit_modulation("gate", gate, h)
+    if f.shape != h.shape or f.stride(2) != 1 or f.device != h.device:
+        check_tensor("f", f, tuple(h.shape), h)
+    f, gate = f if f.dtype == h.dtype else f.to(h.dtype), fit_modulation("gate", gate, h)
     if m is not None:
         m = m.contiguous() if h.dtype == torch.float64 else m.float().contiguous()  # m may be a column of (N, 2) gates
         check_tensor("m", m, h.shape[:1], h)

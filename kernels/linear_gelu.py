@@ -3,7 +3,7 @@
 Hendrycks & Gimpel 2016. The released AG-REPA uses the exact form, F5-TTS and CosyVoice 3 the tanh form.
 
 Dims:     M rows (all leading dimensions of x), K input width, E output width.
-Shapes:   x (..., K); weight (E, K), any row stride; bias (E,) or None; z = x W^T (M, E), without the bias; y (..., E).
+Shapes:   x (..., K); weight (E, K), any row stride; bias (E,) or None; y and z = x W^T, without the bias, (..., E).
 Numerics: the GEMMs in the input's dtype with fp32 accumulators; bias, GELU and its derivative in fp32; db from fp32
           partial sums per chunk of rows; no atomics, deterministic.
 Traffic:  beside the GEMMs, forward 2 M E elements (z, y), backward 3 (dy, z, dz).
@@ -16,7 +16,7 @@ from . import _native
 from ._backend import backend_of, tl, triton
 from ._launch import UNSPECIALIZED, launch
 from ._library import Operation, once_differentiable
-from ._rows import ceil_div, check_tensor
+from ._rows import ceil_div, check_tensor, empty_like
 from ._sums import finish_sums
 
 _APPROXIMATE = {"erf": "none", "tanh": "tanh"}
@@ -120,9 +120,15 @@ def _gelu_bwd_kernel(
     tl.store(dbias_ptr + piece + e, tl.sum(dbias, axis=0), mask=e < E)
 
 
+def _sizes(z: torch.Tensor, bias: torch.Tensor | None) -> tuple[int, int, int]:
+    groups, width = bias.shape if bias is not None and bias.ndim == 2 else (1, z.shape[-1])
+    return groups, z.numel() // max(groups * width, 1), width
+
+
 def gelu_rows(z: torch.Tensor, bias: torch.Tensor | None, tanh: bool, y: torch.Tensor) -> None:
-    """Write gelu(z + bias) to y, given contiguous z (groups, M, E) and bias (groups, E). y may be z."""
-    groups, rows, width = z.shape
+    """Write gelu(z + bias) to y, given contiguous z (groups, M, E) and bias (groups, E), or (..., E) and (E,). y may be
+    z."""
+    groups, rows, width = _sizes(z, bias)
     if backend_of(z) == "native":
         _native.call("gelu_fwd", z.dtype, z, bias, y, groups, rows, width, tanh)
     else:
@@ -133,9 +139,9 @@ def gelu_rows(z: torch.Tensor, bias: torch.Tensor | None, tanh: bool, y: torch.T
 def gelu_rows_backward(
     dy: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None, tanh: bool, dz: torch.Tensor
 ) -> torch.Tensor:
-    """Write dy gelu'(z + bias) to dz, all contiguous (groups, M, E). Return its sums over _CHUNK rows each, (groups,
-    chunks, E) fp32. dz may be dy."""
-    groups, rows, width = z.shape
+    """Write dy gelu'(z + bias) to dz, all contiguous and shaped as in gelu_rows. Return its sums over _CHUNK rows each,
+    (groups, chunks, E) fp32. dz may be dy."""
+    groups, rows, width = _sizes(z, bias)
     dbias = z.new_empty((groups, ceil_div(rows, _CHUNK), width), dtype=torch.float32)
     if backend_of(z) == "native":
         _native.call("gelu_bwd", z.dtype, dy, z, bias, dz, dbias, groups, rows, width, _CHUNK, tanh)
@@ -148,32 +154,32 @@ def gelu_rows_backward(
 def _outputs(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tanh: bool, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    shape = x.shape[0], weight.shape[0]
+    shape = (*x.shape[:-1], weight.shape[0])
     return x.new_empty(shape), x.new_empty(shape) if keep else None
 
 
 def _forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tanh: bool, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return y (M, E), and z with `keep`, for the backward."""
-    z = torch.mm(x, weight.t())
-    y = z.new_empty(z.shape) if keep else z
-    gelu_rows(z.unsqueeze(0), bias, tanh, y)
+    """Return y (..., E), and z with `keep`, for the backward."""
+    z = F.linear(x, weight).contiguous()
+    y = empty_like(z) if keep else z
+    gelu_rows(z, bias, tanh, y)
     return y, z if keep else None
 
 
 def _gradients(
     dy: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None, tanh: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return z.new_empty(z.shape), None if bias is None else z.new_empty(z.shape[1:])
+    return empty_like(z), None if bias is None else empty_like(bias)
 
 
 def _backward(
     dy: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None, tanh: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    dz = z.new_empty(z.shape)
-    sums = gelu_rows_backward(dy.contiguous(), z.unsqueeze(0), bias, tanh, dz)
-    return dz, None if bias is None else finish_sums(sums.unsqueeze(0), bias.unsqueeze(0)).flatten()
+    dz = empty_like(z)
+    sums = gelu_rows_backward(dy.contiguous(), z, bias, tanh, dz)
+    return dz, None if bias is None else finish_sums(sums, bias)
 
 
 _linear_gelu = Operation(
@@ -202,7 +208,9 @@ def _differentiate(ctx, dy, *_) -> tuple[torch.Tensor | None, ...]:
     x, weight, bias, z = ctx.saved_tensors
     dz, dbias = _linear_gelu_backward(dy, z, bias, ctx.tanh)
     dx = dz @ weight if ctx.needs_input_grad[0] else None
-    dweight = dz.t() @ x if ctx.needs_input_grad[1] else None
+    dweight = None
+    if ctx.needs_input_grad[1]:
+        dweight = dz.view(-1, dz.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
     return dx, dweight, None if bias is None else dbias, None, None
 
 
@@ -236,5 +244,4 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if backend_of(x) == "reference":
         return linear_gelu_ref(x, weight, bias, gelu)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    y = _linear_gelu(x.reshape(-1, x.shape[-1]), weight, bias, gelu == "tanh", keep)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return _linear_gelu(x, weight, bias, gelu == "tanh", keep)

@@ -231,6 +231,7 @@ class Kernel:
     """A kernel of Triton that counts its launches through Triton's launcher and as a compiled kernel."""
 
     arg_names = ("x_ptr", "y_ptr", "frames", "x_n", "D")
+    function = packed_metadata = None
 
     def __init__(self):
         self.slow, self.fast = [], []
@@ -238,14 +239,18 @@ class Kernel:
     def __getitem__(self, grid):
         def start(*arguments, **settings):
             self.slow.append((grid, arguments, settings))
-            return {grid: lambda *arguments: self.fast.append((grid, arguments))}
+            return self
 
         return start
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *arguments):
+        self.fast.append(((x, y, z), arguments))
 
 
 @pytest.fixture
 def kernel(monkeypatch) -> Kernel:
     monkeypatch.setattr(launching, "_compiled", {})
+    monkeypatch.setattr(launching._C, "_cuda_getCurrentRawStream", lambda device: device, raising=False)
     return Kernel()
 
 
@@ -291,3 +296,10 @@ def test_what_triton_compiles_apart_goes_through_its_launcher(unusual, kernel):
         start(kernel)
         start(kernel, **unusual)
     assert (len(kernel.slow), len(kernel.fast)) == (3, 1)
+
+
+def test_a_profilers_hook_sees_every_launch(kernel, monkeypatch):
+    start(kernel)
+    monkeypatch.setattr(launching.triton.knobs.runtime.launch_enter_hook, "calls", [print])
+    start(kernel)
+    assert (len(kernel.slow), len(kernel.fast)) == (2, 0)

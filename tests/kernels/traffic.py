@@ -20,7 +20,7 @@ from agrepa_fast.kernels import _native, force_backend
 from agrepa_fast.kernels._library import implementation
 
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+PRODUCTS = ("linear", "mm", "addmm", "bmm", "baddbmm")
 OVERWRITING = ("copy_", "zero_", "fill_", "normal_", "uniform_")  # their first argument is written, not read
 VIEWS = ("_unsafe_view", "lift_fresh", "alias")  # those that their schema does not show
 
