@@ -1,6 +1,7 @@
 """A forward and backward of the largest batch before the first step, which shows whether it fits into memory."""
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -16,7 +17,7 @@ from ..ranks import first_failure
 
 def dry_run(engine, index: Index, plan: BatchPlan, layout: BatchLayout, device: torch.device) -> str:
     """Run the length bucket that costs most: a rank's micro-batch of the longest clips, all layers captured. Return a
-    line with its size and, on a GPU, its peak memory. Every rank must call it.
+    line with its size and, on a GPU, its peak memory. Triton's kernels are compiled then. Every rank must call it.
 
     Weights, gradients, random states and DeepSpeed's counters stay as they are: the gradients are returned instead of
     accumulated, so that none of DeepSpeed's hooks run. All of them are held at once, as ZeRO 0 and 1 hold them in
@@ -34,6 +35,9 @@ def dry_run(engine, index: Index, plan: BatchPlan, layout: BatchLayout, device: 
     try:
         with torch.random.fork_rng([device] if cuda else []):
             _forward_backward(engine.module, *silent_clips(clips, bucket.frames, index, device))
+            # A batch without padding runs other kernels, which Triton would compile in the middle of the run.
+            mel, condition = silent_clips(1, bucket.frames, index, device)
+            _forward_backward(engine.module, mel, replace(condition, padded=False))
     except torch.OutOfMemoryError as error:
         failure = (
             f"{size}, do not fit into the memory of {device}: lower train.batch_frames or train.batch_clips, raise "
