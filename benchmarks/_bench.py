@@ -13,7 +13,7 @@ from _timing import Phases, milliseconds, time_phases
 
 Results = dict[str, torch.Tensor]  # outputs and gradients by name
 FEW = 64  # numbers: of so few, the RMS error is luck
-TINY = (64, 8, 2)  # d, T, B
+TINY, CALLS = (64, 8, 2), 8  # d, T, B; calls in one graph
 
 
 class Allowed(NamedTuple):
@@ -133,39 +133,41 @@ def compare(op: Op, shape: tuple[int, int, int], repeats: int, compiler: str = "
     return results
 
 
-def call_cost(op: Op, rounds: int = 15, calls: int = 100) -> dict[str, dict[str, float]]:
+def call_cost(op: Op, rounds: int = 300) -> dict[str, dict[str, float]]:
     """Return the microseconds of CPU time that a call takes on tensors so small that computing takes none: fused and
-    eager, forward and backward, and without gradients. The least of some rounds; methods take turns."""
+    eager, forward and backward, and without gradients. The least of many rounds, in which methods take turns.
+
+    One graph holds CALLS calls, as a training step's holds many: a backward on a GPU starts with a change of threads,
+    of which only Python's part of it must wait for the interpreter.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = op.make_inputs(*TINY, op.dtype or (torch.bfloat16 if device == "cuda" else torch.float32), device)
-    for name in op.leaves:
-        inputs[name].requires_grad_()
-    gradients = [torch.randn_like(output) for output in as_tuple(op.reference(**inputs))]
+    dtype = op.dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
+    given = [op.make_inputs(*TINY, dtype, device) for _ in range(CALLS)]
+    leaves = [inputs[name].requires_grad_() for inputs in given for name in op.leaves]
+    gradients = [torch.randn_like(output) for output in as_tuple(op.reference(**given[0]))]
 
     def both(call):
-        differentiate(call(**inputs), inputs, op.leaves, gradients)
+        outputs = [output for inputs in given for output in as_tuple(call(**inputs))]
+        pairs = [(o, g) for o, g in zip(outputs, CALLS * gradients, strict=True) if o.requires_grad]
+        torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs])
 
     def forward(call):
         with torch.no_grad():
-            call(**inputs)
+            for inputs in given:
+                call(**inputs)
 
-    kinds = {"forward and backward": both} if op.leaves else {}
-    costs = {kind: {"fused": float("inf"), "eager": float("inf")} for kind in (*kinds, "without gradients")}
-    for kind, run in (kinds | {"without gradients": forward}).items():
+    kinds = ({"forward and backward": both} if op.leaves else {}) | {"without gradients": forward}
+    costs = {kind: {"fused": float("inf"), "eager": float("inf")} for kind in kinds}
+    for kind, run in kinds.items():
         for _ in range(rounds):
             for name, call in (("fused", op.fused), ("eager", op.reference)):
-                costs[kind][name] = min(costs[kind][name], 1e6 * _seconds_per_call(run, call, calls))
+                start = time.perf_counter()
+                run(call)
+                taken = (time.perf_counter() - start) / CALLS
+                costs[kind][name] = min(costs[kind][name], 1e6 * taken)
+                if device == "cuda":
+                    torch.cuda.synchronize()
     return costs
-
-
-def _seconds_per_call(run: Callable, call: Callable, calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        run(call)
-    taken = time.perf_counter() - start
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return taken / calls
 
 
 def why_wrong(run: Callable[[], Results], plain: Results, exact: Results, allow: Allowed) -> str:

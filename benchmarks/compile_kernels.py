@@ -1,6 +1,7 @@
 """Compile every Triton kernel for GPUs that are not here, by its real launch code, and compare its cost with limits.
 
     python benchmarks/compile_kernels.py [--archs 80 90 100] [--dims 256 1024 1152 1664] [--ops ada_norm ...] [--out F]
+        [--tiles ada_norm_bwd=1,4,2,32 ...]
 
 The public operations run on CPU tensors, forced onto the Triton path, forward and backward. A stub driver compiles each
 launch for sm_80, sm_90 and sm_100 instead of starting it. compile_limits.json holds the limits per Triton version.
@@ -43,6 +44,7 @@ from agrepa_fast.kernels import (
     qk_norm_rope,
     velocity_change,
 )
+from agrepa_fast.kernels._launch import TILES, Tile
 from agrepa_fast.kernels._library import implementation
 
 LIMITS = Path(__file__).with_name("compile_limits.json")
@@ -161,14 +163,15 @@ class Stub:
 class WithoutProducts(TorchDispatchMode):
     """Inside it, matrix products return uninitialised results: they take seconds on a CPU, and no value matters."""
 
-    PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+    PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")  # and linear, whose weight is transposed
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if ours := implementation(func):
             with self:
                 return ours(*args, **kwargs or {})
-        if func._schema.name.partition("::")[2] in self.PRODUCTS:
-            left, right = args[-2:]
+        name = func._schema.name.partition("::")[2]
+        if name in self.PRODUCTS or name == "linear":
+            left, right = args[-2:] if name in self.PRODUCTS else (args[0], args[1].t())
             return left.new_empty((*left.shape[:-1], right.shape[-1]))
         return func(*args, **kwargs or {})
 
@@ -285,7 +288,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dims", type=int, nargs="+", default=DIMS)
     parser.add_argument("--ops", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--out", default=RESULTS / "compile_kernels.json")
+    parser.add_argument("--tiles", nargs="+", default=[], metavar="kernel=rows,warps,stages,chunk")
     args = parser.parse_args(arguments)
+    for kernel, _, numbers in (tile.partition("=") for tile in args.tiles):
+        TILES[kernel] = Tile(*map(int, numbers.split(",")))
 
     limits, results, failures = limits_of(triton.__version__), [], 0
     names = ("programs", "regs", "shared", "per SM", "barriers", "spills", "main load", "other loads")
