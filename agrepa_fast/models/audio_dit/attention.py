@@ -89,6 +89,7 @@ def segment_bounds(lengths: torch.Tensor, rows: int, frames: int) -> torch.Tenso
     Each row is a segment of its valid frames and one of its padding. So nothing is gathered, and the host needs no
     length.
     """
-    starts = torch.arange(0, (rows + 1) * frames, frames, device=lengths.device)
-    ends = starts[:-1].unflatten(0, (-1, lengths.shape[0])) + lengths
-    return torch.cat((starts[:1], torch.stack((ends.flatten(), starts[1:]), 1).flatten())).int()
+    starts = torch.arange(0, (rows + 1) * frames, frames, dtype=torch.int32, device=lengths.device)
+    bounds = starts.unsqueeze(1).expand(-1, 2).flatten()[:-1]
+    bounds[1::2].unflatten(0, (-1, lengths.shape[0])).add_(lengths)  # three kernels, and once per block
+    return bounds
