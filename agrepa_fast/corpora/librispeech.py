@@ -38,18 +38,21 @@ def _subsets(path: Path) -> tuple[list[Path], list[PassedOver]]:
         raise UserError(f"{path} is no folder: give the one of LibriSpeech ({_LAYOUT})")
     if _has_speakers(root):
         return [root], []
-    found = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and _has_speakers(folder)]
-    real = {}
+    children = sorted(root.iterdir())
+    found = [child for child in children if child.is_dir() and _has_speakers(child)]
+    passed_over = [
+        PassedOver(printable(child.name), "file or folder without speakers", f"not {_LAYOUT}")
+        for child in children
+        if child not in found
+    ]
+    real: dict[Path, Path] = {}
     for folder in sorted(found, key=Path.is_symlink):  # a link beside its subset gives no second one
-        real.setdefault(folder.resolve(), folder)
+        if (first := real.setdefault(folder.resolve(), folder)) != folder:
+            passed_over.append(PassedOver(printable(folder.name), "link", f"a link to {printable(first.name)}"))
     subsets = [folder for folder in found if folder in real.values()]
     chosen = without_evaluation("speech", subsets)
-    passed_over = [PassedOver(folder.name, "subset", "for evaluation") for folder in subsets if folder not in chosen]
-    return chosen, passed_over + [
-        PassedOver(folder.name, "link", f"a link to {real[folder.resolve()].name}")
-        for folder in found
-        if folder not in subsets
-    ]
+    passed_over += [PassedOver(subset.name, "subset", "for evaluation") for subset in subsets if subset not in chosen]
+    return chosen, passed_over
 
 
 def _others(subset: Path, taken: set[str]) -> list[PassedOver]:
@@ -59,7 +62,7 @@ def _others(subset: Path, taken: set[str]) -> list[PassedOver]:
         others = [name for name in names if f"{folder}/{name}" not in taken and not name.endswith(".trans.txt")]
         for name in walk.recordings(folder, others):
             walk.pass_over(f"{folder}/{name}", "file outside of the layout", f"not {_LAYOUT}")
-    return [entry._replace(name=f"{subset.name}/{entry.name}") for entry in walk.passed_over]
+    return [entry._replace(name=f"{printable(subset.name)}/{entry.name}") for entry in walk.passed_over]
 
 
 def _has_speakers(folder: Path) -> bool:

@@ -286,7 +286,10 @@ def test_librispeech_accounts_for_files_outside_of_the_layout(librispeech):
     soundfile.write(subset / "19/loose.flac", [0.0] * 100, 16000)
     (subset / "19/7/19-7-0000.wav").touch()
     (subset / "notes.md").touch()
+    (librispeech / "more recordings").mkdir()
     found = reasons(librispeech_source(librispeech))
+    for name in ("more recordings", "SPEAKERS.TXT"):
+        assert found.pop(name)[0] == "file or folder without speakers"
     assert found.pop("dev-clean") == ("subset", "for evaluation")
     assert {name: kind for name, (kind, _) in found.items()} == {
         "train-clean-100/19/loose.flac": "file outside of the layout",
