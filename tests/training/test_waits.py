@@ -26,8 +26,8 @@ LOG = {  # what a line of metrics.jsonl waits for, after any number of steps
 FREE = {
     "agrepa_fast.training.run _next: tolist",  # of a batch on the host
     "agrepa_fast.device to_device: to",  # from pinned memory if to a GPU
-    "agrepa_fast.models.audio_dit.conditioning __post_init__: item",  # on a CPU alone
-    "agrepa_fast.models.audio_dit.conditioning <lambda>: to",  # to where the batch is
+    "agrepa_fast.models.condition __post_init__: item",  # on a CPU alone
+    "agrepa_fast.models.condition <lambda>: to",  # to where the batch is
     "agrepa_fast.zero.update_ratio _global: to",  # likewise, unless the weights are offloaded
 }
 
