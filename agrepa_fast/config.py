@@ -27,6 +27,7 @@ from .settings import (
     Seed,
     ShareAboveZero,
     ShareBelowOne,
+    Size,
     Whole,
     check,
     section,
@@ -63,9 +64,9 @@ class ModelConfig:
 
     backbone: str = setting("audio_dit", "audio_dit, voicebox, or MODULE:CLASS of a Backbone of yours")
     options: dict[str, Any] = setting({}, "keywords for its class: model.options.NAME=VALUE; all below is AudioDiT's")
-    dim: Count = setting(1024, "width of the residual stream")
-    depth: Count = setting(24, "number of blocks, named L1 … L<depth>")
-    heads: Count = setting(16, "attention heads")
+    dim: Size = setting(1024, "width of the residual stream")
+    depth: Size = setting(24, "number of blocks, named L1 … L<depth>")
+    heads: Size = setting(16, "attention heads")
     ffn_mult: Positive = setting(4.0, "width of the FFN over dim")
     dropout: ShareBelowOne = setting(0.0, "of attention's and the FFN's outputs")
     qk_norm: bool = setting(False, "RMS norm of queries and keys, per head")
@@ -75,9 +76,9 @@ class ModelConfig:
         "sinusoidal", "absolute (the paper's), or rotary with a depthwise convolution"
     )
     time_scale: float = setting(1.0, "t is multiplied by it before its sinusoidal embedding; the release uses 1")
-    token_dim: Count = setting(1024, "width of the token condition")
+    token_dim: Size = setting(1024, "width of the token condition")
     token_scale: float = setting(1.0, "norm of each frame of the token condition; the release uses 1")
-    n_mels: Count | None = setting(None, "mel bands; null: those of the shards")
+    n_mels: Size | None = setting(None, "mel bands; null: those of the shards")
     vocab: Count | None = setting(None, "token ids of all domains together; null: those of the shards")
     extra_vocab: Count | None = setting(None, "ids of topology B's second token, data.extra_codebook; null: topology A")
 
@@ -137,7 +138,7 @@ class AlignConfig:
     """Layers that are aligned to the teacher, and how strongly."""
 
     strategy: str = setting("foga", "foga, foga-vjp, gradnorm, lasp, fixed:4,8,12, shallow, deep, random or none")
-    k: Count = setting(3, "layers per domain")
+    k: Size = setting(3, "layers per domain")
     share: ShareAboveZero | None = setting(
         None, "instead of k: the fewest layers that are 90 % sure to carry this share of all scores"
     )
@@ -216,11 +217,11 @@ class TrainConfig:
 
     steps: Count = setting(500_000, "optimizer steps", resume=True)
     start_from: str | None = setting(None, "run or checkpoint whose weights it starts with; null: random", path=True)
-    batch_clips: Count = setting(16, "clips per optimizer step, over all ranks and micro-batches")
+    batch_clips: Size = setting(16, "clips per optimizer step, over all ranks and micro-batches")
     batch_frames: Positive | None = setting(
         None, "instead: the cost per optimizer step, the sum over clips of frames + c frames^2, c the cost of attention"
     )
-    accumulation: Count = setting(1, "micro-batches per optimizer step", resume=True)
+    accumulation: Size = setting(1, "micro-batches per optimizer step", resume=True)
     lr: Positive = setting(1e-4, "peak learning rate of AdamW")
     betas: Annotated[list[ShareBelowOne], Field(min_length=2, max_length=2)] = setting([0.9, 0.999], "of AdamW")
     weight_decay: NotNegative = setting(0.01, "of AdamW, on every parameter")

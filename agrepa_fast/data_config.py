@@ -5,7 +5,19 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Literal
 
-from .settings import Count, Fraction, Period, Positive, Processes, Share, check, section, setting, setting_names
+from .settings import (
+    Count,
+    Fraction,
+    Period,
+    Positive,
+    Processes,
+    Share,
+    Size,
+    check,
+    section,
+    setting,
+    setting_names,
+)
 
 
 @section("data.")
@@ -15,9 +27,9 @@ class MelConfig:
     max_seconds: Period = setting(10.0, "recordings are cut once, in prepare, never later")
     min_seconds: Positive = setting(0.5, "shorter recordings are skipped")
     sample_rate: Count = setting(24000, "Hz")
-    n_fft: Count = setting(1024, "samples of a window and of its Fourier transform")
-    hop_length: Count = setting(256, "samples between mel frames")
-    n_mels: Count = setting(100, "mel bands, from 0 Hz on")
+    n_fft: Size = setting(1024, "samples of a window and of its Fourier transform")
+    hop_length: Size = setting(256, "samples between mel frames")
+    n_mels: Size = setting(100, "mel bands, from 0 Hz on")
     f_max: float = setting(12000.0, "Hz, end of the last mel band")
     mel_scale: Literal["htk", "slaney"] = setting("htk", "scale of the mel bands")
     mel_norm: Literal["slaney"] | None = setting(None, "slaney: area-normalised filters")
@@ -35,11 +47,11 @@ class MelConfig:
 class ShardConfig(MelConfig):
     """Everything that the shards of a folder share: mels, token ids, split and sizes. index.json records it."""
 
-    codebook: Count = setting(256, "token ids per domain")
+    codebook: Size = setting(256, "token ids per domain")
     extra_tokens: str | None = setting(None, "topology B: a second token beside every one, of both domains: vq: or s3:")
-    extra_codebook: Count = setting(1024, "ids of the second token, both domains together")
+    extra_codebook: Size = setting(1024, "ids of the second token, both domains together")
     val_share: Fraction = setting(0.1, "clips whose hashed name falls below this are validation")
-    shard_clips: Count = setting(64, "clips per shard")
+    shard_clips: Size = setting(64, "clips per shard")
     bucket_seconds: list[float] = setting([], "length buckets of train shards: their ends, but the last")
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ from .errors import UserError, nearest
 from .files import local_path
 
 Count = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1, le=2**20)]  # of what is held in memory
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]

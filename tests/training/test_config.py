@@ -54,11 +54,11 @@ def test_overrides_are_typed():
         ("data.mel_norm=htk", "slaney, or null"),
         ("train.weight_decay=-1", "must not be negative"),
         ("align.lr=0", "must be positive"),
-        ("model.dim=0", "at least 1"),
+        ("model.dim=0", "from 1 to 1048576"),
         ("train.betas=[0.9", "train.betas"),
         ("data.win_length=2048", "no longer a setting: windows are data.n_fft samples long"),
         ("probe.max_rows=64", "no longer a setting: lower probe.chunk"),
-        ("data.hop_length=0", "at least 1"),
+        ("data.hop_length=0", "from 1 to"),
         ("flow.sigma=0", "must be positive"),
     ],
 )
