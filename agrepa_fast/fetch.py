@@ -40,6 +40,13 @@ def cache_dir() -> Path:
         ) from error
 
 
+def check_home_cache() -> None:
+    """Raise UserError if there is no home folder for packages that keep what they download in ~/.cache: they would make
+    a folder called ~ in the working directory. Call it before they download."""
+    if not any(os.environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")):
+        local_path("~/.cache")
+
+
 def fetch_apt(name: str) -> Path:
     """Return the folder with the files of a Debian package (usr/share/…), <name>-<version>. Fetches the version that
     this machine's sources have, unless a .deb of the package is among the downloads, or one was fetched before.

@@ -78,6 +78,16 @@ def write_atomically(path: Path, content: bytes | str, *, durable: bool = True) 
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def append_text(path: Path, text: str) -> str | None:
+    """Append to a log. Return None, or the reason if it cannot be written: a log that is cut short ends no run."""
+    try:
+        with path.open("a") as file:
+            file.write(text)
+    except OSError as error:
+        return error.strerror
+    return None
+
+
 @contextmanager
 def replace_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Yield a temporary file beside `path`, to write in a stream; at the end of the block it takes `path`'s name.

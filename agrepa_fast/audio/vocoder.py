@@ -9,6 +9,7 @@ import torch
 
 from ..config import DataConfig
 from ..errors import UserError, nearest
+from ..fetch import check_home_cache
 from ..files import local_path
 from . import hifigan
 from .mel import LogMel
@@ -112,6 +113,7 @@ def _vocos_files(name: str, offline: bool) -> tuple[Path, Path]:
         return folder / _VOCOS_FILES[0], folder / _VOCOS_FILES[1]
     from huggingface_hub import hf_hub_download
 
+    check_home_cache()
     try:
         config, weights = (hf_hub_download(name, file, local_files_only=offline) for file in _VOCOS_FILES)
     except OSError as error:  # all of the hub's errors, and those of the network

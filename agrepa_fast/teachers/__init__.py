@@ -22,6 +22,7 @@ import re
 
 from ..audio.waves import import_torchaudio
 from ..errors import UserError
+from ..fetch import check_home_cache
 from ..files import local_path
 from .base import Teacher, split_layer
 
@@ -78,6 +79,7 @@ def _locate(base: str) -> tuple[str, dict]:
         return str(folder), {}
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base):
         raise UserError(_not_found(base, "no such folder"))
+    check_home_cache()
     return base, {}
 
 

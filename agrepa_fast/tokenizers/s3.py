@@ -15,6 +15,7 @@ import torch
 
 from ..audio.waves import import_torchaudio
 from ..errors import UserError, nearest
+from ..fetch import check_home_cache
 from ..files import local_path
 from ..teachers.base import batches_by_length, check_waves, weights_sha256
 from .base import WaveTokenizer
@@ -71,6 +72,7 @@ def load_s3(source: str, device: str = "cpu") -> S3Tokens:
             name, state = _read(path)
             model = _model(name, state)
         elif source in NAMES:
+            check_home_cache()
             name, model = source, s3tokenizer.load_model(source)
         else:
             raise UserError(f"s3:{source}: no such file, and no such name: {nearest(source, NAMES)}")

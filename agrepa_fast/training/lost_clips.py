@@ -9,6 +9,7 @@ import torch
 
 from ..data.reading import Fault
 from ..errors import UserError
+from ..files import append_text
 from ..ranks import all_gather, all_sum
 from .context import RunContext
 from .metrics import Metrics
@@ -54,8 +55,9 @@ class LostClips:
             return
         path, allowed = self.context.folder / FILE, self.context.config.data.max_faults
         if self.context.rank == 0:
-            with path.open("a") as file:
-                file.writelines(json.dumps({"step": step, **asdict(fault)}) + "\n" for fault in faults.values())
+            lines = [json.dumps({"step": step, **asdict(fault)}) + "\n" for fault in faults.values()]
+            if reason := append_text(path, "".join(lines)):
+                self.metrics.print(f"step {step}: {FILE} could not be written ({reason}); training goes on")
         counts = Counter(self._kinds.values())
         self.metrics.write(step, {f"data/faults_{kind}": count for kind, count in counts.items()})
         fault = next(iter(faults.values()))

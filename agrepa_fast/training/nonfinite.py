@@ -12,6 +12,7 @@ import warnings
 import torch
 
 from ..errors import UserError
+from ..files import append_text
 from ..ranks import all_gather
 from ..zero.update_ratio import weight_norm
 from .context import RunContext
@@ -53,8 +54,9 @@ class NonFiniteSteps:
         ranks = all_gather({"rank": self.context.rank, "clips": keys, "not_finite": bad})
         path = self.context.folder / FILE
         if self.context.rank == 0:
-            with path.open("a") as file:
-                file.write(json.dumps({"step": step + 1, "ranks": ranks}) + "\n")
+            line = json.dumps({"step": step + 1, "ranks": ranks}) + "\n"
+            if reason := append_text(path, line):
+                self.metrics.print(f"step {step + 1}: {FILE} could not be written ({reason}); training goes on")
         bad = [key for rank in ranks for key in rank["not_finite"]]
         named = bad or [key for rank in ranks for key in rank["clips"]]
         more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""

@@ -14,9 +14,10 @@ import torch
 
 from agrepa_fast.config_file import load_config, save_config
 from agrepa_fast.errors import UserError
-from agrepa_fast.fetch import cache_dir
+from agrepa_fast.fetch import cache_dir, check_home_cache
 from agrepa_fast.files import (
     FolderLock,
+    append_text,
     check_readable,
     check_writable,
     file_sha256,
@@ -224,6 +225,23 @@ class TestPlaces:
                 read(tmp_path / "nothing")
             with pytest.raises(UserError, match=r"cannot be read: Is a directory"):
                 read(tmp_path)
+
+
+def test_a_log_that_cannot_be_written_costs_a_line(tmp_path):
+    assert append_text(tmp_path / "log", "a\n") is None
+    assert append_text(tmp_path / "log", "b\n") is None
+    assert (tmp_path / "log").read_text() == "a\nb\n"
+    assert append_text(tmp_path / "nothing" / "log", "a\n") == "No such file or directory"
+
+
+def test_packages_that_download_have_a_home_first(monkeypatch):
+    for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)  # no entry has it
+    with pytest.raises(UserError, match="no home folder is known here: set HOME"):
+        check_home_cache()
+    monkeypatch.setenv("HF_HOME", "/somewhere")
+    check_home_cache()
 
 
 class TestTensorFiles:
