@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,12 @@ from safetensors.torch import load_file
 from agrepa_fast.checkpoints import weights
 from agrepa_fast.checkpoints.find import resolve_checkpoint
 from agrepa_fast.cli import main
+from agrepa_fast.config_file import load_config
 from agrepa_fast.data.index import read_index
 from agrepa_fast.errors import UserError
 from agrepa_fast.reporting import probe, samples
+from agrepa_fast.training import folder
+from agrepa_fast.training.folder import locate_run
 
 from ..ranks import ROOT, run_training
 
@@ -179,38 +183,35 @@ class TestDamage:
         return next((tmp_path / "run" / "checkpoints").glob("step*"))
 
 
-class TestUnreadable:
-    @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
-    def test_weights_and_checkpoints_of_somebody_else(self, baseline, tmp_path):
-        """In a process of its own: what it may not read is said to be so, not to be missing."""
-        copy = tmp_path / "run"
-        shutil.copytree(baseline, copy)
-        (checkpoint,) = (copy / "checkpoints").glob("step*")
-        for path, mode in ((checkpoint / "ema.safetensors", 0o600), (checkpoint, 0o700), (copy / "checkpoints", 0o700)):
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_weights_and_checkpoints_of_somebody_else_are_not_missing(baseline):
+    with tempfile.TemporaryDirectory() as place:  # not pytest's, which is private
+        Path(place).chmod(0o755)
+        run = shutil.copytree(baseline, Path(place, "run"))
+        (checkpoint,) = (run / "checkpoints").glob("step*")
+        for path, mode in ((checkpoint / "ema.safetensors", 0o600), (checkpoint, 0o700), (run / "checkpoints", 0o700)):
             path.chmod(mode)
-            line = _as_another_user(copy)
-            path.chmod(0o755)
-            assert f"{path.name}" in line
-            assert "cannot be read: Permission denied" in line
-
-
-def _as_another_user(run: Path) -> str:
-    from agrepa_fast.checkpoints.weights import load_model
-
-    for folder in run.parents:
-        if folder.stat().st_uid == os.geteuid() and not folder.stat().st_mode & 0o005:
-            folder.chmod(folder.stat().st_mode | 0o055)
-    os.seteuid(12345)
-    try:
-        load_model(run)
-    except UserError as error:
-        return str(error)
-    finally:
-        os.seteuid(0)
-    return "loaded"
+            os.seteuid(12345)
+            try:
+                with pytest.raises(UserError, match=rf"{path.name}.* cannot be read: Permission denied"):
+                    weights.load_model(run)
+            finally:
+                os.seteuid(0)
+                path.chmod(0o755)
 
 
 def test_wavs_are_whole_or_absent(baseline, tmp_path):
     samples._write_wav(tmp_path / "a.wav", torch.zeros(100).numpy(), 16000)
     assert soundfile.info(tmp_path / "a.wav").frames == 100
     assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+
+
+def test_runs_that_start_in_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    """Without locks, and before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(folder.time, "strftime", lambda form: "20261128-153000")
+    config = load_config("demo")
+    found = [locate_run(config, None)[0].run for _ in range(50)]
+    assert len({run.dir for run in found}) == len({run.id for run in found}) == 50
+    assert all(run.dir == f"runs/demo-20261128-153000-{run.id[:6]}" for run in found)
+    assert not list(tmp_path.iterdir())
