@@ -53,7 +53,7 @@ def test_a_run_with_results_or_another_tag_does_not_start_again(tmp_path):
     (tmp_path / "summary.json").unlink()
     damaged = tmp_path / "checkpoints" / "step00000003"
     damaged.mkdir(parents=True)
-    (damaged / "checkpoint.json").write_text('{"files": {"ema.safetensors": 7}}')
+    (damaged / "checkpoint.json").write_text('{"files": {"ema.safetensors": 7}, "saved": 1, "step": 3}')
     with pytest.raises(UserError, match="already holds a run"):
         locate_run(config, None)
     with pytest.raises(UserError, match=r"step00000003 is damaged: ema\.safetensors has no bytes, not 7"):
