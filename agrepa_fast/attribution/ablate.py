@@ -48,8 +48,10 @@ def ablate(
 
     A plain forward shows how blocks are called. What they are given and return for the whole model is compared with it
     at every call. verify: so many variants, spread over the layers, are also computed in a forward of their own and
-    compared; None: all. blocks, gates, kind, row_arguments, state, max_rows: as in multi_gate, but the first row of
-    gates is all ones. domain: of all clips.
+    compared; None: all, and so where the model reads values of tensors in Python, since it may decide by them.
+
+    blocks, gates, kind, row_arguments, state, max_rows: as in multi_gate, but the first row of gates is all ones.
+    domain: of all clips.
 
     Raises ValueError as foga and multi_gate do, if the inputs have no rows, if a block is named twice, or if a variant
     has another score in a forward of its own.
@@ -76,7 +78,7 @@ def ablate(
         names = names if gates is None else ()
         checked = scores.of_clips(range(clips), domains, (float("nan"),), recipe="given", names=names)
         check_floor(checked.floor, base.dtype)
-        for layer in _spread(variants.count - 1, verify):
+        for layer in _spread(variants.count - 1, None if trace.reads_values else verify):
             with multi_gate(blocks, GatePlan(variants.gates[layer + 1 : layer + 2]), **options):
                 change = velocity_change(run(1)[None], base)[0]
             _check_score(layer, changes[layer], change, rounding_limit(base.dtype))
@@ -117,7 +119,7 @@ def _layer_per_call(trace: Trace, blocks: Sequence[nn.Module]) -> tuple[Trace, l
     for place, number in enumerate(ran):
         names.append(f"{number + 1}.call{ran[: place + 1].count(number)}")
     calls = [replace(call, block=place) for place, call in enumerate(trace.calls)]
-    return Trace(trace.clips, calls), [blocks[number] for number in ran], tuple(names)
+    return replace(trace, calls=calls), [blocks[number] for number in ran], tuple(names)
 
 
 def find_velocity(out, name: str | None) -> tuple:

@@ -1,7 +1,4 @@
-"""How a model calls its blocks: their order, their arguments and their state, recorded in one plain forward.
-
-The state of a block is the argument that it hands on updated: leaving the block out hands on the argument as it is.
-"""
+"""How a model calls its blocks: their order, their arguments and their results, recorded in one plain forward."""
 
 import inspect
 from collections import defaultdict
@@ -12,13 +9,13 @@ from functools import partial
 
 import torch
 import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .rows import same
+from .states import Tensors, TracedCall, find_branches, find_states
 from .trees import Path, describe, tensors
 
-Tensors = dict[Path, torch.Tensor]
 FOLLOW = "name blocks that follow each other"
-NAME_IT = "name it: --state NAME, state=NAME in Python"
 
 
 def positional_names(forward: Callable) -> list[str]:
@@ -74,26 +71,27 @@ class Turns:
 
 
 @dataclass
-class TracedCall:
-    """One call of a block in a forward of C rows."""
-
-    block: int  # 0-based number
-    name: str  # of the block, for messages
-    inputs: Tensors  # copies, as they were at the call
-    outputs: Tensors
-    given: Tensors  # the very tensors, to follow them from call to call
-    returned: Tensors
-    named: str | None = None  # the argument that the user calls the state
-    state: Path = ()  # among the inputs; of no meaning for branches
-    update: Path = ()  # the state, or the branch, among the outputs
-
-
-@dataclass
 class Trace:
     """All calls of a forward of C clips, in order."""
 
     clips: int
     calls: list[TracedCall] = field(default_factory=list)
+    reads_values: bool = False  # Python has read values of tensors since the first block began: for a decision, maybe
+
+
+class _ValueReads(TorchDispatchMode):
+    """Notes in `seen` whether Python reads values of tensors while `listening`: bool(), item(), equal()."""
+
+    def __init__(self):
+        super().__init__()
+        self.listening = self.seen = False
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.seen |= self.listening and operation in _READS
+        return operation(*args, **(kwargs or {}))
+
+
+_READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
 
 
 def trace_calls(
@@ -111,9 +109,10 @@ def trace_calls(
     Raises ValueError, naming a block and the reason, for blocks that do not run, run inside each other, change an
     argument (a cache, say), or whose state cannot be told.
     """
-    trace, running, copied, turns = Trace(clips), [], {}, Turns(blocks)
+    trace, running, copied, turns, reads = Trace(clips), [], {}, Turns(blocks), _ValueReads()
 
     def record(block: nn.Module, forward: Callable, names: Sequence[str], /, *args, **kwargs):
+        reads.listening = False
         number = turns.next_place(block)
         name = block_name(number, block)
         if running:
@@ -127,24 +126,28 @@ def trace_calls(
             )
         inputs, before = _copies(given, copied), _versions(given)
         running.append(name)
+        reads.listening = True
         out = forward(*args, **kwargs)
+        reads.listening = False
         running.pop()
         _check_unchanged(name, before, inputs, dict(tensors(arguments)))
         returned = dict(tensors(out))
         named = names[state] if isinstance(state, int) and state < len(names) else state
         trace.calls.append(TracedCall(number, name, inputs, _copies(returned, copied), given, returned, named))
+        reads.listening = True
         return out
 
     def wrap(number: int, forward: Callable) -> Callable:
         return partial(record, blocks[number], forward, positional_names(forward))
 
-    with patched(blocks, wrap):
+    with patched(blocks, wrap), reads:
         out = run()
+    trace.reads_values = reads.seen
     check_all_ran([call.block for call in trace.calls], blocks)
     if kind == "block":
-        _find_states(trace.calls)
+        find_states(trace.calls)
     else:
-        _find_branches(trace.calls)
+        find_branches(trace.calls)
     for call in trace.calls:
         call.given = call.returned = {}
     return trace, out
@@ -193,129 +196,3 @@ def _check_unchanged(name: str, before: dict[Path, tuple], copies: Tensors, afte
         f"{name} keeps state in its argument {argument!r} (a cache?): switch that off (use_cache=False, say), or wrap "
         "the model so that its blocks do without"
     )
-
-
-def updates(inputs: Tensors, outputs: Tensors) -> tuple[Tensors, Tensors]:
-    """Return the inputs and outputs between which a block may write its residual sum.
-
-    Both floating point, not handed on as they are, and every output of the shape of an input. A tensor at several
-    places counts once. Where a block hands on all of its inputs, these count. Beside a sequence (N, T, D), vectors do
-    not count.
-    """
-    ins, outs = _distinct(inputs), _distinct(outputs)
-    same = {id(value) for value in ins.values()} & {id(value) for value in outs.values()}
-    if set(map(id, outs.values())) - same:
-        ins = {path: value for path, value in ins.items() if id(value) not in same}
-        outs = {path: value for path, value in outs.items() if id(value) not in same}
-    shapes = {value.shape for value in outs.values()}
-    ins = {path: value for path, value in ins.items() if value.shape in shapes}
-    shapes = {value.shape for value in ins.values()}
-    if sequences := {shape for shape in shapes if len(shape) > 2}:
-        shapes = sequences
-        ins = {path: value for path, value in ins.items() if value.shape in shapes}
-    return ins, {path: value for path, value in outs.items() if value.shape in shapes}
-
-
-def _distinct(values: Tensors) -> Tensors:
-    found: dict[int, tuple[Path, torch.Tensor]] = {}
-    for path, value in values.items():
-        if value.is_floating_point() and value.ndim:
-            found.setdefault(id(value), (path, value))
-    return dict(found.values())
-
-
-def choose_state(
-    name: str,
-    inputs: Tensors,
-    outputs: Tensors,
-    state: str | int | None,
-    ins: Tensors,
-    outs: Tensors,
-    check_streams: bool = True,
-) -> tuple[Path, Path]:
-    """Return the paths of a block's state among inputs and outputs. ins, outs: the candidates of `updates`.
-
-    state: its name, if the user gives it. check_streams: refuse blocks that update another sequence beside it.
-
-    Raises ValueError if there is none, or more than one.
-    """
-    streams = {value.shape for value in outs.values() if value.ndim > 2}
-    others = [path for path, value in ins.items() if value.shape in streams]
-    if check_streams and len(others) > 1 and len(outs) > 1:
-        raise ValueError(
-            f"{name} returns an updated argument {describe(others[1])!r} beside its state: "
-            "blocks with two streams cannot be gated"
-        )
-    if state is not None:
-        named = [path for path in inputs if path[0] == state or describe(path) == state]
-        if not named:
-            raise ValueError(f"{name} has no tensor {state!r}, but {', '.join(map(describe, inputs)) or 'no tensors'}")
-        ins = {path: inputs[path] for path in named if path in ins} or {named[0]: inputs[named[0]]}
-    if not ins or not outs:
-        raise ValueError(f"{name} {_shapes(inputs, outputs)}: a block that changes the shape has no gate")
-    if len(ins) > 1:
-        listed = " or ".join(repr(describe(path)) for path in ins)
-        raise ValueError(f"{name}: its state could be {listed}; {NAME_IT}")
-    (state_path, value) = next(iter(ins.items()))
-    fitting = [path for path, out in outs.items() if out.shape == value.shape]
-    if len(fitting) != 1 and (check_streams or not fitting):
-        found = f"{len(fitting)} outputs" if fitting else "no output"
-        raise ValueError(f"{name} returns {found} of the shape of its state {describe(state_path)!r}: it has no gate")
-    return state_path, fitting[0]
-
-
-def _shapes(inputs: Tensors, outputs: Tensors) -> str:
-    if not outputs:
-        return "returns no tensor"
-    shapes = [tuple(value.shape) for value in _distinct(inputs).values()] or ["no numbers"]
-    return f"makes {tuple(next(iter(outputs.values())).shape)} of {', '.join(map(str, shapes))}"
-
-
-def _find_states(calls: Sequence[TracedCall]) -> None:
-    """Set state and update of every call.
-
-    Of several candidates, arguments that one tensor fills for several blocks are conditions, unless a block returned
-    it. A candidate that is left must be what a block returned. Where this does not decide, the argument's name does,
-    if it is the state's in the other calls of blocks of the same class.
-    """
-    users, made = defaultdict(set), set()
-    for call in calls:
-        for value in call.given.values():
-            users[id(value)].add(call.block)
-        made |= {id(value) for value in call.returned.values()}
-    undecided, known = [], defaultdict(set)
-    for call in calls:
-        ins, outs = updates(call.given, call.returned)
-        if call.named is None and len(ins) > 1:
-            left = {path: value for path, value in ins.items() if len(users[id(value)]) == 1 or id(value) in made}
-            if len(left) != 1 or id(next(iter(left.values()))) not in made:
-                undecided.append(call)
-                continue
-            ins = left
-        call.state, call.update = choose_state(call.name, call.given, call.returned, call.named, ins, outs)
-        known[_class_of(call)].add(call.state)
-    for call in undecided:
-        ins, outs = updates(call.given, call.returned)
-        elsewhere = known[_class_of(call)]
-        if len(elsewhere) == 1 and (path := next(iter(elsewhere))) in ins:
-            ins = {path: ins[path]}
-        call.state, call.update = choose_state(call.name, call.given, call.returned, None, ins, outs)
-
-
-def _class_of(call: TracedCall) -> str:
-    return call.name.partition("(")[2]
-
-
-def _find_branches(calls: Sequence[TracedCall]) -> None:
-    """Set `update` of every call: the one output, or the one of the shape of an input."""
-    for call in calls:
-        outs = _distinct(call.returned)
-        call.update = choose_branch(call.name, outs, updates(call.given, call.returned)[1])
-
-
-def choose_branch(name: str, outs: Tensors, fitting: Tensors) -> Path:
-    """Return the path of a branch among its outputs. Raises ValueError if there is none, or more than one."""
-    candidates = outs if len(outs) == 1 else fitting
-    if len(candidates) != 1:
-        raise ValueError(f"{name} returns {len(outs)} tensors, and it cannot be told which is the branch's output")
-    return next(iter(candidates))

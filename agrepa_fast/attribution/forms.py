@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 
-from .calls import Tensors, TracedCall, choose_branch, choose_state, updates
 from .gate_plan import BlockPlan
 from .rows import RowAxis, row_axis
+from .states import Tensors, TracedCall, choose_branch, choose_state, updates
 from .trees import Path, describe, tensors
 
 NAME_ROWS = "name the arguments that have a row per clip: --row-arguments, row_arguments=... in Python"

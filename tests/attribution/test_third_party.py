@@ -6,7 +6,9 @@
 import sys
 from collections import Counter
 
+import pytest
 import torch
+import torch.nn as nn
 
 from agrepa_fast import ablate
 
@@ -36,6 +38,35 @@ def test_random_stacks_score_as_in_one_forward_per_block_or_are_refused():
     refusals = [compare(seed) for seed in range(STACKS)]
     assert sum(not refusal for refusal in refusals) > STACKS // 2, Counter(refusals)
     assert all("block" in refusal or "layer" in refusal for refusal in refusals if refusal)
+
+
+class Decides(nn.Module):
+    """Its last line asks for a value to which the fifth of nine blocks alone contributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Shift(10.0 if number == 4 else 0.1) for number in range(9))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return 2 * x if x.mean() > 5 else x
+
+
+class Shift(nn.Module):
+    def __init__(self, shift: float):
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, x):
+        return x + self.shift * torch.sigmoid(x)
+
+
+def test_every_layer_is_verified_if_the_model_decides_by_values():
+    torch.manual_seed(0)
+    model = Decides()
+    with pytest.raises(ValueError, match=r"layer 5 scores .* with shared rows and .* in a forward of its own"):
+        ablate(model, {"x": torch.randn(2, 3, 4)}, model.blocks)
 
 
 if __name__ == "__main__":
