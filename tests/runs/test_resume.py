@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agrepa_fast.checkpoints.save import Checkpoints
 from agrepa_fast.training.run import Run
 
 from ..ranks import run_training
@@ -106,11 +107,18 @@ def test_a_signal_to_one_rank_stops_all_after_a_save(number, stage, extra, prese
     assert_same_curve(whole, stopped)
 
 
+def plant_a_bug() -> None:
+    def save(*_, **__) -> None:
+        raise TypeError("of a bug")
+
+    Checkpoints.save = save
+
+
 def test_an_error_of_our_own_ends_a_run_with_loader_processes(preset, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "checkpoints").write_text("a file where the folder of checkpoints should be")
     args = ("--preset", str(preset), "run.dir=run", "data.workers=1", "align.strategy=none", "train.steps=3")
-    assert "Traceback" in run_training(1, *args, cwd=tmp_path, wanted=1)
+    output = run_training(1, *args, cwd=tmp_path, wanted=1, plant=plant_a_bug)
+    assert "Traceback" in output
+    assert output.strip().splitlines()[-1].endswith("agrepa train: rank 0: TypeError: of a bug")
 
 
 def test_a_run_starts_from_the_averaged_weights_of_another(preset, baseline, tmp_path):
