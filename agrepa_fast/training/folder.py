@@ -30,7 +30,8 @@ def locate_run(config: Config, resume: str | None) -> tuple[Config, Path | None]
         # Runs may start in the same second, on machines that share the folder, and on file systems without locks.
         folder = Path(run.dir or f"runs/{run.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{identity[:6]}")
         checkpoint = _checkpoint(folder, resume)
-        check_writable(folder, "run.dir")
+        for place in (folder, folder / "checkpoints"):
+            check_writable(place, "run.dir")
         if checkpoint is not None:
             identity = run.id
         return replace(config, run=replace(run, dir=str(folder), id=identity)), checkpoint

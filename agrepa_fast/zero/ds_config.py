@@ -9,9 +9,8 @@ from ..config import PRESETS, TrainConfig
 from ..data.layout import BatchLayout
 from ..errors import UserError, nearest
 from ..files import local_path, read_text
-from .ds_sections import PASSED
+from .ds_sections import PASSED, check_objects
 
-_OBJECTS = ("bf16", "fp16", "zero_optimization", "data_types", "aio", "comms_logger")
 _FLAGS = (
     *("prescale_gradients", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_allgather"),
     *("memory_breakdown", "dump_state"),
@@ -103,11 +102,7 @@ def offloads_optimizer(ds_config: dict) -> bool:
 
 def _check_sections(values: dict, train: TrainConfig) -> None:
     """Raise UserError for a value that no run can have."""
-    for section in _OBJECTS:
-        if not isinstance(values.get(section, {}), dict):
-            raise UserError(
-                f'ds_config "{section}": an object is wanted, such as {{"enabled": true}} or {{"stage": 2}}'
-            )
+    check_objects(values)
     for name in _FLAGS:
         if (value := values.get(name, "auto")) != "auto" and not isinstance(value, bool):
             raise UserError(f'ds_config "{name}": {_json(value)}: true or false is wanted')

@@ -16,6 +16,7 @@ PASSED = (
     *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_allgather", "aio"),
     *("steps_per_print", "memory_breakdown", "comms_logger", "dump_state"),
 )
+_OBJECTS = ("bf16", "fp16", "zero_optimization", "data_types", "aio", "comms_logger")
 _LEFT_OUT = {  # sections that change no number of a run, and what does the same here
     "activation_checkpointing": "train.activation_checkpointing=true keeps each block's input only",
     "flops_profiler": "metrics.jsonl has train/mfu, and train.profile=[10,12] writes a trace of steps 10 to 12",
@@ -59,6 +60,15 @@ _SCHEDULES = {  # DeepSpeed's parameter -> setting of train; its default, None: 
 _SCHEDULE_FIXED = {"warmup_min_ratio": 0, "warmup_min_lr": 0, "last_batch_iteration": -1, "warmup_type": "linear"}
 
 
+def check_objects(values: dict) -> None:
+    """Raise UserError for a section that is no object where DeepSpeed wants one."""
+    for section in _OBJECTS:
+        if not isinstance(values.get(section, {}), dict):
+            raise UserError(
+                f'ds_config "{section}": an object is wanted, such as {{"enabled": true}} or {{"stage": 2}}'
+            )
+
+
 def adopt_sections(
     values: dict, train: TrainConfig, overrides: Sequence[str] = ()
 ) -> tuple[dict, TrainConfig, list[str]]:
@@ -68,6 +78,7 @@ def adopt_sections(
     overrides: `train.lr=…` of the command line, which a section must not contradict; it replaces a preset's settings.
     Raises UserError for a section that contradicts the run, and for an unknown one.
     """
+    check_objects(values)
     passed, wanted, lines = {}, {}, []
     for section, content in values.items():
         if section in PASSED:

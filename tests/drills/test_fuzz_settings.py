@@ -10,9 +10,9 @@ from .results import RECORD, record
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_few_hostile_settings(kind):
-    found = fuzz(kind, 150, seed=1)
+    found = fuzz(kind, 300, seed=1)
     assert found.broken == []
-    assert found.accepted >= 5
+    assert found.accepted > 0
     assert len(found.refused) > 10
 
 

@@ -121,6 +121,13 @@ def test_an_error_of_our_own_ends_a_run_with_loader_processes(preset, tmp_path):
     assert output.strip().splitlines()[-1].endswith("agrepa train: rank 0: TypeError: of a bug")
 
 
+def test_a_file_in_the_place_of_the_checkpoints_ends_a_run_before_it_begins(preset, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").touch()
+    output = run_training(1, "--preset", str(preset), "run.dir=run", cwd=tmp_path, wanted=2)
+    assert "run.dir run/checkpoints cannot be written (File exists)" in output
+
+
 def test_a_run_starts_from_the_averaged_weights_of_another(preset, baseline, tmp_path):
     args = ("--preset", str(preset), "run.dir=run", "train.steps=3", f"train.start_from={baseline}")
     run_training(1, *args, cwd=tmp_path)
