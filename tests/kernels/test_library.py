@@ -220,6 +220,9 @@ class Tensor:
     def __init__(self, address=4096, dtype=torch.bfloat16, device=0):
         self.address, self.dtype, self.device = address, dtype, device
 
+    def __repr__(self) -> str:  # names tests: the same in every process
+        return f"tensor at {self.address}, {self.dtype}, device {self.device}"
+
     def data_ptr(self):
         return self.address
 
