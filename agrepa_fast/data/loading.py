@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from .batch import Batch, PackedBatch, pack
 from .clip_reader import Background, ClipReader
@@ -70,6 +71,7 @@ class TrainBatches:
         try:
             return next(self._batches).unpack()
         except (OSError, EOFError, RuntimeError) as error:
+            self._say_no_more()
             # A process that ends while it hands over a batch shows first as a fault of its connection, or of the thread
             # that pins.
             processes = {process.sentinel: process.pid for process in self._context.processes}
@@ -77,6 +79,13 @@ class TrainBatches:
             if not ended or str(error).startswith("DataLoader worker"):
                 raise
             raise RuntimeError(f"DataLoader worker (pid {ended[0]}) ended while it handed over a batch") from error
+
+    def _say_no_more(self) -> None:
+        """Keep DataLoader's handler of SIGCHLD from raising for this iterator's processes: it would do so anywhere,
+        while the first error is handled, too."""
+        if self._context.processes and self._batches._worker_pids_set:
+            _remove_worker_pids(id(self._batches))
+            self._batches._worker_pids_set = False
 
     def __enter__(self) -> Self:
         return self
@@ -86,9 +95,9 @@ class TrainBatches:
 
     def close(self) -> None:
         """End the loader processes. One that hangs in a read is killed: Python would wait for it at exit."""
+        self._say_no_more()
         if self._context.processes:
-            # DataLoader calls it when its iterator is dropped, but the traceback of an error would keep the iterator,
-            # whose SIGCHLD handler raises for ended processes, here or anywhere later.
+            # DataLoader calls it when its iterator is dropped, but the traceback of an error would keep the iterator.
             self._batches._shutdown_workers()
         for process in self._context.processes:
             process.kill()

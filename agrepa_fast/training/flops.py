@@ -78,8 +78,8 @@ def step_flops(model: ModelConfig, lengths: Sequence[int]) -> float:
     """Return the FLOPs of AudioDiT's forward and backward (three times the forward's) for clips of `lengths` frames:
     matrix products and attention, without padding.
 
-    Not counted, each below 1 %: the projection of token embeddings, heads, elementwise work. Nor is the forward that
-    activation checkpointing repeats, as is usual for MFU.
+    Not counted, each below 1 %: the projection and stretching of token embeddings, heads, elementwise work. Nor is the
+    forward that activation checkpointing repeats, as is usual for MFU.
     """
     dim, inner = model.dim, int(model.dim * model.ffn_mult)
     frame = model.depth * (4 * dim * dim + 2 * dim * inner)  # multiply-adds

@@ -311,7 +311,7 @@ class TestHeads:
     [
         (
             ["align.strategy=lasp", "model.token_dim=8"],
-            "align.strategy=lasp: BiT-C's projection fits layers only where",
+            "align.strategy=lasp: BiT-C's projection takes the token condition's",
         ),
         (["align.strategy=lasp", "align.bitc_audio=0"], "needs align.bitc_speech and align.bitc_audio above 0"),
         (["align.strategy=shallow", "align.refresh=3"], "align.refresh: shallow measures nothing"),

@@ -34,7 +34,8 @@ def test_flops_are_what_torch_counts_and_what_it_overlooks(position):
         model(mel, torch.rand(1), condition)
     attention = 3 * 2 * 2 * 37 * 37 * 32
     fused = 3 * 2 * 37 * 32 * 128 * (active_backend() != "reference")  # linear_gelu is an op of ours
-    tokens = 2 * condition.tokens.shape[1] * 24 * 24  # left out, as step_flops says
+    count = condition.tokens.shape[1]
+    tokens = 2 * count * 24 * 24 + 2 * 37 * count * 24  # projected and stretched: left out, as step_flops says
     assert step_flops(model.config, [37]) == 3 * (counter.get_total_flops() + attention + fused - tokens)
     assert step_flops(model.config, [37, 20]) == step_flops(model.config, [37]) + step_flops(model.config, [20])
 
