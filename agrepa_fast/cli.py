@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from .config import DOMAINS, MEASURES, RECIPES
-from .config_file import config_reference, config_yaml, load_config
+from .config_file import check_used, config_reference, config_yaml, load_config
 from .errors import UserError, nearest, one_line, print_any_name
 from .files import check_writable, local_path
 from .tokenizers.vq_config import VqFitConfig
@@ -268,6 +268,7 @@ def _prepared(args: argparse.Namespace, ranks):
     from .prepare.sidecars import add_teacher
 
     config = load_config(args.preset, args.overrides)
+    check_used(args.overrides, ("data",))
     setting = "--out" if args.out else "data.path"
     out = writable(args.out or config.data.path, setting)
     if not (out / INDEX).is_file():

@@ -68,6 +68,14 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     return Config(**{name: _SECTIONS[name](**values) for name, values in sections.items()})
 
 
+def check_used(overrides: Sequence[str], uses: Sequence[str]) -> None:
+    """Raise UserError for an override that a command has no use for. uses: sections, or single settings."""
+    for name in (override.partition("=")[0] for override in overrides):
+        if name not in uses and name.partition(".")[0] not in uses:
+            known = ", ".join(part if "." in part else f"{part}.*" for part in uses)
+            raise UserError(f"{name} has no effect here: {known} have")
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration. A kill leaves the old file or the new one."""
     write_atomically(path, config_yaml(config))

@@ -9,7 +9,7 @@ import torch
 from ..checkpoints.find import resolve_checkpoint
 from ..checkpoints.weights import load_model
 from ..config import Config
-from ..config_file import load_config
+from ..config_file import check_used, load_config
 from ..data.index import Index
 from ..data.matching import matching_index
 from ..errors import UserError
@@ -31,13 +31,17 @@ class OpenedCheckpoint(NamedTuple):
         return run / f"{name}-{self.path.name}"
 
 
-def open_checkpoint(checkpoint: Path, overrides: Sequence[str], *, live: bool) -> OpenedCheckpoint:
-    """Load a run's newest checkpoint, one of its checkpoints, or an export. live: the live weights instead of their
-    moving average. Raises UserError for overrides of model.*, and if the shards do not fit."""
+def open_checkpoint(checkpoint: Path, overrides: Sequence[str], *, live: bool, uses: Sequence[str]) -> OpenedCheckpoint:
+    """Load a run's newest checkpoint, one of its checkpoints, or an export.
+
+    live: the live weights instead of their moving average. uses: the sections, or single settings, that the caller has
+    a use for. Raises UserError for overrides of others, and if the shards do not fit.
+    """
     path = resolve_checkpoint(checkpoint)
     model, saved = load_model(path, live=live)
     config = load_config(path / "config.yaml", overrides)
     if config.model != saved.model:
         raise UserError("model.* is the checkpoint's: it cannot be overridden here")
+    check_used(overrides, uses)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return OpenedCheckpoint(model.to(device), config, matching_index(config.data), path, device)

@@ -26,7 +26,7 @@ def probe_checkpoint(
 ) -> None:
     """Measure a checkpoint's layers on one rank; write attribution.csv, selection.json and plots; print tables. Raises
     UserError if a measurement fails."""
-    opened = open_checkpoint(checkpoint, overrides, live=live)
+    opened = open_checkpoint(checkpoint, overrides, live=live, uses=("data", "flow", "probe", "align"))
     out = out or opened.beside("probe" if request.kind == "block" else "probe-branch")
     check_writable(out, "--out")
     read_csv(out / "attribution.csv")  # what it cannot be appended to is refused before the work, too

@@ -66,7 +66,7 @@ def _write_wav(path: Path, wave: np.ndarray, rate: int) -> None:
 def sample_checkpoint(checkpoint: Path, overrides: Sequence[str], *, live: bool, clips: int, out: Path | None) -> None:
     """Run `agrepa sample`: write wavs and mel.png of a checkpoint's samples. clips: per domain. live: the live weights
     instead of their moving average. out: None for a folder beside the checkpoints."""
-    opened = open_checkpoint(checkpoint, overrides, live=live)
+    opened = open_checkpoint(checkpoint, overrides, live=live, uses=("data", "flow", "eval", "run.seed"))
     out = out or opened.beside("sample")
     check_writable(out, "--out")
     vocoder = load_vocoder(opened.config.eval.vocoder, opened.config.data, "cpu")

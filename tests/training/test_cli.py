@@ -164,6 +164,11 @@ class TestRefusals:
     def test_settings(self, run, capsys):
         assert "did you mean 'clips'" in refused(capsys, "probe", run, "probe.clipz=3")
         assert "cannot be overridden" in refused(capsys, "probe", run, "model.gelu=tanh")
+        source = ("prepare", "folder", run, "--domain", "speech", "--out", run)
+        assert "train.lr has no effect here: data.* have" in refused(capsys, *source, "train.lr=0.1")
+        assert "train.copy_to has no effect here: data.*, flow.*" in refused(capsys, "sample", run, "train.copy_to=x")
+        assert "run.dir has no effect here" in refused(capsys, "sample", run, "run.dir=elsewhere")
+        assert "eval.clips has no effect here" in refused(capsys, "probe", run, "eval.clips=2")
         assert "23 speech clips" in refused(capsys, "probe", run, "probe.clips=23")
 
     def test_measures_that_do_not_fit(self, run, tmp_path, capsys):
