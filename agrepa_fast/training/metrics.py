@@ -2,6 +2,7 @@
 
 import json
 import resource
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -132,6 +133,7 @@ class Metrics:
         """Print a line above the progress bar, on rank 0."""
         if self.rank == 0:
             tqdm.write(line)
+            sys.stdout.flush()  # in a file, too, an error comes after it
 
     def close(self) -> None:
         """Close what `open` has opened."""
