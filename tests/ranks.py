@@ -4,7 +4,9 @@ Importing torch and DeepSpeed takes seconds, forking a process that has done so 
 with the tests or with each other: DeepSpeed's globals, signal handlers, random states and locks end with the process.
 """
 
+import contextlib
 import functools
+import itertools
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -25,6 +27,9 @@ SECONDS = 300  # that a rank may take
 _SHARED = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
+_ports = itertools.count()
+
+
 @dataclass
 class Ended:
     """A rank that has ended: its exit code, all it printed, and the value that the function returned, if it did."""
@@ -35,9 +40,14 @@ class Ended:
 
 
 def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """A port below those that the system gives to connections, and of this worker alone: nothing takes it before its
+    use."""
+    first = 10_000 + 2_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 8)
+    while True:
+        port = first + (os.getpid() + next(_ports)) % 2_000
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return str(port)
 
 
 def rank_environments(ranks: int) -> list[dict[str, str]]:
