@@ -13,7 +13,7 @@ NAME_ROWS = "name the arguments that have a row per clip: --row-arguments, row_a
 
 
 class CallForm:
-    """What is known of one call of a block in a forward of V variants, before and after it has run."""
+    """The rows, tables and state of one call of a block in a forward of V variants, before and after it has run."""
 
     name: str  # of the block, for messages
     given: Tensors  # the tensors among its arguments

@@ -1,4 +1,4 @@
-"""Which argument of a block is its state, told from how its model calls it.
+"""Find the argument of a block that is its state, from how its model calls it.
 
 The state is the argument that a block hands on updated: leaving the block out hands on the argument as it is.
 """
@@ -72,7 +72,7 @@ def choose_state(
 
     state: its name, if the user gives it. check_streams: refuse blocks that update another sequence beside it.
 
-    Raises ValueError if there is none, or more than one.
+    Raises ValueError unless exactly one argument fits.
     """
     streams = {value.shape for value in outs.values() if value.ndim > 2}
     others = [path for path, value in ins.items() if value.shape in streams]
@@ -149,7 +149,7 @@ def find_branches(calls: Sequence[TracedCall]) -> None:
 
 
 def choose_branch(name: str, outs: Tensors, fitting: Tensors) -> Path:
-    """Return the path of a branch among its outputs. Raises ValueError if there is none, or more than one."""
+    """Return the path of a branch among its outputs. Raises ValueError unless exactly one fits."""
     candidates = outs if len(outs) == 1 else fitting
     if len(candidates) != 1:
         raise ValueError(f"{name} returns {len(outs)} tensors, and it cannot be told which is the branch's output")

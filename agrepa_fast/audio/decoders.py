@@ -53,7 +53,7 @@ def read_soundfile(source: str | os.PathLike | bytes, start: float, seconds: flo
             return _mean(file.read(samples, dtype="float32", always_2d=True), axis=1), rate
     except soundfile.LibsndfileError as error:
         reason = error.error_string.rstrip(".")
-        # Said of a file that begins like MP3, and is none. The file is there: `decode` has looked.
+        # libsndfile says so of a file that only begins like MP3. The file exists: `decode` has looked.
         raise DecodeError("Format not recognised" if reason.startswith("File does not exist") else reason) from error
     except DecodeError:
         raise

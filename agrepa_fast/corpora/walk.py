@@ -48,8 +48,7 @@ class Walk:
         """Return those of a folder's files that are recordings, by their suffixes. `used`: names of other files that
         are not passed over.
 
-        A file with one of MORE_SUFFIXES is none beside a file of SUFFIXES with the same stem, such as a video beside
-        its sound.
+        A file with one of MORE_SUFFIXES, a video for one, is passed over beside a file of SUFFIXES with the same stem.
         """
         taken, more = [], []
         for name in names:

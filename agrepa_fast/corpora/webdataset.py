@@ -278,7 +278,7 @@ class _Headers:
 
 
 def _next_block(stream) -> int | None:
-    """Return the place of the first block that is not zero, or None if there is none."""
+    """Return the place of the first block that is not zero, or None if all are zero."""
     while block := stream.read(256 * _TAR_BLOCK):
         if block.count(0) < len(block):
             first = len(block) - len(block.lstrip(b"\0"))

@@ -34,7 +34,7 @@ class Velocity(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What is measured, chosen and aligned as one: L1, L2, …
+    """A part of the model that is measured, chosen and aligned as one: L1, L2, …
 
     parts: modules that FoG-A leaves out together, in the order of running. width: channels of its states. tap: the
     module whose output (N, T', width) is the layer's state; None: the last part. branches: name -> module for probes
