@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,6 +16,9 @@ KINDS = (  # of faults
     *("missing_key", "dtype", "length", "not_finite", "tokens"),  # of clips
 )
 _DESCRIBED = ("domain", "text", "labels", "frames", "seconds", "cut", "source", "licence")  # the fields of <key>.json
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '([<>|][a-zA-Z]\d+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), \}\s*"
+)
 
 
 class ClipError(Exception):
@@ -91,7 +95,7 @@ def parse_sample(members: dict, shard: Shard, index: Index) -> Sample:
     def array(suffix: str, dtype: type) -> np.ndarray:
         nonlocal member
         member = f"{key}.{suffix}"
-        values = _parse_npy(members[suffix])
+        values = parse_npy(members[suffix])
         check(values.dtype == dtype, "dtype", f"{values.dtype} {values.shape} is not {np.dtype(dtype)}")
         return values
 
@@ -129,16 +133,16 @@ def parse_sample(members: dict, shard: Shard, index: Index) -> Sample:
         raise ClipError("corrupt", "", f"{member} is damaged ({error})") from error
 
 
-def _parse_npy(content: memoryview) -> np.ndarray:
+def parse_npy(content: bytes | memoryview) -> np.ndarray:
     """Return the array of an .npy of version 1.0. Raises ValueError.
 
-    np.load would allocate whatever size a header claims, and parsing the header again for each clip takes longer than
-    all its other work.
+    np.load would allocate whatever size a header claims, and its parser, `ast`, raises SystemError where two threads
+    parse at once, on Python before 3.11.8 (cpython issue 106905).
     """
     start = 10 + int.from_bytes(content[8:10], "little")
     if bytes(content[:8]) != b"\x93NUMPY\x01\x00" or len(content) < start:
         raise ValueError("no .npy of version 1.0")
-    shape, fortran, dtype = _npy_header(bytes(content[8:start]))
+    shape, fortran, dtype = _npy_header(bytes(content[10:start]))
     if dtype.hasobject:
         raise ValueError("Python objects")
     count = math.prod(shape)
@@ -148,9 +152,13 @@ def _parse_npy(content: memoryview) -> np.ndarray:
     return values.reshape(shape, order="F" if fortran else "C").copy()  # or every clip would keep its whole shard
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=8192)  # parsing again for each clip takes longer than all its other work
 def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    return np.lib.format.read_array_header_1_0(io.BytesIO(header))
+    match = _NPY_HEADER.fullmatch(header)
+    if not match:
+        raise ValueError("its header is not one that NumPy writes for plain numbers")
+    dtype, fortran, shape = (part.decode() for part in match.groups())
+    return tuple(int(size) for size in shape.split(",") if size.strip()), fortran == "True", np.dtype(dtype)
 
 
 def _finite(values: np.ndarray) -> bool:

@@ -13,7 +13,7 @@ from ..config import DataConfig
 from ..corpora.recordings import Recording
 from ..data_config import MelConfig, values_of
 from ..errors import UserError
-from .job import Job, digest, work_file, write_work
+from .job import Job, digest, read_work, work_file, write_work
 from .passes import read_ahead
 from .skipped import BAD, SHORT, SILENT, LeftOut
 
@@ -36,8 +36,7 @@ class Clip:
 
     def wave(self, rate: int) -> np.ndarray:
         """Return the clip (samples,) float32 at `rate` Hz, one of the rates that it was decoded for."""
-        with np.load(self.file, allow_pickle=False) as stored:
-            wave = stored[f"wave_{rate}"]
+        (wave,) = read_work(self.file, f"wave_{rate}").values()
         return wave.astype(np.float32) / 2**15 if wave.dtype == np.int16 else wave
 
 
@@ -84,9 +83,9 @@ def _decode_once(
     file = work_file(folder, name)
     if computed := not file.is_file():
         write_work(file, **_features(recording, data, rates, log_mel))
-    with np.load(file, allow_pickle=False) as stored:
-        left_out = LeftOut(str(stored["kind"]), str(stored["reason"])) if str(stored["kind"]) else None
-        return _Decoded(name, int(stored["frames"]), float(stored["seconds"]), left_out), computed
+    stored = read_work(file, "kind", "reason", "frames", "seconds")
+    left_out = LeftOut(str(stored["kind"]), str(stored["reason"])) if str(stored["kind"]) else None
+    return _Decoded(name, int(stored["frames"]), float(stored["seconds"]), left_out), computed
 
 
 def _features(recording: Recording, data: DataConfig, rates: set[int], log_mel: LogMel) -> dict:

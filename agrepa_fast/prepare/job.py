@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import DataConfig
+from ..data.samples import parse_npy
 from ..files import write_atomically
 from ..ranks import Ranks
 
@@ -139,10 +141,11 @@ def write_work(file: Path, **arrays) -> None:
         write_atomically(file, buffer.getvalue(), durable=False)
 
 
-def read_work(file: Path) -> dict[str, np.ndarray]:
-    """Return all arrays of a work file."""
-    with np.load(file, allow_pickle=False) as stored:
-        return dict(stored)
+def read_work(file: Path, *names: str) -> dict[str, np.ndarray]:
+    """Return the arrays of a work file: those named, or all."""
+    with zipfile.ZipFile(file) as stored:
+        members = [f"{name}.npy" for name in names] or stored.namelist()
+        return {member.removesuffix(".npy"): parse_npy(stored.read(member)) for member in members}
 
 
 def list_work(folder: Path) -> set[str]:

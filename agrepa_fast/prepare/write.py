@@ -130,8 +130,8 @@ class ShardStage:
     def _sample(self, clip: Clip) -> Sample:
         """Return a clip as shards hold it, except that its ids still begin at 0."""
         recording = clip.recording
-        with np.load(clip.file, allow_pickle=False) as stored:
-            mel, seconds, cut = stored["mel"], round(float(stored["seconds"]), 4), bool(stored["cut"])
+        stored = read_work(clip.file, "mel", "seconds", "cut")
+        mel, seconds, cut = stored["mel"], round(float(stored["seconds"]), 4), bool(stored["cut"])
         computed = self.teacher.result(clip)
         computed |= {name: tokens.result(clip)["ids"] for name, tokens in self.passes.items()}
         tokens, extra = computed["tokens"], computed.get("tokens2")

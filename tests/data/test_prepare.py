@@ -1,5 +1,6 @@
 """agrepa prepare, end to end on recordings and a small random Whisper written by the tests."""
 
+import ast
 import re
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from agrepa_fast.data.reading import read_shard
 from agrepa_fast.errors import UserError
 from agrepa_fast.files import FolderLock
 from agrepa_fast.prepare import pipeline as prepare
+from agrepa_fast.prepare.job import read_work, write_work
 from agrepa_fast.prepare.pipeline import prepare_folder
 from agrepa_fast.tokenizers.base import tokens_of_frames
 
@@ -307,3 +309,26 @@ def test_too_large_a_codebook_names_the_setting(whisper, tmp_path):
     corpus = write_corpus(tmp_path / "corpus", 6)
     with pytest.raises(UserError, match=r"data\.codebook=4096: the speech train clips have only \d+ teacher frames"):
         prepare_folder(settings(whisper, "data.codebook=4096"), corpus, "speech", tmp_path / "out")
+
+
+def test_threads_read_arrays_without_the_parser_that_they_share(tmp_path, monkeypatch):
+    """Two threads in `ast.parse` get SystemError on Python before 3.11.8: it failed a preparation in CI."""
+    arrays = {
+        "mel": np.arange(12, dtype=np.float16).reshape(3, 4),
+        "columns": np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3)),
+        "wave": np.arange(5, dtype=np.int16),
+        "nothing": np.zeros((0, 3), np.int64),
+        "seconds": np.array(1.5),
+        "cut": np.array(True),
+        "reason": np.array("its mel is not finite"),
+        "kind": np.array(""),
+    }
+    file = tmp_path / "work.npz"
+    write_work(file, **arrays)
+    monkeypatch.setattr(ast, "parse", lambda *_, **__: pytest.fail("ast.parse was called"))
+    for read in (read_work(file), read_work(file, *reversed(arrays))):
+        assert read.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert (read[name].dtype, read[name].shape) == (array.dtype, array.shape), name
+            assert np.array_equal(read[name], array), name
+    assert list(read_work(file, "cut")) == ["cut"]

@@ -14,7 +14,7 @@ from agrepa_fast.config import DataConfig
 from agrepa_fast.data.index import SCHEMA, load_index, write_index
 from agrepa_fast.data.matching import matching_index
 from agrepa_fast.data.reading import read_shard
-from agrepa_fast.data.samples import Sample, _parse_npy
+from agrepa_fast.data.samples import Sample, parse_npy
 from agrepa_fast.data.tars import split_clips
 from agrepa_fast.data.writing import write_shard
 from agrepa_fast.errors import UserError
@@ -390,4 +390,4 @@ def test_an_array_that_claims_more_than_it_has_allocates_nothing():
     claim = {"descr": "<f2", "fortran_order": False, "shape": (10**15, N_MELS)}
     np.lib.format.write_array_header_1_0(content, claim)
     with pytest.raises(ValueError, match=r"0 bytes are not \(1000000000000000, 5\)"):
-        _parse_npy(memoryview(content.getvalue()))
+        parse_npy(memoryview(content.getvalue()))
