@@ -63,7 +63,10 @@ class ModelConfig:
     """AudioDiT, or a model of yours. `n_mels` and `vocab` are those of the shards unless given."""
 
     backbone: str = setting("audio_dit", "audio_dit, voicebox, or MODULE:CLASS of a Backbone of yours")
-    options: dict[str, Any] = setting({}, "keywords for its class: model.options.NAME=VALUE; all below is AudioDiT's")
+    options: dict[str, Any] = setting({}, "keywords for its class: model.options.NAME=VALUE; most below is AudioDiT's")
+    padding: Literal["strict", "upstream"] = setting(
+        "strict", "upstream: valid frames see padding as in the package that the model comes from"
+    )
     dim: Size = setting(1024, "width of the residual stream")
     depth: Size = setting(24, "number of blocks, named L1 … L<depth>")
     heads: Size = setting(16, "attention heads")
@@ -80,6 +83,8 @@ class ModelConfig:
     token_scale: float = setting(1.0, "norm of each frame of the token condition; the release uses 1")
     n_mels: Size | None = setting(None, "mel bands; null: those of the shards")
     vocab: Count | None = setting(None, "token ids of all domains together; null: those of the shards")
+    text_vocab: Count | None = setting(None, "text ids, of models that take text; null: those of data.text")
+    speaker_dim: Count | None = setting(None, "channels of speaker vectors; null: those of the shards")
     extra_vocab: Count | None = setting(None, "ids of topology B's second token, data.extra_codebook; null: topology A")
 
     def __post_init__(self) -> None:
@@ -87,6 +92,7 @@ class ModelConfig:
             self._refuse_settings_of_audio_dit()
             return
         check(not self.options, "model.options are those of another model: set model.backbone, too")
+        check(self.padding == "strict", "model.padding=upstream: AudioDiT comes from no other package")
         check(self.dim * self.ffn_mult >= 1, f"model.ffn_mult={self.ffn_mult}: must be positive")
         check(
             self.dim % self.heads == 0,
@@ -97,7 +103,7 @@ class ModelConfig:
         )
 
     def _refuse_settings_of_audio_dit(self) -> None:
-        shared = {"backbone", "options", "n_mels", "vocab", "extra_vocab"}
+        shared = {"backbone", "options", "padding", "n_mels", "vocab", "extra_vocab", "text_vocab", "speaker_dim"}
         for part in fields(self):
             if part.name not in shared and getattr(self, part.name) != part.default:
                 raise UserError(

@@ -1,5 +1,7 @@
 """Whether a user's model does what Backbone promises, tried on two short random clips before a run begins."""
 
+from dataclasses import replace
+
 import torch
 
 from ..config import ModelConfig
@@ -23,7 +25,7 @@ def check_model(model: Backbone, config: ModelConfig) -> str | None:
     name = type(model).__name__
     try:
         with evaluation_mode(model), torch.no_grad():
-            batch = _random_clips(config.n_mels, config.vocab, config.extra_vocab)
+            batch = _random_clips(config)
             _check_widths(model, batch)
             FogaProbe(model, ProbePoints((0.5,))).check_blocks(batch)
             change = _change_by_padding(model, batch)
@@ -31,19 +33,23 @@ def check_model(model: Backbone, config: ModelConfig) -> str | None:
         raise UserError(f"{name}: {their_error(error)}") from error
     if change <= _PADDING_CHANGES:
         return None
-    return f"{name}: padding changes the velocity of a clip by {change:.1%}: mask by condition.lengths"
+    remedy = "mask by condition.lengths" if config.padding == "strict" else "model.padding=strict keeps it out"
+    return f"{name}: padding changes the velocity of a clip by {change:.1%}: {remedy}"
 
 
-def _random_clips(n_mels: int, vocab: int, extra_vocab: int | None) -> ProbeBatch:
+def _random_clips(config: ModelConfig) -> ProbeBatch:
     draw, lengths = torch.Generator().manual_seed(0), torch.tensor(_FRAMES)
     valid = (torch.arange(_FRAMES[0]) < lengths[:, None])[..., None]
-    mel = torch.randn(2, _FRAMES[0], n_mels, generator=draw) * valid
-    tokens, extra = (
+    mel = torch.randn(2, _FRAMES[0], config.n_mels, generator=draw) * valid
+    tokens, extra, text = (
         None if count is None else torch.randint(0, count, (2, _FRAMES[0] // 2), generator=draw)
-        for count in (vocab, extra_vocab)
+        for count in (config.vocab, config.extra_vocab, config.text_vocab)
     )
+    if text is not None:
+        text = torch.where(torch.arange(text.shape[1]) < lengths[:, None] // 3, text, -1)
+    speaker = None if config.speaker_dim is None else torch.randn(2, config.speaker_dim, generator=draw)
     reference = torch.where(torch.arange(_FRAMES[0])[:, None] < 6, mel, 0)
-    condition = Condition(tokens, lengths // 2, reference, lengths, extra_tokens=extra)
+    condition = Condition(tokens, lengths // 2, reference, lengths, extra_tokens=extra, text=text, speaker=speaker)
     return ProbeBatch(mel, condition, torch.zeros(2, dtype=torch.int64), (0, 1))
 
 
@@ -61,12 +67,13 @@ def _change_by_padding(model: Backbone, batch: ProbeBatch) -> float:
     """Return the relative change of the shorter clip's velocity by the frames that pad it."""
     frames, tokens = _FRAMES[1], int(batch.condition.token_lengths[1])
     short = batch.condition[1:]
-    alone = Condition(
-        short.tokens[:, :tokens],
-        short.token_lengths,
-        short.reference[:, :frames],
-        short.lengths,
+    alone = replace(
+        short,
+        tokens=short.tokens[:, :tokens],
+        reference=short.reference[:, :frames],
         extra_tokens=None if short.extra_tokens is None else short.extra_tokens[:, :tokens],
+        text=None if short.text is None else short.text[short.text >= 0].unsqueeze(0),
+        padded=False,
     )
     t = clip_times(batch, 0.5)
     padded = model(batch.mel, t, batch.condition).v[1, :frames]

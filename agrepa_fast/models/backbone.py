@@ -23,6 +23,7 @@ import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
+from ..errors import UserError
 from ..kernels import valid_frames
 from .audio_dit.conditioning import zero_padding
 from .condition import Condition
@@ -55,6 +56,8 @@ class Backbone(nn.Module):
     as in multi_gate; None: found by their size and in a first forward.
     condition_width, condition_tap: channels of the token condition, layer 0, which BiT-C and LASP need, and the module
     whose output (N, T, condition_width) it is; None: the model has none.
+    needs: what `velocity` reads of a condition beyond tokens and reference: "text", "speaker". The class is then called
+    with text_vocab, the number of text ids, or speaker_dim, channels of the speaker's vector.
     partitioned: weights are whole only inside a module's forward (ZeRO-3); set by the engine.
     replayable: the velocity is a function of weights, arguments and PyTorch's random state alone, so training replays
     CUDA graphs of it by default; a graph would repeat what Python chose when it was captured.
@@ -64,6 +67,7 @@ class Backbone(nn.Module):
     row_arguments: Sequence[str | int] | None = None
     state: str | int | None = None
     condition_width: int | None = None
+    needs: frozenset[str] = frozenset()
     partitioned = False
     replayable = False
 
@@ -151,6 +155,15 @@ class Backbone(nn.Module):
     def start_from_codes(self, code_mels: torch.Tensor, gathered: Callable) -> None:
         """Begin from each code's mean mel (vocab, n_mels), normalised, if the model has a use for it. gathered(list of
         parameters): a context in which partitioned ones are whole."""
+
+    def from_upstream(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the weights and buffers of this model, by its own names, from those of a file of the package that the
+        model comes from (train.start_from). Raises UserError, which names the key, for those of another model."""
+        raise UserError(f"{type(self).__name__} reads no other package's weights: it has no from_upstream(state)")
+
+    def to_upstream(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the content of that package's file, from this model's weights and buffers (export --upstream)."""
+        raise UserError(f"{type(self).__name__} writes no other package's weights: it has no to_upstream(state)")
 
 
 def _recomputed(forward: Callable) -> Callable:

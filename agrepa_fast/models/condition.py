@@ -16,6 +16,8 @@ class Condition:
     keep_tokens: torch.Tensor | None = None  # (C,) bool; False drops the tokens of that clip (guidance); None keeps all
     keep_reference: torch.Tensor | None = None  # (C,) bool, likewise
     extra_tokens: torch.Tensor | None = None  # (C, S) int64, topology B: the second id of every token
+    text: torch.Tensor | None = None  # (C, N) int64 ids of the transcript, -1 in the padding; keep_tokens drops it, too
+    speaker: torch.Tensor | None = None  # (C, E) fp32, a vector of the speaker's voice; keep_tokens drops it, too
     padded: bool | None = None  # whether some length is below T; None: looked up, True on a GPU, where that would wait
 
     def __post_init__(self) -> None:

@@ -2,12 +2,13 @@
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch.nn as nn
 
 from ..config import ModelConfig
 from ..errors import UserError
+from ..settings import check
 from ..their_code import their_error
 from .audio_dit.dit import AudioDiT
 from .backbone import Backbone
@@ -18,8 +19,9 @@ _OURS = {"voicebox": "agrepa_fast.models.voicebox:Voicebox"}
 def make_model(config: ModelConfig, finish: Callable[[nn.Module], nn.Module] = lambda part: part) -> Backbone:
     """Return a new model of the configuration. finish: as in AudioDiT; a user's model is one part.
 
-    model.backbone=MODULE:CLASS is called with n_mels, vocab and model.options, as keywords. Raises UserError if it
-    cannot be imported or made, or if it is no Backbone.
+    model.backbone=MODULE:CLASS is called with n_mels, vocab and model.options, as keywords; with text_vocab and
+    speaker_dim if it needs them; and with padding="upstream" if that is set. Raises UserError if it cannot be imported
+    or made, or if it is no Backbone.
     """
     if config.backbone == "audio_dit":
         return AudioDiT(config, finish)
@@ -31,7 +33,7 @@ def make_model(config: ModelConfig, finish: Callable[[nn.Module], nn.Module] = l
         sys.path.insert(0, "")  # the current folder, which a script's path lacks
     try:
         make = getattr(importlib.import_module(module), attribute)
-        model = make(n_mels=config.n_mels, vocab=config.vocab, **config.options)
+        model = make(**_sizes(config, getattr(make, "needs", ())), **config.options)
     except Exception as error:  # anything, in code that is not ours
         raise UserError(f"{name}: {their_error(error)}") from error
     if not isinstance(model, Backbone):
@@ -39,3 +41,15 @@ def make_model(config: ModelConfig, finish: Callable[[nn.Module], nn.Module] = l
     if not model.layers:
         raise UserError(f"{name}: `layers` is empty: return one Layer for each block")
     return finish(model)
+
+
+def _sizes(config: ModelConfig, needs: Collection[str]) -> dict[str, object]:
+    """Return what the class is called with besides its options."""
+    values: dict[str, object] = {"n_mels": config.n_mels, "vocab": config.vocab}
+    if "text" in needs:
+        check(config.text_vocab, f"model.backbone={config.backbone} takes text: set data.text, or a preset that does")
+        values["text_vocab"] = config.text_vocab
+    if "speaker" in needs:
+        check(config.speaker_dim, f"model.backbone={config.backbone} takes speaker vectors: prepare with data.speaker")
+        values["speaker_dim"] = config.speaker_dim
+    return values if config.padding == "strict" else values | {"padding": config.padding}
