@@ -196,7 +196,8 @@ def _add_export(commands) -> None:
     export = _add(commands, "export", about, "agrepa export runs/demo-20261123-210000-3f9a2b --out exports/demo")
     export.add_argument("checkpoint", type=_path, help="runs/<run>, or one of its checkpoints")
     export.add_argument("--live", action="store_true", help="the live weights instead of their moving average")
-    export.add_argument("--out", type=_path, required=True, help="a new folder")
+    export.add_argument("--upstream", action="store_true", help="one file, as the package of the model reads it")
+    export.add_argument("--out", type=_path, required=True, help="a new folder; with --upstream a new file")
     export.set_defaults(command=_export)
 
 
@@ -364,10 +365,11 @@ def _sample(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from .checkpoints.find import resolve_checkpoint, step_of
+    from .checkpoints.upstream import export_upstream
     from .checkpoints.weights import export
 
     path = resolve_checkpoint(args.checkpoint)
-    export(path, args.out, live=args.live)
+    (export_upstream if args.upstream else export)(path, args.out, live=args.live)
     print(f"wrote {args.out}: {'live' if args.live else 'averaged'} weights of step {step_of(path)}")
 
 

@@ -222,7 +222,9 @@ class TrainConfig:
     """Optimisation. Steps are optimizer steps, whatever the number of ranks and of accumulated micro-batches."""
 
     steps: Count = setting(500_000, "optimizer steps", resume=True)
-    start_from: str | None = setting(None, "run or checkpoint whose weights it starts with; null: random", path=True)
+    start_from: str | None = setting(
+        None, "run, checkpoint, or weight file of the model's package, to start with; null: random", path=True
+    )
     batch_clips: Size = setting(16, "clips per optimizer step, over all ranks and micro-batches")
     batch_frames: Positive | None = setting(
         None, "instead: the cost per optimizer step, the sum over clips of frames + c frames^2, c the cost of attention"

@@ -6,6 +6,7 @@ selection.json, and export.json: averaged weights or live ones, and the features
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,20 +43,29 @@ def load_weights(model: Backbone, weights: Path, source: str) -> None:
     source: names what the model was made from. Raises UserError naming the first weight whose shape differs, and for a
     file that is no whole safetensors file.
     """
+    with open_tensors(weights, _REMEDY) as file:
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        fill(model, stored, file.get_tensor, f"{weights}: another architecture than {source}")
+
+
+@torch.no_grad()
+def fill(model: Backbone, shapes: dict[str, tuple], tensor: Callable[[str], torch.Tensor], fault: str) -> None:
+    """Fill the model's weights and buffers, one at a time, with the tensor of each name; shapes: of all tensors.
+
+    Raises UserError, which begins with `fault`, naming the first that is missing, unknown or of another shape.
+    """
     from ..zero.construction import gathered, whole_shape
     from ..zero.masters import untrained_tensors
 
     parameters = dict(model.named_parameters()) | untrained_tensors(model)
-    with open_tensors(weights, _REMEDY) as file, torch.no_grad():
-        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        for name in sorted(parameters.keys() | stored.keys()):
-            expected = whole_shape(parameters[name]) if name in parameters else None
-            found = stored.get(name, "missing")
-            if found != expected:
-                raise UserError(f"{weights}: another architecture than {source}, {name} is {found}, not {expected}")
-        for name, parameter in parameters.items():
-            with gathered([parameter]):
-                parameter.data.copy_(file.get_tensor(name))
+    for name in sorted(parameters.keys() | shapes.keys()):
+        expected = whole_shape(parameters[name]) if name in parameters else "none of its weights"
+        found = shapes.get(name, "missing")
+        if found != expected:
+            raise UserError(f"{fault}, {name} is {found}, not {expected}")
+    for name, parameter in parameters.items():
+        with gathered([parameter]):
+            parameter.data.copy_(tensor(name))
 
 
 def load_projections(path: Path) -> dict[str, torch.Tensor]:

@@ -58,6 +58,8 @@ class Backbone(nn.Module):
     whose output (N, T, condition_width) it is; None: the model has none.
     needs: what `velocity` reads of a condition beyond tokens and reference: "text", "speaker". The class is then called
     with text_vocab, the number of text ids, or speaker_dim, channels of the speaker's vector.
+    upstream, upstream_suffix: the package that the model comes from, with its version and its weights' licence, for the
+    line of train.start_from; and how the names of its weight files end.
     partitioned: weights are whole only inside a module's forward (ZeRO-3); set by the engine.
     replayable: the velocity is a function of weights, arguments and PyTorch's random state alone, so training replays
     CUDA graphs of it by default; a graph would repeat what Python chose when it was captured.
@@ -68,6 +70,8 @@ class Backbone(nn.Module):
     state: str | int | None = None
     condition_width: int | None = None
     needs: frozenset[str] = frozenset()
+    upstream = ""
+    upstream_suffix = ".safetensors"
     partitioned = False
     replayable = False
 

@@ -25,6 +25,8 @@ class Voicebox(Backbone):
 
     kind = "branch"
     row_arguments = ("lengths",)
+    upstream = "voicebox-pytorch 0.5.0's VoiceBox (MIT)"
+    upstream_suffix = ".pt"
 
     def __init__(
         self,
@@ -54,6 +56,14 @@ class Voicebox(Backbone):
         self.transformer = _Transformer(dim, depth, dropout=dropout, skips=skips, **sizes)
         self.to_pred = nn.Linear(dim, n_mels, bias=False)
         self.condition_tap = nn.Identity()
+
+    def from_upstream(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Take a VoiceBox's weights, or those of the ConditionalFlowMatcherWrapper around it."""
+        return {name.removeprefix("voicebox."): tensor for name, tensor in state.items()}
+
+    def to_upstream(self, state: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+        """Return what ConditionalFlowMatcherWrapper.load_state_dict takes below "model", as its trainer saves it."""
+        return {"model": {f"voicebox.{name}": tensor for name, tensor in state.items()}}
 
     @property
     def layers(self) -> list[Layer]:

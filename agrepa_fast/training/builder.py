@@ -15,6 +15,7 @@ from ..audio.vocoder import Vocoder, load_vocoder
 from ..checkpoints.find import resolve_checkpoint
 from ..checkpoints.load import load_checkpoint
 from ..checkpoints.save import Checkpoints
+from ..checkpoints.upstream import is_upstream_file, start_from_upstream
 from ..checkpoints.weights import load_projections, load_weights, weights_file
 from ..config import Config
 from ..config_file import load_config, save_config
@@ -188,13 +189,19 @@ def load_vocoder_on_rank_0(config: Config) -> Vocoder | None:
 
 
 def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> Backbone:
-    """Return a new model, with the averaged weights of train.start_from if that is set. resume: a checkpoint will
-    replace all weights."""
+    """Return a new model, with the weights of train.start_from if that is set: averaged ones of a run, or a file's.
+    resume: a checkpoint will replace all weights."""
     torch.manual_seed(config.run.seed)
     model = new_model(config, ds_config)
     config.check_layers([layer.width for layer in model.layers], model.condition_width)
     if config.train.start_from is not None and not resume:
-        load_weights(model, weights_file(resolve_checkpoint(Path(config.train.start_from))), "this run's")
+        start_from = Path(config.train.start_from)
+        if is_upstream_file(start_from):
+            line = start_from_upstream(model, start_from)
+            if dist.get_rank() == 0:
+                print(line)
+        else:
+            load_weights(model, weights_file(resolve_checkpoint(start_from)), "this run's")
         return model
     code_mels = (torch.from_numpy(index.code_mels()) - index.mel_mean) / index.mel_std
     model.start_from_codes(code_mels, gathered)
@@ -204,7 +211,7 @@ def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> 
 def begin(context: RunContext, choice: LayerChoice) -> None:
     """Make the heads and projections of a run that starts at step 0."""
     start_from = context.config.train.start_from
-    if start_from is not None:
+    if start_from is not None and not is_upstream_file(Path(start_from)):
         choice.aligner.start_from(load_projections(resolve_checkpoint(Path(start_from))))
     choice.start(context.index.domains)
 
