@@ -3,8 +3,6 @@
 import math
 import os
 import stat
-import sys
-import types
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
@@ -13,6 +11,8 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..torchaudio_import import import_torchaudio as import_torchaudio
+from ..torchaudio_import import make_torchaudio_importable as make_torchaudio_importable
 from .decoders import DecodeError, NoAudioError, read_pyav, read_soundfile
 
 SOUNDFILE_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
@@ -30,29 +30,6 @@ _MAX_KERNEL = 2**24  # values, numerator x denominator
 
 class SilentError(UserError):
     """A video has no sound track."""
-
-
-def make_torchaudio_importable() -> None:
-    """Let torchaudio be imported beside a CPU build of torch, by whoever does it next. Does nothing elsewhere.
-
-    Call it before a library that imports torchaudio is imported: transformers, speechbrain, s3tokenizer, vocos.
-    """
-    if torch.version.cuda is None and "torchaudio" not in sys.modules:
-        # The wheel is a CUDA build, whose native part fails to load without libc10_cuda. The parts in use are pure
-        # Python, so a stub takes its place.
-        stub = types.ModuleType("torchaudio._extension")
-        stub._IS_TORCHAUDIO_EXT_AVAILABLE = False
-        stub._IS_ALIGN_AVAILABLE = False
-        stub.fail_if_no_align = lambda function: function
-        sys.modules["torchaudio._extension"] = stub
-
-
-def import_torchaudio():
-    """Return torchaudio, also beside a CPU build of torch. Raises ImportError if it is not installed."""
-    make_torchaudio_importable()
-    import torchaudio
-
-    return torchaudio
 
 
 def decode(
