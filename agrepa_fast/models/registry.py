@@ -13,7 +13,10 @@ from ..their_code import their_error
 from .audio_dit.dit import AudioDiT
 from .backbone import Backbone
 
-_OURS = {"voicebox": "agrepa_fast.models.voicebox:Voicebox"}
+_OURS = {
+    "f5": "agrepa_fast.models.f5:F5",
+    "voicebox": "agrepa_fast.models.voicebox:Voicebox",
+}
 
 
 def make_model(config: ModelConfig, finish: Callable[[nn.Module], nn.Module] = lambda part: part) -> Backbone:
@@ -28,7 +31,7 @@ def make_model(config: ModelConfig, finish: Callable[[nn.Module], nn.Module] = l
     name = f"model.backbone={config.backbone}"
     module, colon, attribute = _OURS.get(config.backbone, config.backbone).partition(":")
     if not (module and colon and attribute):
-        raise UserError(f"{name}: audio_dit, voicebox, or MODULE:CLASS of a Backbone of yours")
+        raise UserError(f"{name}: audio_dit, {', '.join(_OURS)}, or MODULE:CLASS of a Backbone of yours")
     if "" not in sys.path:
         sys.path.insert(0, "")  # the current folder, which a script's path lacks
     try:

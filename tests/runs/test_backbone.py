@@ -90,7 +90,7 @@ def test_voicebox_fills_in_spans_on_any_ranks(folder):
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [
-        ("mine", "audio_dit, voicebox, or MODULE:CLASS"),
+        ("mine", "f5, voicebox, or MODULE:CLASS of a Backbone"),
         ("nowhere:Mine", "No module named 'nowhere'"),
         ("mine:Nothing", "has no attribute 'Nothing'"),
         ("mine:Block", "unexpected keyword argument 'n_mels'"),
