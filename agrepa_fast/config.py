@@ -129,10 +129,11 @@ class FlowConfig:
     drop_all: ShareBelowOne = setting(0.0, "share of clips that train without either")
     loss_region: Literal["clip", "hidden"] = setting("clip", "frames whose loss counts: all, or those not given")
     average: Literal["clip", "frame"] = setting("clip", "every clip counts alike, or every frame")
-    steps: Count = setting(31, "Euler steps; the release's linspace(0, 1, 32) has 31")
+    solver: Literal["euler", "midpoint"] = setting("euler", "of the sampler; midpoint runs the model twice per step")
+    steps: Count = setting(31, "steps of the sampler; the release's linspace(0, 1, 32) has 31")
     guidance: float = setting(3.0, "scale of classifier-free guidance")
     guidance_without: Literal["tokens", "all"] = setting("tokens", "what the other branch of guidance lacks")
-    schedule: Literal["sway", "cosine"] = setting("sway", "times of Euler steps; cosine: 1 - cos(pi t / 2)")
+    schedule: Literal["sway", "cosine"] = setting("sway", "times of the steps; cosine: 1 - cos(pi t / 2)")
     sway: float = setting(-1.0, "sway sampling of F5-TTS; 0: uniform steps")
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Flow matching: the path's draws, the loss, and the Euler sampler with sway and classifier-free guidance.
+"""Flow matching: the path's draws, the loss, and the sampler with sway and classifier-free guidance.
 
 Everything random is drawn per clip from a key, so a step does not depend on how its batch is spread over ranks.
 """
@@ -108,12 +108,20 @@ def sample_times(flow: FlowConfig, device: torch.device | str | None = None) -> 
     return 1 - torch.cos(math.pi / 2 * torch.linspace(0, 1, flow.steps + 1, device=device))
 
 
-def euler(
-    velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor, times: torch.Tensor
+def integrate(
+    velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    times: torch.Tensor,
+    solver: str = "euler",
 ) -> torch.Tensor:
-    """Return x at times[-1], from x at times[0], along velocity(x, t); t is a scalar tensor."""
+    """Return x at times[-1], from x at times[0], along velocity(x, t); t is a scalar tensor. solver: "euler" takes each
+    step with the velocity at its first time, "midpoint" with that of its middle, which it reaches by half a step."""
     for t, t_next in pairwise(times):
-        x = x + (t_next - t) * velocity(x, t)
+        v = velocity(x, t)
+        if solver == "midpoint":
+            half = (t_next - t) / 2
+            v = velocity(x + half * v, t + half)
+        x = x + (t_next - t) * v
     return x
 
 
@@ -134,7 +142,8 @@ def sample(
     guided = flow.guidance != 1
     both = _with_null_branch(condition, flow.guidance_without) if guided else condition
     times = sample_times(flow, x.device)
-    bar = tqdm(total=flow.steps, desc="sample", unit="step", disable=not progress)
+    forwards = flow.steps * (2 if flow.solver == "midpoint" else 1)
+    bar = tqdm(total=forwards, desc="sample", unit="forward", disable=not progress)
 
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         bar.update()
@@ -145,7 +154,7 @@ def sample(
     training = model.training
     model.eval()
     try:
-        return euler(velocity, x, times)
+        return integrate(velocity, x, times, flow.solver)
     finally:
         model.train(training)
         bar.close()

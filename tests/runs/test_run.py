@@ -19,7 +19,7 @@ from agrepa_fast.data.batch import collate
 from agrepa_fast.data.index import load_index
 from agrepa_fast.data.layout import BatchLayout
 from agrepa_fast.data.loading import TrainBatches
-from agrepa_fast.flow import euler, flow_loss, reference_prefix, sample, sway_times, training_draws
+from agrepa_fast.flow import flow_loss, integrate, reference_prefix, sample, sway_times, training_draws
 from agrepa_fast.kernels import flow_mix
 from agrepa_fast.lr_schedule import lr_factor
 from agrepa_fast.models.backbone import Layer, Velocity
@@ -188,7 +188,7 @@ def test_scales_of_time_and_tokens_reach_the_model(model):
 def test_euler_and_the_sampler_use_each_steps_first_time():
     times = sway_times(5, -1.0)
     wanted = sum(2 * float(a * (b - a)) for a, b in pairwise(times))
-    assert euler(lambda x, t: 2 * t, torch.zeros(1), times).item() == pytest.approx(wanted, rel=1e-5)
+    assert integrate(lambda x, t: 2 * t, torch.zeros(1), times).item() == pytest.approx(wanted, rel=1e-5)
     _, condition = small_batch()
     model, seen = Still(), []
     model.register_forward_pre_hook(lambda module, args: seen.append(args[1][0].item()))

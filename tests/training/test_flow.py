@@ -8,9 +8,9 @@ import torch
 from agrepa_fast.config import FlowConfig
 from agrepa_fast.flow import (
     counted_frames,
-    euler,
     expected_frames,
     flow_loss,
+    integrate,
     reference_around,
     reference_prefix,
     sample,
@@ -30,10 +30,23 @@ def test_euler_on_a_linear_field_lands_on_the_known_point():
     """dx/dt = -x: each Euler step multiplies by (1 - dt)."""
     times = sway_times(31, -1.0)
     wanted = math.prod(1 - float(b - a) for a, b in pairwise(times))
-    landed = euler(lambda x, t: -x, torch.tensor([3.0]), times)
+    landed = integrate(lambda x, t: -x, torch.tensor([3.0]), times)
     assert landed.item() == pytest.approx(3 * wanted, rel=1e-5)
-    fine = euler(lambda x, t: -x, torch.tensor([3.0]), sway_times(4000, 0.0))
+    fine = integrate(lambda x, t: -x, torch.tensor([3.0]), sway_times(4000, 0.0))
     assert fine.item() == pytest.approx(3 * math.exp(-1), rel=1e-3)
+
+
+def test_errors_fall_with_the_order_of_the_solver():
+    """dx/dt = -2 t x: half as long steps make Euler's error half as large, and the midpoint's a quarter."""
+
+    def error(solver: str, steps: int) -> float:
+        times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        x = integrate(lambda x, t: -2 * t * x, torch.ones(1, dtype=torch.float64), times, solver)
+        return abs(float(x) - math.exp(-1))
+
+    for solver, ratio in (("euler", 2), ("midpoint", 4)):
+        assert error(solver, 64) / error(solver, 128) == pytest.approx(ratio, rel=0.05)
+    assert error("midpoint", 16) < error("euler", 32) / 10  # as many velocities
 
 
 def test_sway_times():
@@ -56,6 +69,16 @@ class _Field(torch.nn.Module):
         return Velocity(torch.where(kept, self.given.repeat(rows, 1, 1), self.free.repeat(rows, 1, 1)), {})
 
 
+class _Decay(torch.nn.Module):
+    """dx/dt = -x."""
+
+    calls = 0
+
+    def forward(self, x, t, condition):
+        self.calls += 1
+        return Velocity(-x, {})
+
+
 def test_sampler_with_guidance_lands_on_the_guided_point():
     mel, condition = small_batch()
     keys = clip_keys(0, 0, range(3), "sample")
@@ -69,6 +92,18 @@ def test_sampler_with_guidance_lands_on_the_guided_point():
         field, replace(condition, keep_tokens=torch.ones(3, dtype=torch.bool)), keys, replace(flow, guidance=1.0)
     )
     torch.testing.assert_close(plain, start + given, atol=1e-4, rtol=1e-4)
+
+
+def test_the_sampler_takes_its_solver_from_the_settings():
+    """dx/dt = -x: a midpoint step multiplies by 1 - dt + dt^2 / 2, after two velocities."""
+    mel, condition = small_batch()
+    keys = clip_keys(0, 0, range(3), "sample")
+    start = 0.5 * philox_normal(keys, mel[0].numel()).view_as(mel)
+    for solver, step, calls in (("euler", 1 - 0.25, 4), ("midpoint", 1 - 0.25 + 0.25**2 / 2, 8)):
+        field = _Decay()
+        landed = sample(field, condition, keys, FlowConfig(steps=4, guidance=1.0, sway=0.0, solver=solver))
+        torch.testing.assert_close(landed, start * step**4, atol=1e-5, rtol=1e-5)
+        assert field.calls == calls
 
 
 def test_null_branch_keeps_the_reference(model):
