@@ -49,6 +49,34 @@ def test_varlen_segments_equal_the_masked_softmax(monkeypatch, lengths):
     assert not gradient[~valid].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("lengths", [None, (9, 4, 1)])
+def test_a_bias_is_added_to_the_scores_and_padding_gets_no_weight(lengths, dtype):
+    """Also in the gradients."""
+    torch.manual_seed(2)
+    bias, tolerance = 3 * torch.randn(2, 9, 9).to(dtype), {torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    lengths = None if lengths is None else torch.tensor(lengths)
+    valid = torch.ones(6, 9, dtype=bool) if lengths is None else (torch.arange(9) < lengths[:, None]).repeat(2, 1)
+    packed = packed_inputs(dtype).requires_grad_()
+    q, k, v = (x.transpose(1, 2) for x in packed.unbind(2))
+    scores = q @ k.transpose(-1, -2) / 8**0.5 + bias
+    wanted = (scores.masked_fill(~valid[:, None, None], -torch.inf).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    found = attend(q, k, v, lengths, bias=bias)
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+    gradients = [
+        torch.autograd.grad((out * valid[..., None]).square().sum(), packed, retain_graph=True)[0]
+        for out in (found, wanted)
+    ]
+    torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
+
+
+def test_a_bias_may_have_another_dtype():
+    torch.manual_seed(2)
+    x, bias = torch.randn(1, 2, 40, 8, dtype=torch.float64), torch.randn(2, 40, 40)
+    wanted = ((x @ x.transpose(-1, -2) / 8**0.5 + bias.double()).softmax(-1) @ x).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attend(x, x, x, None, bias=bias), wanted, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("lengths", [None, (9, 4, 1)])
 def test_products_in_bf16_equal_the_fused_attention(monkeypatch, lengths):
     """Where a CPU has bf16 instructions and a gradient is wanted; elsewhere SDPA computes it."""

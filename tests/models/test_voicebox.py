@@ -8,13 +8,18 @@ import torch.nn as nn
 
 from agrepa_fast.attribution.foga import FogaProbe, foga
 from agrepa_fast.attribution.points import ProbeBatch, ProbePoints
+from agrepa_fast.config_file import load_config
 from agrepa_fast.models.audio_dit.conditioning import Condition
-from agrepa_fast.models.voicebox import Voicebox, _Transformer
+from agrepa_fast.models.voicebox import Voicebox, _alibi, _Fourier, _Transformer
 
 from ..attribution.test_peers import voicebox_package
 
 MELS, VOCAB, FRAMES = 6, 11, 23
 SIZES = {"dim": 32, "depth": 4, "heads": 2, "dim_head": 16, "token_dim": 12, "registers": 3}
+PAPER = {
+    "skips": True, "position": "alibi", "time": "token", "ffn": "gelu", "qk_norm": False, "registers": 0, "ff_mult": 4,
+}  # fmt: skip
+FORMS = pytest.mark.parametrize("options", [{}, {"skips": True}, PAPER], ids=["package", "skips", "paper"])
 
 
 def small(**options) -> Voicebox:
@@ -105,9 +110,9 @@ def test_skips_equal_those_of_its_transformer():
     torch.testing.assert_close(ours(x, time, lengths)[mask], want[mask], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("skips", [False, True])
-def test_padding_changes_no_clip(skips):
-    model = small(skips=skips)
+@FORMS
+def test_padding_changes_no_clip(options):
+    model = small(**options)
     x, condition = clips()
     keep = torch.tensor([True, False, True])
     condition = replace(condition, keep_tokens=keep, keep_reference=~keep)
@@ -125,9 +130,9 @@ def test_padding_changes_no_clip(skips):
             torch.testing.assert_close(out.hidden[layer][0], together.hidden[layer][clip], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("skips", [False, True])
-def test_foga_equals_leaving_out_one_layer_at_a_time(skips):
-    model = small(skips=skips)
+@FORMS
+def test_foga_equals_leaving_out_one_layer_at_a_time(options):
+    model = small(**options)
     mel, condition = clips()
     batch = ProbeBatch(mel, condition, torch.tensor([0, 1, 0]), (0, 1, 2))
     scores = foga(model, batch, times=(0.5,), sigma=1.0).values[..., 0, 0]
@@ -155,3 +160,52 @@ def test_attention_and_ffn_apart():
 def test_skips_need_pairs():
     with pytest.raises(ValueError, match="depth=3"):
         small(depth=3, skips=True)
+
+
+@pytest.mark.parametrize(("name", "value"), [("position", "alibis"), ("time", "tokens"), ("ffn", "relu")])
+def test_choices_that_do_not_exist_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name}='{value}': "):
+        small(**{name: value})
+
+
+def test_the_preset_has_the_papers_size():
+    """330 M parameters (sec. 5.1), with some hundred phones."""
+    with torch.device("meta"):
+        model = Voicebox(80, 400, **load_config("voicebox").model.options)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(330e6, rel=0.01)
+    assert {name: load_config("voicebox").model.options[name] for name in PAPER} == PAPER
+
+
+def test_bias_falls_with_the_distance_and_is_zero_for_the_time_token():
+    bias = _alibi(4, 1, 5, torch.device("cpu"))
+    assert not bias[:, 0].any()
+    assert not bias[:, :, 0].any()
+    for head, slope in enumerate((2**-2, 2**-4, 2**-6, 2**-8)):
+        for i in range(5):
+            for j in range(5):
+                assert bias[head, 1 + i, 1 + j] == -slope * abs(i - j)
+
+
+def test_the_papers_layer_is_attention_with_the_bias_and_an_ffn():
+    torch.manual_seed(0)
+    model = _Transformer(
+        8, 1, heads=2, dim_head=4, ff_mult=4, registers=0, dropout=0.0, skips=False, position="alibi", time="token",
+        ffn="gelu", qk_norm=False,
+    ).double()  # fmt: skip
+    frames, time = torch.randn(3, 5, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+    x = torch.cat((time[:, None], frames), dim=1)
+    _, _, _, attention, _, ffn, _ = model.layers[0]
+    rms = (x / x.square().mean(-1, keepdim=True).sqrt()) @ attention.to_qkv.weight.T
+    q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in rms.chunk(3, -1))
+    weights = (q @ k.transpose(-1, -2) / 2 + _alibi(2, 1, 5, torch.device("cpu")).double()).softmax(-1)
+    x = x + (weights @ v).transpose(1, 2).flatten(2) @ attention.to_out.weight.T
+    x = x + ffn(x / x.square().mean(-1, keepdim=True).sqrt())
+    wanted = x / x.square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(model(frames, time, None), wanted[:, 1:], rtol=1e-12, atol=1e-12)
+
+
+def test_times_stay_exact_beside_weights_in_bf16():
+    layer, t = _Fourier(64).to(torch.bfloat16), torch.tensor([0.3, 0.777])
+    angles = 2 * torch.pi * t[:, None].double() * layer.weights.double()
+    assert layer(t).dtype == torch.bfloat16
+    torch.testing.assert_close(layer(t).double(), torch.cat((angles.sin(), angles.cos()), -1), rtol=0, atol=2**-8)
