@@ -92,6 +92,7 @@ setup(
         "safetensors",
         "pyyaml",
         "numpy",
+        "jiwer>=4,<5",
         "scipy>=1.15",  # kmeans2(rng=)
         "soundfile>=0.13",
         "av>=14",

@@ -1,0 +1,83 @@
+"""Word errors against counts made by hand."""
+
+import random
+
+import jiwer
+import pytest
+
+from agrepa_fast.evaluation.words import Errors, character_errors, load_normaliser, word_errors
+
+PAIRS = [  # reference, heard, (words, substituted, deleted, inserted) after Whisper's normaliser
+    ("a b c", "a b c", (3, 0, 0, 0)),
+    ("a b c", "a x c", (3, 1, 0, 0)),
+    ("a b c", "a c", (3, 0, 1, 0)),
+    ("a b c", "a b b c", (3, 0, 0, 1)),
+    ("a b c", "", (3, 0, 3, 0)),
+    ("", "a b", (0, 0, 0, 2)),
+    ("", "", (0, 0, 0, 0)),
+    ("the the the", "the", (3, 0, 2, 0)),
+    ("red green blue", "red blue green blue", (3, 0, 0, 1)),
+    ("Fifty turns.", "50 turns", (2, 0, 0, 0)),
+    ("don't go", "do not go", (3, 0, 0, 0)),
+    ("it\u2019s late", "it's late", (3, 0, 0, 0)),
+    ("[noise] hello", "hello", (1, 0, 0, 0)),
+    ("Hello, World!", "hello world", (2, 0, 0, 0)),
+    ("hello (sighs) world", "hello world", (2, 0, 0, 0)),
+    ("twenty five", "25", (1, 0, 0, 0)),
+    ("a b c d", "w x y z", (4, 4, 0, 0)),
+    ("press one", "press", (2, 0, 1, 0)),
+    ("go", "go go go go", (1, 0, 0, 3)),
+    ("um hello", "hello", (1, 0, 0, 0)),
+]
+
+
+@pytest.mark.parametrize(("reference", "heard", "counts"), PAIRS)
+def test_counts_made_by_hand(reference, heard, counts):
+    normalise = load_normaliser("whisper", "en")
+    errors = word_errors(normalise(reference), normalise(heard))
+    assert errors.units == counts[0]
+    assert errors.total == sum(counts[1:])
+    assert errors == Errors(*counts)
+
+
+def test_the_rate_of_all_words_is_not_the_mean_of_the_clips_rates():
+    short, long = word_errors("a", "b"), word_errors(" ".join("abcdefghi"), " ".join("abcdefghi"))
+    pooled = (short.total + long.total) / (short.units + long.units)
+    assert pooled == 0.1
+    assert (short.total / short.units + long.total / long.units) / 2 == 0.5
+
+
+def test_equals_jiwer_on_random_texts():
+    draw = random.Random(0)
+    for _ in range(500):
+        reference, heard = (" ".join(draw.choices("abcd", k=draw.randint(1, 9))) for _ in range(2))
+        assert word_errors(reference, heard).total / len(reference.split()) == pytest.approx(
+            jiwer.wer(reference, heard)
+        )
+        errors = character_errors(reference, heard)
+        assert errors.total / len(reference) == pytest.approx(jiwer.cer(reference, heard))
+
+
+def test_errors_are_capped_by_the_words():
+    assert word_errors("go", "go on and on").capped == 1
+    assert word_errors("go on", "").capped == 2
+    assert word_errors("", "a").capped == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "english", "chinese"),
+    [
+        ("Don\u2019t, stop - \u201cit's\u201d 50%!", "dont stop it's 50", "d o n t s t o p i t ' s 5 0"),
+        ("你好\uff0c世界。", "你好世界", "你 好 世 界"),
+    ],
+)
+def test_seed_tts_s_texts(text, english, chinese):
+    assert load_normaliser("seedtts", "en")(text) == english
+    assert load_normaliser("seedtts", "zh")(text) == chinese
+
+
+def test_spellings_come_from_the_recogniser_s_folder(tmp_path):
+    (tmp_path / "normalizer.json").write_text('{"colour": "color"}')
+    assert load_normaliser("whisper", "en")("the colour") == "the colour"
+    assert load_normaliser("whisper", "en", tmp_path)("the colour") == "the color"
+    assert load_normaliser("whisper", "de")("Schöne Grüße!") == "schöne grüße"
