@@ -12,6 +12,8 @@ from .f5_clips import TappedUNet, TextBlockOfOwnFrames, TextOfOwnFrames, TextPer
 from .f5_package import import_network
 from .fuse import fuse
 
+_EMA_STATE = {"initted": torch.tensor(True), "step": torch.tensor(0)}  # of ema_pytorch, which their trainer uses
+
 
 class F5(Backbone):
     """f5_tts's DiT (F5-TTS) or UNetT (E2), with weights of its names below `transformer.`
@@ -40,8 +42,9 @@ class F5(Backbone):
         self.transformer = import_network(network)(mel_dim=n_mels, text_num_embeds=text_vocab, **options)
         self.is_unet = network == "UNetT"
         self._swap_classes(strict=padding == "strict")
+        self.upstream = f"f5_tts's {self._form(options)}; released weights are CC-BY-NC-4.0: no commercial use"
         self.replayable = padding == "strict"  # theirs waits for the longest clip
-        self.condition_tap = self.transformer.text_embed
+        object.__setattr__(self, "condition_tap", self.transformer.text_embed)  # no second name of its weights
         self.condition_width = self.condition_tap.text_embed.embedding_dim
         if self.is_unet:
             self.kind, self.row_arguments = "branch", ("mask",)
@@ -63,6 +66,27 @@ class F5(Backbone):
         for part in net.modules():
             if hasattr(part, "processor"):
                 part.processor.attn_mask_enabled = True
+
+    def _form(self, options: dict) -> str:
+        """Return which released model the options are of, for files of v0 and v1 have the same names and shapes."""
+        if self.is_unet:
+            return "E2"
+        head, masked = options.get("pe_attn_head"), options.get("text_mask_padding", True)
+        version = {(None, True): "v1", (1, False): "v0"}.get((head, masked), "neither v1 nor v0")
+        return f"DiT, {version} by model.options.pe_attn_head={head} and text_mask_padding={masked} (no file says it)"
+
+    def from_upstream(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Take the averaged or live weights of a CFM, as its trainer saves them, compiled or not."""
+        plain = {name.removeprefix("ema_model.").replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+        return {
+            name: tensor
+            for name, tensor in plain.items()
+            if name not in _EMA_STATE and not name.startswith("mel_spec.mel_stft.")  # old files have its tables
+        }
+
+    def to_upstream(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return what their load_checkpoint and their trainer's EMA load strictly."""
+        return {f"ema_model.{name}": tensor for name, tensor in state.items()} | _EMA_STATE
 
     @property
     def layers(self) -> list[Layer]:
