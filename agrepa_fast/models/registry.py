@@ -1,4 +1,4 @@
-"""The model that a configuration names: AudioDiT, Voicebox, or a Backbone of the user's."""
+"""The model that a configuration names: AudioDiT, one of other people's, or a Backbone of the user's."""
 
 import importlib
 import sys
@@ -14,6 +14,7 @@ from .audio_dit.dit import AudioDiT
 from .backbone import Backbone
 
 _OURS = {
+    "cosyvoice3": "agrepa_fast.models.cosyvoice3:CosyVoice3",
     "f5": "agrepa_fast.models.f5:F5",
     "voicebox": "agrepa_fast.models.voicebox:Voicebox",
 }

@@ -1,0 +1,107 @@
+"""CosyVoice's flow, versions 1 to 3: speech tokens and a speaker's vector to a mel. Here is all that they share.
+
+Weights have the names of the flow classes in cosyvoice/flow/flow.py (FunAudioLLM/CosyVoice at ace7c47): mu of the
+tokens, the speaker's vector and the reference go into an estimator of the velocity.
+"""
+
+from itertools import product
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..errors import UserError
+from ..kernels import valid_frames
+from .audio_dit.conditioning import keep_clips, zero_padding
+from .backbone import Backbone
+from .condition import Condition
+
+# Part of a weight's name that one version alone has: its U-Net's norm over groups, over channels, and a DiT.
+_VERSIONS = {"CosyVoice 1": ".block1.block.1.", "CosyVoice 2": ".block1.block.2.", "CosyVoice 3": ".attn_norm."}
+
+
+class CosyVoice(Backbone):
+    """A flow of CosyVoice; a subclass writes `layers`, `encode` and `estimate`.
+
+    vocab: ids of both domains in the shards. Speech's come first and are CosyVoice's; audio's get rows of their own in
+    the embedding, which CosyVoice's files lack. width: of a token's embedding. streaming: share of the clips that see
+    no later chunk in training (versions 2 and 3), as upstream's coin for each batch.
+
+    A clip without tokens has zeros in place of mu and of the projected speaker; one without a reference has zeros.
+    """
+
+    needs = frozenset({"speaker"})
+    upstream_suffix = ".pt"
+    version: str
+
+    def __init__(self, n_mels: int, vocab: int, speaker_dim: int, width: int, streaming: float = 0.0):
+        super().__init__()
+        self.codes, self.streaming = vocab // 2, streaming
+        self.input_embedding = nn.Embedding(vocab, width)
+        self.spk_embed_affine_layer = nn.Linear(speaker_dim, n_mels)
+        self.condition_width, self.condition_tap = n_mels, nn.Identity()
+
+    def encode(self, embedded: torch.Tensor, condition: Condition, chunked: torch.Tensor | None) -> torch.Tensor:
+        """Return mu (C, T, n_mels) from token embeddings (C, S, width) that are zero in the padding; padded frames mean
+        nothing. chunked (C,) bool: clips that see no later chunk; None: no such clip."""
+        raise NotImplementedError
+
+    def estimate(self, x_t, t, mu, speaker, reference, lengths, chunked) -> torch.Tensor:
+        """Return the velocity (C, T, n_mels). speaker (C, n_mels); lengths (C,), or None if no frame is padding."""
+        raise NotImplementedError
+
+    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        if condition.speaker is None:
+            raise ValueError("CosyVoice reads condition.speaker, and there is none: set data.speaker")
+        chunked = None
+        if self.training and self.streaming:
+            chunked = torch.rand(x_t.shape[0], device=x_t.device) < self.streaming
+        embedded = zero_padding(self.input_embedding(condition.tokens), condition.token_lengths)
+        mu = keep_clips(self.encode(embedded, condition, chunked), condition.keep_tokens)
+        mu = self.condition_tap(mu)
+        voice = F.normalize(condition.speaker, dim=1).to(self.spk_embed_affine_layer.weight.dtype)
+        speaker = keep_clips(self.spk_embed_affine_layer(voice), condition.keep_tokens)
+        reference = keep_clips(condition.reference, condition.keep_reference)
+        return self.estimate(x_t, t, mu, speaker, reference, condition.mask_lengths, chunked)
+
+    def from_upstream(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Take the weights of a flow.pt, with zeros for the ids of audio. Raises UserError for another version's, and
+        if the shards have another number of speech ids."""
+        for name, version in product(state, _VERSIONS):
+            if _VERSIONS[version] in name and version != self.version:
+                raise UserError(f"{name} is a weight of {version}, and the model is {self.version}")
+        table = state.get("input_embedding.weight")
+        if table is None:
+            raise UserError(f"no weights of {self.version}: input_embedding.weight is missing")
+        if len(table) != self.codes:
+            raise UserError(
+                f"input_embedding.weight has {len(table)} token ids, and the shards data.codebook={self.codes}: "
+                "prepare them with CosyVoice's tokens (data.speech_tokens=s3:…)"
+            )
+        more = table.new_zeros(self.input_embedding.num_embeddings - self.codes, table.shape[1])
+        return state | {"input_embedding.weight": torch.cat((table, more))}
+
+    def to_upstream(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return a flow.pt's weights, without the ids of audio."""
+        return state | {"input_embedding.weight": state["input_embedding.weight"][: self.codes].clone()}
+
+
+def stretch(frames_of_tokens: torch.Tensor, given: torch.Tensor, lengths: torch.Tensor, frames: int) -> torch.Tensor:
+    """Return (C, frames, D) from (C, G, D): each frame of a clip of lengths (C,) takes the nearest of its `given` (C,)
+    rows, itself where the two agree. Padded frames repeat the last. It is a product, as in interpolate_tokens."""
+    ratio = (given / lengths).unsqueeze(1)
+    place = ((torch.arange(frames, device=lengths.device) + 0.5) * ratio).long()
+    place = torch.minimum(place, (given - 1).unsqueeze(1))
+    rows = torch.arange(frames_of_tokens.shape[1], device=lengths.device)
+    return torch.bmm((place.unsqueeze(-1) == rows).to(frames_of_tokens.dtype), frames_of_tokens)
+
+
+def attention_mask(lengths: torch.Tensor, frames: int, chunked: torch.Tensor | None, chunk: int) -> torch.Tensor:
+    """Return the frames that each frame attends to, bool (C, 1, frames), or (C, frames, frames) if some clips are
+    `chunked` (C,): their frames see no chunk after their own (cosyvoice/utils/mask.py, subsequent_chunk_mask)."""
+    valid = valid_frames(lengths, frames).unsqueeze(1)
+    if chunked is None:
+        return valid
+    place = torch.arange(frames, device=lengths.device)
+    seen = place < ((place // chunk + 1) * chunk).unsqueeze(1)
+    return valid & (seen | ~chunked[:, None, None])
