@@ -14,6 +14,7 @@ EXTRAS = {
     "hf": ["datasets>=5,<6"],  # agrepa prepare hf
     "vq": ["vector-quantize-pytorch>=1.32"],  # agrepa tokens fit
     "s3": ["s3tokenizer>=0.3"],  # data.speech_tokens=s3:…
+    "f5": ["f5-tts>=1.1,<2"],  # data.text=pinyin:… and package:f5, model.backbone=f5
     "beats": ["speechbrain>=1.1"],  # teachers beats:FILE
     "wandb": ["wandb>=0.20"],  # train.wandb=PROJECT
 }
@@ -103,7 +104,11 @@ setup(
     ],
     extras_require={
         **EXTRAS,
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", *chain(*EXTRAS.values())],
+        # f5-tts comes without its requirements, a training stack: see tests/peers.txt
+        "test": [
+            *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12"),
+            *chain.from_iterable(packages for name, packages in EXTRAS.items() if name != "f5"),
+        ],
     },
     entry_points={"console_scripts": ["agrepa = agrepa_fast.cli:main"]},
 )
