@@ -89,6 +89,7 @@ class LoadingConfig:
     path: str = setting(
         "data/demo", "folder of shards, or its URL: http(s)://, s3://, what fsspec reads", resume=True, path=True
     )
+    text: str | None = setting(None, "ids of transcripts: bytes, chars:FILE, pinyin:FILE or package:f5; null: no text")
     speech_share: Share = setting(0.5, "share of speech among the clips, if both domains are there")
     workers: Processes = setting(0, "loader processes per rank; 0 reads in the training process", resume=True)
     max_faults: Share = setting(
@@ -99,6 +100,11 @@ class LoadingConfig:
     )
     read_attempts: Count = setting(6, "attempts to read a URL, with exponential back-off", resume=True)
 
+    def __post_init__(self) -> None:
+        kind, _, source = (self.text or "").partition(":")
+        known = source if kind in ("chars", "pinyin") else self.text in (None, "bytes", "package:f5")
+        check(bool(known), f"data.text={self.text!r}: bytes, chars:FILE, pinyin:FILE or package:f5")
+
 
 @section("data.")
 class DataConfig(LoadingConfig, TargetConfig, ShardConfig):
@@ -107,6 +113,7 @@ class DataConfig(LoadingConfig, TargetConfig, ShardConfig):
     def __post_init__(self) -> None:
         ShardConfig.__post_init__(self)
         TargetConfig.__post_init__(self)
+        LoadingConfig.__post_init__(self)
 
 
 def _check_tokenizer(name: str, value: str | None, without: str) -> None:

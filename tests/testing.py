@@ -73,10 +73,11 @@ def small_batch(lengths: tuple[int, ...] = (37, 20, 11), frames: int = FRAMES, s
 
 
 def write_small_shards(
-    folder: Path, buckets: tuple[int, ...] = (25,), extra: bool = False, shard_clips: int = 8
+    folder: Path, buckets: tuple[int, ...] = (25,), extra: bool = False, shard_clips: int = 8, texts: bool = False
 ) -> Path:
     """Two domains, 22 training and 5 validation clips each of 9 to 25 frames; returns a preset for them. buckets: the
-    bounds, in frames and rising, of what training shards hold. extra: with second tokens, topology B."""
+    bounds, in frames and rising, of what training shards hold. extra: with second tokens, topology B. texts: 14 + 4
+    clips of speech have a transcript of their own, 5 + 1 that of a longer recording."""
     folder.mkdir(parents=True)
     draw, extra_draw = np.random.default_rng(0), np.random.default_rng(1)
     settings = asdict(DataConfig(sample_rate=16000, n_mels=8, f_max=8000.0, codebook=CODES))
@@ -89,6 +90,8 @@ def write_small_shards(
         val = [_sample(draw, domain, dim, number * CODES, 100 + i) for i in range(5)]
         for sample in (*train, *val) if extra else ():
             sample.tokens2 = extra_draw.integers(0, EXTRA_CODES, len(sample.tokens)).astype(np.int32)
+        for place, sample in enumerate((*train, *val)) if texts and domain == "speech" else ():
+            sample.cut, sample.text = place % 4 == 3, "" if place % 8 == 5 else f"say {place}"
         below, parts = 0, [(buckets[-1], "val", val)]
         for bound in buckets:
             parts.append((bound, "train", [s for s in train if below < s.frames <= bound]))

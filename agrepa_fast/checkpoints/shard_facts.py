@@ -14,7 +14,8 @@ def shard_facts(index: Index) -> dict:
         teacher = {key: value for key, value in entry["teachers"][name].items() if key != "files"}
         others = {key: value for key, value in entry.items() if key != "teachers"}
         domains[domain] = others | {"teacher": {"name": name} | teacher}
-    return {"mel": {"mean": index.mel_mean, "std": index.mel_std}, "features": index.features, "domains": domains}
+    facts = {"mel": {"mean": index.mel_mean, "std": index.mel_std}, "features": index.features, "domains": domains}
+    return facts if index.text is None else facts | {"text": index.text.identity}
 
 
 def shard_hash(index: Index) -> str:

@@ -106,6 +106,7 @@ class PackedBatch:
             reference=self.tensor("zero").expand_as(mel),
             lengths=self.tensor("lengths"),
             extra_tokens=self.tensor("extra_tokens") if "extra_tokens" in self.fields else None,
+            text=self.tensor("text") if "text" in self.fields else None,
         )
         teacher = {domain: self.tensor(domain) for domain in DOMAINS if domain in self.fields}
         domain = self.tensor("domain")
@@ -120,9 +121,10 @@ def collate(
     center: bool = True,
     frames: int = 0,
     tokens: int = 0,
+    text: int = 0,
 ) -> Batch:
     """Return the batch of some clips, in one buffer; see pack."""
-    return pack(samples, places, index, center=center, frames=frames, tokens=tokens).unpack()
+    return pack(samples, places, index, center=center, frames=frames, tokens=tokens, text=text).unpack()
 
 
 def pack(
@@ -133,9 +135,10 @@ def pack(
     center: bool = True,
     frames: int = 0,
     tokens: int = 0,
+    text: int = 0,
 ) -> PackedBatch:
-    """Pad samples to the longest (and at least `frames` and `tokens`), normalise mels by the index's mean and standard
-    deviation, and, with `center`, subtract their mean from teacher vectors."""
+    """Pad samples to the longest (and at least `frames`, `tokens` and ids of `text`), normalise mels by the index's
+    mean and standard deviation, and, with `center`, subtract their mean from teacher vectors."""
     clips = len(samples)
     frames = max(frames, *(s.frames for s in samples))
     tokens = max(tokens, *(len(s.tokens) for s in samples))
@@ -149,6 +152,8 @@ def pack(
     }
     if index.extra_vocab is not None:
         sizes["extra_tokens"] = (torch.int64, (clips, tokens))
+    if index.text is not None:
+        sizes["text"] = (torch.int64, (clips, max(text, *(len(s.text_ids) for s in samples))))
     sizes |= {domain: (torch.float32, (clips, index.teacher(domain).dim)) for domain in index.domains}
     packed = PackedBatch.zeros(sizes, tuple(s.key for s in samples), tuple(places))
     tensors = {name: packed.tensor(name) for name in sizes}
@@ -158,6 +163,9 @@ def pack(
         tensors["tokens"][row, : len(s.tokens)] = torch.from_numpy(s.tokens)
         if "extra_tokens" in tensors:
             tensors["extra_tokens"][row, : len(s.tokens)] = torch.from_numpy(s.tokens2)
+        if "text" in tensors:
+            tensors["text"][row, : len(s.text_ids)] = torch.from_numpy(s.text_ids)
+            tensors["text"][row, len(s.text_ids) :] = -1
         target = s.pooled - index.teacher(s.domain).mean if center else s.pooled
         tensors[s.domain][row] = torch.from_numpy(target)
     tensors["token_lengths"].copy_(torch.tensor([len(s.tokens) for s in samples]))

@@ -77,7 +77,8 @@ class ClipReader:
                     return self._opened(shard)[clip], fault
                 except ClipError as error:
                     if fault is None:
-                        fault = Fault(self.shards[shard].path.name, clip, error.member, error.kind, error.reason)
+                        file, place = self.shards[shard].path.name, self.shards[shard].places[clip]
+                        fault = Fault(file, place, error.member, error.kind, error.reason)
         raise UserError(
             f"{self.index.folder}: no good clip in {_SHARDS_IN_A_ROW} shards in a row, from {fault.file} on: "
             f"{fault.kind}: {fault.reason}: {remedy(self.index.folder)}"

@@ -22,6 +22,8 @@ from ..domains import DOMAINS
 from ..errors import UserError
 from ..files import file_sha256, write_atomically
 from .locations import Location, ReadError, Remote, locate, read_object
+from .text import TextIds
+from .transcribed import without_transcript
 
 SCHEMA = 2
 SPLITS = ("train", "val")
@@ -34,12 +36,23 @@ class Shard:
     """One tar of clips of one domain."""
 
     path: Location
-    clips: int
+    clips: int  # that are taken
     domain: str
-    frames: int  # mel frames of all its clips together
+    frames: int  # mel frames of these clips together
     bucket: int  # no clip has more mel frames; the same for all shards of a length bucket
     bytes: int
     sha256: str
+    left_out: frozenset[int] = frozenset()  # places in the tar of the clips that are not taken
+
+    @property
+    def stored(self) -> int:
+        """The number of clips in the tar."""
+        return self.clips + len(self.left_out)
+
+    @cached_property
+    def places(self) -> list[int]:
+        """The places in the tar of the clips that are taken."""
+        return [place for place in range(self.stored) if place not in self.left_out]
 
 
 @dataclass(frozen=True)
@@ -61,10 +74,13 @@ class Index:
     folder: Location
     content: dict  # index.json
     chosen: dict[str, str] = field(default_factory=dict)  # domain -> name of the teacher to read; default: its first
+    text: TextIds | None = None  # of the transcripts; set, only clips with a transcript of their own are taken
 
     @cached_property
     def domains(self) -> tuple[str, ...]:
-        return tuple(domain for domain in DOMAINS if domain in self.content["domains"])
+        """The domains that are prepared, of a model that takes text those with transcripts."""
+        there = (domain for domain in DOMAINS if domain in self.content["domains"])
+        return tuple(domain for domain in there if self.text is None or self.clips("train", domain))
 
     @property
     def features(self) -> dict:
@@ -118,11 +134,19 @@ class Index:
         """Return the shards of a split and domain in the index's order, () for a domain that is not prepared."""
         if split not in SPLITS or domain not in DOMAINS:
             raise ValueError(f"split {split!r} of {SPLITS}, domain {domain!r} of {DOMAINS}")
-        copied = ("clips", "domain", "frames", "bucket", "bytes", "sha256")
-        return tuple(
-            Shard(self.folder / entry["file"], *(entry[name] for name in copied))
-            for entry in self.content["shards"]
-            if (entry["split"], entry["domain"]) == (split, domain)
+        entries = [entry for entry in self.content["shards"] if (entry["split"], entry["domain"]) == (split, domain)]
+        return tuple(shard for shard in map(self._shard, entries) if shard.clips)
+
+    def _shard(self, entry: dict) -> Shard:
+        clips, frames, left_out = entry["clips"], entry["frames"], frozenset()
+        if self.text is not None:
+            frames, left_out = entry["transcribed"]["frames"], without_transcript(entry)
+        return Shard(
+            path=self.folder / entry["file"],
+            clips=clips - len(left_out),
+            frames=frames,
+            left_out=left_out,
+            **{name: entry[name] for name in ("domain", "bucket", "bytes", "sha256")},
         )
 
     def teacher(self, domain: str) -> TeacherInfo:
@@ -151,6 +175,11 @@ class Index:
         seconds = frames * self.features["hop_length"] / self.features["sample_rate"]
         rates = [self.content["domains"][domain]["tokens"].get("rate") for domain in self.domains]
         return frames if None in rates else max(math.ceil(rate * seconds) for rate in rates) + 1
+
+    def longest(self, frames: int) -> dict[str, int]:
+        """Return the shape of clips of up to so many mel frames, as `pack` takes it. No clip has more ids of text than
+        frames."""
+        return {"frames": frames, "tokens": self.most_tokens(frames), "text": frames}
 
     def code_mels(self) -> np.ndarray:
         """Return the mean natural-log mel of each code, (vocab, n_mels) float32; ids of a missing domain get the mean

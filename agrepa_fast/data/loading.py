@@ -170,7 +170,7 @@ class _RankBatches(IterableDataset):
             read, replaced = readers[number, domain].read([picks[place].position for place in of_domain])
             samples |= dict(zip(of_domain, read, strict=True))
             faults += replaced
-        shape = {"frames": bucket.frames, "tokens": self.index.most_tokens(bucket.frames)} if plan.fixed_shapes else {}
+        shape = self.index.longest(bucket.frames) if plan.fixed_shapes else {}
         ordered = [samples[place] for place in places]
         packed = pack(ordered, tuple(places), self.index, center=self.center, **shape)
         return replace(packed, weight=layout.weight(micro, bucket.clips), faults=tuple(faults))

@@ -2,13 +2,19 @@
 
 from dataclasses import replace
 
+from tqdm import tqdm
+
 from ..config import DataConfig
 from ..config_file import without_removed
 from ..data_config import ShardConfig
+from ..domains import DOMAINS
 from ..errors import UserError
 from ..settings import setting_names
-from .index import Index, load_index
-from .locations import Location, locate
+from .index import INDEX, Index, load_index
+from .locations import Location, Remote, locate
+from .tars import read_descriptions
+from .text import TextIds, load_text
+from .transcribed import transcribed
 
 
 def matching_index(data: DataConfig) -> Index:
@@ -30,7 +36,43 @@ def matching_index(data: DataConfig) -> Index:
         names = [name for name in specs if specs[name] == spec]
         names.sort(key=lambda name: entry["teachers"][name]["rate"] != data.teacher_rate)
         chosen[domain] = names[0]
-    return replace(index, chosen=chosen)
+    index = replace(index, chosen=chosen)
+    return index if data.text is None else _with_text(index, load_text(data.text))
+
+
+def _with_text(index: Index, text: TextIds) -> Index:
+    """Return the index of the clips with a transcript of their own. Shards of version 0.1 do not say which these are:
+    then their descriptions are read. Raises UserError if they are behind a URL, or if there is no such clip."""
+    shards = index.content["shards"]
+    if any("transcribed" not in entry for entry in shards):
+        if isinstance(index.folder, Remote):
+            raise UserError(
+                f"{index.folder}/{INDEX} does not say which clips have a transcript of their own: copy the shards to a "
+                "local folder, or prepare the recordings again"
+            )
+        read = tqdm(shards, desc="transcripts", unit="shard", delay=5)
+        of_clips = ((entry, read_descriptions(index.folder / entry["file"])) for entry in read)
+        shards = [entry | {"transcribed": transcribed(clip for _, clip in clips)} for entry, clips in of_clips]
+    index = replace(index, content=index.content | {"shards": shards}, text=text)
+    if not index.domains:
+        raise UserError(
+            f"{index.folder}: data.text={text.spec}, but no training clip has a transcript of its own: prepare "
+            "recordings with transcripts that are no longer than data.max_seconds, or set data.text=null"
+        )
+    return index
+
+
+def count_transcribed(index: Index) -> str:
+    """Return a line with the number of clips that a run with data.text takes, of each domain in the shards."""
+    counts = []
+    for domain in (domain for domain in DOMAINS if domain in index.content["domains"]):
+        all_clips = replace(index, text=None)
+        taken = [f"{index.clips(split, domain)} of {all_clips.clips(split, domain)}" for split in ("train", "val")]
+        counts.append(f"{domain} {taken[0]} for training, {taken[1]} for validation")
+    return (
+        f"data.text={index.text.spec}: {index.text.size} ids; clips with a transcript of their own: "
+        f"{'; '.join(counts)}; the others are left out"
+    )
 
 
 def known_features(folder: Location, features: dict) -> dict:

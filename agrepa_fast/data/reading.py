@@ -19,7 +19,7 @@ class Fault:
     """The fault of a clip that training did without."""
 
     file: str  # the shard
-    clip: int  # its number in the shard
+    clip: int  # its place in the shard
     member: str
     kind: str
     reason: str
@@ -35,10 +35,10 @@ class OpenShard:
     def __init__(self, shard: Shard, index: Index):
         self.shard, self.index = shard, index
         # The members of each clip, and the error of the clips beyond them.
-        self.clips, self.error = _read_clips(shard.path, shard.bytes, shard.sha256, shard.clips)
+        self.clips, self.error = _read_clips(shard.path, shard.bytes, shard.sha256, shard.stored)
         if sidecar := index.teacher(shard.domain).files.get(shard.path.name):
             path = shard.path.parent / sidecar["file"]
-            targets, error = _read_clips(path, sidecar["bytes"], sidecar["sha256"], shard.clips)
+            targets, error = _read_clips(path, sidecar["bytes"], sidecar["sha256"], shard.stored)
             pairs = list(zip(self.clips, targets, strict=False))
             wrong = [target["__key__"] for clip, target in pairs if clip["__key__"] != target["__key__"]]
             if wrong:
@@ -47,15 +47,16 @@ class OpenShard:
             self.clips, self.error = [target | clip for clip, target in pairs], self.error or error
 
     def __getitem__(self, number: int) -> Sample:
-        """Return the clip of that number in the shard. Raises ClipError."""
-        if number >= len(self.clips):
+        """Return the clip of that number among those of the shard that are taken. Raises ClipError."""
+        place = self.shard.places[number]
+        if place >= len(self.clips):
             raise self.error
-        return parse_sample(self.clips[number], self.shard, self.index)
+        return parse_sample(self.clips[place], self.shard, self.index)
 
 
 def read_shard(shard: Shard, index: Index) -> list[Sample]:
-    """Return all clips of a shard, in its order. Raises UserError, with shard and member, for anything that is not as
-    it was written."""
+    """Return the clips of a shard that are taken, in its order. Raises UserError, with shard and member, for anything
+    that is not as it was written."""
     opened = OpenShard(shard, index)
     try:
         if opened.error is not None:

@@ -13,7 +13,7 @@ from .index import Index, Shard
 
 KINDS = (  # of faults
     *("missing", "unreadable", "checksum", "truncated", "corrupt"),  # of shards and their members
-    *("missing_key", "dtype", "length", "not_finite", "tokens"),  # of clips
+    *("missing_key", "dtype", "length", "not_finite", "tokens", "text"),  # of clips
 )
 _DESCRIBED = ("domain", "text", "labels", "frames", "seconds", "cut", "source", "licence")  # the fields of <key>.json
 _NPY_HEADER = re.compile(
@@ -51,6 +51,7 @@ class Sample:
     tokens: np.ndarray
     teacher: np.ndarray
     tokens2: np.ndarray | None = None
+    text_ids: np.ndarray | None = None  # (N,) int64, if the run takes text; not stored
 
     @property
     def pooled(self) -> np.ndarray:
@@ -126,7 +127,11 @@ def parse_sample(members: dict, shard: Shard, index: Index) -> Sample:
         member, domain = f"{key}.json", described["domain"]
         check(domain == shard.domain, "corrupt", f"domain {domain!r} in a shard of {shard.domain}")
         described["labels"] = tuple(described["labels"])
-        return Sample(key=key, mel=mel, tokens=tokens, tokens2=tokens2, teacher=target, **described)
+        sample = Sample(key=key, mel=mel, tokens=tokens, tokens2=tokens2, teacher=target, **described)
+        if index.text is not None:
+            sample.text_ids = ids = index.text.encode(sample.text)
+            check(len(ids) <= frames, "text", f"{len(ids)} ids of text for {frames} frames: it is not the clip's alone")
+        return sample
     except KeyError as error:
         raise ClipError("missing_key", "", f"{key} lacks {error}") from error
     except (ValueError, TypeError) as error:

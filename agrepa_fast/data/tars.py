@@ -1,8 +1,12 @@
 """The tar of a shard, as clips."""
 
 import io
+import json
 import tarfile
+from pathlib import Path
 
+from ..errors import UserError
+from .index import remedy
 from .samples import ClipError
 
 
@@ -29,6 +33,20 @@ def split_clips(tar: bytes) -> tuple[list[dict], ClipError | None]:
             return clips[:-1], ClipError("truncated", "", "ends before the end of its archive")
         return clips[:-1], ClipError("corrupt", "", f"a header of its archive is damaged ({error})")
     return clips, None
+
+
+def read_descriptions(path: Path) -> list[tuple[str, dict]]:
+    """Return key and json of every clip of a local shard, in its order. Skips the arrays. Raises UserError if it cannot
+    be read."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return [
+                (member.name.removesuffix(".json"), json.load(tar.extractfile(member)))
+                for member in tar
+                if member.name.endswith(".json")
+            ]
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {remedy(path.parent)}") from error
 
 
 def _add_member(member: tarfile.TarInfo, tar: bytes, clips: list[dict]) -> None:

@@ -14,6 +14,7 @@ from ..ranks import ALONE, Ranks
 from .index import SPLITS, Index, Shard, file_fault, index_files, read_index
 from .reading import read_shard
 from .samples import Sample
+from .transcribed import transcribed
 
 MAX_LINES = 20
 _CLOSE = 1e-6  # relative: sums of the same numbers in another order
@@ -50,11 +51,11 @@ def verify_folder(folder: Path, ranks: Ranks = ALONE) -> Index:
             bar.update(entry["bytes"])
             ranks.check_others()
     damaged = {file for files in ranks.all_gather(findings.damaged) for file in files}  # one line per file is enough
-    own = ranks.part_of(shards)
+    own, entries = ranks.part_of(shards), {entry["file"]: entry for entry in index.content["shards"]}
     with tqdm(total=sum(s.clips for _, s in own), desc=f"clips{part}", unit="clip", disable=ranks.rank > 0) as bar:
         for split, shard in own:
             if shard.path.name not in damaged:
-                _read(index, split, shard, findings, damaged)
+                _read(index, split, shard, entries[shard.path.name], findings, damaged)
             bar.update(shard.clips)
             ranks.check_others()
     every = ranks.all_gather(findings)
@@ -72,8 +73,9 @@ def verify_folder(folder: Path, ranks: Ranks = ALONE) -> Index:
     return index
 
 
-def _read(index: Index, split: str, shard: Shard, findings: _Findings, damaged: set[str]) -> None:
-    """Read a shard once per teacher of its domain: reading checks every clip, and that sidecars are in its order."""
+def _read(index: Index, split: str, shard: Shard, entry: dict, findings: _Findings, damaged: set[str]) -> None:
+    """Read a shard once per teacher of its domain: reading checks every clip, and that sidecars are in its order.
+    entry: the shard's in index.json."""
     domain, samples = shard.domain, None
     for name, teacher in index.content["domains"][domain]["teachers"].items():
         sidecar = (teacher["files"] or {}).get(shard.path.name)
@@ -89,14 +91,17 @@ def _read(index: Index, split: str, shard: Shard, findings: _Findings, damaged: 
             continue
         if samples is None:
             samples = read
-            _count(split, shard, samples, findings)
+            _count(split, shard, entry, samples, findings)
         if split == "train":
             total = findings.teacher.setdefault((domain, name), np.zeros(teacher["dim"]))
             total += sum(sample.pooled.astype(np.float64) for sample in read)
 
 
-def _count(split: str, shard: Shard, samples: list[Sample], findings: _Findings) -> None:
+def _count(split: str, shard: Shard, entry: dict, samples: list[Sample], findings: _Findings) -> None:
     frames = sum(sample.frames for sample in samples)
+    said = entry.get("transcribed")  # version 0.1 does not say it
+    if said not in (None, transcribed(vars(sample) for sample in samples)):
+        findings.faults.append(f"{shard.path} has transcripts in other clips than index.json says")
     if frames != shard.frames:
         findings.faults.append(f"{shard.path} has {frames} mel frames, not {shard.frames}")
     findings.keys.update(sample.key for sample in samples)

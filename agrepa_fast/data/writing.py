@@ -7,20 +7,22 @@ from typing import BinaryIO
 
 from ..files import replace_file
 from .samples import Sample, sample_members
+from .transcribed import transcribed
 
 
 def write_shard(path: Path, samples: Iterable[Sample], teacher: str) -> dict:
-    """Write a shard atomically. Returns its facts for index.json: file, clips, frames, bytes, sha256."""
-    clips = frames = 0
+    """Write a shard atomically. Returns its facts for index.json: file, clips, frames, transcribed, bytes, sha256."""
+    described: list[dict] = []
 
     def members() -> Iterator[dict]:
-        nonlocal clips, frames
         for sample in samples:
-            clips, frames = clips + 1, frames + sample.frames
+            described.append({"text": sample.text, "cut": sample.cut, "frames": sample.frames})
             yield sample_members(sample, teacher)
 
     written = write_tar(path, members())
-    return {"file": path.name, "clips": clips, "frames": frames, **written}
+    frames = sum(clip["frames"] for clip in described)
+    facts = {"clips": len(described), "frames": frames, "transcribed": transcribed(described)}
+    return {"file": path.name, **facts, **written}
 
 
 def write_tar(path: Path, samples: Iterable[dict]) -> dict:

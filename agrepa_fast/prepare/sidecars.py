@@ -5,7 +5,6 @@ shards. An interrupted run goes on after the clips that are computed.
 """
 
 import json
-import tarfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ import numpy as np
 
 from ..config import Config, DataConfig
 from ..corpora.recordings import Recording, Source
-from ..data.index import Index, remedy
+from ..data.index import Index
 from ..data.samples import npy, pooled
+from ..data.tars import read_descriptions
 from ..data.writing import write_tar
 from ..errors import UserError
 from ..ranks import ALONE, Ranks
@@ -127,7 +127,7 @@ class _SidecarStage:
 
     def _clips(self, shard: dict) -> list[_ShardClip]:
         clips = []
-        for key, description in _read_descriptions(self.job.out / shard["file"]):
+        for key, description in read_descriptions(self.job.out / shard["file"]):
             if key not in self.recordings:
                 raise UserError(
                     f"{shard['file']}: clip {key} ({description['source']}) is not among the recordings: give those "
@@ -170,16 +170,3 @@ class _SidecarStage:
 
     def _record(self, shard: dict) -> Path:
         return work_file(self.folder, f"{shard['file']}.npz")
-
-
-def _read_descriptions(path: Path) -> list[tuple[str, dict]]:
-    """Return key and json of every clip of a shard, in its order. Skips the arrays."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            return [
-                (member.name.removesuffix(".json"), json.load(tar.extractfile(member)))
-                for member in tar
-                if member.name.endswith(".json")
-            ]
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): {remedy(path.parent)}") from error

@@ -74,6 +74,7 @@ class FixedClips:
             rows = count * size
             shape["frames"] = max(sample.frames for sample in self.samples)
             shape["tokens"] = max(len(sample.tokens) for sample in self.samples)
+            shape["text"] = max(0 if sample.text_ids is None else len(sample.text_ids) for sample in self.samples)
             padded = len({sample.frames for sample in self.samples}) > 1
         first, last = self.rank * share, min((self.rank + 1) * share, len(self)) - 1
         for start in range(first, first + rows, size):

@@ -19,17 +19,17 @@ from ..checkpoints.upstream import is_upstream_file, start_from_upstream
 from ..checkpoints.weights import load_projections, load_weights, weights_file
 from ..config import Config
 from ..config_file import load_config, save_config
-from ..data.index import Index
+from ..data.index import Index, load_index
 from ..data.layout import BatchLayout
 from ..data.loading import TrainBatches
-from ..data.matching import matching_index
+from ..data.matching import count_transcribed, matching_index
 from ..data.plan import BatchPlan
 from ..errors import UserError
 from ..files import FolderLock
 from ..models.backbone import Backbone
 from ..probing.fixed_clips import FixedClips, probe_clips, storage_clips, validation_clips
 from ..probing.schedule import LayerChoice
-from ..ranks import on_rank_0
+from ..ranks import from_rank_0, on_rank_0
 from ..zero.construction import gathered, new_model
 from ..zero.ds_config import resolve_ds_config, zero_stage
 from ..zero.ema import Ema
@@ -128,15 +128,16 @@ def prepared_index(config: Config) -> Index:
     every rank, if the shards do not match data.*. Every rank must call it."""
     demo = load_config("demo").data.path
 
-    def prepare_and_check() -> None:
+    def prepare_and_check() -> Index:
         if config.run.preset == "demo" and config.data.path == demo and not (Path(demo) / "index.json").is_file():
             from ..prepare.pipeline import prepare_demo
 
             prepare_demo(config, Path(demo))
-        matching_index(config.data)
+        return matching_index(config.data)
 
-    on_rank_0(prepare_and_check)
-    return matching_index(config.data)
+    index = from_rank_0(prepare_and_check)
+    load_index(index.folder, verify=False)  # on every rank: each may see other files
+    return index
 
 
 def fit_to_shards(config: Config, index: Index) -> Config:
@@ -146,13 +147,18 @@ def fit_to_shards(config: Config, index: Index) -> Config:
             raise UserError(
                 f"model.{name}={getattr(config.model, name)}, but the shards in {index.folder} have {value}"
             )
+    text = None if index.text is None else index.text.size
+    if config.model.text_vocab not in (None, text):
+        have = "data.text is null" if text is None else f"data.text={config.data.text} has {text} ids"
+        raise UserError(f"model.text_vocab={config.model.text_vocab}, but {have}: leave model.text_vocab out")
     if config.model.extra_vocab not in (None, index.extra_vocab):
         there = "no second tokens" if index.extra_vocab is None else f"{index.extra_vocab} of them"
         raise UserError(
             f"model.extra_vocab={config.model.extra_vocab}, but the shards in {index.folder} have {there}: "
             f"set model.extra_vocab={'null' if index.extra_vocab is None else index.extra_vocab}"
         )
-    return replace(config, model=replace(config.model, n_mels=index.n_mels, vocab=index.vocab))
+    sizes = {"n_mels": index.n_mels, "vocab": index.vocab, "text_vocab": text}
+    return replace(config, model=replace(config.model, **sizes))
 
 
 class FixedSets(NamedTuple):
@@ -193,6 +199,10 @@ def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> 
     resume: a checkpoint will replace all weights."""
     torch.manual_seed(config.run.seed)
     model = new_model(config, ds_config)
+    if index.text is not None and "text" not in model.needs:
+        raise UserError(
+            f"data.text={index.text.spec}, but model.backbone={config.model.backbone} takes no text: set data.text=null"
+        )
     config.check_layers([layer.width for layer in model.layers], model.condition_width)
     if config.train.start_from is not None and not resume:
         start_from = Path(config.train.start_from)
@@ -222,7 +232,9 @@ def lines_before_the_first_step(engine, context: RunContext, plan: BatchPlan, la
     A CPU without length buckets has no dry run: its batches are as long as their clips, and no error reports that
     memory ran out.
     """
-    lines = [plan.describe()] if plan.fixed_shapes else []
+    lines = [] if context.index.text is None else [count_transcribed(context.index)]
+    if plan.fixed_shapes:
+        lines.append(plan.describe())
     if crowded := plan.crowding(layout, context.config.data.workers):
         lines.append(crowded)
     if plan.fixed_shapes or context.device.type == "cuda":

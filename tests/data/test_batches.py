@@ -213,7 +213,8 @@ def fake_shards(monkeypatch, shards=40, clips=6, broken=()):
             return self.number, clip
 
     monkeypatch.setattr(clip_reader, "OpenShard", Fake)
-    files = [SimpleNamespace(number=n, clips=clips, path=SimpleNamespace(name=f"{n}.tar")) for n in range(shards)]
+    paths = [SimpleNamespace(name=f"{n}.tar") for n in range(shards)]
+    files = [SimpleNamespace(number=n, clips=clips, path=p, places=range(clips)) for n, p in enumerate(paths)]
     order = ClipOrder([clips] * shards, 4, 0, "speech")
     reader = ClipReader(SimpleNamespace(folder="x"), tuple(files), order, 4, Background(2))
     return order, reader, opened

@@ -271,6 +271,10 @@ LIES = {
     "clips": (set_("domain", "clips", "train", 3), r"\d+ speech clips of train, not 3"),
     "frames of a shard": (set_("content", "shards", 0, "frames", 7), r"tar has \d+ mel frames, not 7"),
     "bucket": (set_("content", "shards", 0, "bucket", 20), "are more than the 20 of its bucket"),
+    "transcripts": (
+        set_("content", "shards", 0, "transcribed", {"frames": 1, "mask": "1"}),
+        "has transcripts in other",
+    ),
     "mel sum": (set_("domain", "mel", "sum", 1.0), r"speech mel sum is -\d+.* not 1\.0"),
     "sidecars swapped": (swap_sidecars, r"has clip \S+ out of order"),
 }
@@ -293,7 +297,8 @@ def test_verify_finds_a_key_twice_and_a_wrong_mean(prepared, capsys):
 
     def change(content, domain):
         entry = next(e for e in content["shards"] if e["file"] == second.path.name)
-        entry["frames"] = first.frames
+        like = next(e for e in content["shards"] if e["file"] == first.path.name)
+        entry |= {name: like[name] for name in ("frames", "transcribed")}
         domain["teachers"][prepared.teacher("speech").name]["mean"] = mean
 
     rewrite(prepared, change)

@@ -57,3 +57,19 @@ class Mixes(Mine):
 
     def velocity(self, x_t, t, condition):
         return super().velocity(x_t - x_t.mean(1, keepdim=True), t, condition)
+
+
+class Reads(Mine):
+    """It takes text."""
+
+    needs = frozenset({"text"})
+
+    def __init__(self, n_mels, vocab, text_vocab, dim=16, depth=3):
+        super().__init__(n_mels, vocab, dim, depth)
+        self.letters = nn.Embedding(text_vocab + 1, n_mels, padding_idx=0)
+
+    def velocity(self, x_t, t, condition):
+        letters = self.letters(condition.text + 1)
+        if condition.keep_tokens is not None:
+            letters = letters * condition.keep_tokens[:, None, None]
+        return super().velocity(x_t + letters.sum(1, keepdim=True), t, condition)
