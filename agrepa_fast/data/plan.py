@@ -73,14 +73,11 @@ class BatchPlan:
         self.cycle = sum(bucket.steps for bucket in self.buckets)
 
     @classmethod
-    def of(cls, index: Index, config: "Config", layout: BatchLayout) -> Self:
-        """Return the plan of a run. The cost of attention is its FLOPs per pair of frames over those of the linear
-        layers per frame: 4 D, for scores and values, over (8 + 4 ffn_mult) D^2, for the four projections and the two
-        FFN layers, = 1 / ((2 + ffn_mult) D). That of a user's model is not known, and not counted."""
-        train, model = config.train, config.model
-        cost = 1 / ((2 + model.ffn_mult) * model.dim) if model.backbone == "audio_dit" else 0.0
+    def of(cls, index: Index, config: "Config", layout: BatchLayout, attention_cost: float) -> Self:
+        """Return the plan of a run. attention_cost: of its model, Backbone.attention_cost."""
+        train = config.train
         size = {"clips": train.batch_clips} if train.batch_frames is None else {"budget": train.batch_frames}
-        options = {**size, "attention_cost": cost, "least": layout.parts, "fixed_shapes": bool(train.graphs)}
+        options = {**size, "attention_cost": attention_cost, "least": layout.parts, "fixed_shapes": bool(train.graphs)}
         return cls(index, config.data.speech_share, config.run.seed, **options)
 
     def cost(self, frames: int) -> float:

@@ -60,6 +60,7 @@ class Backbone(nn.Module):
     with text_vocab, the number of text ids, or speaker_dim, channels of the speaker's vector.
     upstream, upstream_suffix: the package that the model comes from, with its version and its weights' licence, for the
     line of train.start_from; and how the names of its weight files end.
+    attention_cost: FLOPs of a pair of frames over those of a frame, for train.batch_frames; set by the builder.
     partitioned: weights are whole only inside a module's forward (ZeRO-3); set by the engine.
     replayable: the velocity is a function of weights, arguments and PyTorch's random state alone, so training replays
     CUDA graphs of it by default; a graph would repeat what Python chose when it was captured.
@@ -72,6 +73,7 @@ class Backbone(nn.Module):
     needs: frozenset[str] = frozenset()
     upstream = ""
     upstream_suffix = ".safetensors"
+    attention_cost = 0.0
     partitioned = False
     replayable = False
 

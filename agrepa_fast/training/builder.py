@@ -39,7 +39,7 @@ from ..zero.refusals import check_ds_config
 from .captured_step import check_graphs, count_shapes
 from .context import RunContext
 from .dry_run import dry_run
-from .flops import peak_flops
+from .flops import forward_flops, peak_flops
 from .folder import locate_run, open_folder
 from .metrics import Metrics
 from .precision import choose_precision
@@ -88,10 +88,10 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     index = prepared_index(config)
     config = fit_to_shards(config, index)
     context = RunContext(config, index, device, rank, world, Path(config.run.dir))
-    plan = BatchPlan.of(index, config, layout)
     clips = make_fixed_clips(context, partitioned=zero_stage(ds_config) == 3)
     vocoder = load_vocoder_on_rank_0(config)
     model = build_model(config, index, ds_config, checkpoint is not None)
+    plan = BatchPlan.of(index, config, layout, model.attention_cost)
     lock = open_folder(context.folder, new=checkpoint is None)
 
     prepared = time.perf_counter()
@@ -197,8 +197,13 @@ def load_vocoder_on_rank_0(config: Config) -> Vocoder | None:
 def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> Backbone:
     """Return a new model, with the weights of train.start_from if that is set: averaged ones of a run, or a file's.
     resume: a checkpoint will replace all weights."""
+
+    def measure(whole: Backbone) -> None:
+        if config.train.batch_frames is not None:
+            whole.attention_cost = forward_flops(whole, index, torch.device("cpu")).attention_cost
+
     torch.manual_seed(config.run.seed)
-    model = new_model(config, ds_config)
+    model = new_model(config, ds_config, measure)
     if index.text is not None and "text" not in model.needs:
         raise UserError(
             f"data.text={index.text.spec}, but model.backbone={config.model.backbone} takes no text: set data.text=null"

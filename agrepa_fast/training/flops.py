@@ -1,14 +1,16 @@
 """FLOPs of a training step, and the FLOP/s that a GPU can reach, for MFU."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..attribution.points import evaluation_mode
 from ..config import ModelConfig, TrainConfig
+from ..data.index import Index
 from ..kernels import force_backend
 from ..models.backbone import Backbone
 from ..zero.ds_config import precision
@@ -56,21 +58,43 @@ def flop_counter(model: Backbone, context: RunContext) -> Callable[[Sequence[int
     formula, or for another model what its forwards of three lengths need. Every rank must call it."""
     if context.config.model.backbone == "audio_dit":
         return lambda lengths: step_flops(context.config.model, lengths)
-    frames = (64, 128, 256)
-    counted = [_forward_flops(model, count, context) for count in frames]
-    # The parabola through the three: a constant, a cost per frame, and a cost per pair of frames.
-    constant, linear, square = np.linalg.solve(np.vander(frames, 3, increasing=True), counted)
-    return lambda lengths: 3 * float(sum(constant + linear * n + square * n * n for n in lengths))
+    flops = forward_flops(model, context.index, context.device)
+    return lambda lengths: 3 * sum(flops.clip + flops.frame * n + flops.pair * n * n for n in lengths)
 
 
-def _forward_flops(model: Backbone, frames: int, context: RunContext) -> int:
+class ForwardFlops(NamedTuple):
+    """FLOPs of a forward: those of a clip, whatever its length, of each frame, and of each pair of frames."""
+
+    clip: float
+    frame: float
+    pair: float
+
+    @property
+    def attention_cost(self) -> float:
+        """The cost of a pair of frames, in frames, as train.batch_frames counts it."""
+        return max(0.0, self.pair / self.frame) if self.frame > 0 else 0.0
+
+
+def forward_flops(model: Backbone, index: Index, device: torch.device) -> ForwardFlops:
+    """Return the parabola through the FLOPs of forwards of three lengths, up to 256 frames or the shards' longest clip:
+    the same on every machine."""
+    long = min(256, max(shard.bucket for domain in index.domains for shard in index.shards("train", domain)))
+    short, middle, long = lengths = (long // 4, long // 2, long)
+    counted = [_count_flops(model, frames, index, device) for frames in lengths]
+    first, second = ((b - a) / (n - m) for a, b, m, n in zip(counted, counted[1:], lengths, lengths[1:], strict=False))
+    pair = (second - first) / (long - short)
+    frame = first - pair * (short + middle)
+    return ForwardFlops(counted[0] - frame * short - pair * short**2, frame, pair)
+
+
+def _count_flops(model: Backbone, frames: int, index: Index, device: torch.device) -> int:
     """Return the FLOPs of the matrix products, convolutions and attention of one clip's forward, as they are counted in
     plain PyTorch."""
-    mel, condition = silent_clips(1, frames, context.index, context.device)
+    mel, condition = silent_clips(1, frames, index, device)
     plain = force_backend("reference"), sdpa_kernel(SDPBackend.MATH)  # fused operations and attention are not counted
     counter = FlopCounterMode(display=False)
     with evaluation_mode(model), torch.no_grad(), plain[0], plain[1], counter:
-        model(mel, mel.new_full((1,), 0.5), condition)
+        model(mel, mel.new_full((1,), 0.5), replace(condition, padded=False))
     return counter.get_total_flops()
 
 

@@ -16,9 +16,10 @@ from .ds_config import zero_stage
 from .refusals import deepspeed_refusals
 
 
-def new_model(config: Config, ds_config: dict) -> Backbone:
+def new_model(config: Config, ds_config: dict, measure: Callable[[Backbone], None] = lambda model: None) -> Backbone:
     """Return a model whose weights are drawn from torch's random state, the same at every stage; partitioned under
-    ZeRO-3. ds_config: resolved. Raises UserError for a user's model that does not do what Backbone promises."""
+    ZeRO-3. ds_config: resolved. measure: called while another model than AudioDiT is whole, and on the CPU. Raises
+    UserError for a user's model that does not do what Backbone promises."""
     partition = partitioner(ds_config)
     if config.model.backbone == "audio_dit":
         model = make_model(config.model, partition)
@@ -27,6 +28,7 @@ def new_model(config: Config, ds_config: dict) -> Backbone:
         warning = check_model(model, config.model)
         if warning is not None and dist.get_rank() == 0:
             print(f"warning: {warning}", file=sys.stderr)
+        measure(model)
         partition(model)
     model.partitioned = zero_stage(ds_config) == 3
     if config.train.activation_checkpointing:

@@ -76,12 +76,14 @@ def test_voicebox_fills_in_spans_on_any_ranks(folder):
     flow = ", ".join(f"{name}: {value}" for name, value in recipe.items())
     head = f"model: {{backbone: voicebox, options: {options}}}\nflow: {{steps: 4, average: frame, {flow}}}\n"
     (folder / "voicebox.yaml").write_text(head + "\n".join(lines) + "\n")
-    given = ("--preset", "./voicebox.yaml", "train.precision=fp32", "train.lr=2e-4")
-    run_training(1, *given, "--ds_config", "zero0.json", "run.dir=one", cwd=folder)
+    given = ("--preset", "./voicebox.yaml", "train.precision=fp32", "train.lr=2e-4", "train.batch_frames=240")
+    output = run_training(1, *given, "--ds_config", "zero0.json", "run.dir=one", cwd=folder)
     run_training(
         2, *given, "--ds_config", "zero3.json", "run.dir=two", "train.activation_checkpointing=true", cwd=folder
     )
     assert_same_curve(folder / "one", folder / "two")
+    # Per frame and layer 3 x 16^2 + 16^2 + 2 x 16 x 64 products, per pair 2 x 16: a clip costs about 25 + 25^2 / 109.
+    assert "global batches: 7 clips of up to 25 frames" in output
     rows = read_csv(folder / "two" / "attribution.csv")
     assert {int(row["layer"]) for row in rows} == {1, 2, 3, 4}
     losses = json.loads((folder / "two" / "summary.json").read_text())["val/flow_loss"]

@@ -94,11 +94,10 @@ def train_three_steps(preset: str, stage: int, dry: bool) -> tuple[list[float], 
     index = read_index(Path(preset).parent)
     config = replace(config, model=replace(config.model, n_mels=index.n_mels, vocab=index.vocab))
     layout, device = BatchLayout(None, 1, dist.get_rank(), dist.get_world_size()), torch.device("cpu")
-    plan = BatchPlan.of(index, config, layout)
     torch.manual_seed(0)
-    engine = build_engine(
-        AudioDiT(config.model), config, resolve_ds_config(ds_values(stage), config.train, layout, device)
-    )
+    model = AudioDiT(config.model)
+    plan = BatchPlan.of(index, config, layout, model.attention_cost)
+    engine = build_engine(model, config, resolve_ds_config(ds_values(stage), config.train, layout, device))
     batches, losses = TrainBatches(index, config.data, layout, seed=0, center=True, plan=plan), []
     for step in range(3):
         if dry and step < 2:

@@ -12,17 +12,20 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from agrepa_fast.config import TrainConfig
+from agrepa_fast.config import ModelConfig, TrainConfig
 from agrepa_fast.config_file import load_config
+from agrepa_fast.data.index import read_index
 from agrepa_fast.errors import UserError
 from agrepa_fast.kernels import active_backend
+from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.training.context import RunContext
-from agrepa_fast.training.flops import peak_flops, peak_tflops, step_flops
+from agrepa_fast.training.flops import forward_flops, peak_flops, peak_tflops, step_flops
 from agrepa_fast.training.metrics import Metrics, read_metrics
 from agrepa_fast.training.tracker import Wandb, check_tracker
 
 from ..ranks import run_training
-from ..testing import metrics, small_batch, small_model
+from ..runs.mine import Mine
+from ..testing import metrics, small_batch, small_model, write_small_shards
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's attention kernels are counted, too")
@@ -43,6 +46,23 @@ def test_flops_are_what_torch_counts_and_what_it_overlooks(position):
 def test_flops_of_the_paper_s_model():
     config = replace(load_config("agrepa-a").model, n_mels=100, vocab=8192)
     assert step_flops(config, [938]) == pytest.approx(1.96e12, rel=0.02)  # 24 blocks, 10 s
+
+
+def test_flops_of_any_model_are_those_of_three_forwards(tmp_path):
+    """AudioDiT's formula, to the parts that it leaves out; and a model without attention."""
+    index = read_index(write_small_shards(tmp_path / "shards").parent)
+    model = AudioDiT(ModelConfig(dim=32, depth=3, heads=2, token_dim=8, n_mels=index.n_mels, vocab=index.vocab))
+    flops = forward_flops(model, index, torch.device("cpu"))
+    assert flops.pair == 3 * 2 * 2 * 32 + 2 * 8  # scores and values; as many tokens as frames are stretched to them
+    measured = flops.clip + 20 * flops.frame + 400 * flops.pair
+    assert 3 * measured == pytest.approx(step_flops(model.config, [20]), rel=0.1)
+
+    blocks = forward_flops(AudioDiT(replace(model.config, depth=40)), index, torch.device("cpu"))
+    assert blocks.attention_cost == pytest.approx(model.attention_cost, rel=0.05)  # the ends matter little
+
+    flops = forward_flops(Mine(index.n_mels, index.vocab, dim=16, depth=3), index, torch.device("cpu"))
+    assert flops.frame == 2 * (2 * index.n_mels * 16 + 3 * 2 * 16 * 32 + 16 * index.n_mels)
+    assert flops.attention_cost == flops.pair == 0
 
 
 def test_no_mfu_rather_than_a_false_one(monkeypatch):

@@ -36,6 +36,8 @@ class AudioDiT(Backbone):
         self.config = config
         self.recompute = False
         self.condition_width = config.token_dim
+        # 4 D for scores and values, over (8 + 4 ffn_mult) D^2 for the four projections and the two FFN layers.
+        self.attention_cost = 1 / ((2 + config.ffn_mult) * config.dim)
         self.run_block = _run_block
         dim = config.dim
         self.time = finish(TimeEmbedding(dim, config.time_scale))
