@@ -18,6 +18,7 @@ from pydantic import Field
 from .data_config import DataConfig
 from .domains import DOMAINS as DOMAINS
 from .errors import UserError, nearest
+from .metrics_config import MetricsConfig
 from .settings import (
     Count,
     Fraction,
@@ -300,6 +301,7 @@ class Config:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:
         if self.model.backbone == "audio_dit":

@@ -1,11 +1,9 @@
 """Word and character errors: texts made comparable, and their raw counts, so that any rate can be formed again."""
 
-import json
 import re
 import string
 import unicodedata
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 Normaliser = Callable[[str], str]
@@ -50,11 +48,11 @@ def character_errors(reference: str, heard: str) -> Errors:
     return Errors(len(reference), found.substitutions, found.deletions, found.insertions)
 
 
-def load_normaliser(name: str, language: str, recogniser: Path | None = None) -> Normaliser:
+def load_normaliser(name: str, language: str, spelling: Mapping[str, str]) -> Normaliser:
     """Return the function that both texts go through before they are compared (metrics.text).
 
-    whisper: transformers' EnglishTextNormalizer, with the British spellings of a Whisper folder's normalizer.json if
-    `recogniser` has one; BasicTextNormalizer for other languages. seedtts: as seed-tts-eval's run_wer.py: lower case,
+    whisper: transformers' EnglishTextNormalizer with British and American spellings, which a Whisper has; for other
+    languages BasicTextNormalizer. seedtts: as seed-tts-eval's run_wer.py: lower case,
     without punctuation but the apostrophe, numbers as they are; characters are words in Chinese.
     """
     if name == "seedtts":
@@ -64,9 +62,7 @@ def load_normaliser(name: str, language: str, recogniser: Path | None = None) ->
     if language != "en":
         basic = BasicTextNormalizer()
         return lambda text: basic(text).strip()
-    spellings = recogniser / "normalizer.json" if recogniser is not None else None
-    mapping = json.loads(spellings.read_text()) if spellings is not None and spellings.is_file() else {}
-    english = EnglishTextNormalizer(mapping)
+    english = EnglishTextNormalizer(dict(spelling))
     return lambda text: english(text.replace("\u2019", "'")).strip()  # it knows straight apostrophes alone
 
 

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,9 @@ from ..config import DOMAINS, Config
 from ..data.batch import Batch, collate
 from ..data.index import Index
 from ..data.reading import fixed_clips
+from ..evaluation.synthesis import prefix_condition
 from ..files import check_writable, write_atomically
-from ..flow import reference_prefix, sample
+from ..flow import sample
 from ..seeds import clip_keys
 from .figure import new_figure
 from .opened import open_checkpoint
@@ -28,8 +28,7 @@ def sample_clips(
     from their tokens and a prefix of each clip."""
     clips = [s for domain in index.domains for s in fixed_clips(index, "val", domain, per_domain)]
     batch = collate(clips, tuple(range(len(clips))), index).to(device)
-    prefix = (config.flow.max_reference * batch.condition.lengths).long().clamp(min=1)
-    condition = replace(batch.condition, reference=reference_prefix(batch.mel, prefix))
+    condition = prefix_condition(batch, config.flow)
     keys = clip_keys(config.run.seed, 0, batch.places, "sample").to(device)
     return batch, sample(model, condition, keys, config.flow, progress=progress)
 
