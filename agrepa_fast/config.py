@@ -46,6 +46,7 @@ RECIPES = ("corrected", "official")
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # flow times of probes and of validation
 GELUS = ("erf", "tanh")
 INITS = ("adaln_zero", "release")
+OF_SHARDS = ("n_mels", "vocab", "extra_vocab", "text_vocab", "speaker_dim")  # model.*: for every backbone alike
 _LAYERS = re.compile(r"\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*")
 
 
@@ -104,7 +105,7 @@ class ModelConfig:
         )
 
     def _refuse_settings_of_audio_dit(self) -> None:
-        shared = {"backbone", "options", "padding", "n_mels", "vocab", "extra_vocab", "text_vocab", "speaker_dim"}
+        shared = {"backbone", "options", "padding", *OF_SHARDS}
         for part in fields(self):
             if part.name not in shared and getattr(self, part.name) != part.default:
                 raise UserError(

@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .config import PRESETS, Config
+from .config import OF_SHARDS, PRESETS, Config
 from .errors import UserError, nearest
 from .files import local_path, read_text, write_atomically
 from .settings import allowed, base_type, setting_names
@@ -33,6 +33,9 @@ overrides and saves the result as `config.yaml` in its folder; `agrepa config PR
 without running anything. An unknown name, a wrong type and a value out of bounds end a command with one line and exit
 code 2. A resumed run may change the settings marked °; it must leave all others as they were.
 
+An override of `model.backbone` leaves out the sizes and options that the preset has for its own model: type those of
+the other, as `model.options.NAME=value`.
+
 A value on the command line is the text that was typed: `run.dir=20241128_153000` and `run.dir=1e5` are names, and so is
 `run.dir=None`. Only `null` stands for no value, where the setting takes null. Lists are written `[0.5,0.7]`. In a file,
 a plain `null`, `~` or nothing at all stands for no value: put a name like these in quotes. `~/` at the start of a path
@@ -50,7 +53,8 @@ def preset_names() -> list[str]:
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the configuration of a preset or a yaml file, with `section.field=value` overrides.
+    """Return the configuration of a preset or a yaml file, with `section.field=value` overrides. An override of
+    model.backbone leaves out the sizes and options of the file's model.
 
     Raises UserError for an unknown preset, section or setting, a value of the wrong type or out of bounds, and a
     setting of an earlier version that this one cannot honour.
@@ -62,10 +66,20 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise UserError(f"preset {str(source)!r} is unknown: {nearest(str(source), preset_names())}")
     sections: dict[str, dict] = {name: {} for name in _SECTIONS}
     sections["run"]["preset"] = path.stem
-    for values in (_read_file(path), _read_overrides(overrides)):
+    given, typed = _read_file(path), _read_overrides(overrides)
+    if "model" in given:
+        given["model"] = _without_another_models(given["model"], typed.get("model", {}))
+    for values in (given, typed):
         for name, settings in values.items():
             _merge(sections[name], settings)
     return Config(**{name: _SECTIONS[name](**values) for name, values in sections.items()})
+
+
+def _without_another_models(given: dict, typed: dict) -> dict:
+    """Return a file's model settings, without those of its model if an override names another. Classes of one module of
+    a user's share their options."""
+    module, other = (str(values.get("backbone", "audio_dit")).partition(":")[0] for values in (given, given | typed))
+    return given if module == other else {name: value for name, value in given.items() if name in OF_SHARDS}
 
 
 def check_used(overrides: Sequence[str], uses: Sequence[str]) -> None:

@@ -2,7 +2,7 @@ from dataclasses import fields
 
 import pytest
 
-from agrepa_fast.config import Config
+from agrepa_fast.config import Config, ModelConfig
 from agrepa_fast.config_file import load_config, preset_names, save_config, settings_that_differ
 from agrepa_fast.errors import UserError
 
@@ -23,6 +23,27 @@ def test_overrides_are_typed():
     assert config.align.fixed_layers == (4, 8)
     assert config.eval.times == [0.5]
     assert config.data.mel_norm is None
+
+
+def test_another_backbone_leaves_out_the_sizes_of_the_presets_own(tmp_path):
+    """Those that are typed stay, and so does all that the shards decide; the message is for what was typed."""
+    typed = ["model.backbone=voicebox", "model.options.dim=64", "model.n_mels=80"]
+    given = load_config("demo", typed).model
+    assert given == ModelConfig(backbone="voicebox", options={"dim": 64}, n_mels=80)
+    with pytest.raises(UserError, match=r"model\.depth is AudioDiT's: for voicebox write model.options\.depth="):
+        load_config("demo", [*typed, "model.depth=8"])
+    assert load_config("demo", ["model.backbone=audio_dit"]) == load_config("demo")
+    assert load_config("voicebox", ["model.backbone=audio_dit", "model.depth=3"]).model == ModelConfig(depth=3)
+
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {backbone: 'mine:Mine', options: {size: 5}, padding: upstream, extra_vocab: 7}\n")
+    sibling = load_config(file, ["model.backbone=mine:Other"]).model
+    assert (sibling.options, sibling.padding) == ({"size": 5}, "upstream")
+    other = load_config(file, ["model.backbone=other:Mine"]).model
+    assert (other.options, other.padding, other.extra_vocab) == ({}, "strict", 7)
+    file.write_text("model: {backbone: voicebox, dim: 64}\n")
+    with pytest.raises(UserError, match=r"model\.dim is AudioDiT's"):
+        load_config(file)
 
 
 @pytest.mark.parametrize(
