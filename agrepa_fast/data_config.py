@@ -91,6 +91,9 @@ class LoadingConfig:
     )
     text: str | None = setting(None, "ids of transcripts: bytes, chars:FILE, pinyin:FILE or package:f5; null: no text")
     speech_share: Share = setting(0.5, "share of speech among the clips, if both domains are there")
+    normalize: bool = setting(
+        True, "mels to mean 0 and deviation 1 over the train clips; false: natural logarithms as they are"
+    )
     workers: Processes = setting(0, "loader processes per rank; 0 reads in the training process", resume=True)
     max_faults: Share = setting(
         0.001, "share of the training clips that may be unreadable before the run stops", resume=True

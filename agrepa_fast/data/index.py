@@ -75,6 +75,7 @@ class Index:
     content: dict  # index.json
     chosen: dict[str, str] = field(default_factory=dict)  # domain -> name of the teacher to read; default: its first
     text: TextIds | None = None  # of the transcripts; set, only clips with a transcript of their own are taken
+    normalize: bool = True  # False: mels are trained as they are, and mel_mean and mel_std are 0 and 1
 
     @cached_property
     def domains(self) -> tuple[str, ...]:
@@ -103,11 +104,14 @@ class Index:
 
     @cached_property
     def mel_mean(self) -> float:
-        """Mean of all values of the train mels, all domains together."""
-        return self._mel_sum("sum") / self._mel_values()
+        """Mean of all values of the train mels, all domains together, which is taken off them."""
+        return self._mel_sum("sum") / self._mel_values() if self.normalize else 0.0
 
     @cached_property
     def mel_std(self) -> float:
+        """Their standard deviation, which they are divided by."""
+        if not self.normalize:
+            return 1.0
         return (self._mel_sum("sum_squares") / self._mel_values() - self.mel_mean**2) ** 0.5
 
     def _mel_sum(self, name: str) -> float:
@@ -184,7 +188,7 @@ class Index:
     def code_mels(self) -> np.ndarray:
         """Return the mean natural-log mel of each code, (vocab, n_mels) float32; ids of a missing domain get the mean
         of all mels."""
-        mels = np.full((self.vocab, self.n_mels), self.mel_mean, np.float32)
+        mels = np.full((self.vocab, self.n_mels), self._mel_sum("sum") / self._mel_values(), np.float32)
         for domain in self.domains:
             first, end = self.token_range(domain)
             mels[first:end] = read_code_mels(self.folder / self.content["domains"][domain]["tokens"]["file"])

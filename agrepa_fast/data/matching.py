@@ -36,7 +36,7 @@ def matching_index(data: DataConfig) -> Index:
         names = [name for name in specs if specs[name] == spec]
         names.sort(key=lambda name: entry["teachers"][name]["rate"] != data.teacher_rate)
         chosen[domain] = names[0]
-    index = replace(index, chosen=chosen)
+    index = replace(index, chosen=chosen, normalize=data.normalize)
     return index if data.text is None else _with_text(index, load_text(data.text))
 
 

@@ -6,13 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from agrepa_fast.checkpoints.shard_facts import shard_hash
 from agrepa_fast.config import DOMAINS, DataConfig
+from agrepa_fast.config_file import load_config
 from agrepa_fast.data import clip_reader
 from agrepa_fast.data.batch import collate
 from agrepa_fast.data.clip_reader import Background, ClipReader
 from agrepa_fast.data.index import load_index, read_index
 from agrepa_fast.data.layout import BatchLayout
 from agrepa_fast.data.loading import TrainBatches
+from agrepa_fast.data.matching import matching_index
 from agrepa_fast.data.order import ClipOrder
 from agrepa_fast.data.plan import BatchPlan
 from agrepa_fast.data.reading import Fault, fixed_clips, read_shard
@@ -68,6 +71,18 @@ def test_collate_normalises_and_centres_and_pads_with_zeros(index):
     assert batch.domain.tolist() == [0, 0, 1]
     raw = collate(samples, (0, 1, 2), index, center=False)
     assert torch.equal(raw.teacher["audio"][2], torch.from_numpy(samples[2].teacher).float())
+
+
+def test_mels_stay_as_they_are_if_that_is_asked(index):
+    data = load_config(str(index.folder / "preset.yaml"), ["data.normalize=false"]).data
+    raw = matching_index(data)
+    assert (raw.mel_mean, raw.mel_std) == (0.0, 1.0)
+    samples = fixed_clips(index, "val", "speech", 2)
+    batch = collate(samples, (0, 1), raw)
+    for row, sample in enumerate(samples):
+        assert torch.equal(batch.mel[row, : sample.frames], torch.from_numpy(sample.mel).float())
+    assert (raw.code_mels() == index.code_mels()).all()
+    assert shard_hash(raw) != shard_hash(index)
 
 
 def test_the_whole_training_split_is_normalised(index):
