@@ -1,4 +1,4 @@
-"""Learning rate: linear warm-up, then cosine decay."""
+"""Learning rate: linear warm-up, then a decay by a cosine or a line."""
 
 import math
 
@@ -10,4 +10,5 @@ def lr_factor(train: TrainConfig, step: int) -> float:
     if step < train.warmup_steps:
         return (step + 1) / train.warmup_steps
     progress = min(1.0, (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps))
-    return train.final_lr + (1 - train.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - progress if train.lr_decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return train.final_lr + (1 - train.final_lr) * left

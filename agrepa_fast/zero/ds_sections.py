@@ -57,6 +57,7 @@ _SCHEDULES = {  # DeepSpeed's parameter -> setting of train; its default, None: 
     },
     "WarmupLR": {"warmup_max_lr": ("lr", None), "warmup_num_steps": ("warmup_steps", 1000)},
 }
+_IMPLIED = {"WarmupCosineLR": {"lr_decay": "cosine"}, "WarmupLR": {"final_lr": 1.0}}
 _SCHEDULE_FIXED = {"warmup_min_ratio": 0, "warmup_min_lr": 0, "last_batch_iteration": -1, "warmup_type": "linear"}
 
 
@@ -137,7 +138,7 @@ def _scheduler(content: object) -> tuple[dict[str, object], str]:
     if not isinstance(kind, str) or kind not in _SCHEDULES:
         raise UserError(
             f'ds_config "scheduler": remove it, {kind} is neither WarmupCosineLR nor WarmupLR: this engine warms up '
-            "linearly over train.warmup_steps and decays by a cosine to train.final_lr"
+            "linearly over train.warmup_steps and decays by train.lr_decay to train.final_lr"
         )
     names = _SCHEDULES[kind]
     _check_names("scheduler", params, (*names, *_SCHEDULE_FIXED))
@@ -147,8 +148,7 @@ def _scheduler(content: object) -> tuple[dict[str, object], str]:
         value = params.get(name, default)
         if value not in (None, "auto"):
             settings[setting] = value
-    if kind == "WarmupLR":
-        settings["final_lr"] = 1.0
+    settings |= _IMPLIED[kind]
     note = "" if "warmup_type" in params else "; the warm-up is linear, DeepSpeed's default is logarithmic"
     return settings, note
 

@@ -33,7 +33,8 @@ def test_adamw_and_its_schedule_become_settings_of_the_run():
     assert (train.steps, train.warmup_steps, train.final_lr) == (900, 50, 0.05)
     assert lines == [
         'ds_config "optimizer": taken as train.lr=0.0003, train.betas=[0.9, 0.95], train.weight_decay=0.1',
-        'ds_config "scheduler": taken as train.steps=900, train.warmup_steps=50, train.final_lr=0.05',
+        'ds_config "scheduler": taken as train.steps=900, train.warmup_steps=50, train.final_lr=0.05, '
+        "train.lr_decay=cosine",
     ]
 
 

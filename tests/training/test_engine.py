@@ -27,6 +27,20 @@ def test_schedule_counts_optimizer_steps():
     assert lr_factor(train, 100) == lr_factor(train, 1000) == pytest.approx(0.1)
 
 
+def test_a_linear_decay_is_torchs():
+    """As F5-TTS's trainer puts it together, but for the warm-up, which there begins at 0."""
+    train = TrainConfig(steps=50, warmup_steps=10, lr_decay="linear", final_lr=0.0)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    parts = [torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1e-8, end_factor=1.0, total_iters=10)]
+    parts += [torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=1e-8, total_iters=40)]
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[10])
+    for step in range(60):
+        ahead = 0.1 if step < 10 else 0.0
+        assert lr_factor(train, step) == pytest.approx(optimizer.param_groups[0]["lr"] + ahead, abs=1e-7), step
+        optimizer.step()
+        schedule.step()
+
+
 @pytest.mark.parametrize("stage", range(4))
 def test_presets_are_filled_in_from_the_run(stage):
     values = find_ds_config(f"zero{stage}.json")
