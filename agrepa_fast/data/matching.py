@@ -16,6 +16,8 @@ from .tars import read_descriptions
 from .text import TextIds, load_text
 from .transcribed import transcribed
 
+_NEW = ("long",)  # features that shards of version 0.1 do not say
+
 
 def matching_index(data: DataConfig) -> Index:
     """Return the index of data.path, with the teachers that `data` names.
@@ -78,8 +80,9 @@ def count_transcribed(index: Index) -> str:
 def known_features(folder: Location, features: dict) -> dict:
     """Return the features of an index that are settings of this version.
 
-    A setting that earlier versions had is left out if its value is the one that this version implies. Raises UserError
-    for any other value, and for a feature of another version that this one does not know.
+    A setting that earlier versions had is left out if its value is the one that this version implies, and one that
+    version 0.1 had not has its default. Raises UserError for any other value, and for a feature of another version that
+    this one does not know.
     """
     known = setting_names(ShardConfig)
     try:
@@ -93,7 +96,7 @@ def known_features(folder: Location, features: dict) -> dict:
             f"{folder} was prepared with data.{unknown[0]}={features[unknown[0]]}, which this version does not know; "
             f"it knows {', '.join(known)}: use the version that prepared it, or prepare the recordings again"
         )
-    return features
+    return {name: getattr(ShardConfig(), name) for name in _NEW} | features
 
 
 def _check(index: Index, data: DataConfig, name: str, prepared: list[object]) -> object:

@@ -15,7 +15,7 @@ from ..data_config import MelConfig, values_of
 from ..errors import UserError
 from .job import Job, digest, read_work, work_file, write_work
 from .passes import read_ahead
-from .skipped import BAD, SHORT, SILENT, LeftOut
+from .skipped import BAD, LONG, SHORT, SILENT, LeftOut
 
 _MIN_PEAK = 1e-4  # a recording that stays below is silent
 MAX_PEAK = 10.0  # mixes reach 2 or 3, integers stored as floats hundreds
@@ -95,6 +95,8 @@ def _features(recording: Recording, data: DataConfig, rates: set[int], log_mel: 
     except UserError as error:
         kind = SILENT if isinstance(error, SilentError) else BAD
         return _unusable(kind, str(error).removeprefix(f"{recording.source}: "))
+    if cut and data.long == "skip":
+        return _unusable(LONG, f"longer than data.max_seconds={data.max_seconds}")
     if fault := _fault(wave, rate, data, log_mel):
         return _unusable(*fault)
     at_rate = {to_rate: _resample(wave, rate, data, to_rate) for to_rate in {*rates, data.sample_rate}}

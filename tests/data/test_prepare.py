@@ -1,7 +1,9 @@
 """agrepa prepare, end to end on recordings and a small random Whisper written by the tests."""
 
 import ast
+import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -332,3 +334,15 @@ def test_threads_read_arrays_without_the_parser_that_they_share(tmp_path, monkey
             assert (read[name].dtype, read[name].shape) == (array.dtype, array.shape), name
             assert np.array_equal(read[name], array), name
     assert list(read_work(file, "cut")) == ["cut"]
+
+
+def test_settings_that_version_0_1_had_not_are_taken_for_its_behaviour(corpus, prepared, whisper, tmp_path, capsys):
+    old = tmp_path / "old"
+    shutil.copytree(prepared.folder, old)
+    content = json.loads((old / "index.json").read_text())
+    assert content["features"].pop("long") == "cut"
+    (old / "index.json").write_text(json.dumps(content))
+    prepare_folder(settings(whisper), corpus, "speech", old)
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"prepared with data\.long=cut, not skip"):
+        prepare_folder(settings(whisper, "data.long=skip"), corpus, "speech", old)

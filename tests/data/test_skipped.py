@@ -115,6 +115,22 @@ def test_short_and_silent_recordings_are_no_damage(whisper, tmp_path):
         prepare_folder(settings(whisper), corpus, "speech", tmp_path / "none")
 
 
+def test_long_recordings_are_left_out_instead_of_cut_if_that_is_asked(whisper, tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", 20)
+    lengths = {path.name: soundfile.info(path).duration for path in corpus.rglob("take*") if path.suffix != ".txt"}
+    long = sorted(name for name, seconds in lengths.items() if seconds > 2.25)
+    assert len(long) > 1
+    index = prepare_folder(settings(whisper, "data.long=skip"), corpus, "speech", tmp_path / "out")
+    assert sorted((row[2].rpartition("/")[2], *row[3:]) for row in rows(tmp_path / "out")) == [
+        (name, "long recording", "longer than data.max_seconds=2.2") for name in long
+    ]
+    clips = [clip for of_split in read_all(index).values() for clip in of_split]
+    assert len(clips) == 20 - len(long)
+    assert not any(clip.cut for clip in clips)
+    with pytest.raises(UserError, match=r"was prepared with data\.long=skip, not cut"):
+        prepare_folder(settings(whisper), corpus, "speech", tmp_path / "out")
+
+
 def test_a_refusal_names_all_recordings_in_the_file(whisper, tmp_path, capsys):
     corpus = write_corpus(tmp_path / "corpus", 12)
     for number in range(30):
