@@ -14,6 +14,7 @@ EXTRAS = {
     "hf": ["datasets>=5,<6"],  # agrepa prepare hf
     "vq": ["vector-quantize-pytorch>=1.32"],  # agrepa tokens fit
     "s3": ["s3tokenizer>=0.3"],  # data.speech_tokens=s3:…
+    "cosyvoice": ["diffusers>=0.29,<1", "einops"],  # model.backbone=cosyvoice1 and 2, beside CosyVoice itself
     "f5": ["f5-tts>=1.1,<2"],  # data.text=pinyin:… and package:f5, model.backbone=f5
     "beats": ["speechbrain>=1.1"],  # teachers beats:FILE
     "wandb": ["wandb>=0.20"],  # train.wandb=PROJECT
@@ -107,7 +108,7 @@ setup(
         # f5-tts comes without its requirements, a training stack: see tests/peers.txt
         "test": [
             *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12"),
-            *chain.from_iterable(packages for name, packages in EXTRAS.items() if name != "f5"),
+            *chain.from_iterable(packages for name, packages in EXTRAS.items() if name not in ("cosyvoice", "f5")),
         ],
     },
     entry_points={"console_scripts": ["agrepa = agrepa_fast.cli:main"]},

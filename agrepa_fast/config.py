@@ -64,7 +64,7 @@ class RunConfig:
 class ModelConfig:
     """AudioDiT, or a model of yours. `n_mels` and `vocab` are those of the shards unless given."""
 
-    backbone: str = setting("audio_dit", "audio_dit, cosyvoice3, f5, voicebox, or MODULE:CLASS of a Backbone of yours")
+    backbone: str = setting("audio_dit", "audio_dit, cosyvoice1, 2 or 3, f5, voicebox, or MODULE:CLASS of a Backbone")
     options: dict[str, Any] = setting({}, "keywords for its class: model.options.NAME=VALUE; most below is AudioDiT's")
     padding: Literal["strict", "upstream"] = setting(
         "strict", "upstream: valid frames see padding as in the package that the model comes from"

@@ -11,7 +11,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..errors import UserError
-from ..kernels import valid_frames
 from .audio_dit.conditioning import keep_clips, zero_padding
 from .backbone import Backbone
 from .condition import Condition
@@ -94,14 +93,3 @@ def stretch(frames_of_tokens: torch.Tensor, given: torch.Tensor, lengths: torch.
     place = torch.minimum(place, (given - 1).unsqueeze(1))
     rows = torch.arange(frames_of_tokens.shape[1], device=lengths.device)
     return torch.bmm((place.unsqueeze(-1) == rows).to(frames_of_tokens.dtype), frames_of_tokens)
-
-
-def attention_mask(lengths: torch.Tensor, frames: int, chunked: torch.Tensor | None, chunk: int) -> torch.Tensor:
-    """Return the frames that each frame attends to, bool (C, 1, frames), or (C, frames, frames) if some clips are
-    `chunked` (C,): their frames see no chunk after their own (cosyvoice/utils/mask.py, subsequent_chunk_mask)."""
-    valid = valid_frames(lengths, frames).unsqueeze(1)
-    if chunked is None:
-        return valid
-    place = torch.arange(frames, device=lengths.device)
-    seen = place < ((place // chunk + 1) * chunk).unsqueeze(1)
-    return valid & (seen | ~chunked[:, None, None])

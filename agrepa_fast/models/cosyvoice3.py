@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from ..kernels import ada_norm
 from .backbone import Layer
 from .condition import Condition
-from .cosyvoice import CosyVoice, attention_mask, stretch
+from .cosyvoice import CosyVoice, stretch
+from .cosyvoice_clips import attention_mask
 from .fuse import dit_block
 
 

@@ -14,6 +14,8 @@ from .audio_dit.dit import AudioDiT
 from .backbone import Backbone
 
 _OURS = {
+    "cosyvoice1": "agrepa_fast.models.cosyvoice_unet:CosyVoice1",
+    "cosyvoice2": "agrepa_fast.models.cosyvoice_unet:CosyVoice2",
     "cosyvoice3": "agrepa_fast.models.cosyvoice3:CosyVoice3",
     "f5": "agrepa_fast.models.f5:F5",
     "voicebox": "agrepa_fast.models.voicebox:Voicebox",
