@@ -1,15 +1,19 @@
 """F5 in the package's own training and inference: its loss, its sampler, its weight files."""
 
+import inspect
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from agrepa_fast.checkpoints.upstream import start_from_upstream
 from agrepa_fast.config import FlowConfig
+from agrepa_fast.config_file import load_config
 from agrepa_fast.errors import UserError
 from agrepa_fast.flow import sample, training_draws
 from agrepa_fast.kernels import flow_mix, philox_normal
@@ -19,10 +23,7 @@ from agrepa_fast.training.run import Run
 from ..attribution.test_peers import import_alone
 from .test_f5 import FRAMES, MELS, clips, small, theirs_of
 
-FLOW = FlowConfig(
-    sigma=1.0, reference="infill", loss_region="hidden", average="frame", drop_tokens=0.0, drop_reference=0.0,
-    guidance=3.0, guidance_without="all", sway=-1.0, steps=8,
-)  # fmt: skip
+FLOW = replace(load_config("f5-v1").flow, drop_reference=0.0, drop_all=0.0, steps=8)
 KEYS = torch.tensor([[11, 12, 13], [21, 22, 23]])
 
 
@@ -57,7 +58,7 @@ def test_loss_is_theirs_from_the_same_draws(form, drop, monkeypatch):
     mel = torch.where((torch.arange(FRAMES) < condition.lengths[:, None])[..., None], mel, 0)
     almost_one = 1 - 1e-12
     dropped = {"nothing": {}, "reference": {"drop_reference": almost_one}, "all": {"drop_all": almost_one}}
-    flow = replace(FLOW, **dropped[drop])
+    flow: FlowConfig = replace(FLOW, **dropped[drop])
     draws = training_draws(flow, condition.lengths, KEYS[0])
     span = draws.hidden.frames(FRAMES)
     found = our_loss(ours, SimpleNamespace(mel=mel, condition=condition), flow, float(span.sum() / 3))
@@ -157,3 +158,29 @@ def test_weights_of_another_network_are_refused_by_name(other, name, tmp_path):
     with pytest.raises(UserError, match="not the weights of this F5") as refusal:
         start_from_upstream(small(), tmp_path / "model_7.safetensors")
     assert name in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "theirs"), [("f5-v1", "F5TTS_v1_Base"), ("f5-v0", "F5TTS_Base"), ("e2", "E2TTS_Base")]
+)
+def test_presets_are_the_packages_configurations(preset, theirs):
+    ours = load_config(preset)
+    folder = Path(cfm_module().__file__).parents[1]
+    theirs = yaml.safe_load((folder / "configs" / f"{theirs}.yaml").read_text())
+    arch, mel, optim = theirs["model"]["arch"], theirs["model"]["mel_spec"], theirs["optim"]
+    options = {"network": "DiT"} | ours.model.options
+    assert options.pop("network") == theirs["model"]["backbone"]
+    unused = ("attn_backend", "attn_mask_enabled", "checkpoint_activations", "qk_norm", "pe_attn_head")
+    assert options == {name: value for name, value in arch.items() if name not in unused or name in options}
+    assert arch.get("pe_attn_head") == options.get("pe_attn_head")
+    data, train = ours.data, ours.train
+    assert (data.sample_rate, data.n_mels) == (mel["target_sample_rate"], mel["n_mel_channels"])
+    assert (data.hop_length, data.n_fft, data.f_max) == (mel["hop_length"], mel["n_fft"], mel["target_sample_rate"] / 2)
+    assert (train.lr, train.warmup_steps) == (float(optim["learning_rate"]), optim["num_warmup_updates"])
+    assert train.clip_norm == optim["max_grad_norm"]
+    assert train.batch_frames == 8 * theirs["datasets"]["batch_size_per_gpu"]
+    defaults = inspect.signature(cfm_module().CFM).parameters
+    assert ours.flow.drop_reference == defaults["audio_drop_prob"].default
+    assert ours.flow.drop_all == defaults["cond_drop_prob"].default
+    assert tuple(ours.flow.infill) == defaults["frac_lengths_mask"].default
+    assert not data.normalize
