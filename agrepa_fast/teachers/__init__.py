@@ -18,15 +18,12 @@ L3 against the end on sonic-pi: 33 files better, 10 worse. aisfx, a network for 
 frames per second, too few for tokens. The third layer gives 50 and needs no second download.
 """
 
-import re
-
 from ..audio.waves import import_torchaudio
-from ..errors import UserError
-from ..fetch import check_home_cache
-from ..files import local_path
-from .base import Teacher, split_layer
+from .base import Teacher, cannot_load, model_source, split_layer
 
 __all__ = ["Teacher", "load_teacher"]
+
+_WAYS = "package:whisper-base, a folder saved with save_pretrained, or a name on the model hub, which needs a network"
 
 
 def load_teacher(spec: str, device: str = "cpu", dtype: str = "fp32") -> Teacher:
@@ -56,7 +53,7 @@ def load_teacher(spec: str, device: str = "cpu", dtype: str = "fp32") -> Teacher
             from .families import load_encoder as load
         teacher = load(config, base, source, layer, identity, device, dtype)
     except (OSError, ValueError) as error:  # transformers' for a missing file and an unknown model type
-        raise UserError(_not_found(spec, error)) from error
+        raise cannot_load(f"teacher {spec!r}", error, _WAYS) from error
     revision = getattr(config, "_commit_hash", None)  # of a model from the hub
     if revision:
         teacher.identity["version"] = revision
@@ -70,22 +67,5 @@ def _locate(base: str) -> tuple[str, dict]:
 
         name = base.removeprefix("package:")
         encoder = packaged(name)
-        known = {"package": encoder.package, "version": encoder.version, "licence": encoder.licence}
-        return str(encoder.folder(name)), known
-    folder = local_path(base)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"teacher {base!r}: {folder} has no config.json; save a transformers model there")
-        return str(folder), {}
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base):
-        raise UserError(_not_found(base, "no such folder"))
-    check_home_cache()
-    return base, {}
-
-
-def _not_found(spec: str, reason: object) -> str:
-    first = str(reason).strip().partition("\n")[0].rstrip(".")
-    return (
-        f"teacher {spec!r} cannot be loaded ({first}): give package:whisper-base, a folder saved with save_pretrained, "
-        f"or a name on the model hub, which needs a network"
-    )
+        return str(encoder.folder(name)), encoder.facts
+    return model_source(base, f"teacher {base!r}", _WAYS), {}

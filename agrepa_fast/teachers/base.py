@@ -12,10 +12,12 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..fetch import check_home_cache
 from ..files import local_path
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-_MAY_LACK = ("decoder.", "masked_spec_embed")  # a Whisper's decoder, wav2vec 2.0's training mask: not used here
+# Not used here: the decoder of a WhisperModel, wav2vec 2.0's training mask, which is not in its authors' own weights.
+_MAY_LACK = re.compile(r"decoder\..*|(\w+\.)?masked_spec_embed")
 
 
 class Teacher(ABC):
@@ -144,9 +146,29 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def load_weights(model_class, source: str, spec: str, **options):
-    """Return model_class.from_pretrained(source) in fp32 and evaluation mode. Raises UserError unless the weights fill
-    the whole encoder.
+def model_source(name: str, title: str, ways: str) -> str:
+    """Return the argument of from_pretrained for a folder or a hub name. Raises UserError, which begins with `title`
+    and names the `ways` to give a model, for neither."""
+    folder = local_path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{title}: {folder} has no config.json; save a transformers model there")
+        return str(folder)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise cannot_load(title, "no such folder", ways)
+    check_home_cache()
+    return name
+
+
+def cannot_load(title: str, reason: object, ways: str) -> UserError:
+    """Return the error of a model that transformers does not find. ways: as in model_source."""
+    first = str(reason).strip().partition("\n")[0].rstrip(".")
+    return UserError(f"{title} cannot be loaded ({first}): give {ways}")
+
+
+def load_weights(model_class, source: str, title: str, **options):
+    """Return model_class.from_pretrained(source) in fp32 and evaluation mode. Raises UserError, which begins with
+    `title`, unless the weights fill the whole model, of a Whisper's teacher the encoder.
 
     Reads safetensors if there are any. A pytorch_model.bin is unpickled with weights_only, which runs no code.
     """
@@ -158,12 +180,15 @@ def load_weights(model_class, source: str, spec: str, **options):
             model, report = model_class.from_pretrained(source, output_loading_info=True, **options)
     except (SafetensorError, RuntimeError, UnpicklingError) as error:  # cut off; shapes that do not fit config.json
         raise UserError(
-            f"teacher {spec!r}: its weights cannot be read ({in_one_line(error)}): save or download it again"
+            f"{title}: its weights cannot be read ({in_one_line(error)}): save or download it again"
         ) from error
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith(_MAY_LACK))
+    missing = sorted(name for name in report["missing_keys"] if not _MAY_LACK.fullmatch(name))
     if missing:
         raise UserError(
-            f"teacher {spec!r}: its weights lack {missing[0]} ({len(missing)} of {model_class.__name__}'s):"
+            f"{title}: its weights lack {missing[0]} ({len(missing)} of {model_class.__name__}'s):"
             f" save the whole model with save_pretrained"
         )
+    for name in report["missing_keys"]:
+        if name.endswith("masked_spec_embed"):  # a random vector in its place would give every load another hash
+            torch.nn.init.zeros_(model.get_parameter(name))
     return model.eval().requires_grad_(False)

@@ -60,6 +60,7 @@ def _load(config, source: str, base: str) -> torch.nn.Module:
     while True:
         inner = [name for name in _PLACES if isinstance(getattr(encoder, name, None), PreTrainedModel)]
         if not inner:
-            return load_weights(type(encoder), source, base, config=encoder.config, key_mapping=renamed or None)
+            title = f"teacher {base!r}"
+            return load_weights(type(encoder), source, title, config=encoder.config, key_mapping=renamed or None)
         encoder = getattr(encoder, inner[0])
         renamed = {rf"^(?:\w+\.)*?{inner[0]}\.": ""}

@@ -101,9 +101,9 @@ def load_whisper(
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
     if config.architectures == ["WhisperEncoder"]:
-        encoder = load_weights(WhisperEncoder, source, base)
+        encoder = load_weights(WhisperEncoder, source, f"teacher {base!r}")
     else:
-        encoder = load_weights(WhisperModel, source, base).encoder
+        encoder = load_weights(WhisperModel, source, f"teacher {base!r}").encoder
     # The extractor's arithmetic is fixed but for the number of mel bands, so a folder need not hold its settings.
     extractor = WhisperFeatureExtractor(feature_size=config.num_mel_bins)
     return WhisperTeacher(encoder, extractor, base, layer, identity, device, dtype)

@@ -14,7 +14,7 @@ from agrepa_fast.audio.waves import decode, import_torchaudio, resample
 from agrepa_fast.errors import UserError
 from agrepa_fast.fetch import fetch_apt
 from agrepa_fast.teachers import load_teacher
-from agrepa_fast.teachers.ctranslate2 import read_variables, whisper_encoder
+from agrepa_fast.teachers.ctranslate2 import read_variables, whisper_encoder, whisper_model
 
 from .audio_families import FAMILIES
 
@@ -245,34 +245,27 @@ def test_weights_that_are_incomplete_or_do_not_fit(whisper, tmp_path):
     assert "cannot be loaded" in user_error(str(tmp_path / "hubert"))
 
 
-def ctranslate2_bytes(encoder) -> bytes:
-    """The encoder as a CTranslate2 model.bin, with an alias and a tensor of the decoder."""
-    state = {name: value.numpy() for name, value in encoder.state_dict().items()}
-    variables = {
-        "encoder/position_encodings/encodings": state["embed_positions.weight"],
-        "encoder/num_heads": np.array(2, np.int16),
-        "decoder/embeddings/weight": np.zeros((4, 4), np.int8),
-    }
+def test_weights_without_the_mask_of_training_have_one_hash(tmp_path):
+    """The authors' own weights of wav2vec 2.0 lack it."""
+    from safetensors.torch import load_file, save_file
 
-    def put(name: str, source: str, weight: str = "weight", bias: str = "bias") -> None:
-        variables[f"encoder/{name}/{weight}"] = state[f"{source}.weight"]
-        variables[f"encoder/{name}/{bias}"] = state[f"{source}.bias"]
+    FAMILIES["wav2vec2"].save(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    weights.pop(next(name for name in weights if name.endswith("masked_spec_embed")))
+    save_file(weights, file, metadata={"format": "pt"})
+    one, other = (load_teacher(str(tmp_path)).identity["sha256"] for _ in range(2))
+    assert one == other
 
-    for name in ("conv1", "conv2"):
-        put(name, name)
-    put("layer_norm", "layer_norm", "gamma", "beta")
-    for n in range(len(encoder.layers)):
-        theirs, ours = f"layer_{n}", f"layers.{n}"
-        put(f"{theirs}/self_attention/layer_norm", f"{ours}.self_attn_layer_norm", "gamma", "beta")
-        put(f"{theirs}/ffn/layer_norm", f"{ours}.final_layer_norm", "gamma", "beta")
-        put(f"{theirs}/ffn/linear_0", f"{ours}.fc1")
-        put(f"{theirs}/ffn/linear_1", f"{ours}.fc2")
-        put(f"{theirs}/self_attention/linear_1", f"{ours}.self_attn.out_proj")
-        attention, fused = f"{ours}.self_attn", f"encoder/{theirs}/self_attention/linear_0"
-        variables[f"{fused}/weight"] = np.concatenate([state[f"{attention}.{p}_proj.weight"] for p in "qkv"])
-        no_bias = np.zeros(len(state[f"{attention}.q_proj.bias"]), np.float32)
-        biases = [state[f"{attention}.q_proj.bias"], no_bias, state[f"{attention}.v_proj.bias"]]
-        variables[f"{fused}/bias"] = np.concatenate(biases)
+
+def ctranslate2_bytes(encoder, decoder=None) -> bytes:
+    """The encoder, and the decoder if there is one, as a CTranslate2 model.bin, with an alias; without a decoder, with
+    a quantised tensor of one."""
+    variables = {"encoder/num_heads": np.array(2, np.int16), "decoder/embeddings/weight": np.zeros((4, 4), np.int8)}
+    for side, half in (("encoder", encoder), ("decoder", decoder)):
+        if half is not None:
+            state = {name: value.numpy() for name, value in half.state_dict().items()}
+            variables |= {f"{side}/{name}": value for name, value in ctranslate2_variables(state, len(half.layers))}
     aliased = "encoder/layer_norm/gamma"
     dtypes = {"float32": 0, "int8": 1, "int16": 2}
 
@@ -288,6 +281,43 @@ def ctranslate2_bytes(encoder) -> bytes:
     return content + struct.pack("<I", 1) + text(aliased) + text("moved")
 
 
+def ctranslate2_variables(state: dict[str, np.ndarray], depth: int):
+    """Yield CTranslate2's names and values of one half of a Whisper. Layers of a decoder also attend to the encoder."""
+
+    def norm(name: str, source: str):
+        yield f"{name}/gamma", state[f"{source}.weight"]
+        yield f"{name}/beta", state[f"{source}.bias"]
+
+    def linear(name: str, *sources: str):
+        """Projections stacked; keys have no bias."""
+        weights = [state[f"{source}.weight"] for source in sources]
+        biases = [state.get(f"{s}.bias", np.zeros(len(w), np.float32)) for s, w in zip(sources, weights, strict=True)]
+        yield f"{name}/weight", np.concatenate(weights)
+        yield f"{name}/bias", np.concatenate(biases)
+
+    yield "position_encodings/encodings", state["embed_positions.weight"]
+    yield from norm("layer_norm", "layer_norm")
+    if "embed_tokens.weight" in state:
+        yield "embeddings/weight", state["embed_tokens.weight"]
+    else:
+        yield from linear("conv1", "conv1")
+        yield from linear("conv2", "conv2")
+    for n in range(depth):
+        theirs, ours = f"layer_{n}", f"layers.{n}"
+        own, across = f"{ours}.self_attn", f"{ours}.encoder_attn"
+        yield from norm(f"{theirs}/self_attention/layer_norm", f"{own}_layer_norm")
+        yield from linear(f"{theirs}/self_attention/linear_0", *(f"{own}.{part}_proj" for part in "qkv"))
+        yield from linear(f"{theirs}/self_attention/linear_1", f"{own}.out_proj")
+        if f"{across}.q_proj.weight" in state:
+            yield from norm(f"{theirs}/attention/layer_norm", f"{across}_layer_norm")
+            yield from linear(f"{theirs}/attention/linear_0", f"{across}.q_proj")
+            yield from linear(f"{theirs}/attention/linear_1", f"{across}.k_proj", f"{across}.v_proj")
+            yield from linear(f"{theirs}/attention/linear_2", f"{across}.out_proj")
+        yield from norm(f"{theirs}/ffn/layer_norm", f"{ours}.final_layer_norm")
+        yield from linear(f"{theirs}/ffn/linear_0", f"{ours}.fc1")
+        yield from linear(f"{theirs}/ffn/linear_1", f"{ours}.fc2")
+
+
 def test_a_ctranslate2_model_becomes_the_encoder_it_was():
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -301,6 +331,25 @@ def test_a_ctranslate2_model_becomes_the_encoder_it_was():
         assert torch.equal(converted.state_dict()[name], value), name
 
 
+def test_a_ctranslate2_model_becomes_the_whisper_it_was():
+    from transformers import WhisperForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 128, "encoder_layers": 2, "decoder_layers": 3, "decoder_ffn_dim": 80, "vocab_size": 30}
+    model = WhisperForConditionalGeneration(whisper_config(**sizes, max_target_positions=40)).requires_grad_(False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    content = ctranslate2_bytes(model.model.encoder, model.model.decoder)
+    converted = whisper_model(read_variables(io.BytesIO(content)), TOKENS)
+    assert converted.state_dict().keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(converted.state_dict()[name], value), name
+    mel, ids = torch.randn(1, 80, 3000), torch.tensor([[1, 5, 9]])
+    with torch.inference_mode():
+        expected = model.eval()(mel, decoder_input_ids=ids).logits
+        assert torch.equal(converted.eval()(mel, decoder_input_ids=ids).logits, expected)
+
+
 def test_a_ctranslate2_model_that_is_cut_off_or_quantised():
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -311,8 +360,11 @@ def test_a_ctranslate2_model_that_is_cut_off_or_quantised():
         read_variables(io.BytesIO(content.replace(b"WhisperSpec", b"TransformerS")))
     variables = read_variables(io.BytesIO(content))
     variables["encoder/conv1/weight"] = variables["encoder/conv1/weight"].astype(np.int8)
-    with pytest.raises(ValueError, match="quantised"):
+    with pytest.raises(ValueError, match="conv1/weight is quantised"):
         whisper_encoder(variables)
+    del variables["encoder/conv1/weight"]
+    with pytest.raises(ValueError, match="decoder/embeddings/weight is quantised"):
+        whisper_model(variables, TOKENS)
 
 
 def test_packaged_whisper_is_the_model_it_says():
