@@ -1,0 +1,30 @@
+"""Helpers that all metric models use: the wave that a model takes, and its identity."""
+
+import numpy as np
+import torch
+
+from ..audio.waves import resample
+from ..errors import UserError, nearest
+from ..teachers.base import weights_sha256
+
+HUB = "a folder saved with save_pretrained, or a name on the model hub, which needs a network"
+
+
+def wave_at(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
+    """Return a wave (samples,) float32 at `to_rate` Hz. Raises ValueError for one that is empty, not 1-D, or not finite
+    throughout: no model can judge it."""
+    if wave.ndim != 1 or len(wave) == 0:
+        raise ValueError(f"wave of shape {wave.shape}: (samples,) with at least one sample is wanted")
+    if not np.isfinite(wave).all():
+        raise ValueError(f"wave with {np.count_nonzero(~np.isfinite(wave))} of {len(wave)} samples not finite")
+    return resample(np.ascontiguousarray(wave, dtype=np.float32), from_rate, to_rate)
+
+
+def identity(spec: str, module: torch.nn.Module, licence: str | None, version: str | None) -> dict[str, str | None]:
+    """Return the facts that must be equal for two results to be of one model. licence and version: None if unknown."""
+    return {"spec": spec, "sha256": weights_sha256(module), "licence": licence, "version": version}
+
+
+def unknown_package(setting: str, spec: str, known: list[str]) -> UserError:
+    """Return the error of a `package:NAME` that does not exist. known: names without `package:`."""
+    return UserError(f"{setting}={spec}: {nearest(spec, [f'package:{name}' for name in known])}")
