@@ -8,14 +8,19 @@ noisy in a single draw. A layer of several parts has the sum of their inner prod
 """
 
 import math
-from itertools import islice
+from collections.abc import Callable
+from functools import partial
 
 import torch
+import torch.nn as nn
 
 from ..kernels import philox_normal
 from ..models.backbone import Backbone
+from .calls import block_name, name_arguments, positional_names
 from .points import ProbeBatch, ProbePoints, clip_times, evaluation_mode
 from .scores import BatchScores
+from .states import choose_branch, choose_state, updates
+from .trees import tensors
 
 
 class FogaVjp:
@@ -40,32 +45,39 @@ class FogaVjp:
 
     def _estimate(self, batch: ProbeBatch, time: float, draw: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the scores (L, C) and the norms of the velocity (C,) at one time and draw."""
-        branches, outputs, handles = [], [], []
-
-        def keep(_module, args, kwargs, out) -> None:
-            out = out if isinstance(out, torch.Tensor) else out[0]
-            state = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
-            outputs.append(out)
-            branches.append((out if self.model.kind == "branch" else out - state).detach())
-
-        parts = [len(layer.parts) for layer in self.model.layers]
-        for layer in self.model.layers:
-            handles += [part.register_forward_hook(keep, with_kwargs=True) for part in layer.parts]
+        running: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # layer, what it adds, what it hands on
+        handles = [
+            part.register_forward_hook(partial(self._keep, running.append, number), with_kwargs=True)
+            for number, layer in enumerate(self.model.layers)
+            for part in layer.parts
+        ]
         try:
             with torch.enable_grad():
                 x_t = self.points.x_t(batch, time, draw).detach().requires_grad_()
                 v = self.model(x_t, clip_times(batch, time), batch.condition).v.float()
                 u = philox_normal(self.points.keys(batch, draw, f"foga-vjp {time:g}"), v[0].numel()).view_as(v)
-                gradients = torch.autograd.grad((u * v).sum(), outputs)
+                outputs = [output for _, _, output in running]
+                gradients = torch.autograd.grad((u * v).sum(), outputs, materialize_grads=True)
         finally:
             for handle in handles:
                 handle.remove()
         norm = v.detach().flatten(1).norm(dim=1)
-        inner = [(g.float() * f.float()).flatten(1).sum(1) for g, f in zip(gradients, branches, strict=True)]
-        of_layers = torch.stack([torch.stack(of_layer).sum(0) for of_layer in _split(inner, parts)])
-        return math.sqrt(math.pi / 2) * of_layers.abs() / (norm + 1e-8), norm
+        inner = norm.new_zeros(len(self.model.layers), len(norm))
+        for (number, added, _), gradient in zip(running, gradients, strict=True):
+            inner[number] += (gradient.float() * added.float()).flatten(1).sum(1)
+        return math.sqrt(math.pi / 2) * inner.abs() / (norm + 1e-8), norm
 
-
-def _split(values: list[torch.Tensor], sizes: list[int]) -> list[list[torch.Tensor]]:
-    remaining = iter(values)
-    return [list(islice(remaining, size)) for size in sizes]
+    def _keep(self, append: Callable, number: int, part: nn.Module, args: tuple, kwargs: dict, out) -> None:
+        """A forward hook: note what a part adds to the residual, and the tensor that it hands on, as gates do."""
+        names = dict(enumerate(positional_names(part.forward)))
+        inputs = dict(tensors(name_arguments(list(names.values()), args, kwargs)))
+        outputs, name = dict(tensors(out)), block_name(number, part)
+        ins, outs = updates(inputs, outputs)
+        if self.model.kind == "branch":
+            handed_on = added = outputs[choose_branch(name, outputs, outs)]
+        else:
+            state = names.get(self.model.state, self.model.state)
+            before, after = choose_state(name, inputs, outputs, state, ins, outs, check_streams=False)
+            handed_on = outputs[after]
+            added = handed_on - inputs[before]
+        append((number, added.detach(), handed_on))
