@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from agrepa_fast import doctor
-from agrepa_fast.cli import SOURCES, main
+from agrepa_fast.cli import main
+from agrepa_fast.cli.prepare import SOURCES
 from agrepa_fast.config_file import load_config
 
 from ..ranks import ROOT, run_training

@@ -1,0 +1,5 @@
+"""`python -m agrepa_fast.cli`, which launchers call."""
+
+from . import main
+
+main()

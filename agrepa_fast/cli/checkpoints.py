@@ -1,0 +1,39 @@
+"""agrepa sample and agrepa export."""
+
+import argparse
+
+from .arguments import a_count, a_path, add_checkpoint, add_command
+
+
+def add_sample(commands) -> None:
+    example = "agrepa sample runs/demo-20261123-210000-3f9a2b --clips 4 flow.guidance=2"
+    sample = add_command(commands, "sample", "sample validation clips and write wavs", example)
+    sample.add_argument("--clips", type=a_count, default=2, help="clips per domain (default: 2)")
+    add_checkpoint(sample)
+    sample.set_defaults(command=_sample)
+
+
+def add_export(commands) -> None:
+    about = "write the weights of a checkpoint as safetensors and yaml"
+    export = add_command(commands, "export", about, "agrepa export runs/demo-20261123-210000-3f9a2b --out exports/demo")
+    export.add_argument("checkpoint", type=a_path, help="runs/<run>, or one of its checkpoints")
+    export.add_argument("--live", action="store_true", help="the live weights instead of their moving average")
+    export.add_argument("--upstream", action="store_true", help="one file, as the package of the model reads it")
+    export.add_argument("--out", type=a_path, required=True, help="a new folder; with --upstream a new file")
+    export.set_defaults(command=_export)
+
+
+def _sample(args: argparse.Namespace) -> None:
+    from ..reporting.samples import sample_checkpoint
+
+    sample_checkpoint(args.checkpoint, args.overrides, live=args.live, clips=args.clips, out=args.out)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from ..checkpoints.find import resolve_checkpoint, step_of
+    from ..checkpoints.upstream import export_upstream
+    from ..checkpoints.weights import export
+
+    path = resolve_checkpoint(args.checkpoint)
+    (export_upstream if args.upstream else export)(path, args.out, live=args.live)
+    print(f"wrote {args.out}: {'live' if args.live else 'averaged'} weights of step {step_of(path)}")

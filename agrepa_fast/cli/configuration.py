@@ -1,0 +1,37 @@
+"""agrepa config and agrepa doctor."""
+
+import argparse
+
+from ..config_file import config_reference, config_yaml, load_config
+from ..files import local_path
+from .arguments import add_command
+
+
+def add_config(commands) -> None:
+    about = "print the resolved configuration of a preset, a yaml file or a run"
+    config = add_command(commands, "config", about, "agrepa config agrepa-a train.batch_clips=256 > mine.yaml")
+    config.add_argument(
+        "preset", nargs="?", default="demo", help="a preset, a yaml file or a run's folder (default: demo)"
+    )
+    config.add_argument("--reference", action="store_true", help="print every setting and its meaning, as markdown")
+    config.add_argument("overrides", nargs="*", metavar="section.field=value")
+    config.set_defaults(command=_config)
+
+
+def add_doctor(commands) -> None:
+    about = "say what is installed, which backend would run and what is missing"
+    add_command(commands, "doctor", about, "agrepa doctor").set_defaults(command=_doctor)
+
+
+def _config(args: argparse.Namespace) -> None:
+    if "=" in args.preset:  # overrides of the default preset
+        args.preset, args.overrides = "demo", [args.preset, *args.overrides]
+    saved = local_path(args.preset) / "config.yaml"
+    text = config_yaml(load_config(saved if saved.is_file() else args.preset, args.overrides))
+    print(config_reference() if args.reference else text, end="")
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from ..doctor import report
+
+    report()
