@@ -1,5 +1,7 @@
 """Helpers that all metric models use: the wave that a model takes, and its identity."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
@@ -25,6 +27,16 @@ def identity(spec: str, module: torch.nn.Module, licence: str | None, version: s
     return {"spec": spec, "sha256": weights_sha256(module), "licence": licence, "version": version}
 
 
-def unknown_package(setting: str, spec: str, known: list[str]) -> UserError:
-    """Return the error of a `package:NAME` that does not exist. known: names without `package:`."""
-    return UserError(f"{setting}={spec}: {nearest(spec, [f'package:{name}' for name in known])}")
+def unknown_package(title: str, spec: str, known: Iterable[str]) -> UserError:
+    """Return the error, which begins with `title`, of a `package:NAME` that does not exist. known: names without
+    `package:`."""
+    return UserError(f"{title}: {nearest(spec, [f'package:{name}' for name in known])}")
+
+
+def mel_triangles(rate: int, bins: int, bands: int, low: float, high: float) -> torch.Tensor:
+    """Return (bins, bands) float32: triangles of height 1 over HTK's mel scale from `low` to `high` Hz."""
+    mel = np.log1p(np.linspace(0, rate / 2, bins) / 700)
+    edges = np.linspace(np.log1p(low / 700), np.log1p(high / 700), bands + 2)
+    rising = (mel[:, None] - edges[:-2]) / np.diff(edges[:-1])
+    falling = (edges[2:] - mel[:, None]) / np.diff(edges[1:])
+    return torch.from_numpy(np.minimum(rising, falling).clip(min=0).astype(np.float32))

@@ -24,7 +24,6 @@ from ..teachers.packages import RECOGNISERS
 from ..torchaudio_import import import_torchaudio
 from .metric_model import HUB, identity, unknown_package, wave_at
 
-_SETTING = "metrics.asr"
 _TOKENS_PER_SECOND, _MORE_TOKENS = 10, 12  # fast speech has 5 tokens per second
 _SEARCHED = 5.0  # seconds at the end of a window in which a longer recording is cut
 _SHORTEST = 0.1  # seconds; the convolutions of a CTC model need 25 ms
@@ -144,12 +143,12 @@ def load_recogniser(spec: str, language: str, device: str | torch.device = "cpu"
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
-    title, ways = f"{_SETTING}={spec}", f"package:whisper-base, {HUB}"
+    title, ways = f"metrics.asr={spec}", f"package:whisper-base, {HUB}"
     facts = {}
     if spec.startswith("package:"):
         name = spec.removeprefix("package:")
         if name not in RECOGNISERS:
-            raise unknown_package(_SETTING, spec, list(RECOGNISERS))
+            raise unknown_package(title, spec, RECOGNISERS)
         source, facts = str(RECOGNISERS[name].folder(f"{name}-with-decoder")), RECOGNISERS[name].facts
     else:
         source = model_source(spec, title, ways)
