@@ -52,7 +52,7 @@ def evaluated_samples(index: Index, metrics: MetricsConfig, domains: Sequence[st
 def clips_of(samples: Sequence[Sample], draws: int) -> list[Clip]:
     """Return the clips of an evaluation, draw by draw."""
     return [
-        Clip(s.domain, s.key, draw, s.frames, "" if s.cut else s.text, _digest(s.mel))
+        Clip(s.domain, s.key, draw, s.frames, "" if s.cut else s.text, mel_digest(s.mel))
         for draw in range(draws)
         for s in samples
     ]
@@ -64,5 +64,6 @@ def manifest_hash(clips: Sequence[Clip]) -> str:
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
 
-def _digest(mel: np.ndarray) -> str:
+def mel_digest(mel: np.ndarray) -> str:
+    """Return 16 hex digits of a stored mel."""
     return hashlib.sha256(mel.tobytes()).hexdigest()[:16]

@@ -7,15 +7,17 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..audio.waves import decode
 from ..errors import UserError
 from ..files import write_atomically
+from .synthesis import Wav
 
 FAILED = "failed"  # the only entry of a wav that a model raised for, with the reason
+Figures = dict[Wav, dict[str, Any]]  # of each wav that was judged
 Judge = Callable[[np.ndarray, int], dict[str, object]]  # wave (samples,) float32 and its rate -> figures, JSON values
 
 
@@ -27,20 +29,20 @@ class ScoreCache:
         self.folder = folder / f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def file(self, sha256: str) -> Path:
-        return self.folder / f"{sha256}.json"
+    def file(self, key: str) -> Path:
+        return self.folder / f"{key}.json"
 
-    def read(self, sha256: str) -> dict[str, object]:
-        """Return the figures of a wav that was judged."""
-        return json.loads(self.file(sha256).read_text())
+    def read(self, key: str) -> dict[str, object]:
+        """Return the figures of a wave that was judged."""
+        return json.loads(self.file(key).read_text())
 
-    def judge(self, path: Path, sha256: str, judge: Judge) -> bool:
-        """Let a model judge a wav, unless it has, and keep the figures, or the reason why it raised. Return whether it
-        was judged now. Want of memory is no fault of a wav and is raised."""
-        if (file := self.file(sha256)).is_file():
+    def judge(self, key: str, read: Callable[[], tuple[np.ndarray, int]], judge: Judge) -> bool:
+        """Let a model judge a wave, unless it has, and keep the figures, or the reason why it raised. Return whether it
+        was judged now. key: the hash of what `read` returns. Want of memory is no fault of a wave and is raised."""
+        if (file := self.file(key)).is_file():
             return False
         try:
-            figures = judge(*decode(path, path.name))
+            figures = judge(*read())
         except UserError as error:  # no recording that can be read
             figures = {FAILED: str(error)}
         except (MemoryError, torch.OutOfMemoryError):

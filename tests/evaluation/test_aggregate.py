@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from agrepa_fast.audio.waves import decode
 from agrepa_fast.evaluation.aggregate import (
     CLIP_METRICS,
     SET_METRICS,
@@ -94,6 +95,10 @@ def test_distances_of_sets_and_their_paired_difference():
     assert {"wer", "mos", "mel_l1"} < CLIP_METRICS.keys()
 
 
+def judged(cache: ScoreCache, wav, judge) -> bool:
+    return cache.judge(file_sha256(wav), lambda: decode(wav, wav.name), judge)
+
+
 def test_figures_belong_to_the_content_of_a_wav_and_to_the_model(tmp_path):
     calls = []
 
@@ -104,15 +109,15 @@ def test_figures_belong_to_the_content_of_a_wav_and_to_the_model(tmp_path):
     wav = tmp_path / "a.wav"
     soundfile.write(wav, np.full(100, 0.5), 8000)
     cache = ScoreCache(tmp_path / "cache", "mos", {"sha256": "1"})
-    assert cache.judge(wav, file_sha256(wav), judge)
-    assert not cache.judge(wav, file_sha256(wav), judge)
+    assert judged(cache, wav, judge)
+    assert not judged(cache, wav, judge)
     assert cache.read(file_sha256(wav)) == {"mos": 0.5, "rate": 8000}
     old = file_sha256(wav)
     soundfile.write(wav, np.full(120, 0.25), 8000)  # made again under the same name
-    assert cache.judge(wav, file_sha256(wav), judge)
+    assert judged(cache, wav, judge)
     assert cache.read(file_sha256(wav))["mos"] == 0.25
     assert cache.read(old)["mos"] == 0.5
-    assert ScoreCache(tmp_path / "cache", "mos", {"sha256": "2"}).judge(wav, file_sha256(wav), judge)
+    assert judged(ScoreCache(tmp_path / "cache", "mos", {"sha256": "2"}), wav, judge)
     assert calls == [100, 120, 120]
 
 
@@ -125,6 +130,6 @@ def test_a_wav_that_cannot_be_judged_is_kept_with_the_reason(tmp_path):
     (tmp_path / "b.wav").write_bytes(b"no recording")
     for name, reason in (("a.wav", "RuntimeError: shapes do not fit"), ("b.wav", "b.wav")):
         sha256 = file_sha256(tmp_path / name)
-        cache.judge(tmp_path / name, sha256, raises)
+        judged(cache, tmp_path / name, raises)
         assert reason in cache.read(sha256)[FAILED]
         assert json.loads(cache.file(sha256).read_text()).keys() == {FAILED}

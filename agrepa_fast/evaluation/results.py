@@ -1,0 +1,127 @@
+"""The files of an evaluation: clips.csv with raw counts, results.json with intervals, manifest.json."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..files import write_atomically
+from .aggregate import CLIP_METRICS, SET_METRICS, SetDistances, clip_interval
+from .intervals import Interval
+from .manifest import Clip, manifest_hash
+from .scores import Figures
+from .synthesis import Wav
+
+COUNTS = ("words", "errors", "sub", "del", "ins", "chars", "char_errors", "heard_words", "heard_errors")
+SCORES = ("logprob", "mos", "dnsmos_sig", "dnsmos_bak", "dnsmos_ovrl", "similarity", "mel_l1")
+FIELDS = ("row", "domain", "key", "draw", "seconds", *COUNTS, "understood", *SCORES, "text", "heard", "sha256")
+_TYPES = dict.fromkeys((*COUNTS, "draw"), int) | dict.fromkeys((*SCORES, "seconds"), float)
+
+
+def clip_rows(wavs: Sequence[Wav], figures: Sequence[Figures], seconds_per_frame: float, sha256: Mapping) -> list[dict]:
+    """Return the rows of clips.csv. What does not apply to a wav is None, never 0."""
+    rows = []
+    for wav in wavs:
+        row = dict.fromkeys(FIELDS)
+        row |= {"row": wav.row, "domain": wav.clip.domain, "key": wav.clip.key, "draw": wav.clip.draw}
+        row |= {"seconds": round(wav.clip.frames * seconds_per_frame, 3), "sha256": sha256[wav]}
+        for part in figures:
+            row |= {name: value for name, value in part.get(wav, {}).items() if name in FIELDS}
+        rows.append(row)
+    return rows
+
+
+def write_clips(rows: Sequence[dict], file: Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
+    write_atomically(file, text.getvalue())
+
+
+def read_clips(file: Path) -> list[dict]:
+    """Return the rows that write_clips wrote."""
+    with file.open(newline="") as stream:
+        return [{name: _parsed(name, text) for name, text in row.items()} for row in csv.DictReader(stream)]
+
+
+def _parsed(name: str, text: str) -> object:
+    if name in ("text", "heard"):
+        return text
+    if text == "":
+        return None
+    return text == "True" if name == "understood" else _TYPES.get(name, str)(text)
+
+
+def summarise(
+    rows: Sequence[dict],
+    embeddings: Mapping[str, Figures],
+    references: Mapping[str, np.ndarray],
+    only: Sequence[str],
+    confidence: float,
+) -> dict[str, dict[str, dict[str, dict]]]:
+    """Return row -> domain -> metric -> value, low, high, n, unit and method. embeddings, references: by domain."""
+    found: dict[str, dict[str, dict[str, dict]]] = {}
+    for name in dict.fromkeys(row["row"] for row in rows):
+        for domain in dict.fromkeys(row["domain"] for row in rows if row["row"] == name):
+            part = [row for row in rows if (row["row"], row["domain"]) == (name, domain)]
+            values = found.setdefault(name, {}).setdefault(domain, {})
+            for metric, about in CLIP_METRICS.items():
+                if (interval := clip_interval(metric, part, confidence)) is not None:
+                    values[metric] = _entry(interval, about.unit)
+            vectors = embedding_matrix(embeddings.get(domain, {}), name)
+            if len(vectors) > 1 and len(references.get(domain, ())) > 1:
+                distances = SetDistances(references[domain])
+                for metric, unit in SET_METRICS.items():
+                    if ("mmd" if metric == "mmd" else "fad") in only:
+                        values[metric] = _entry(distances.interval(metric, vectors, confidence), unit)
+    return found
+
+
+def embedding_matrix(figures: Figures, row: str) -> np.ndarray:
+    """Return the embeddings (clips, dim) of a row, by key; draws of a clip are averaged."""
+    of_clip: dict[str, list] = {}
+    for wav, figure in figures.items():
+        if wav.row == row and "vector" in figure:
+            of_clip.setdefault(wav.clip.key, []).append(figure["vector"])
+    return np.array([np.mean(of_clip[key], axis=0) for key in sorted(of_clip)])
+
+
+def _entry(interval: Interval, unit: str) -> dict[str, Any]:
+    ends = {
+        name: value if isfinite(value) else None for name, value in (("low", interval.low), ("high", interval.high))
+    }
+    return {"value": interval.value, **ends, "n": interval.n, "unit": unit, "method": interval.method}
+
+
+def write_manifest(clips: Sequence[Clip], made: Mapping[str, object], file: Path) -> str:
+    """Write the clips and what the wavs are made with, unless they are there, and return the clips' hash. Raises
+    UserError if the folder holds another evaluation."""
+    content = {"manifest": manifest_hash(clips), "made": dict(made), "clips": [asdict(clip) for clip in clips]}
+    if file.is_file():
+        try:
+            there = json.loads(file.read_text())
+        except ValueError:
+            there = {}
+        for name in ("manifest", "made"):
+            if there.get(name) != json.loads(json.dumps(content[name])):
+                raise UserError(
+                    f"{file.parent} holds an evaluation of other {'clips' if name == 'manifest' else 'samples'} "
+                    f"({_differing(there.get(name), content[name])}): choose another --out"
+                )
+    else:
+        write_atomically(file, json.dumps(content, indent=1) + "\n")
+    return content["manifest"]
+
+
+def _differing(old: object, new: object) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return next((f"{name} {old.get(name)} and {new[name]}" for name in new if old.get(name) != new[name]), "")
+    return f"{old} and {new}"
