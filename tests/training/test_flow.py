@@ -94,6 +94,17 @@ def test_sampler_with_guidance_lands_on_the_guided_point():
     torch.testing.assert_close(plain, start + given, atol=1e-4, rtol=1e-4)
 
 
+def test_frames_that_no_loss_has_taught_are_those_of_the_reference():
+    mel, condition = small_batch()
+    field, keys = _Field(torch.randn_like(mel), torch.randn_like(mel)), clip_keys(0, 0, range(3), "sample")
+    free = sample(field, condition, keys, FlowConfig(steps=2))
+    filled = sample(field, condition, keys, FlowConfig(steps=2, loss_region="hidden"))
+    given = condition.reference != 0
+    assert given.any()
+    assert torch.equal(filled, torch.where(given, mel, free))
+    assert not torch.equal(filled, free)
+
+
 def test_the_sampler_takes_its_solver_from_the_settings():
     """dx/dt = -x: a midpoint step multiplies by 1 - dt + dt^2 / 2, after two velocities."""
     mel, condition = small_batch()
