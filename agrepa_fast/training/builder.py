@@ -24,6 +24,7 @@ from ..data.layout import BatchLayout
 from ..data.loading import TrainBatches
 from ..data.matching import count_transcribed, matching_index
 from ..data.plan import BatchPlan
+from ..data.text import load_text
 from ..errors import UserError
 from ..files import FolderLock
 from ..models.backbone import Backbone
@@ -45,6 +46,8 @@ from .metrics import Metrics
 from .precision import choose_precision
 from .run import Run
 from .tracker import check_tracker, open_tracker
+
+DEMOS = ("demo", "demo-f5")  # presets on the demo corpus
 
 
 @dataclass
@@ -124,12 +127,13 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
 
 
 def prepared_index(config: Config) -> Index:
-    """Return the index of the run's shards. The demo preset's shards are made if they are missing. Raises UserError, on
-    every rank, if the shards do not match data.*. Every rank must call it."""
+    """Return the index of the run's shards. The demo's are made if they are missing, for its own presets. Raises
+    UserError, on every rank, if the shards do not match data.*. Every rank must call it."""
     demo = load_config("demo").data.path
 
     def prepare_and_check() -> Index:
-        if config.run.preset == "demo" and config.data.path == demo and not (Path(demo) / "index.json").is_file():
+        load_text(config.data.text)  # may be missing, which the demo's preparation would show after minutes
+        if config.run.preset in DEMOS and config.data.path == demo and not (Path(demo) / "index.json").is_file():
             from ..prepare.pipeline import prepare_demo
 
             prepare_demo(config, Path(demo))

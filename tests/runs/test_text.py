@@ -2,12 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
 
 from agrepa_fast import cli
 from agrepa_fast.attribution.csv import read_csv
+from agrepa_fast.config_file import load_config
+from agrepa_fast.errors import UserError
+from agrepa_fast.prepare import pipeline
+from agrepa_fast.training.builder import DEMOS, prepared_index
 
 from ..ranks import run_training
 from ..testing import assert_same_curve, write_small_shards
@@ -71,3 +77,22 @@ def test_settings_that_do_not_suit_each_other_end_a_run_before_it_begins(folder,
     assert message in output.strip().splitlines()[-1]
     assert "Traceback" not in output
     assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("preset", DEMOS)
+def test_the_demos_shards_are_made_if_they_are_missing(preset, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "prepare_demo", lambda config, out: made.append((config.data.long, out)))
+    with pytest.raises(UserError, match="data/demo is no folder"):  # nothing was made
+        prepared_index(load_config(preset))
+    assert made == [("cut", Path("data/demo"))]
+    find = PathFinder.find_spec
+    monkeypatch.setattr(PathFinder, "find_spec", lambda name: None if name == "f5_tts" else find(name))
+    with pytest.raises(UserError, match="f5_tts is not installed" if preset == "demo-f5" else "is no folder"):
+        prepared_index(load_config(preset))
+
+
+def test_presets_on_the_demo_share_its_shards():
+    data = [replace(load_config(preset).data, text=None) for preset in DEMOS]
+    assert data[0] == data[1]
