@@ -13,6 +13,7 @@ from agrepa_fast.config_file import load_config
 from agrepa_fast.errors import UserError
 from agrepa_fast.kernels import philox_normal
 
+from ..training.waits import waits
 from .cosyvoice import CODES, alone, clips, ours, relative, theirs
 
 VERSIONS = pytest.mark.parametrize("version", [1, 2])
@@ -207,3 +208,17 @@ def test_what_the_class_does_not_take_is_refused():
     model, (mel, condition) = ours(1), clips((8,))
     with pytest.raises(ValueError, match=r"set data\.speaker"):
         model(mel, torch.tensor([0.5]), replace(condition, speaker=None))
+
+
+@VERSIONS
+def test_nothing_waits_for_a_gpu_unless_padding_is_theirs(version):
+    mel, condition = clips((38, 21))
+    t = torch.tensor([0.3, 0.8])
+    found = {}
+    for padding in ("strict", "upstream"):
+        model = ours(version, padding=padding, **({"streaming": 0.5} if version == 2 else {})).train()
+        with waits() as found[padding]:
+            model(mel, t, condition, capture=(0, 1), pooled=True).v.square().mean().backward()
+        assert model.replayable == (padding == "strict")
+    assert not found["strict"]
+    assert found["upstream"]

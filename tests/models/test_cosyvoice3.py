@@ -20,6 +20,7 @@ from agrepa_fast.models.condition import Condition
 from agrepa_fast.models.cosyvoice3 import CosyVoice3, _Block
 
 from ..attribution.test_peers import f5_dit
+from ..training.waits import waits
 
 GOLDEN = Path(__file__).with_name("cosyvoice3.safetensors")
 MELS, CODES, VOICE = 20, 30, 12
@@ -186,3 +187,11 @@ def test_weights_of_another_model_are_refused_by_name(key, shape, message):
         state[key] = torch.zeros(shape)
     with pytest.raises(UserError, match=message):
         model.from_upstream(state)
+
+
+def test_nothing_waits_for_a_gpu():
+    model, x, t, condition, _ = golden(streaming=0.5)
+    with waits() as found:
+        model.train()(x, t, condition, capture=(0, 1), pooled=True).v.square().mean().backward()
+    assert model.replayable
+    assert not found
