@@ -1,5 +1,6 @@
 """F5-TTS and E2 against the package's own networks: velocities, gradients and drops; padding, which changes no clip."""
 
+import copy
 import sys
 from dataclasses import replace
 from inspect import signature
@@ -186,6 +187,34 @@ def test_layers_are_recomputed_to_the_same_gradients():
             ours(x, TIMES, condition).v.square().sum().backward()
             gradients.append([p.grad for p in ours.parameters() if p.grad is not None])
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["v1", "E2"])
+def test_bf16_weights_are_as_near_to_fp32_as_the_packages_mixed_precision(form):
+    """Times and angles stay fp32: in bf16 they would be far off."""
+    ours = small(form).eval()
+    theirs, (x, condition) = theirs_of(ours, form), clips()
+    call = {"x": x, "cond": condition.reference, "text": condition.text, "time": TIMES}
+    exact = theirs(**call)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = theirs(**call).float()
+    for parameter in ours.parameters():  # as the engine casts: no buffers
+        parameter.data = parameter.data.bfloat16()
+    found = ours(x, TIMES, condition).v.float()
+    assert (found - exact).norm() < 1.3 * (mixed - exact).norm()
+
+
+@torch.no_grad()
+def test_a_copy_is_the_same_model_with_taps_of_its_own():
+    ours = small().eval()
+    copied, (x, condition) = copy.deepcopy(ours), clips((FRAMES, 20, 9))
+    for parameter in ours.parameters():
+        parameter.zero_()
+    out = copied(x, TIMES, condition, capture=(0, 1))
+    assert torch.equal(out.v, small().eval()(x, TIMES, condition).v)
+    assert all(states.any() for states in out.hidden.values())
+    assert list(copied.state_dict()) == list(ours.state_dict())
 
 
 def test_what_the_package_does_not_take_is_refused_in_one_line():
