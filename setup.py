@@ -69,7 +69,14 @@ setup(
     # kernels/ stands beside the package in the checkout and has one import name, agrepa_fast.kernels.
     packages=[*find_packages(include=["agrepa_fast", "agrepa_fast.*"]), "agrepa_fast.kernels"],
     package_dir={"agrepa_fast.kernels": "kernels"},
-    package_data={"agrepa_fast": ["presets/*.yaml", "presets/*.json", "corpora/*.txt"]},
+    package_data={
+        "agrepa_fast": [
+            "presets/*.yaml",
+            "presets/*.json",
+            "corpora/*.txt",
+            *(f"reporting/*/*.{suffix}" for suffix in ("html", "css", "js")),
+        ]
+    },
     ext_modules=[
         Extension(
             "agrepa_fast.kernels._cpu",
@@ -95,6 +102,7 @@ setup(
         "pyyaml",
         "numpy",
         "jiwer>=4,<5",
+        "jinja2>=3.1,<4",
         "scipy>=1.15",  # kmeans2(rng=)
         "soundfile>=0.13",
         "av>=14",
@@ -107,7 +115,7 @@ setup(
         **EXTRAS,
         # f5-tts comes without its requirements, a training stack: see tests/peers.txt
         "test": [
-            *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12"),
+            *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "selenium>=4.11,<5"),
             *chain.from_iterable(packages for name, packages in EXTRAS.items() if name not in ("cosyvoice", "f5")),
         ],
     },

@@ -83,7 +83,7 @@ class Synthesis:
             mel = sampled[row, : clip.frames] * self.index.mel_std + self.index.mel_mean
             yield "truth", clip, truth, None
             yield "sample", clip, mel, truth
-            yield "codes", clip, torch.from_numpy(self.code_mels[tokens_of_frames(stored)]), truth
+            yield "codes", clip, torch.from_numpy(self.code_mels[tokens_of_frames(stored.tokens, stored.frames)]), truth
 
     def _write(self, path: Path, mel: torch.Tensor, truth: torch.Tensor | None) -> None:
         import soundfile
@@ -110,7 +110,7 @@ def prefix_condition(batch: Batch, flow: FlowConfig) -> Condition:
     return replace(batch.condition, reference=reference_prefix(batch.mel, prefix))
 
 
-def tokens_of_frames(sample: Sample) -> np.ndarray:
-    """Return the token id of each mel frame, (frames,)."""
-    place = (np.arange(sample.frames) + 0.5) * len(sample.tokens) / sample.frames
-    return sample.tokens[np.minimum(place.astype(int), len(sample.tokens) - 1)]
+def tokens_of_frames(tokens: np.ndarray, frames: int) -> np.ndarray:
+    """Return the token id of each mel frame, (frames,), of a clip's tokens (S,)."""
+    place = (np.arange(frames) + 0.5) * len(tokens) / frames
+    return tokens[np.minimum(place.astype(int), len(tokens) - 1)]

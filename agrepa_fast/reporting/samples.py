@@ -13,7 +13,7 @@ from ..config import DOMAINS, Config
 from ..data.batch import Batch, collate
 from ..data.index import Index
 from ..data.reading import fixed_clips
-from ..evaluation.synthesis import prefix_condition
+from ..evaluation.synthesis import prefix_condition, tokens_of_frames
 from ..files import check_writable, write_atomically
 from ..flow import sample
 from ..seeds import clip_keys
@@ -36,19 +36,26 @@ def sample_clips(
 def write_samples(
     batch: Batch, sampled: torch.Tensor, index: Index, vocoder: Vocoder, folder: Path, plot: Path | None = None
 ) -> list[str]:
-    """Write <domain>-<n>-truth.wav (resynthesised) and <domain>-<n>-sample.wav per clip into `folder`, and their mels
-    into `plot`. Returns the names of the wavs."""
+    """Write <domain>-<n>-truth.wav (resynthesised), -sample.wav and -codes.wav (the mean mel of each token) per clip
+    into `folder`, and the mels of truth and sample into `plot`. Returns the names of the wavs."""
     folder.mkdir(parents=True, exist_ok=True)
     names, panels, count = [], [], {}
+    tokens, code_mels = batch.condition.tokens.cpu().numpy(), index.code_mels()
     for row, length in enumerate(batch.condition.lengths.tolist()):
         domain = DOMAINS[batch.domain[row]]
         count[domain] = count.get(domain, 0) + 1
-        for kind, mels in (("truth", batch.mel), ("sample", sampled)):
-            log_mel = mels[row, :length].float().cpu() * index.mel_std + index.mel_mean
+        own = tokens[row, : batch.condition.token_lengths[row]]
+        log_mels = {
+            kind: mels[row, :length].float().cpu() * index.mel_std + index.mel_mean
+            for kind, mels in (("truth", batch.mel), ("sample", sampled))
+        }
+        log_mels["codes"] = torch.from_numpy(code_mels[tokens_of_frames(own, length)])
+        for kind, log_mel in log_mels.items():
             name = f"{domain}-{count[domain]}-{kind}"
             _write_wav(folder / f"{name}.wav", vocoder(log_mel).numpy(), vocoder.sample_rate)
             names.append(f"{name}.wav")
-            panels.append((f"{name}: {batch.keys[row]}", log_mel))
+            if kind != "codes":
+                panels.append((f"{name}: {batch.keys[row]}", log_mel))
     if plot is not None:
         plot_mels(panels, plot, seconds_per_frame=index.features["hop_length"] / index.features["sample_rate"])
     return names

@@ -1,4 +1,4 @@
-"""The end of a run: plots, wavs and summary.json."""
+"""The end of a run: plots, wavs, summary.json and report.html."""
 
 import json
 import os
@@ -19,12 +19,13 @@ from ..training.run import Run
 from ..zero.ds_config import precision
 from .loss_plot import plot_loss
 from .plots import plot_all
+from .report import write_report
 from .samples import sample_clips, write_samples
 
 
 def finish(run: Run, validation_clips: FixedClips, vocoder: Vocoder | None) -> None:
-    """Measure the layers and the averaged weights after the last step, and write plots, wavs and summary.json. Every
-    rank must call it; rank 0, which has the vocoder, writes."""
+    """Measure the layers and the averaged weights after the last step, and write plots, wavs, summary.json and
+    report.html. Every rank must call it; rank 0, which has the vocoder, writes."""
     config, index, folder = run.config, run.context.index, run.context.folder
     on_rank_0 = run.context.rank == 0
     with run.timed("probe"):
@@ -75,5 +76,5 @@ def finish(run: Run, validation_clips: FixedClips, vocoder: Vocoder | None) -> N
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     run.metrics.print(
         f"validation flow loss {losses['first']:.3f} -> {losses['last']:.3f} (EMA {losses['ema']:.3f}); "
-        f"look at {folder}/plots and listen to {folder}/samples ({vocoder.name})"
+        f"look at and listen to {write_report(folder)} ({vocoder.name})"
     )

@@ -92,7 +92,9 @@ def test_sample(run, tmp_path):
     import soundfile
 
     main(["sample", str(run), "--clips", "2", "--out", str(tmp_path), "flow.steps=3"])
-    names = {f"{d}-{n}-{kind}.wav" for d in ("speech", "audio") for n in (1, 2) for kind in ("truth", "sample")}
+    names = {
+        f"{d}-{n}-{kind}.wav" for d in ("speech", "audio") for n in (1, 2) for kind in ("truth", "sample", "codes")
+    }
     assert {path.name for path in tmp_path.iterdir()} == names | {"mel.png"}
     for name in names:
         wave, rate = soundfile.read(tmp_path / name)
@@ -137,7 +139,7 @@ def test_the_configuration_page_is_that_of_the_code(capsys):
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "prepare", "tokens fit", "probe", "sample", "export", "config", "doctor"]
+    ["train", "prepare", "tokens fit", "probe", "sample", "export", "report", "config", "doctor"]
     + [f"prepare {source}" for source in SOURCES],
 )
 def test_help_fits_a_screen_and_has_an_example(command, capsys, monkeypatch):
@@ -147,6 +149,14 @@ def test_help_fits_a_screen_and_has_an_example(command, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert out.count("\n") <= 40
     assert f"example: agrepa {command}" in out or "example: deepspeed" in out
+
+
+def test_report(run, tmp_path, capsys):
+    copied = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "report.html"))
+    main(["report", str(copied)])
+    assert capsys.readouterr().out == f"wrote {copied}/report.html\n"
+    assert (copied / "report.html").read_bytes() == (run / "report.html").read_bytes()
+    assert "name the folder of a run that has ended" in refused(capsys, "report", tmp_path)
 
 
 class TestRefusals:

@@ -1,0 +1,51 @@
+"""Clips of a report: the same clip in several versions, each with its sound and its picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..audio.waves import decode
+from .page.document import Clip, Version
+from .page.media import flac_uri, log_mel, mel_uri
+
+BUDGET = 11_000_000  # bytes of a page's clips; the rest of it has room below the limit of 15 MB
+
+
+class Recorded(NamedTuple):
+    """A clip of a report. files: name of the version -> its recording; the first gives the colours of all pictures.
+    notes: name -> figures of that version."""
+
+    name: str
+    files: Mapping[str, Path]
+    text: str = ""
+    notes: Mapping[str, Sequence[str]] = {}
+
+
+def clips_within_budget(recorded: Sequence[Recorded], most: int) -> list[Clip]:
+    """Return the first clips, at most `most`, and no more than a page has room for; but at least one. Raises UserError
+    for a recording that cannot be read."""
+    clips, size = [], 0
+    for one in recorded[:most]:
+        clip = _clip(one)
+        size += sum(len(version.audio) + len(version.mel) for version in clip.versions)
+        if clips and size > BUDGET:
+            break
+        clips.append(clip)
+    return clips
+
+
+def _clip(recorded: Recorded) -> Clip:
+    waves = {name: decode(path, path.name) for name, path in recorded.files.items()}
+    mels = {name: log_mel(wave, rate) for name, (wave, rate) in waves.items()}
+    scale = next(iter(mels.values()))
+    versions = [
+        Version(
+            name,
+            flac_uri(wave, rate),
+            mel_uri(mels[name], scale),
+            len(wave) / rate,
+            recorded.notes.get(name, ()),
+        )
+        for name, (wave, rate) in waves.items()
+    ]
+    return Clip(recorded.name, versions, recorded.text)

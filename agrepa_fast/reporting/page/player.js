@@ -1,0 +1,134 @@
+"use strict";
+// Each clip has one position that all of its versions share. Keys act on the clip that was used last.
+
+const STEP = 0.5; // seconds of an arrow key
+
+class Clip {
+  constructor(element) {
+    this.element = element;
+    this.versions = [...element.querySelectorAll(".version")];
+    this.audios = this.versions.map((version) => version.querySelector("audio"));
+    this.seconds = Number(this.audios[0].dataset.seconds);
+    this.chosen = 0;
+    this.position = 0;
+    this.versions.forEach((version, number) => {
+      this.audios[number].removeAttribute("controls"); // they serve pages whose scripts do not run
+      this.audios[number].addEventListener("ended", () => this.ended(number));
+      version.querySelector("button").addEventListener("click", () => this.press(number));
+      version.querySelector(".mel").addEventListener("click", (event) => {
+        const box = event.currentTarget.getBoundingClientRect();
+        this.move(((event.clientX - box.left) / box.width) * this.seconds);
+        this.play(number);
+      });
+    });
+  }
+
+  get playing() {
+    return this.element.classList.contains("playing");
+  }
+
+  now() {
+    const audio = this.audios[this.chosen];
+    return this.playing && audio.readyState > 0 ? audio.currentTime : this.position;
+  }
+
+  press(number) {
+    if (this.playing && number === this.chosen) this.pause();
+    else this.play(number);
+  }
+
+  play(number) {
+    choose(this);
+    this.position = this.now();
+    if (number !== this.chosen) this.audios[this.chosen].pause();
+    this.chosen = number;
+    this.element.classList.add("playing");
+    this.show();
+    this.start(this.audios[number], this.position);
+  }
+
+  start(audio, position) {
+    const begin = () => {
+      if (!this.playing || this.audios[this.chosen] !== audio) return; // another version was chosen meanwhile
+      audio.currentTime = position;
+      audio.play().then(() => draw(this), (error) => error.name === "AbortError" || console.error(error));
+    };
+    if (audio.readyState > 0) begin();
+    else {
+      for (const one of this.audios) one.preload = "auto"; // so that a switch has no gap
+      audio.addEventListener("loadedmetadata", begin, { once: true });
+      if (audio.networkState === HTMLMediaElement.NETWORK_IDLE || audio.networkState === HTMLMediaElement.NETWORK_EMPTY) audio.load();
+    }
+  }
+
+  pause() {
+    this.position = this.now();
+    this.element.classList.remove("playing");
+    this.audios[this.chosen].pause();
+    this.show();
+  }
+
+  ended(number) {
+    if (number !== this.chosen) return;
+    this.element.classList.remove("playing");
+    this.position = 0;
+    this.show();
+  }
+
+  move(position) {
+    const within = Math.min(Math.max(position, 0), this.seconds - 0.01);
+    if (this.playing) this.audios[this.chosen].currentTime = within;
+    this.position = within;
+    this.show();
+  }
+
+  show() {
+    const share = Math.min(1, this.now() / this.seconds);
+    this.element.style.setProperty("--position", share);
+    this.versions.forEach((version, number) => {
+      version.classList.toggle("chosen", number === this.chosen);
+      version.querySelector("button").setAttribute("aria-pressed", number === this.chosen);
+    });
+  }
+}
+
+const clips = [...document.querySelectorAll(".clip")].map((element) => new Clip(element));
+let current = null;
+
+function choose(clip) {
+  if (current !== clip) {
+    if (current && current.playing) current.pause();
+    if (current) current.element.classList.remove("current");
+    current = clip;
+    clip.element.classList.add("current");
+  }
+}
+
+function draw(clip) {
+  if (!clip.playing) return;
+  clip.show();
+  requestAnimationFrame(() => draw(clip));
+}
+
+function neighbour(step) {
+  const place = Math.min(Math.max(clips.indexOf(current) + step, 0), clips.length - 1);
+  choose(clips[place]);
+  clips[place].show();
+  clips[place].element.scrollIntoView({ block: "nearest" });
+}
+
+document.addEventListener("keydown", (event) => {
+  if (clips.length === 0 || event.ctrlKey || event.altKey || event.metaKey || event.shiftKey) return;
+  if (event.key === " " && event.target.closest("button, summary, a")) return; // they have a use of their own for it
+  if (!current && ["ArrowUp", "ArrowDown"].includes(event.key)) return; // the page scrolls until a clip is in use
+  const number = Number.parseInt(event.key, 10) - 1;
+  const clip = current || clips[0];
+  if (event.key === " ") clip.press(clip.chosen);
+  else if (event.key === "ArrowLeft") clip.move(clip.now() - STEP);
+  else if (event.key === "ArrowRight") clip.move(clip.now() + STEP);
+  else if (event.key === "ArrowUp") neighbour(-1);
+  else if (event.key === "ArrowDown") neighbour(1);
+  else if (number >= 0 && number < clip.versions.length) clip.play(number);
+  else return;
+  event.preventDefault();
+});
