@@ -50,6 +50,7 @@ class ShardConfig(MelConfig):
 
     codebook: Size = setting(256, "token ids per domain")
     extra_tokens: str | None = setting(None, "topology B: a second token beside every one, of both domains: vq: or s3:")
+    speaker: str | None = setting(None, "vectors of the speakers' voices: campplus:FILE.onnx; null: none")
     extra_codebook: Size = setting(1024, "ids of the second token, both domains together")
     val_share: Fraction = setting(0.1, "clips whose hashed name falls below this are validation")
     shard_clips: Size = setting(64, "clips per shard")
@@ -58,6 +59,8 @@ class ShardConfig(MelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_tokenizer("data.extra_tokens", self.extra_tokens, without="null")
+        kind, _, file = (self.speaker or "campplus:null").partition(":")
+        check(kind == "campplus" and bool(file), f"data.speaker={self.speaker!r}: null or campplus:FILE.onnx")
         check(
             all(a < b for a, b in pairwise([0, *self.bucket_seconds, self.max_seconds])),
             f"data.bucket_seconds={self.bucket_seconds}: must rise from above 0 to below "

@@ -24,7 +24,7 @@ from agrepa_fast.tokenizers.kmeans import Codebook
 
 FRAMES, MEL_BINS, VOCAB = 37, 12, 30  # of the small model and batch
 CLOCK = [f"train/{name}" for name in ("clips_per_s", "frames_per_s", "data_wait", "mfu", "peak_memory_gib")]
-N_MELS, CODES, EXTRA_CODES, TEACHER_DIMS = 8, 6, 9, {"speech": 5, "audio": 7}
+N_MELS, CODES, EXTRA_CODES, SPEAKER_DIM, TEACHER_DIMS = 8, 6, 9, 3, {"speech": 5, "audio": 7}
 
 PRESET = """
 model: {dim: 32, depth: 4, heads: 2, position: rotary_conv, time_scale: 1000.0, token_dim: 16, token_scale: 4.0}
@@ -77,12 +77,14 @@ def write_small_shards(
 ) -> Path:
     """Two domains, 22 training and 5 validation clips each of 9 to 25 frames; returns a preset for them. buckets: the
     bounds, in frames and rising, of what training shards hold. extra: with second tokens, topology B. texts: 14 + 4
-    clips of speech have a transcript of their own, 5 + 1 that of a longer recording."""
+    clips of speech have a transcript of their own, 5 + 1 that of a longer recording; all have a speaker's vector."""
     folder.mkdir(parents=True)
     draw, extra_draw = np.random.default_rng(0), np.random.default_rng(1)
     settings = asdict(DataConfig(sample_rate=16000, n_mels=8, f_max=8000.0, codebook=CODES))
     if extra:
         settings |= {"extra_tokens": "vq:none", "extra_codebook": EXTRA_CODES}
+    if texts:
+        settings["speaker"] = "campplus:none"
     features = {name: settings[name] for name in setting_names(ShardConfig)}
     content = {"schema": SCHEMA, "features": features, "domains": {}, "shards": []}
     for number, (domain, dim) in enumerate(TEACHER_DIMS.items()):
@@ -92,6 +94,8 @@ def write_small_shards(
             sample.tokens2 = extra_draw.integers(0, EXTRA_CODES, len(sample.tokens)).astype(np.int32)
         for place, sample in enumerate((*train, *val)) if texts and domain == "speech" else ():
             sample.cut, sample.text = place % 4 == 3, "" if place % 8 == 5 else f"say {place}"
+        for sample in (*train, *val) if texts else ():
+            sample.speaker = extra_draw.normal(size=SPEAKER_DIM).astype(np.float32)
         below, parts = 0, [(buckets[-1], "val", val)]
         for bound in buckets:
             parts.append((bound, "train", [s for s in train if below < s.frames <= bound]))
@@ -117,6 +121,7 @@ def write_small_shards(
                 "bytes": book.stat().st_size,
                 "sha256": file_sha256(book),
             },
+            **({"speaker": {"dim": SPEAKER_DIM, "identity": {}}} if texts else {}),
             "teachers": {
                 f"teacher_{domain}": {
                     "spec": DataConfig().speech_teacher,

@@ -107,6 +107,7 @@ class PackedBatch:
             lengths=self.tensor("lengths"),
             extra_tokens=self.tensor("extra_tokens") if "extra_tokens" in self.fields else None,
             text=self.tensor("text") if "text" in self.fields else None,
+            speaker=self.tensor("speaker") if "speaker" in self.fields else None,
         )
         teacher = {domain: self.tensor(domain) for domain in DOMAINS if domain in self.fields}
         domain = self.tensor("domain")
@@ -154,6 +155,8 @@ def pack(
         sizes["extra_tokens"] = (torch.int64, (clips, tokens))
     if index.text is not None:
         sizes["text"] = (torch.int64, (clips, max(text, *(len(s.text_ids) for s in samples))))
+    if index.speaker_dim is not None:
+        sizes["speaker"] = (torch.float32, (clips, index.speaker_dim))
     sizes |= {domain: (torch.float32, (clips, index.teacher(domain).dim)) for domain in index.domains}
     packed = PackedBatch.zeros(sizes, tuple(s.key for s in samples), tuple(places))
     tensors = {name: packed.tensor(name) for name in sizes}
@@ -166,6 +169,8 @@ def pack(
         if "text" in tensors:
             tensors["text"][row, : len(s.text_ids)] = torch.from_numpy(s.text_ids)
             tensors["text"][row, len(s.text_ids) :] = -1
+        if "speaker" in tensors:
+            tensors["speaker"][row] = torch.from_numpy(s.speaker)
         target = s.pooled - index.teacher(s.domain).mean if center else s.pooled
         tensors[s.domain][row] = torch.from_numpy(target)
     tensors["token_lengths"].copy_(torch.tensor([len(s.tokens) for s in samples]))

@@ -2,10 +2,10 @@
 
 Per sample: `<key>.json` (domain, text, labels, frames, seconds, cut, source, licence), `<key>.mel.npy` fp16 (T, n_mels)
 natural-log mel, `<key>.tokens.npy` int32 (S,) ids counted over all domains, for topology B `<key>.tokens2.npy` int32
-(S,), `<key>.<teacher>.npy` fp16, (dim,), the mean of the teacher's frames, or (frames, dim). Files
-`<split>-<domain>-<nnnn>.tar`; a train shard's clips are of one length bucket. A teacher that was added later is in
-`<split>-<domain>-<nnnn>.<teacher>.tar` beside each shard, in its order. The same features give the same bytes. No
-pickle anywhere.
+(S,), with data.speaker `<key>.speaker.npy` fp32 (dim,), `<key>.<teacher>.npy` fp16, (dim,), the mean of the teacher's
+frames, or (frames, dim). Files `<split>-<domain>-<nnnn>.tar`; a train shard's clips are of one length bucket. A teacher
+that was added later is in `<split>-<domain>-<nnnn>.<teacher>.tar` beside each shard, in its order. The same features
+give the same bytes. No pickle anywhere.
 """
 
 import json
@@ -101,6 +101,13 @@ class Index:
     def extra_vocab(self) -> int | None:
         """Number of ids of the second tokens, which both domains share; None if the shards have no second tokens."""
         return self.features["extra_codebook"] if self.features.get("extra_tokens") else None
+
+    @property
+    def speaker_dim(self) -> int | None:
+        """Channels of the speaker vectors; None if the shards have none."""
+        if not self.features.get("speaker"):
+            return None
+        return next(iter(self.content["domains"].values()))["speaker"]["dim"]
 
     @cached_property
     def mel_mean(self) -> float:

@@ -16,7 +16,7 @@ from .tars import read_descriptions
 from .text import TextIds, load_text
 from .transcribed import transcribed
 
-_NEW = ("long",)  # features that shards of version 0.1 do not say
+_NEW = ("long", "speaker")  # features that shards of version 0.1 do not say
 
 
 def matching_index(data: DataConfig) -> Index:

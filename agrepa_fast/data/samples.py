@@ -51,6 +51,7 @@ class Sample:
     tokens: np.ndarray
     teacher: np.ndarray
     tokens2: np.ndarray | None = None
+    speaker: np.ndarray | None = None  # (dim,) fp32, if the shards have them
     text_ids: np.ndarray | None = None  # (N,) int64, if the run takes text; not stored
 
     @property
@@ -74,6 +75,8 @@ def sample_members(sample: Sample, teacher: str) -> dict:
     }
     if sample.tokens2 is not None:
         members["tokens2.npy"] = npy(sample.tokens2)
+    if sample.speaker is not None:
+        members["speaker.npy"] = npy(sample.speaker)
     return members | {f"{teacher}.npy": npy(sample.teacher)}
 
 
@@ -117,6 +120,11 @@ def parse_sample(members: dict, shard: Shard, index: Index) -> Sample:
             tokens2 = array("tokens2.npy", np.int32)
             check(tokens2.shape == tokens.shape, "length", f"{tokens2.shape} is not {tokens.shape}, as tokens")
             check(tokens2.min() >= 0 and tokens2.max() < vocab, "tokens", f"ids outside 0 to {vocab - 1}")
+        speaker = None
+        if (dim := index.speaker_dim) is not None:
+            speaker = array("speaker.npy", np.float32)
+            check(speaker.shape == (dim,), "length", f"{speaker.shape} is not ({dim},)")
+            check(bool(np.isfinite(speaker).all()), "not_finite", "not finite")
         target = array(f"{teacher.name}.npy", np.float16)
         if teacher.rate is None:
             check(target.shape == (teacher.dim,), "length", f"{target.shape} is not ({teacher.dim},)")
@@ -127,7 +135,8 @@ def parse_sample(members: dict, shard: Shard, index: Index) -> Sample:
         member, domain = f"{key}.json", described["domain"]
         check(domain == shard.domain, "corrupt", f"domain {domain!r} in a shard of {shard.domain}")
         described["labels"] = tuple(described["labels"])
-        sample = Sample(key=key, mel=mel, tokens=tokens, tokens2=tokens2, teacher=target, **described)
+        arrays = {"mel": mel, "tokens": tokens, "tokens2": tokens2, "speaker": speaker, "teacher": target}
+        sample = Sample(key=key, **arrays, **described)
         if index.text is not None:
             sample.text_ids = ids = index.text.encode(sample.text)
             check(len(ids) <= frames, "text", f"{len(ids)} ids of text for {frames} frames: it is not the clip's alone")

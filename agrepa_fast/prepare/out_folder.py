@@ -14,6 +14,7 @@ from ..files import FolderLock
 from ..ranks import Ranks
 from .job import WORK, remove_folders, write_report
 from .roles import check_extra_tokens, check_tokens
+from .speaker_pass import check_speaker
 
 
 @contextmanager
@@ -34,6 +35,7 @@ def read_existing(data: DataConfig, out: Path, sources: list[Source], *, targets
     for name, value in settings.items():
         check_setting(out, name, features.get(name), value)
     check_extra_tokens(out, data, content["domains"])
+    check_speaker(out, data, content["domains"])
     for source in sources:
         if domain := content["domains"].get(source.domain):
             if targets:

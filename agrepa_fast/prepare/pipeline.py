@@ -24,6 +24,7 @@ from .job import Job, digest
 from .out_folder import finish, locked, read_existing
 from .roles import domain_roles
 from .skipped import BAD, LeftOut, check_share, count_line, print_left_out, write_skipped
+from .speaker_pass import load_speaker, run_speaker_pass
 from .split import split_clips
 from .teacher_pass import TeacherPass
 from .token_pass import run_token_pass
@@ -81,8 +82,10 @@ def _prepare_domain(
     """Run all stages of one domain. `source`: that of the recordings, on rank 0. Returns, on rank 0, the domain's entry
     in the index and those of its shards."""
     teacher = load_teacher(getattr(job.data, f"{job.domain}_teacher"))
-    roles = domain_roles(job, teacher, load_teacher)
+    roles, speaker = domain_roles(job, teacher, load_teacher), load_speaker(job)
     rates = {teacher.sample_rate, *(role.sample_rate for role in roles)}
+    if speaker is not None:
+        rates.add(speaker.sample_rate)
     clips, left_out = decode_recordings(job, recordings, rates)
     counts = _account(job, recordings, left_out, source)
     splits = split_clips(clips, job.data.val_share)
@@ -90,6 +93,8 @@ def _prepare_domain(
     targets = TeacherPass(job, teacher, splits, with_teacher)
     codebook = targets.run()
     passes = {role.name: run_token_pass(job, role, splits) for role in roles if role.teacher is not teacher}
+    if speaker is not None:
+        passes["speaker"] = run_speaker_pass(job, speaker, splits)
     unusable = [one.gather_unusable(job.ranks) for one in (targets, *passes.values())]
     late = {name: LeftOut(BAD, reason) for part in unusable for name, reason in part.items()}
     if late:
@@ -98,6 +103,8 @@ def _prepare_domain(
         splits = split_clips([clip for clip in clips if clip.name not in late], job.data.val_share)
     descriptions = digest([(r.name, r.text, r.labels, r.source, r.licence) for r in recordings])
     entry, shards = ShardStage(job, descriptions, splits, targets, codebook, roles, passes).run()
+    if speaker is not None and source is not None:
+        entry["speaker"] = {"dim": speaker.dim, "identity": speaker.identity}
     job.print(counts)
     skipped = [
         {"name": r.name, "source": r.source, "reason": left_out[r.name].reason}

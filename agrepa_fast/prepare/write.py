@@ -66,7 +66,7 @@ class ShardStage:
     """Writes the shards of a domain whose teacher and token passes are done.
 
     descriptions: a digest of texts, labels, sources and licences. passes: by role, the passes of ids that the teacher's
-    pass has not computed.
+    pass has not computed, and that of speaker vectors.
     """
 
     def __init__(
@@ -133,7 +133,8 @@ class ShardStage:
         stored = read_work(clip.file, "mel", "seconds", "cut")
         mel, seconds, cut = stored["mel"], round(float(stored["seconds"]), 4), bool(stored["cut"])
         computed = self.teacher.result(clip)
-        computed |= {name: tokens.result(clip)["ids"] for name, tokens in self.passes.items()}
+        for name, done in self.passes.items():
+            computed[name] = done.result(clip)["speaker" if name == "speaker" else "ids"]
         tokens, extra = computed["tokens"], computed.get("tokens2")
         return Sample(
             key=clip.name,
@@ -143,6 +144,7 @@ class ShardStage:
             mel=mel,
             tokens=tokens,
             tokens2=None if extra is None else tokens_of_frames(extra, len(tokens)),
+            speaker=computed.get("speaker"),
             teacher=computed["target"],
             **{name: getattr(recording, name) for name in ("domain", "text", "labels", "source", "licence")},
         )

@@ -155,13 +155,19 @@ def fit_to_shards(config: Config, index: Index) -> Config:
     if config.model.text_vocab not in (None, text):
         have = "data.text is null" if text is None else f"data.text={config.data.text} has {text} ids"
         raise UserError(f"model.text_vocab={config.model.text_vocab}, but {have}: leave model.text_vocab out")
+    if config.model.speaker_dim not in (None, index.speaker_dim):
+        have = "no speaker vectors" if index.speaker_dim is None else f"speaker vectors of {index.speaker_dim} channels"
+        raise UserError(
+            f"model.speaker_dim={config.model.speaker_dim}, but the shards in {index.folder} have {have}: leave "
+            "model.speaker_dim out"
+        )
     if config.model.extra_vocab not in (None, index.extra_vocab):
         there = "no second tokens" if index.extra_vocab is None else f"{index.extra_vocab} of them"
         raise UserError(
             f"model.extra_vocab={config.model.extra_vocab}, but the shards in {index.folder} have {there}: "
             f"set model.extra_vocab={'null' if index.extra_vocab is None else index.extra_vocab}"
         )
-    sizes = {"n_mels": index.n_mels, "vocab": index.vocab, "text_vocab": text}
+    sizes = {"n_mels": index.n_mels, "vocab": index.vocab, "text_vocab": text, "speaker_dim": index.speaker_dim}
     return replace(config, model=replace(config.model, **sizes))
 
 

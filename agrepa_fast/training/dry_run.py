@@ -63,6 +63,7 @@ def silent_clips(clips: int, frames: int, index: Index, device: torch.device) ->
     return mel, Condition(
         tokens=ids,
         extra_tokens=None if index.extra_vocab is None else ids,
+        speaker=None if index.speaker_dim is None else torch.zeros(clips, index.speaker_dim, device=device),
         text=None if index.text is None else ids.new_zeros(clips, frames),
         token_lengths=torch.full((clips,), tokens, device=device),
         reference=torch.zeros_like(mel),

@@ -40,6 +40,7 @@ TEXTS = (
 
 
 def data(folder, **settings) -> DataConfig:
+    settings = {"speaker": "campplus:none"} | settings
     return DataConfig(path=str(folder), sample_rate=16000, n_mels=8, f_max=8000.0, codebook=6, **settings)
 
 
@@ -116,7 +117,9 @@ def test_clips_with_a_transcript_of_their_own_are_taken(folder):
     epoch = [next(batches), next(batches)]
     assert sorted(key for batch in epoch for key in batch.keys) == sorted(sample.key for sample in samples)
     text_of = {sample.key: sample.text for sample in samples}
+    voice_of = {sample.key: sample.speaker.tolist() for sample in samples}
     for batch in epoch:
+        assert batch.condition.speaker.tolist() == [voice_of[key] for key in batch.keys]
         for key, ids in zip(batch.keys, batch.condition.text, strict=True):
             assert bytes(ids[ids >= 0].tolist()).decode() == text_of[key]
             assert (ids >= 0).tolist() == sorted((ids >= 0).tolist(), reverse=True)  # -1 only behind them
@@ -154,7 +157,7 @@ def test_shards_of_version_0_1_behind_a_url_are_not_read_whole(folder, monkeypat
 def test_shards_without_transcripts_are_refused(tmp_path):
     write_small_shards(tmp_path / "shards")
     with pytest.raises(UserError, match=r"data\.text=bytes, but no training clip has a transcript of its own"):
-        matching_index(data(tmp_path / "shards", text="bytes"))
+        matching_index(data(tmp_path / "shards", text="bytes", speaker=None))
 
 
 def test_a_transcript_longer_than_its_clip_is_a_fault(folder):
@@ -176,6 +179,7 @@ def test_fixed_shapes_have_room_for_any_transcript(tmp_path):
     assert {frames: len(of_bucket) for frames, of_bucket in layouts.items()} == {15: 1, 25: 1}
     silent = silent_clips(3, 25, index, torch.device("cpu"))[1]
     assert silent.text.shape == (3, 25) == next(iter(layouts[25]))[7]
+    assert silent.speaker.shape == (3, 3) == next(iter(layouts[25]))[8]
 
 
 def test_chunks_of_one_shape_have_text_of_one_length(folder):

@@ -60,16 +60,17 @@ class Mixes(Mine):
 
 
 class Reads(Mine):
-    """It takes text."""
+    """It takes text and the speaker's vector."""
 
-    needs = frozenset({"text"})
+    needs = frozenset({"text", "speaker"})
 
-    def __init__(self, n_mels, vocab, text_vocab, dim=16, depth=3):
+    def __init__(self, n_mels, vocab, text_vocab, speaker_dim, dim=16, depth=3):
         super().__init__(n_mels, vocab, dim, depth)
         self.letters = nn.Embedding(text_vocab + 1, n_mels, padding_idx=0)
+        self.voice = nn.Linear(speaker_dim, n_mels)
 
     def velocity(self, x_t, t, condition):
-        letters = self.letters(condition.text + 1)
+        given = self.letters(condition.text + 1).sum(1, keepdim=True) + self.voice(condition.speaker).unsqueeze(1)
         if condition.keep_tokens is not None:
-            letters = letters * condition.keep_tokens[:, None, None]
-        return super().velocity(x_t + letters.sum(1, keepdim=True), t, condition)
+            given = given * condition.keep_tokens[:, None, None]
+        return super().velocity(x_t + given, t, condition)

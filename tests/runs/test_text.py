@@ -1,4 +1,4 @@
-"""Runs of a model that takes text: its clips, ids and refusals."""
+"""Runs of a model that takes text and speakers: its clips, ids and refusals."""
 
 import json
 import shutil
@@ -27,7 +27,8 @@ model: {backbone: "mine:Reads", options: {dim: 12}}
 def folder(tmp_path) -> Path:
     """A folder with mine.py, a vocabulary, and a preset."""
     lines = write_small_shards(tmp_path / "shards", texts=True).read_text().splitlines()
-    lines = [line.replace("data: {", "data: {text: 'chars:vocab.txt', ") for line in lines if "model:" not in line]
+    added = "data: {text: 'chars:vocab.txt', speaker: 'campplus:none', "
+    lines = [line.replace("data: {", added) for line in lines if "model:" not in line]
     (tmp_path / "reads.yaml").write_text(PRESET + "\n".join(lines) + "\n")
     (tmp_path / "vocab.txt").write_text(" \n" + "".join(f"{letter}\n" for letter in "aysm0123456789"))
     shutil.copy(Path(__file__).with_name("mine.py"), tmp_path)
@@ -67,6 +68,8 @@ def test_a_model_of_text_trains_on_clips_with_transcripts(folder, monkeypatch, n
     [
         ("data.text=null", "model.backbone=mine:Reads takes text: set data.text"),
         ("model.backbone=mine:Mine", "data.text=chars:vocab.txt, but model.backbone=mine:Mine takes no text: set"),
+        ("data.speaker=null", "was prepared with data.speaker=campplus:none, the run has None"),
+        ("model.speaker_dim=9", "have speaker vectors of 3 channels: leave model.speaker_dim out"),
         ("model.text_vocab=9", "model.text_vocab=9, but data.text=chars:vocab.txt has 15 ids: leave"),
         ("data.text=chars:none.txt", "none.txt cannot be read: No such file"),
         ("probe.clips=15", "15 speech clips of the train split are wanted, 14 are there"),

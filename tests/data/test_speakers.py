@@ -1,0 +1,121 @@
+"""Vectors of speakers' voices, by an ONNX file of CAM++'s interface: no package has the real one."""
+
+import shutil
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from agrepa_fast.audio.waves import decode, resample
+from agrepa_fast.data.batch import collate
+from agrepa_fast.data.matching import matching_index
+from agrepa_fast.data.reading import fixed_clips
+from agrepa_fast.errors import UserError
+from agrepa_fast.prepare.pipeline import prepare_folder
+from agrepa_fast.teachers.campplus import CampPlus
+from agrepa_fast.torchaudio_import import import_torchaudio
+
+from .test_prepare import contents, read_all, settings, tone, write_corpus
+from .test_prepare_ranks import run_threads
+
+DIM = 192
+WEIGHT = np.random.default_rng(0).normal(size=(80, DIM)).astype(np.float32) / 9
+
+
+def write_model(path, weight=WEIGHT):
+    """mels (1, frames, 80) -> (1, 192): the mean over time of tanh(mels W)."""
+    nodes = [
+        helper.make_node("MatMul", ["input", "weight"], ["product"]),
+        helper.make_node("Tanh", ["product"], ["bounded"]),
+        helper.make_node("ReduceMean", ["bounded"], ["output"], axes=[1], keepdims=0),
+    ]
+    given = helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, "frames", len(weight)])
+    made = helper.make_tensor_value_info("output", TensorProto.FLOAT, [1, weight.shape[1]])
+    graph = helper.make_graph(nodes, "voice", [given], [made], [numpy_helper.from_array(weight, "weight")])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("voice") / "campplus.onnx")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"), 12)
+
+
+def expected(wave):
+    """The vector of a wave at 16 kHz, from CosyVoice's features: 80 kaldi bins without their mean over time."""
+    import_torchaudio()
+    from torchaudio.compliance.kaldi import fbank
+
+    mels = fbank(torch.from_numpy(wave)[None], num_mel_bins=80, dither=0, sample_frequency=16000).numpy()
+    assert mels.shape == (1 + (len(wave) - 400) // 160, 80)
+    return np.tanh((mels - mels.mean(0)) @ WEIGHT).mean(0)
+
+
+def test_a_vector_is_the_models_of_cosyvoices_features(model):
+    encoder, wave = CampPlus(f"campplus:{model}"), tone(1.3, 16000, 3)
+    vector = encoder.vector(wave)
+    assert (encoder.dim, vector.shape, vector.dtype) == (DIM, (DIM,), np.float32)
+    np.testing.assert_allclose(vector, expected(wave), atol=1e-5)
+    assert np.abs(vector - expected(tone(1.3, 16000, 4))).max() > 0.01
+    with pytest.raises(ValueError, match="shorter than a window"):
+        encoder.vector(wave[:399])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_clip_has_the_vector_of_its_wave(model, corpus, whisper, tmp_path, ranks):
+    config, out = settings(whisper, f"data.speaker=campplus:{model}"), tmp_path / "out"
+    index = run_threads(ranks, lambda ranks: prepare_folder(config, corpus, "speech", out, ranks))[0]
+    clips = [clip for of_split in read_all(index).values() for clip in of_split]
+    assert index.speaker_dim == DIM
+    assert len(clips) == 12
+    for clip in clips:
+        wave, rate = decode(str(corpus / clip.source), clip.source, 0.0, 2.2)
+        np.testing.assert_allclose(clip.speaker, expected(resample(wave, rate, 16000)[:35200]), atol=2e-3)
+    batch = collate(clips[:3], (0, 1, 2), index)
+    assert torch.equal(batch.condition.speaker, torch.from_numpy(np.stack([clip.speaker for clip in clips[:3]])))
+    alone = prepare_folder(config, corpus, "speech", tmp_path / "alone")
+    assert contents(alone.folder) == contents(out)
+
+
+def test_shards_say_that_they_have_vectors(model, corpus, whisper, tmp_path):
+    mine = shutil.copy(model, tmp_path / "mine.onnx")
+    config = settings(whisper, f"data.speaker=campplus:{mine}", f"data.path={tmp_path}/out")
+    prepare_folder(config, corpus, "speech", tmp_path / "out")
+    assert fixed_clips(matching_index(config.data), "train", "speech", 1)[0].speaker.shape == (DIM,)
+    with pytest.raises(UserError, match=r"was prepared with data\.speaker=campplus:\S+, the run has None: set data"):
+        matching_index(settings(whisper, f"data.path={tmp_path}/out").data)
+    write_model(mine, WEIGHT[:, :7])
+    with pytest.raises(UserError, match=r"was prepared with another \S+mine\.onnx, which has changed since"):
+        prepare_folder(config, corpus, "audio", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("campplus:none.onnx", r"none\.onnx cannot be read: No such file"),
+        ("campplus:text.onnx", r"text\.onnx is no ONNX file that onnxruntime reads"),
+        ("campplus:narrow.onnx", r"campplus:narrow\.onnx is no CAM\+\+: it takes no mels \(1, frames, 80\)"),
+        ("ecapa:x", "data.speaker='ecapa:x': null or campplus:FILE.onnx"),
+    ],
+)
+def test_what_is_no_model_is_refused(spec, message, corpus, whisper, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.onnx").write_text("text")
+    write_model(tmp_path / "narrow.onnx", WEIGHT[:40])
+    with pytest.raises(UserError, match=message) as refusal:
+        prepare_folder(settings(whisper, f"data.speaker={spec}"), corpus, "speech", tmp_path / "out")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_missing_onnxruntime_is_named(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"needs onnxruntime .*pip install 'agrepa_fast\[speaker\]'"):
+        CampPlus(f"campplus:{model}")
