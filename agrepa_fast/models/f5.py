@@ -8,7 +8,7 @@ from ..kernels import valid_frames
 from .audio_dit.conditioning import keep_clips
 from .backbone import Backbone, Layer
 from .condition import Condition
-from .f5_clips import TappedUNet, TextBlockOfOwnFrames, TextOfOwnFrames, TextPerClip, swap
+from .f5_clips import AttentionOfOwnFrames, TappedUNet, TextBlockOfOwnFrames, TextOfOwnFrames, TextPerClip, swap
 from .f5_package import import_network
 from .fuse import fuse
 
@@ -65,7 +65,7 @@ class F5(Backbone):
             swap(block, TextBlockOfOwnFrames)
         for part in net.modules():
             if hasattr(part, "processor"):
-                part.processor.attn_mask_enabled = True
+                part.processor = AttentionOfOwnFrames(part.processor)
 
     def _form(self, options: dict) -> str:
         """Return which released model the options are of, for files of v0 and v1 have the same names and shapes."""

@@ -4,11 +4,14 @@ The classes below take the place of the package's, in place: weights and their n
 a whole batch, and its text encoder normalises over the padding, as its attention attends to it.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from ..kernels import valid_frames
+from .audio_dit.attention import attend
 
 
 def swap(module: nn.Module, base: type) -> None:
@@ -63,6 +66,36 @@ class TextBlockOfOwnFrames:
         y = self.norm(self.dwconv(x.transpose(1, 2)).transpose(1, 2))
         y = _zero_outside(self.act(self.pwconv1(y)), valid)
         return x + self.pwconv2(self.grn(y))
+
+
+class AttentionOfOwnFrames:
+    """Their processor of attention on valid frames alone, by `attend`. With a mask theirs would hold it for every head
+    and pair of frames on a GPU, and might take a kernel whose backward is wrong."""
+
+    attn_mask_enabled = True  # a fused block asks
+
+    def __init__(self, theirs: Callable):
+        self.theirs, self.pe_attn_head, self.attn_backend = theirs, theirs.pe_attn_head, theirs.attn_backend
+
+    def __call__(self, attn: nn.Module, x: torch.Tensor, mask: torch.Tensor | None = None, rope=None) -> torch.Tensor:
+        """Return (N, T, D), zero in the padding. mask (N, T): True on valid frames, which come first."""
+        if mask is None:
+            return self.theirs(attn, x, rope=rope)
+        q, k, v = (
+            part(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        if attn.q_norm is not None:
+            q, k = attn.q_norm(q), attn.k_norm(k)
+        q, k = (self._rotated(heads, rope).to(v.dtype) for heads in (q, k))
+        attended = attend(q, k, v, mask.sum(1))
+        return attn.to_out[1](attn.to_out[0](attended)).masked_fill(~mask.unsqueeze(-1), 0.0)
+
+    def _rotated(self, heads: torch.Tensor, rope) -> torch.Tensor:
+        from x_transformers.x_transformers import apply_rotary_pos_emb
+
+        angles, _ = rope  # no xPos: F5 and E2 have none
+        count = heads.shape[1] if self.pe_attn_head is None else self.pe_attn_head
+        return torch.cat((apply_rotary_pos_emb(heads[:, :count], angles), heads[:, count:]), dim=1)
 
 
 class TappedUNet:
