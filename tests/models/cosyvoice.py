@@ -17,24 +17,26 @@ from agrepa_fast.models.cosyvoice_unet import CosyVoice1, CosyVoice2
 
 from ..attribution.test_peers import INSTALL, StandIn
 
-MELS, CODES, VOICE, WIDTH = 80, 30, 12, 32  # theirs solves its ODE for 80 mels alone
+MELS, CODES, VOICE = 80, 30, 12  # theirs solves its ODE for 80 mels alone
 _ENCODER = {"attention_heads": 2, "linear_units": 32, "num_blocks": 1}
 _ENCODER |= {"dropout_rate": 0.0, "positional_dropout_rate": 0.0, "attention_dropout_rate": 0.0}
 _ESTIMATOR = {"n_blocks": 2, "num_mid_blocks": 1, "num_heads": 2, "attention_head_dim": 8}
+OPTIONS = {
+    1: {"width": 32, "encoder": _ENCODER, "estimator": _ESTIMATOR | {"channels": [16, 24]}},
+    2: {
+        "encoder": _ENCODER | {"static_chunk_size": 5},
+        "estimator": _ESTIMATOR | {"channels": [16], "static_chunk_size": 10},
+    },
+}
 _RECIPE = {"sigma_min": 1e-6, "solver": "euler", "training_cfg_rate": 0.2, "inference_cfg_rate": 0.7}
 
 
-def ours(version: int, **options) -> CosyVoice1 | CosyVoice2:
+def ours(version: int, n_mels=MELS, codes=CODES, voice=VOICE, **options) -> CosyVoice1 | CosyVoice2:
     """A random flow without dropout, in evaluation mode. Skips the test if the package is absent."""
     torch.manual_seed(0)
-    sizes = {"n_mels": MELS, "vocab": 2 * CODES, "speaker_dim": VOICE, "encoder": _ENCODER}
+    sizes = {"n_mels": n_mels, "vocab": 2 * codes, "speaker_dim": voice}
     try:
-        if version == 1:
-            model = CosyVoice1(**sizes, width=WIDTH, estimator=_ESTIMATOR | {"channels": [16, 24]}, **options)
-        else:
-            estimator = _ESTIMATOR | {"channels": [16], "static_chunk_size": 10}
-            encoder = sizes.pop("encoder") | {"static_chunk_size": 5}
-            model = CosyVoice2(**sizes, encoder=encoder, estimator=estimator, **options)
+        model = (CosyVoice1 if version == 1 else CosyVoice2)(**sizes, **OPTIONS[version], **options)
     except UserError as error:
         if "No module named" not in str(error):
             raise
@@ -42,27 +44,28 @@ def ours(version: int, **options) -> CosyVoice1 | CosyVoice2:
     return model.eval()
 
 
-def theirs(model: CosyVoice1 | CosyVoice2, t_scheduler: str = "cosine") -> torch.nn.Module:
-    """The package's flow with the weights of ours, loaded as its programs load them."""
+def theirs(model: CosyVoice1 | CosyVoice2, state: dict, t_scheduler: str = "cosine") -> torch.nn.Module:
+    """The package's flow in the sizes of ours with the weights of a flow.pt, loaded as its programs load them."""
     with _trainer_left_out():
         flow, matching = (importlib.import_module(f"cosyvoice.flow.{name}") for name in ("flow", "flow_matching"))
+    n_mels, voice = model.condition_width, model.spk_embed_affine_layer.in_features
     first = isinstance(model, CosyVoice1)
-    fresh = ours(1 if first else 2, padding="upstream")
+    fresh = ours(1 if first else 2, n_mels, model.codes, voice, padding="upstream")
     recipe = SimpleNamespace(**_RECIPE, t_scheduler=t_scheduler)
     cfm = matching.ConditionalCFM if first else matching.CausalConditionalCFM
     parts = {
         "encoder": fresh.encoder,
-        "decoder": cfm(3 * MELS, recipe, n_spks=1, spk_emb_dim=MELS, estimator=fresh.decoder.estimator),
+        "decoder": cfm(3 * n_mels, recipe, n_spks=1, spk_emb_dim=n_mels, estimator=fresh.decoder.estimator),
         "input_size": fresh.input_embedding.embedding_dim,
-        "output_size": MELS,
-        "spk_embed_dim": VOICE,
-        "vocab_size": CODES,
+        "output_size": n_mels,
+        "spk_embed_dim": voice,
+        "vocab_size": model.codes,
     }
     if first:
         made = flow.MaskedDiffWithXvec(**parts, length_regulator=fresh.length_regulator)
     else:
         made = flow.CausalMaskedDiffWithXvec(**parts)
-    made.load_state_dict(model.to_upstream(dict(model.state_dict())), strict=True)
+    made.load_state_dict(state, strict=True)
     return made.eval()
 
 

@@ -1,5 +1,7 @@
 """CosyVoice 1 and 2 against the package's flows: loss, gradients, samples, padding, layers, weight files."""
 
+import logging
+import sys
 from collections import deque
 from dataclasses import replace
 
@@ -12,12 +14,17 @@ from agrepa_fast.attribution.points import ProbeBatch, ProbePoints
 from agrepa_fast.config_file import load_config
 from agrepa_fast.errors import UserError
 from agrepa_fast.kernels import philox_normal
+from agrepa_fast.models.cosyvoice_package import import_part
 
 from ..training.waits import waits
 from .cosyvoice import CODES, alone, clips, ours, relative, theirs
 
 VERSIONS = pytest.mark.parametrize("version", [1, 2])
 LAYERS = pytest.mark.parametrize("layers", ["stages", "blocks"])
+
+
+def upstream(model) -> dict[str, torch.Tensor]:
+    return model.to_upstream(dict(model.state_dict()))
 
 
 def draws_of_a_step(lengths: torch.Tensor, settings) -> flow.Draws:
@@ -61,7 +68,7 @@ def their_loss(package, mel, condition, draws, monkeypatch, streaming: bool) -> 
 def test_loss_and_gradients_are_theirs(version, padding, streaming, monkeypatch):
     # The package of 2025 also bends the times of training, which its authors call a bug: "linear" leaves them alone.
     model = ours(version, padding=padding, **({"streaming": 1.0} if streaming else {}))
-    package = theirs(model, t_scheduler="linear")
+    package = theirs(model, upstream(model), t_scheduler="linear")
     mel, condition = clips((38,) * 4 if padding == "strict" else (38, 30, 38, 22))
     settings = load_config(f"cosyvoice{version}").flow
     draws = draws_of_a_step(condition.lengths, settings)
@@ -90,7 +97,7 @@ def test_loss_and_gradients_are_theirs(version, padding, streaming, monkeypatch)
 @VERSIONS
 def test_samples_are_theirs(version):
     model = ours(version)
-    package = theirs(model)
+    package = theirs(model, upstream(model))
     mel, condition = clips((22,))
     settings, keys = load_config(f"cosyvoice{version}").flow, torch.tensor([7])
     found = flow.sample(model, condition, keys, settings)
@@ -192,7 +199,7 @@ def test_states_have_the_time_of_their_stage(layers):
 @VERSIONS
 def test_weights_of_a_file_come_in_and_those_of_the_other_version_are_refused_by_name(version):
     model, other = ours(version), ours(3 - version)
-    state = theirs(model).state_dict()
+    state = theirs(model, upstream(model)).state_dict()
     loaded = model.from_upstream(state)
     assert all(torch.equal(loaded[name][: len(state[name])], state[name]) for name in state)
     assert not loaded["input_embedding.weight"][CODES:].any()
@@ -222,3 +229,23 @@ def test_nothing_waits_for_a_gpu_unless_padding_is_theirs(version):
         assert model.replayable == (padding == "strict")
     assert not found["strict"]
     assert found["upstream"]
+
+
+def test_nothing_but_the_parts_is_imported(monkeypatch):
+    whole_systems = ("cosyvoice.llm.llm", "cosyvoice.cli.model", "cosyvoice.utils.class_utils")
+    ours(1)
+    for name in ("cosyvoice.transformer.encoder", *whole_systems):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    level = logging.getLogger().level
+    assert import_part("transformer.encoder", "ConformerEncoder").__name__ == "ConformerEncoder"
+    assert not [name for name in whole_systems if name in sys.modules]
+    assert logging.getLogger().level == level
+
+
+def test_an_absent_cosyvoice_is_said_with_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cosyvoice.flow", None)
+    monkeypatch.delitem(sys.modules, "cosyvoice.flow.decoder", raising=False)
+    with pytest.raises(
+        UserError, match="put a CosyVoice checkout and its third_party/Matcha-TTS on PYTHONPATH, or pip"
+    ):
+        import_part("flow.decoder", "ConditionalDecoder")
