@@ -145,8 +145,16 @@ class Index:
         """Return the shards of a split and domain in the index's order, () for a domain that is not prepared."""
         if split not in SPLITS or domain not in DOMAINS:
             raise ValueError(f"split {split!r} of {SPLITS}, domain {domain!r} of {DOMAINS}")
-        entries = [entry for entry in self.content["shards"] if (entry["split"], entry["domain"]) == (split, domain)]
-        return tuple(shard for shard in map(self._shard, entries) if shard.clips)
+        return self._shards.get((split, domain), ())
+
+    @cached_property
+    def _shards(self) -> dict[tuple[str, str], tuple[Shard, ...]]:
+        """The shards of each split and domain."""
+        shards: dict[tuple[str, str], list[Shard]] = {}
+        for entry in self.content["shards"]:
+            if (shard := self._shard(entry)).clips:
+                shards.setdefault((entry["split"], entry["domain"]), []).append(shard)
+        return {part: tuple(of_part) for part, of_part in shards.items()}
 
     def _shard(self, entry: dict) -> Shard:
         clips, frames, left_out = entry["clips"], entry["frames"], frozenset()
