@@ -30,7 +30,7 @@ def folder(tmp_path) -> Path:
     for preset, options in NETWORKS.items():
         given = load_config(preset)
         content["model"] = {"backbone": "f5", "options": SIZES | options}
-        content["data"] |= {"text": "chars:vocab.txt", "normalize": given.data.normalize}
+        content["data"] |= {"text": "chars:vocab.txt", "speaker": "campplus:none", "normalize": given.data.normalize}
         content["flow"] = asdict(given.flow) | {"steps": 4}
         content["train"] |= {"steps": 20, "log_every": 1, "val_every": 10, "save_every": 10, "precision": "fp32"}
         content["train"] |= {"lr_decay": given.train.lr_decay, "final_lr": given.train.final_lr}
