@@ -104,6 +104,7 @@ setup(
         "numpy",
         "jiwer>=4,<5",
         "jinja2>=3.1,<4",
+        "pyloudnorm>=0.2,<0.3",
         "scipy>=1.15",  # kmeans2(rng=)
         "soundfile>=0.13",
         "av>=14",

@@ -7,7 +7,7 @@ import sys
 from ..errors import UserError, one_line, print_any_name
 from .checkpoints import add_export, add_sample
 from .configuration import add_config, add_doctor
-from .pages import add_report
+from .pages import add_listen, add_report
 from .prepare import add_prepare, add_tokens
 from .probe import add_probe
 
@@ -67,6 +67,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="agrepa", description=__doc__)
     commands = parser.add_subparsers(dest="name", required=True, metavar="command")
     commands.add_parser("train", help="train, probe and align (options: agrepa train --help)", add_help=False)
-    for add in (add_prepare, add_tokens, add_probe, add_sample, add_export, add_report, add_config, add_doctor):
+    for add in (
+        add_prepare,
+        add_tokens,
+        add_probe,
+        add_sample,
+        add_export,
+        add_report,
+        add_listen,
+        add_config,
+        add_doctor,
+    ):
         add(commands)
     return parser

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,6 +42,10 @@ class Page:
     def wait(self, script: str, *arguments: object) -> object:
         """Wait until a script returns something true, and return that."""
         return WebDriverWait(self.driver, 20, 0.02).until(lambda driver: driver.execute_script(script, *arguments))
+
+    def until(self, true: Callable[[], bool]) -> None:
+        """Wait until a function of this process returns true."""
+        WebDriverWait(self.driver, 20, 0.02).until(lambda _: true())
 
     def click(self, selector: str, number: int = 0) -> None:
         self.driver.find_elements(By.CSS_SELECTOR, selector)[number].click()

@@ -45,9 +45,10 @@ def test_a_run_as_users_start_it_shows_its_work(preset, baseline, tmp_path):
     assert summary["store_contribute_rank_correlation"].keys() == {"speech", "audio"}
     for name in ("attribution", "loss", "mel", "layer_time", "stability", "store_contribute"):
         assert (run / "plots" / f"{name}.png").stat().st_size > 5000
-    wavs = {f"{domain}-1-{kind}.wav" for domain in ("speech", "audio") for kind in ("truth", "sample")}
+    wavs = {f"{domain}-1-{kind}.wav" for domain in ("speech", "audio") for kind in ("truth", "sample", "codes")}
     assert {path.name for path in (run / "samples").iterdir()} == wavs
     assert all(soundfile.read(run / "samples" / name)[0].any() for name in wavs)
+    assert (run / "report.html").read_text().count("data:image/png") == 6 + 4, "of the clips and of the plots"
     assert list((run / "tensorboard").iterdir())
 
 

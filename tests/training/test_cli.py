@@ -139,7 +139,7 @@ def test_the_configuration_page_is_that_of_the_code(capsys):
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "prepare", "tokens fit", "probe", "sample", "export", "report", "config", "doctor"]
+    ["train", "prepare", "tokens fit", "probe", "sample", "export", "report", "listen", "config", "doctor"]
     + [f"prepare {source}" for source in SOURCES],
 )
 def test_help_fits_a_screen_and_has_an_example(command, capsys, monkeypatch):
