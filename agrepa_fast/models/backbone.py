@@ -14,6 +14,7 @@ class Mine(Backbone):
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import wraps
 from types import MappingProxyType
 from typing import NamedTuple
@@ -109,6 +110,7 @@ class Backbone(nn.Module):
         copies = self.check_inputs(x_t, t, condition, capture)
         if copies > 1:
             condition = condition.map(lambda tensor: tensor.repeat(copies, *[1] * (tensor.ndim - 1)))
+            condition = replace(condition, copies=copies)
             t = t.repeat(copies)
         hidden: dict[int, torch.Tensor] = {}
         handles = [self._tap(number, hidden) for number in capture]

@@ -18,6 +18,7 @@ class Condition:
     extra_tokens: torch.Tensor | None = None  # (C, S) int64, topology B: the second id of every token
     text: torch.Tensor | None = None  # (C, N) int64 ids of the transcript, -1 in the padding; keep_tokens drops it, too
     speaker: torch.Tensor | None = None  # (C, E) fp32, a vector of the speaker's voice; keep_tokens drops it, too
+    copies: int = 1  # the conditions stand here so many times, one after the other: a row for each variant of a probe
     padded: bool | None = None  # whether some length is below T; None: looked up, True on a GPU, where that would wait
 
     def __post_init__(self) -> None:
@@ -29,6 +30,11 @@ class Condition:
     def mask_lengths(self) -> torch.Tensor | None:
         """Return the lengths (C,) to mask by, or None if no frame is padding."""
         return self.lengths if self.padded else None
+
+    @property
+    def once(self) -> "Condition":
+        """Return the conditions without their copies, for what need not be computed for every row."""
+        return self if self.copies == 1 else replace(self[: self.lengths.shape[0] // self.copies], copies=1)
 
     @property
     def layout(self) -> tuple:

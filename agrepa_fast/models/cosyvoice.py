@@ -52,15 +52,18 @@ class CosyVoice(Backbone):
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         if condition.speaker is None:
             raise ValueError("CosyVoice reads condition.speaker, and there is none: set data.speaker")
-        chunked = None
+        once, chunked = condition.once, None
         if self.training and self.streaming:
-            chunked = torch.rand(x_t.shape[0], device=x_t.device) < self.streaming
-        embedded = zero_padding(self.input_embedding(condition.tokens), condition.token_lengths)
-        mu = keep_clips(self.encode(embedded, condition, chunked), condition.keep_tokens)
+            chunked = torch.rand(once.lengths.shape[0], device=x_t.device) < self.streaming
+        embedded = zero_padding(self.input_embedding(once.tokens), once.token_lengths)
+        mu = keep_clips(self.encode(embedded, once, chunked), once.keep_tokens)
+        voice = F.normalize(once.speaker, dim=1).to(self.spk_embed_affine_layer.weight.dtype)
+        speaker = keep_clips(self.spk_embed_affine_layer(voice), once.keep_tokens)
+        reference = keep_clips(once.reference, once.keep_reference)
+        if (copies := condition.copies) > 1:  # the encoder may cost as much as the estimator
+            mu, speaker, reference = mu.repeat(copies, 1, 1), speaker.repeat(copies, 1), reference.repeat(copies, 1, 1)
+            chunked = None if chunked is None else chunked.repeat(copies)
         mu = self.condition_tap(mu)
-        voice = F.normalize(condition.speaker, dim=1).to(self.spk_embed_affine_layer.weight.dtype)
-        speaker = keep_clips(self.spk_embed_affine_layer(voice), condition.keep_tokens)
-        reference = keep_clips(condition.reference, condition.keep_reference)
         return self.estimate(x_t, t, mu, speaker, reference, condition.mask_lengths, chunked)
 
     def from_upstream(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -138,6 +138,23 @@ def test_padding_changes_no_clip(version):
         assert max(change_by_padding(ours(version, padding="upstream"), condition, x, t)) > 1e-3
 
 
+@VERSIONS
+def test_the_encoder_runs_once_for_all_rows_of_a_condition(version):
+    """As those of a probe's variants, which are many."""
+    model, (mel, condition) = ours(version), clips((38, 21, 30), frames=45)
+    t, seen = torch.linspace(0.2, 0.8, len(mel)), []
+    handle = model.encoder.after_norm.register_forward_hook(lambda _module, args, _out: seen.append(len(args[0])))
+    with torch.no_grad():
+        together = model(torch.cat((mel, 2 * mel)), t, condition, capture=(0, 1))
+        apart = [model(x, t, condition, capture=(0, 1)) for x in (mel, 2 * mel)]
+    handle.remove()
+    assert seen == [len(mel)] * 3
+    torch.testing.assert_close(together.v, torch.cat([one.v for one in apart]), rtol=1e-5, atol=1e-5)
+    for layer in (0, 1):
+        wanted = torch.cat([one.hidden[layer] for one in apart])
+        torch.testing.assert_close(together.hidden[layer], wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_streaming_is_drawn_for_each_clip_in_training_alone():
     whole, chunked, mixed = (ours(2, streaming=share) for share in (0.0, 1.0, 0.5))
     mel, condition = clips((38, 38))
