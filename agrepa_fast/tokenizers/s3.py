@@ -6,6 +6,7 @@ state_dict of the package's class as .safetensors or .pt; the weights give the s
     speech_tokenizer_v1        4096 codes, 50 Hz      k-means-like codebook (Du et al. 2024, CosyVoice)
     speech_tokenizer_v1_25hz   4096 codes, 25 Hz
     speech_tokenizer_v2_25hz   6561 codes, 25 Hz      finite scalar quantisation (CosyVoice 2)
+    speech_tokenizer_v3_25hz   6561 codes, 25 Hz      the same with more layers (CosyVoice 3)
 """
 
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..files import local_path
 from ..teachers.base import batches_by_length, check_waves, weights_sha256
 from .base import WaveTokenizer
 
-NAMES = ("speech_tokenizer_v1", "speech_tokenizer_v1_25hz", "speech_tokenizer_v2_25hz")
+NAMES = ("speech_tokenizer_v1", "speech_tokenizer_v1_25hz", "speech_tokenizer_v2_25hz", "speech_tokenizer_v3_25hz")
 _HEAD_DIM = 64  # of every S3 tokenizer
 _SHORTEST = 400  # samples of the spectrogram's window
 _GPU_ROOM = 12_000  # mel frames of a batch, padding included
@@ -88,12 +89,12 @@ def load_s3(source: str, device: str = "cpu") -> S3Tokens:
 
 def _read(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
     """Return the one of NAMES that a file holds, and its state_dict."""
-    coarse = "25hz" in path.stem
+    coarse, third = "25hz" in path.stem, "v3" in path.stem
     if path.suffix == ".onnx":
         import onnx
-        from s3tokenizer import onnx2torch
+        from s3tokenizer import onnx2torch, onnx2torch_v3
 
-        state = onnx2torch(str(path))
+        state = (onnx2torch_v3 if third else onnx2torch)(str(path))
         # The 25 Hz model differs from the 50 Hz one in a stride alone, and CosyVoice publishes both as
         # speech_tokenizer_v1.onnx.
         graph = onnx.load(str(path), load_external_data=False).graph
@@ -109,7 +110,7 @@ def _read(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     if "quantizer._codebook.embed" in state:
         return NAMES[1] if coarse else NAMES[0], state
-    return NAMES[2], state
+    return NAMES[3] if third else NAMES[2], state
 
 
 def _model(name: str, state: dict[str, torch.Tensor]):
@@ -117,6 +118,7 @@ def _model(name: str, state: dict[str, torch.Tensor]):
     from s3tokenizer import S3Tokenizer, S3TokenizerV2
     from s3tokenizer.model import ModelConfig
     from s3tokenizer.model_v2 import ModelConfig as ModelConfigV2
+    from s3tokenizer.model_v3 import ModelConfigV3, S3TokenizerV3
 
     width, mels, _ = state["encoder.conv1.weight"].shape
     sizes = {
@@ -127,6 +129,8 @@ def _model(name: str, state: dict[str, torch.Tensor]):
     }
     if name == NAMES[2]:
         model = S3TokenizerV2(name, ModelConfigV2(**sizes))
+    elif name == NAMES[3]:
+        model = S3TokenizerV3(name, ModelConfigV3(**sizes))
     else:
         contexts, codes = len(state["encoder.positional_embedding"]), len(state["quantizer._codebook.embed"])
         model = S3Tokenizer(name, ModelConfig(**sizes, n_audio_ctx=contexts, n_codebook_size=codes))

@@ -20,6 +20,8 @@ def s3_model(name: str):
     sizes = {"n_mels": 80, "n_audio_state": 64, "n_audio_head": 1, "n_audio_layer": 2}
     if "v2" in name:
         return s3tokenizer.S3TokenizerV2(name, s3tokenizer.model_v2.ModelConfig(**sizes)).eval()
+    if "v3" in name:
+        return s3tokenizer.S3TokenizerV3(name, s3tokenizer.model_v3.ModelConfigV3(**sizes)).eval()
     config = s3tokenizer.model.ModelConfig(**sizes, n_audio_ctx=1500, n_codebook_size=CODES)
     model = s3tokenizer.S3Tokenizer(name, config).eval()
     mel = s3tokenizer.log_mel_spectrogram(torch.from_numpy(waves((8.0,))[0]), 80)
@@ -60,7 +62,7 @@ def save(model, path) -> None:
 
 
 def write_onnx(model, path) -> None:
-    """The weights in a graph with the names of CosyVoice's speech_tokenizer_v1.onnx."""
+    """The weights in a graph with the names of CosyVoice's speech_tokenizer_v1.onnx and speech_tokenizer_v3.onnx."""
     from onnx import helper, numpy_helper
     from onnx import save as save_onnx
 
@@ -70,24 +72,31 @@ def write_onnx(model, path) -> None:
         "encoder.conv2.weight": "onnx::Conv_1521",
         "encoder.conv2.bias": "onnx::Conv_1522",
         "encoder.positional_embedding": "encoders.positional_embedding",
+        "quantizer._codebook.project_down.bias": "quantizer.project_in.bias",
     }
     strides = {"encoder.conv1.weight": model.encoder.conv1.stride[0], "encoder.conv2.weight": 2}
     nodes, tensors = [], []
     for key, tensor in model.state_dict().items():
         node, operation = "", "Conv" if "conv" in key else "Add"
-        if key == "quantizer._codebook.embed":
+        inputs = ["x", special.get(key, f"w{len(tensors)}")]
+        if key in strides:
+            node, inputs = f"/{key.split('.')[1]}/Conv", [*inputs, special[key.replace("weight", "bias")]]
+        elif key == "quantizer._codebook.embed":
             node = "/quantizer/rq/model/layers.0/_codebook/Pow_1"
+        elif key == "quantizer._codebook.project_down.weight":
+            node, operation = "/quantizer/project_in/MatMul", "MatMul"
+        elif "fsmn" in key:
+            inputs, operation = ["x", key.removeprefix("encoder.")], "Conv"
         elif "blocks" in key:
             inside, leaf = key.removeprefix("encoder.").rsplit(".", 1)
             norm = inside.endswith("_ln")
             operation = {"weight": "Mul" if norm else "MatMul", "bias": "Add_1" if norm else "Add"}[leaf]
             node = "/" + inside.replace(".mlp.", ".mlp/mlp.").replace(".attn", "/attn", 1).replace(".mlp", "/mlp", 1)
             node = node.replace("attn.", "attn/") + "/" + operation
-        name = special.get(key, f"w{len(tensors)}")
         value = tensor.numpy() if tensor.ndim > 2 or key in special else tensor.numpy().T
-        tensors.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        tensors.append(numpy_helper.from_array(np.ascontiguousarray(value), inputs[1]))
         extra = {"strides": [strides[key]]} if key in strides else {}
-        nodes.append(helper.make_node(operation.partition("_")[0], ["x", name], [f"y{len(nodes)}"], name=node, **extra))
+        nodes.append(helper.make_node(operation.partition("_")[0], inputs, [f"y{len(nodes)}"], name=node, **extra))
     save_onnx(helper.make_model(helper.make_graph(nodes, "s3", [], [], tensors)), path)
 
 
@@ -100,6 +109,8 @@ def write_onnx(model, path) -> None:
         ("speech_tokenizer_v1_25hz", "my_v1_25hz.safetensors", CODES, 25),
         ("speech_tokenizer_v1_25hz", "speech_tokenizer_v1.onnx", CODES, 25),  # told by its stride
         ("speech_tokenizer_v2_25hz", "any.safetensors", 6561, 25),
+        ("speech_tokenizer_v3_25hz", "my_v3.safetensors", 6561, 25),
+        ("speech_tokenizer_v3_25hz", "speech_tokenizer_v3.onnx", 6561, 25),
     ],
 )
 def test_s3_gives_the_packages_ids_whatever_else_is_in_the_batch(tmp_path, name, file, codes, rate):
