@@ -14,6 +14,7 @@ from agrepa_fast.attribution.points import ProbeBatch, ProbePoints
 from agrepa_fast.config_file import load_config
 from agrepa_fast.errors import UserError
 from agrepa_fast.kernels import philox_normal
+from agrepa_fast.models.cosyvoice import stretch
 from agrepa_fast.models.cosyvoice_package import import_part
 
 from ..training.waits import waits
@@ -199,18 +200,38 @@ def test_foga_equals_leaving_out_one_layer_at_a_time(version, layers, frames):
             torch.testing.assert_close(scores[number], change, rtol=1e-5, atol=1e-5)
 
 
-@LAYERS
-def test_states_have_the_time_of_their_stage(layers):
-    model = ours(1, layers=layers)
+@VERSIONS
+def test_a_stage_without_its_parts_is_its_shortcut(version):
+    model, (mel, condition) = ours(version), clips((22, 14))
+    unet = model.decoder.estimator
+    for resnet, layer in (
+        (unet.down_blocks[0][0], model.layers[0]),
+        (unet.up_blocks[0][0], model.layers[-1 - (version == 1)]),
+    ):
+        entered = []
+        handles = [part.register_forward_hook(lambda _m, _a, out: torch.zeros_like(out)) for part in layer.parts]
+        handles.append(resnet.res_conv.register_forward_hook(lambda _m, _a, out, entered=entered: entered.append(out)))
+        handles.append(layer.tap.register_forward_hook(lambda _m, _a, out, entered=entered: entered.append(out)))
+        with torch.no_grad():
+            model(mel, torch.tensor([0.2, 0.7]), condition)
+        for handle in handles:
+            handle.remove()
+        assert torch.equal(entered[0].transpose(1, 2), entered[1])
+
+
+def test_states_have_the_time_of_their_stage_and_are_those_after_it():
     x, condition = clips((21, 14), frames=21)
-    numbers = tuple(range(1, len(model.layers) + 1))
-    with torch.no_grad():
-        hidden = model(x, torch.tensor([0.2, 0.7]), condition, capture=(0, *numbers)).hidden
-    stages = [(21, 16), (11, 24), (11, 24), (11, 16), (21, 16)]
-    per_stage = 1 if layers == "stages" else 2
-    assert [tuple(hidden[n].shape[1:]) for n in numbers] == [stages[(n - 1) // per_stage] for n in numbers]
-    assert [layer.width for layer in model.layers] == [hidden[n].shape[2] for n in numbers]
-    assert hidden[0].shape == x.shape
+    hidden = {}
+    for layers in ("stages", "blocks"):
+        model = ours(1, layers=layers)
+        numbers = tuple(range(1, len(model.layers) + 1))
+        with torch.no_grad():
+            hidden[layers] = model(x, torch.tensor([0.2, 0.7]), condition, capture=(0, *numbers)).hidden
+        assert [layer.width for layer in model.layers] == [hidden[layers][n].shape[2] for n in numbers]
+    assert hidden["stages"][0].shape == x.shape
+    for number, shape in enumerate([(21, 16), (11, 24), (11, 24), (11, 16), (21, 16)], 1):
+        assert hidden["stages"][number].shape == (2, *shape)
+        assert torch.equal(hidden["stages"][number], hidden["blocks"][2 * number])
 
 
 @VERSIONS
@@ -266,3 +287,11 @@ def test_an_absent_cosyvoice_is_said_with_the_remedy(monkeypatch):
         UserError, match="put a CosyVoice checkout and its third_party/Matcha-TTS on PYTHONPATH, or pip"
     ):
         import_part("flow.decoder", "ConditionalDecoder")
+
+
+def test_tokens_of_another_rate_are_stretched_to_the_nearest():
+    rows = torch.arange(6.0).view(1, 6, 1).repeat(3, 1, 1)
+    found = stretch(rows, torch.tensor([6, 6, 3]), torch.tensor([6, 8, 6]), 8)[..., 0]
+    assert found[0, :6].tolist() == [0, 1, 2, 3, 4, 5]
+    assert found[1].tolist() == [0, 1, 1, 2, 3, 4, 4, 5]
+    assert found[2, :6].tolist() == [0, 0, 1, 1, 2, 2]
