@@ -1,13 +1,20 @@
 """Predicted mean opinion scores of speech, 1 to 5. They are a network's opinion: of use to compare systems on the same
-clips, no replacement for listeners."""
+clips, no replacement for listeners.
+
+load_mos("package:distillmos")                        # without a model hub
+load_mos("utmos:/models/utmos22_strong_step7459_v1.pt")
+"""
 
 from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
 
-from . import distillmos
-from .metric_model import identity, unknown_package, wave_at
+from ..errors import UserError, nearest
+from . import distillmos, utmos
+from .metric_model import identity, wave_at
+
+_KNOWN = ("package:distillmos", "utmos:FILE")
 
 
 class Scorer(ABC):
@@ -26,26 +33,31 @@ class Scorer(ABC):
         wave that is empty or not finite."""
 
 
-class DistillMosScorer(Scorer):
+class NetworkScorer(Scorer):
+    """A network that takes a wave (samples,) at `sample_rate` Hz and returns its score, ()."""
+
     names = ("mos",)
 
-    def __init__(self, spec: str, device: str | torch.device):
-        self._network, self._device = distillmos.load_distillmos().to(device), torch.device(device)
-        self.identity = identity(spec, self._network, distillmos.LICENCE, distillmos.VERSION)
+    def __init__(self, network: torch.nn.Module, sample_rate: int, facts: dict, device: str | torch.device):
+        self.identity, self._sample_rate = facts, sample_rate
+        self._network, self._device = network.to(device), torch.device(device)
 
     @torch.inference_mode()
     def score(self, wave: np.ndarray, rate: int) -> dict[str, float]:
-        wave = torch.from_numpy(wave_at(wave, rate, distillmos.RATE)).to(self._device)
-        return {"mos": self._network(wave).item()}
-
-
-_PACKAGES = {"distillmos": DistillMosScorer}
+        wave = torch.from_numpy(wave_at(wave, rate, self._sample_rate))
+        return {"mos": self._network(wave.to(self._device)).item()}
 
 
 def load_mos(spec: str, device: str | torch.device = "cpu") -> Scorer:
-    """Return the scorer of `package:distillmos`. Raises UserError, in one line with the remedy, for an unknown one and
-    for one that cannot be fetched."""
-    title, name = f"metrics.mos={spec}", spec.removeprefix("package:")
-    if name not in _PACKAGES or name == spec:
-        raise unknown_package(title, spec, _PACKAGES)
-    return _PACKAGES[name](spec, device)
+    """Return the scorer of `package:distillmos`, or of utmos:FILE. Raises UserError, in one line with the remedy, for
+    an unknown one, and for one that cannot be fetched or read."""
+    title = f"metrics.mos={spec}"
+    if spec == "package:distillmos":
+        network, sample_rate = distillmos.load_distillmos(), distillmos.RATE
+        facts = identity(spec, network, distillmos.LICENCE, distillmos.VERSION)
+    elif spec.startswith("utmos:"):
+        network, sample_rate = utmos.load_utmos(spec.removeprefix("utmos:"), title), utmos.RATE
+        facts = identity(spec, network, None, None)
+    else:
+        raise UserError(f"{title}: {nearest(spec, _KNOWN)}")
+    return NetworkScorer(network, sample_rate, facts, device)
