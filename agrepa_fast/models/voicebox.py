@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..errors import UserError
 from .audio_dit.attention import attend
 from .audio_dit.conditioning import Condition, interpolate_tokens, keep_clips, zero_padding
 from .backbone import Backbone, Layer
@@ -62,6 +63,7 @@ class Voicebox(Backbone):
         if skips and depth % 2:
             raise ValueError(f"depth={depth}: skips join pairs of layers, so it must be even")
         self.null_id, self.condition_width = vocab, token_dim
+        self.is_packages = (position, time, ffn, qk_norm, skips) == ("rotary", "norms", "geglu", True, False)
         self.sinu_pos_emb = nn.Sequential(_Fourier(dim))
         if time == "norms":
             self.sinu_pos_emb.extend((nn.Linear(dim, 4 * dim), nn.SiLU()))
@@ -74,14 +76,6 @@ class Voicebox(Backbone):
         self.transformer = _Transformer(dim, depth, dropout=dropout, **sizes, **kinds)
         self.to_pred = nn.Linear(dim, n_mels, bias=False)
         self.condition_tap = nn.Identity()
-
-    def from_upstream(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Take a VoiceBox's weights, or those of the ConditionalFlowMatcherWrapper around it."""
-        return {name.removeprefix("voicebox."): tensor for name, tensor in state.items()}
-
-    def to_upstream(self, state: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-        """Return what ConditionalFlowMatcherWrapper.load_state_dict takes below "model", as its trainer saves it."""
-        return {"model": {f"voicebox.{name}": tensor for name, tensor in state.items()}}
 
     @property
     def layers(self) -> list[Layer]:
@@ -99,6 +93,22 @@ class Voicebox(Backbone):
         x = self.to_embed(torch.cat((x_t.to(dtype), embedded.to(dtype), reference.to(dtype)), dim=-1))
         x = self.conv_embed(x, lengths) + x
         return self.to_pred(self.transformer(x, self.sinu_pos_emb(t), lengths))
+
+    def from_upstream(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Take the weights of a VoiceBox, or of the ConditionalFlowMatcherWrapper around one, as its trainer saves it.
+        What else the wrapper holds makes tokens and mels."""
+        wrapped = {name.removeprefix("voicebox."): x for name, x in state.items() if name.startswith("voicebox.")}
+        return {name: x for name, x in (wrapped or state).items() if not name.startswith("audio_enc_dec.")}
+
+    def to_upstream(self, state: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+        """Return what ConditionalFlowMatcherWrapper.load loads strictly, and its trainer saves. Raises UserError for a
+        form that the package lacks."""
+        if not self.is_packages:
+            raise UserError(
+                "voicebox-pytorch's VoiceBox has no skips, ALiBi, time token or plain FFN, nor attention without "
+                "qk_norm: export without --upstream"
+            )
+        return {"model": {f"voicebox.{name}": tensor for name, tensor in state.items()}}
 
 
 class _Parts:

@@ -9,6 +9,7 @@ import torch.nn as nn
 from agrepa_fast.attribution.foga import FogaProbe, foga
 from agrepa_fast.attribution.points import ProbeBatch, ProbePoints
 from agrepa_fast.config_file import load_config
+from agrepa_fast.errors import UserError
 from agrepa_fast.models.audio_dit.conditioning import Condition
 from agrepa_fast.models.voicebox import Voicebox, _alibi, _Fourier, _Transformer
 
@@ -92,6 +93,20 @@ def test_equals_voicebox_pytorch(lengths, dropped):
     for name, parameter in ours.named_parameters():
         if name in gradients:
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-8, atol=1e-10)
+
+
+def test_weights_of_the_package_come_without_what_makes_tokens_and_mels():
+    model = small()
+    own = model.state_dict()
+    around = {"voicebox.audio_enc_dec.weight": own["null_cond"], "duration_predictor.weight": own["null_cond"]}
+    found = model.from_upstream({f"voicebox.{name}": tensor for name, tensor in own.items()} | around)
+    assert found == own == model.from_upstream(dict(own))
+
+
+@pytest.mark.parametrize("options", [{"skips": True}, PAPER, {"qk_norm": False}])
+def test_a_form_that_the_package_lacks_is_not_written_as_its_file(options):
+    with pytest.raises(UserError, match="VoiceBox has no skips, ALiBi"):
+        small(**options).to_upstream({})
 
 
 def test_skips_equal_those_of_its_transformer():
