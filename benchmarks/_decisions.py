@@ -161,6 +161,13 @@ def alignment(results: dict) -> Iterator[Row]:
     yield _goal("alignment, frames, over eager", ratio(results["alignment"]["frames"], "eager", "fused"), 1.6)
 
 
+def fuse(results: dict) -> Iterator[Row]:
+    """Is a fused block of F5-TTS faster than the package's."""
+    methods = next(value for value in results["fuse"].values() if isinstance(value, dict))
+    for base, least in (("f5-tts", 1.2), ("torch.compile", 1.0)):
+        yield _goal(f"fused F5 block over {base}", ratio(methods, base, "fused"), least)
+
+
 QUESTIONS: tuple[Callable[[dict], Iterator[Row]], ...] = (
     demo,
     accuracy,
@@ -172,4 +179,5 @@ QUESTIONS: tuple[Callable[[dict], Iterator[Row]], ...] = (
     foga,
     ops,
     alignment,
+    fuse,
 )

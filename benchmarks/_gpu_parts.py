@@ -12,6 +12,7 @@ from itertools import product
 import bench_ada_norm
 import bench_align_loss
 import bench_block
+import bench_fuse
 import bench_gated_residual
 import bench_linear_gelu
 import bench_qk_norm_rope
@@ -169,6 +170,11 @@ def alignment(plan: Plan) -> Measured:
         free()
 
 
+def fuse(plan: Plan) -> Measured:
+    """A DiT block of F5-TTS: the package's, compiled by torch.compile, and fused."""
+    yield "x".join(map(str, plan.shape)), bench_fuse.measure(plan.shape, plan.sizes.repeats, plan.compiler)
+
+
 PARTS: dict[str, Callable[[Plan], Measured]] = {
-    part.__name__: part for part in (ceilings, accuracy, tiles, attention, block, foga, ops, alignment)
+    part.__name__: part for part in (ceilings, accuracy, tiles, attention, block, foga, ops, alignment, fuse)
 }

@@ -7,6 +7,7 @@ CPU, bf16 by autocast on a GPU; dropout is on in the times and off in the checks
 """
 
 import copy
+import sys
 
 import torch
 from _bench import parse_shape, parser, ratio
@@ -14,9 +15,11 @@ from _results import print_table, write_json
 from _timing import Phases, milliseconds, time_phases
 
 from agrepa_fast import fuse
-from agrepa_fast.audio.waves import import_torchaudio
+from agrepa_fast.models.f5_package import import_network
 
 HEAD = 64
+HEADER = ("d, T, B", "method", "error", "forward ms (p20 to p80)", "backward ms", "both ms", "f5-tts = 1")
+Shape = tuple[int, int, int]
 
 
 class Method:
@@ -35,10 +38,8 @@ class Method:
         return torch.autograd.grad(out, self.leaves, torch.ones_like(out))
 
 
-def build(shape: tuple[int, int, int], compiler: str) -> dict[str, Method]:
-    import_torchaudio()  # before f5-tts imports it: beside a CPU build of torch it does not load
-    from f5_tts.model.modules import DiTBlock
-
+def build(shape: Shape, compiler: str) -> dict[str, Method]:
+    DiTBlock = sys.modules[import_network("DiT").__module__].DiTBlock
     dim, frames, clips = shape
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -71,28 +72,45 @@ def largest_error(method: Method, right: Method) -> float:
     return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
+def measure(shape: Shape, repeats: int, compiler: str) -> dict[str, dict]:
+    """Return the timings of each method, with its error, and the package's time over its own. A method with a larger
+    error than allowed is not timed, and says so as "wrong"."""
+    torch._dynamo.reset()
+    methods, limit = build(shape, compiler), 2e-2 if torch.cuda.is_available() else 1e-5
+    errors = {name: largest_error(method, methods["f5-tts"]) for name, method in methods.items()}
+    right = {name: Phases(m.forward, m.backward) for name, m in methods.items() if errors[name] <= limit}
+    timed = time_phases(right, repeats, apart=False)
+    results = {}
+    for name, error in errors.items():
+        if name in timed:
+            results[name] = {"error": error} | timed[name] | {"over_f5_tts": ratio(timed, "f5-tts", name)}
+        else:
+            results[name] = {"error": error, "wrong": f"relative error {error:.1e}, allowed {limit:.0e}"}
+    return results
+
+
+def rows(label: str, results: dict[str, dict]) -> list[tuple]:
+    """Return the rows of the table of HEADER."""
+    found = []
+    for name, result in results.items():
+        if "wrong" in result:
+            found.append((label, name, f"{result['error']:.1e}", "not timed, wrong", "", "", ""))
+        else:
+            times = [milliseconds(result[phase]) for phase in ("forward", "backward", "both")]
+            found.append((label, name, f"{result['error']:.1e}", *times, f"{result['over_f5_tts']:.2f}x"))
+    return found
+
+
 def main() -> None:
     args = parser(__doc__)
     args.set_defaults(shapes=[parse_shape(shape) for shape in ("256,200,8", "512,200,4", "768,400,2", "1024,400,2")])
     args = args.parse_args()
-    limit = 2e-2 if torch.cuda.is_available() else 1e-5
     table, results = [], {}
     for shape in args.shapes:
-        torch._dynamo.reset()
-        methods, label = build(shape, args.compiler), ", ".join(map(str, shape))
-        errors = {name: largest_error(method, methods["f5-tts"]) for name, method in methods.items()}
-        right = {name: Phases(m.forward, m.backward) for name, m in methods.items() if errors[name] <= limit}
-        timed = time_phases(right, args.repeats, apart=False)
-        results[label] = {name: {"error": error} | timed.get(name, {}) for name, error in errors.items()}
-        for name, error in errors.items():
-            if name not in timed:
-                table.append((label, name, f"{error:.1e}", "not timed, wrong", "", "", ""))
-                continue
-            over = results[label][name]["over_f5_tts"] = ratio(timed, "f5-tts", name)
-            times = [milliseconds(timed[name][phase]) for phase in ("forward", "backward", "both")]
-            table.append((label, name, f"{error:.1e}", *times, f"{over:.2f}x"))
-    header = ("d, T, B", "method", "error", "forward ms (p20 to p80)", "backward ms", "both ms", "f5-tts = 1")
-    print_table("one DiT block of F5-TTS, forward + backward", header, table)
+        label = ", ".join(map(str, shape))
+        results[label] = measure(shape, args.repeats, args.compiler)
+        table += rows(label, results[label])
+    print_table("one DiT block of F5-TTS, forward + backward", HEADER, table)
     made = {"settings": {"repeats": args.repeats, "compiler": args.compiler}, "results": results}
     print("\nwrote", write_json("bench_fuse", made, args.out))
 

@@ -11,6 +11,7 @@ cd "$(dirname "$0")/.."
 
 pure="deepspeed hjson pydantic annotated-types typing-inspection typing-extensions webdataset braceexpand tenacity"
 pure="$pure soundfile pycparser pytest-xdist execnet"
+pure="$pure f5-tts x-transformers einops einx frozendict torch-einops-utils loguru"  # part fuse
 compiled="pydantic-core cffi"  # for the GPU machine's Python, not for this one
 rm -rf .gpu_once
 mkdir -p .gpu_once/site

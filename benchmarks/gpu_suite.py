@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import bench_block
+import bench_fuse
 import torch
 from _bench import OP_HEADER, gpu_cells, op_rows
 from _decisions import HEADER, decide
@@ -44,6 +45,7 @@ LIMITS = {  # seconds per part, in the order of the run: the most important firs
     "traces": 50,
     "ops": 80,
     "alignment": 50,
+    "fuse": 60,
 }
 
 
@@ -88,6 +90,8 @@ def show(results: dict) -> None:
         print_table(name, ("operation", *OP_HEADER[1:]), [row for op, r in timed.items() for row in op_rows(op, r)])
     blocks = {label: r for label, r in results.get("block", {}).items() if isinstance(r, dict)}
     print_table("block", bench_block.HEADER, [row for label, r in blocks.items() for row in bench_block.rows(label, r)])
+    fused = {label: r for label, r in results.get("fuse", {}).items() if isinstance(r, dict)}
+    print_table("fuse", bench_fuse.HEADER, [row for label, r in fused.items() for row in bench_fuse.rows(label, r)])
     rows = []
     for part in ("zero2", "attention", "step", "foga"):
         for key, value in results.get(part, {}).items():

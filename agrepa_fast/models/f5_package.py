@@ -13,7 +13,7 @@ from ..torchaudio_import import make_torchaudio_importable
 
 NETWORKS = {"DiT": "dit", "UNetT": "unett"}
 _INSTALL = "pip install 'agrepa_fast[f5]'"
-_NOT_OF_NETWORKS = ("librosa", "librosa.filters", "rjieba", "pypinyin")  # for waves and text; librosa loads for seconds
+_NOT_OF_NETWORKS = ("torchaudio", "librosa", "librosa.filters", "rjieba", "pypinyin")  # for waves and text
 
 
 def import_network(name: str) -> type:

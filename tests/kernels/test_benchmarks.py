@@ -98,6 +98,7 @@ def test_dry_run_of_the_gpu_suite(preset, tmp_path):
             assert "wrong" not in operation["fused"]
     for methods in (value for name, value in results["attention"].items() if name.startswith("T")):
         assert "wrong" not in methods["attend"]
+    assert all("wrong" not in method for method in results["fuse"]["64x12x2"].values() if isinstance(method, dict))
     assert {path.name for path in tmp_path.glob("trace_*")} == {"trace_step.json.gz", "trace_zero2.json.gz"}
     tables = done.stdout.partition("\ndecisions\n")[2]
     assert "probes and graphs in a run" in tables
