@@ -37,7 +37,7 @@ class TextOfOwnFrames:
 
     def forward(self, text: torch.Tensor, seq_len: int | torch.Tensor, drop_text: bool | torch.Tensor = False):
         """Return (N, T, text_dim) of text (N, T), -1 in the padding. seq_len: lengths (N,), or T if nothing is padding.
-        drop_text: for all clips, or (N,)."""
+        drop_text: for all clips, or (N,). Raises ValueError for more frames than the encoder has positions."""
         ids, frames = text + 1, text.shape[1]  # 0 fills the frames after the text
         valid = None
         if isinstance(seq_len, torch.Tensor):
@@ -49,6 +49,8 @@ class TextOfOwnFrames:
             ids = torch.where(torch.as_tensor(drop_text, device=ids.device).view(-1, 1), 0, ids)
         x = self.text_embed(ids)
         if self.extra_modeling:
+            if frames > (most := len(self.freqs_cis)):
+                raise ValueError(f"{frames} frames: F5's text encoder has positions for {most}, lower data.max_seconds")
             x = x + self.freqs_cis[:frames]
         x = _zero_outside(x, kept)
         for block in self.text_blocks if self.extra_modeling else ():

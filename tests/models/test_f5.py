@@ -228,6 +228,9 @@ def test_what_the_package_does_not_take_is_refused_in_one_line():
     x, condition = clips()
     with pytest.raises(ValueError, match=r"there is none: set data\.text"):
         small()(x, TIMES, replace(condition, text=None))
+    x, condition = clips((8193,), 8193)
+    with pytest.raises(ValueError, match=r"8193 frames: F5's text encoder has positions for 8192, lower data\."):
+        small()(x, TIMES[:1], condition)
 
 
 def test_a_package_that_is_absent_is_named_with_the_remedy(monkeypatch):
