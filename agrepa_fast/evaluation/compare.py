@@ -1,0 +1,186 @@
+"""Arms of an experiment, compared: differences to a baseline over clips, and over seeds.
+
+Two questions have two intervals. Over clips: would these trained models differ on other clips? A paired bootstrap or a
+paired jackknife, with the seeds of an arm averaged within a clip. Over seeds: would the method differ in other runs? A
+t interval of the seeds' own differences, and exact sign flips, corrected by Holm over the arms.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import UserError
+from .aggregate import CLIP_METRICS, GROUPS, SEED, SET_METRICS, SetDistances, clip_difference
+from .intervals import Interval, holm, jackknife, mean_interval, sign_flip
+from .results import read_clips
+
+ROW = "sample"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What `agrepa evaluate` wrote about one run. label: of its arm; seed: of the run; loss: its validation flow loss
+    with averaged weights, None if it is unknown."""
+
+    label: str
+    seed: int
+    folder: Path
+    loss: float | None = None
+
+    @cached_property
+    def results(self) -> dict:
+        return json.loads((self.folder / "results.json").read_text())
+
+    @cached_property
+    def clips(self) -> list[dict]:
+        return [row for row in read_clips(self.folder / "clips.csv") if row["row"] == ROW]
+
+    @cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        file = self.folder / "embeddings.npz"
+        if not file.is_file():
+            return {}
+        with np.load(file, allow_pickle=False) as stored:
+            return dict(stored)
+
+    def of_domain(self, domain: str) -> list[dict]:
+        return [row for row in self.clips if row["domain"] == domain]
+
+    def embeddings(self, domain: str) -> np.ndarray | None:
+        return self._arrays.get(f"{domain}/{ROW}")
+
+    def distances(self, domain: str) -> SetDistances | None:
+        reference = self._arrays.get(f"{domain}/reference")
+        return None if reference is None or len(reference) < 2 else SetDistances(reference)
+
+
+class Difference(NamedTuple):
+    """An arm minus the baseline. clips, seeds: intervals, None where there is none; p: over seeds, corrected."""
+
+    label: str
+    domain: str
+    metric: str
+    clips: Interval | None
+    seeds: Interval | None
+    p: float | None
+
+    @property
+    def value(self) -> float:
+        return (self.clips or self.seeds).value
+
+    @property
+    def clear(self) -> bool:
+        """Whether both intervals exclude 0."""
+        return all(one is not None and isfinite(one.low) and one.low * one.high > 0 for one in (self.clips, self.seeds))
+
+
+def check_comparable(runs: Sequence[Evaluated]) -> None:
+    """Raise UserError unless all were evaluated on the same clips, with the same vocoder, sampler and metric models."""
+    first = runs[0]
+    for run in runs[1:]:
+        for name, about in (
+            ("manifest", "other clips"),
+            ("vocoder", "another vocoder"),
+            ("flow", "another sampler"),
+            ("models", "other metric models"),
+        ):
+            if run.results[name] != first.results[name]:
+                raise UserError(
+                    f"{first.folder} and {run.folder} were evaluated with {about}: evaluate them again with the same "
+                    "data.*, flow.*, eval.vocoder and metrics.*"
+                )
+
+
+def differences(runs: Sequence[Evaluated], baseline: str, confidence: float) -> list[Difference]:
+    """Return every arm's differences to the baseline, for each metric and domain that both have. Raises UserError if an
+    arm shares no seed with the baseline."""
+    arms: dict[str, dict[int, Evaluated]] = {}
+    for run in runs:
+        arms.setdefault(run.label, {})[run.seed] = run
+    found: list[Difference] = []
+    for label, seeds in arms.items():
+        if label == baseline:
+            continue
+        shared = sorted(seeds.keys() & arms[baseline].keys())
+        if not shared:
+            raise UserError(f"{label} and {baseline} have no seed in common: pairs are of the same run.seed")
+        pairs = [(seeds[seed], arms[baseline][seed]) for seed in shared]
+        found += _of_arm(label, pairs, confidence)
+    return _corrected(found)
+
+
+def _of_arm(label: str, pairs: Sequence[tuple[Evaluated, Evaluated]], confidence: float) -> list[Difference]:
+    found = []
+    for domain in dict.fromkeys(row["domain"] for row in pairs[0][0].clips):
+        for metric in CLIP_METRICS:
+            one, other = ([row for pair in pairs for row in pair[side].of_domain(domain)] for side in (0, 1))
+            clips = clip_difference(metric, one, other, confidence)
+            if clips is not None:
+                of_seeds = [_value(a, domain, metric) - _value(b, domain, metric) for a, b in pairs]
+                found.append(Difference(label, domain, metric, clips, *_over_seeds(of_seeds, confidence)))
+        for metric in SET_METRICS:
+            if all(metric in run.results["rows"][ROW].get(domain, {}) for pair in pairs for run in pair):
+                clips = _set_difference(domain, metric, pairs, confidence)
+                of_seeds = [_value(a, domain, metric) - _value(b, domain, metric) for a, b in pairs]
+                found.append(Difference(label, domain, metric, clips, *_over_seeds(of_seeds, confidence)))
+    if all(run.loss is not None for pair in pairs for run in pair):
+        losses = [a.loss - b.loss for a, b in pairs]
+        found.append(Difference(label, "", "val/flow_loss", None, *_over_seeds(losses, confidence, alone=True)))
+    return found
+
+
+def _value(run: Evaluated, domain: str, metric: str) -> float:
+    return run.results["rows"][ROW][domain][metric]["value"]
+
+
+def _over_seeds(
+    values: Sequence[float], confidence: float, *, alone: bool = False
+) -> tuple[Interval | None, float | None]:
+    """Return the interval and the p-value over seeds; one seed says nothing of the method. alone: return its value,
+    without an interval."""
+    if len(values) < 2 and not alone:
+        return None, None
+    return mean_interval(np.array(values), confidence), (sign_flip(values) if len(values) > 1 else None)
+
+
+def _set_difference(
+    domain: str, metric: str, pairs: Sequence[tuple[Evaluated, Evaluated]], confidence: float
+) -> Interval:
+    """Return the mean over seeds of the distances' differences, jackknifed over the clips of all at once."""
+    distances = pairs[0][0].distances(domain)
+    matrices = [(a.embeddings(domain), b.embeddings(domain)) for a, b in pairs]
+
+    def statistic(places: np.ndarray) -> float:
+        return float(
+            np.mean([distances.value(metric, a[places]) - distances.value(metric, b[places]) for a, b in matrices])
+        )
+
+    return jackknife(len(matrices[0][0]), statistic, GROUPS, confidence, SEED)
+
+
+def _corrected(found: Sequence[Difference]) -> list[Difference]:
+    """Return the differences with p-values corrected for the number of arms, metric by metric."""
+    result = list(found)
+    kinds = dict.fromkeys((one.domain, one.metric) for one in found if one.p is not None)
+    for kind in kinds:
+        places = [n for n, one in enumerate(found) if (one.domain, one.metric) == kind and one.p is not None]
+        for place, p in zip(places, holm([found[n].p for n in places]), strict=True):
+            result[place] = found[place]._replace(p=p)
+    return result
+
+
+def agreement(selections: Sequence[Mapping[str, Sequence[int]]]) -> float | None:
+    """Return the mean Jaccard index of the layers that pairs of seeds chose, over domains; None without two choices."""
+    values = []
+    for number, first in enumerate(selections):
+        for second in selections[number + 1 :]:
+            for domain in first.keys() & second.keys():
+                one, other = set(first[domain]), set(second[domain])
+                values.append(len(one & other) / max(1, len(one | other)))
+    return float(np.mean(values)) if values else None

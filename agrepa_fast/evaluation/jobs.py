@@ -1,0 +1,196 @@
+"""The jobs of a comparison: warm-ups, branches and evaluations, each the real program in a process of its own."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..checkpoints.find import complete_checkpoints
+from ..errors import UserError
+from ..files import write_atomically
+
+_ATTEMPTS = 2
+_TRAIN = Path(__file__).parents[1] / "train.py"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared: settings under a label. strategy: its align.strategy."""
+
+    label: str
+    strategy: str
+    overrides: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> "Arm":
+        """Return the arm of a strategy, such as `foga` or `fixed:4,8`, or of LABEL:section.field=value,…: that one has
+        the strategy of its overrides, or else foga."""
+        label, colon, rest = text.partition(":")
+        if not colon or "=" not in rest:
+            return cls(text, text)
+        overrides = tuple(re.split(r",(?=[a-z_]+\.)", rest))
+        given = [value for name, _, value in (o.partition("=") for o in overrides) if name == "align.strategy"]
+        return cls(
+            label, given[-1] if given else "foga", tuple(o for o in overrides if not o.startswith("align.strategy="))
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command. folder: of its run; done: the file that a finished job has written."""
+
+    name: str
+    command: tuple[str, ...]
+    folder: Path
+    done: Path
+    steps: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.done.is_file()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Strategies by seeds from one warm-up per seed, in folders below `out`."""
+
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    preset: str
+    warmup: int  # steps before the branches
+    steps: int  # of a branch
+    out: Path
+    ds_config: str
+    ranks: int | None  # None: as many as the launcher finds
+    overrides: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()  # overrides of agrepa evaluate
+    measured: frozenset[str] = field(default=frozenset())  # strategies that measure layers
+
+    def run_folder(self, arm: Arm, seed: int) -> Path:
+        return self.out / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', arm.label)}-seed{seed}"
+
+    def jobs(self) -> list[Job]:
+        """Return all jobs in the order of their running."""
+        jobs = []
+        for seed in self.seeds:
+            warmup = self.out / f"warmup-seed{seed}"
+            # A constant rate: its decay would end with the warm-up, and begin again in the branch.
+            settings = ("align.strategy=none", f"train.steps={self.warmup}", "train.final_lr=1.0")
+            jobs.append(self._train(f"warm-up, seed {seed}", warmup, seed, self.warmup, settings))
+            for arm in self.arms:
+                folder = self.run_folder(arm, seed)
+                settings = (f"align.strategy={arm.strategy}", f"train.steps={self.steps}", f"train.start_from={warmup}")
+                settings += ("train.warmup_steps=0",)
+                if arm.strategy in self.measured:
+                    settings += ("probe.start_step=1", "probe.warmup_steps=1")
+                jobs.append(
+                    self._train(f"{arm.label}, seed {seed}", folder, seed, self.steps, settings + arm.overrides)
+                )
+                evaluate = (sys.executable, "-m", "agrepa_fast.cli", "evaluate", str(folder), "--out")
+                out = folder / "evaluate"
+                jobs.append(
+                    Job(
+                        f"evaluate {arm.label}, seed {seed}",
+                        (*evaluate, str(out), *self.metrics),
+                        out,
+                        out / "results.json",
+                    )
+                )
+        return jobs
+
+    def _train(self, name: str, folder: Path, seed: int, steps: int, settings: Sequence[str]) -> Job:
+        launcher = [str(Path(sys.executable).with_name("deepspeed"))]
+        launcher += [] if self.ranks is None else ["--num_gpus", str(self.ranks)]
+        fixed = (*settings, *self.overrides, f"run.seed={seed}", f"run.dir={folder}")
+        command = (*launcher, str(_TRAIN), "--preset", self.preset, "--ds_config", self.ds_config, *fixed)
+        return Job(name, command, folder, folder / "summary.json", steps)
+
+
+def write_plan(jobs: Sequence[Job], file: Path) -> None:
+    """Write the jobs, unless they are there. Raises UserError if the folder holds another comparison."""
+    content = [{"name": job.name, "command": list(job.command), "folder": str(job.folder)} for job in jobs]
+    if file.is_file():
+        there = json.loads(file.read_text())
+        if there != content:
+            raise UserError(
+                f"{file.parent} holds another comparison ({_difference(there, content)}): choose another --out"
+            )
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(content, indent=1) + "\n")
+
+
+def _difference(there: list[dict], content: list[dict]) -> str:
+    for old, new in zip(there, content, strict=False):
+        for a, b in zip(old["command"], new["command"], strict=False):
+            if a != b:
+                return f"{a}, now {b}"
+    return f"{len(there)} jobs, now {len(content)}"
+
+
+def run_jobs(jobs: Sequence[Job], say: Callable[[str], object]) -> list[Job]:
+    """Run the jobs that are not finished, one after the other, and return those that failed twice. An unfinished run
+    goes on from its last checkpoint. A signal ends the running job, which saves, and then raises KeyboardInterrupt."""
+    failed: list[Job] = []
+    seconds, steps = 0.0, 0
+    for number, job in enumerate(jobs, 1):
+        if job.finished:
+            continue
+        if any(f"train.start_from={one.folder}" in job.command or one.folder == job.folder.parent for one in failed):
+            failed.append(job)  # what it needs is missing
+            continue
+        left = sum(one.steps for one in jobs[number - 1 :] if not one.finished)
+        about = f", about {left * seconds / steps / 60:.0f} min of training left" if steps else ""
+        say(f"[{number}/{len(jobs)}] {job.name}{about}")
+        started = time.monotonic()
+        if not any(_run(job) for _ in range(_ATTEMPTS)):
+            say(f"{job.name}: failed twice; its output is in {_log(job)}")
+            failed.append(job)
+        elif job.steps:
+            seconds, steps = seconds + time.monotonic() - started, steps + job.steps
+    return failed
+
+
+def _run(job: Job) -> bool:
+    """Run a job once. Return whether it finished. Raises KeyboardInterrupt after a signal: the job had it, too, and a
+    training has saved."""
+    signals: list[int] = []
+    with _log(job).open("ab") as log:
+        # A session of its own: Ctrl-C would end its ranks at once, SIGTERM lets them save.
+        process = subprocess.Popen(_command(job), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+        def hand_on(number: int, _frame: object) -> None:
+            signals.append(number)
+            os.killpg(process.pid, signal.SIGTERM)
+
+        before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if signals:
+        raise KeyboardInterrupt
+    return code == 0 and job.finished
+
+
+def _command(job: Job) -> tuple[str, ...]:
+    if not job.steps or not job.folder.exists():
+        return job.command
+    if not complete_checkpoints(job.folder / "checkpoints"):
+        shutil.rmtree(job.folder)  # it ended before its first checkpoint
+        return job.command
+    return (*job.command, "--resume", "latest")
+
+
+def _log(job: Job) -> Path:
+    """Return the file of a job's output, beside its folder: a new run wants an empty one."""
+    folder = job.folder if job.steps else job.folder.parent
+    return folder.with_name(f"{folder.name}{'' if job.steps else '-evaluate'}.log")

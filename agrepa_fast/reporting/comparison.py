@@ -1,0 +1,320 @@
+"""`agrepa compare`: strategies by seeds, or finished runs; tables of differences with their intervals, and plots."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from pathlib import Path
+
+from ..config import MEASURED
+from ..config_file import load_config
+from ..errors import UserError
+from ..evaluation.compare import ROW, Difference, Evaluated, agreement, check_comparable, differences
+from ..evaluation.jobs import Arm, Experiment, Job, run_jobs, write_plan
+from ..files import FolderLock, write_atomically
+from .comparison_plots import plot_curves, plot_forest
+
+_CHOSEN = ("val/flow_loss", "mmd", "mos", "wer_truth_capped", "mel_l1", "similarity")  # forest plots
+
+
+def compare_strategies(
+    strategies: Sequence[str],
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    *,
+    preset: str,
+    warmup: int | None,
+    out: Path,
+    baseline: str | None,
+    ds_config: str,
+    ranks: int | None,
+    dry_run: bool,
+) -> None:
+    """Run `agrepa compare --strategies`: train every strategy with every seed from one warm-up per seed, evaluate, and
+    compare. The same command goes on after an interruption.
+
+    Raises UserError for settings that do not fit, before anything is trained, and if a job failed twice.
+    """
+    experiment = _experiment(strategies, seeds, overrides, preset, warmup, out, ds_config, ranks)
+    jobs, labels = experiment.jobs(), [arm.label for arm in experiment.arms]
+    baseline = _baseline(baseline, labels)
+    _print_plan(experiment, jobs)
+    if dry_run:
+        return
+    with FolderLock(out, "choose another --out"):
+        write_plan(jobs, out / "plan.json")
+        failed = run_jobs(jobs, print)
+        runs = [
+            _evaluated(experiment.run_folder(arm, seed), arm.label)
+            for seed in seeds
+            for arm in experiment.arms
+            if (experiment.run_folder(arm, seed) / "evaluate" / "results.json").is_file()
+        ]
+        if not any(run.label == baseline for run in runs):
+            raise UserError(f"{out}: no run of the baseline {baseline!r} finished: {_names(failed)}")
+        write_comparison(runs, baseline, out, _settings(experiment), failed)
+    if failed:
+        raise UserError(f"{len(failed)} jobs failed twice, their cells are empty: {_names(failed)}")
+
+
+def compare_runs(folders: Sequence[Path], *, out: Path, baseline: str | None) -> None:
+    """Run `agrepa compare RUN RUN …`: compare runs that `agrepa evaluate` has measured, as arms by align.strategy and
+    pairs by run.seed."""
+    runs = [_evaluated(folder, None) for folder in folders]
+    labels = list(dict.fromkeys(run.label for run in runs))
+    for number, run in enumerate(runs):
+        for other in runs[number + 1 :]:
+            if (run.label, run.seed) == (other.label, other.seed):
+                raise UserError(
+                    f"{run.folder} and {other.folder} are both {run.label} with seed {run.seed}: name one of them"
+                )
+    if len(labels) < 2:
+        raise UserError(f"all runs have align.strategy={labels[0]}: there is nothing to compare")
+    with FolderLock(out, "choose another --out"):
+        write_comparison(runs, _baseline(baseline, labels), out, {}, [])
+
+
+def _experiment(strategies, seeds, overrides, preset, warmup, out, ds_config, ranks) -> Experiment:
+    arms = tuple(Arm.parse(text) for text in strategies)
+    for name, values in (("--strategies", [arm.label for arm in arms]), ("--seeds", list(seeds))):
+        if repeated := [value for value in values if values.count(value) > 1]:
+            raise UserError(f"{name}: {repeated[0]} twice")
+    if len(arms) < 2:
+        raise UserError("--strategies: at least two, of which the first is the baseline")
+    metrics = tuple(one for one in overrides if one.startswith("metrics."))
+    training = tuple(one for one in overrides if not one.startswith("metrics."))
+    config = load_config(preset, overrides)
+    warmup = config.probe.warmup_steps if warmup is None else warmup
+    if not 0 < warmup < config.train.steps:
+        raise UserError(f"--warmup {warmup}: must leave steps of train.steps={config.train.steps} for the branches")
+    steps = config.train.steps - warmup
+    for arm in arms:  # so that no arm is refused after hours of training
+        probe = ("probe.start_step=1", "probe.warmup_steps=1") if arm.strategy in MEASURED else ()
+        load_config(
+            preset, [*training, f"align.strategy={arm.strategy}", f"train.steps={steps}", *probe, *arm.overrides]
+        )
+    return Experiment(
+        arms, tuple(seeds), preset, warmup, steps, out, ds_config, ranks, training, metrics, frozenset(MEASURED)
+    )
+
+
+def _baseline(given: str | None, labels: Sequence[str]) -> str:
+    if given is not None and given not in labels:
+        raise UserError(f"--baseline {given}: there are {', '.join(labels)}")
+    return given or labels[0]
+
+
+def _print_plan(experiment: Experiment, jobs: Sequence[Job]) -> None:
+    done = sum(job.finished for job in jobs)
+    branches = len(experiment.arms) * len(experiment.seeds)
+    print(
+        f"{len(experiment.seeds)} warm-ups of {experiment.warmup} steps, {branches} runs of {experiment.steps} steps, "
+        f"{branches} evaluations: {len(jobs)} jobs, {done} done; the time left is printed once the first has run"
+    )
+    for job in jobs:
+        print(f"  {'done' if job.finished else '    '}  {job.name}: {job.folder}")
+
+
+def _names(failed: Sequence[Job]) -> str:
+    return ", ".join(job.name for job in failed)
+
+
+def _settings(experiment: Experiment) -> dict[str, object]:
+    return {
+        "preset": experiment.preset,
+        "warm-up steps": experiment.warmup,
+        "steps after it": experiment.steps,
+        "overrides": " ".join((*experiment.overrides, *experiment.metrics)) or "none",
+    }
+
+
+def _evaluated(folder: Path, label: str | None) -> Evaluated:
+    """Return the evaluation of a run's folder, or the folder that `agrepa evaluate` wrote itself."""
+    found = [folder] if (folder / "results.json").is_file() else sorted(folder.glob("evaluate*/"))
+    found = [path for path in found if (path / "results.json").is_file()]
+    if len(found) != 1:
+        raise UserError(
+            f"{folder} holds {len(found) or 'no'} evaluation{'s' if found else ''}: "
+            + ("name one of them" if found else f"run agrepa evaluate {folder} first")
+        )
+    run = found[0].parent if found[0] == folder else folder
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run (no config.yaml): its strategy and seed are unknown")
+    config, summary = load_config(run / "config.yaml"), run / "summary.json"
+    loss = json.loads(summary.read_text())["val/flow_loss"]["ema"] if summary.is_file() else None
+    return Evaluated(label or config.align.strategy, config.run.seed, found[0], loss)
+
+
+def write_comparison(
+    runs: Sequence[Evaluated], baseline: str, out: Path, settings: Mapping[str, object], failed: Sequence[Job]
+) -> None:
+    """Write compare.csv, differences.csv, report.md and plots/, and print the report."""
+    check_comparable(runs)
+    found = differences(runs, baseline, runs[0].results["confidence"])
+    write_atomically(out / "compare.csv", _csv(_VALUES, _value_rows(runs)))
+    write_atomically(out / "differences.csv", _csv(_DIFFERENCES, [_difference_row(one, baseline) for one in found]))
+    report = report_markdown(runs, found, baseline, settings, failed)
+    write_atomically(out / "report.md", report)
+    plots = out / "plots"
+    plots.mkdir(exist_ok=True)
+    for metric in _CHOSEN:
+        part = [one for one in found if one.metric == metric]
+        if part:
+            plot_forest(part, _of_seeds(runs, baseline, metric), baseline, plots / f"{metric.replace('/', '-')}.png")
+    plot_curves({(run.label, run.seed): run.folder.parent / "metrics.jsonl" for run in runs}, plots / "curves.png")
+    print(report)
+    print(f"wrote {out}: report.md, compare.csv, differences.csv and plots")
+
+
+_VALUES = ("strategy", "seed", "row", "domain", "metric", "value", "low", "high", "n")
+_DIFFERENCES = (
+    *("strategy", "baseline", "domain", "metric", "difference"),
+    *("low_clips", "high_clips", "low_seeds", "high_seeds", "seeds", "p_holm"),
+)
+
+
+def _csv(header: Sequence[str], rows: Sequence[Mapping[str, object]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, header, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def _value_rows(runs: Sequence[Evaluated]) -> list[dict[str, object]]:
+    rows = []
+    for run in runs:
+        arm = {"strategy": run.label, "seed": run.seed}
+        for name, domains in run.results["rows"].items():
+            for domain, metrics in domains.items():
+                for metric, entry in metrics.items():
+                    values = {part: entry[part] for part in ("value", "low", "high", "n")}
+                    rows.append({**arm, "row": name, "domain": domain, "metric": metric, **values})
+        if run.loss is not None:
+            rows.append({**arm, "row": ROW, "domain": "", "metric": "val/flow_loss", "value": run.loss})
+    return rows
+
+
+def _difference_row(one: Difference, baseline: str) -> dict[str, object]:
+    row = {"strategy": one.label, "baseline": baseline, "domain": one.domain, "metric": one.metric}
+    row |= {"difference": one.value, "p_holm": one.p, "seeds": one.seeds.n if one.seeds else 1}
+    for name, interval in (("clips", one.clips), ("seeds", one.seeds)):
+        if interval is not None and isfinite(interval.low):
+            row |= {f"low_{name}": interval.low, f"high_{name}": interval.high}
+    return row
+
+
+def _of_seeds(runs: Sequence[Evaluated], baseline: str, metric: str) -> dict[tuple[str, str], list[float]]:
+    """Return (label, domain) -> each seed's own difference to the baseline."""
+
+    def value(run: Evaluated, domain: str) -> float | None:
+        if metric == "val/flow_loss":
+            return run.loss
+        return run.results["rows"][ROW].get(domain, {}).get(metric, {}).get("value")
+
+    base, found = {run.seed: run for run in runs if run.label == baseline}, {}
+    for run in runs:
+        if run.label != baseline and run.seed in base:
+            for domain in ("", *run.results["rows"][ROW]):
+                one, other = value(run, domain), value(base[run.seed], domain)
+                if one is not None and other is not None:
+                    found.setdefault((run.label, domain), []).append(one - other)
+    return found
+
+
+def report_markdown(
+    runs: Sequence[Evaluated],
+    found: Sequence[Difference],
+    baseline: str,
+    settings: Mapping[str, object],
+    failed: Sequence[Job],
+) -> str:
+    """Return the report: what was compared, the layers that were chosen, values, and differences with what could have
+    been detected."""
+    results = runs[0].results
+    seeds = sorted({run.seed for run in runs})
+    lines = [f"# {' · '.join(dict.fromkeys(run.label for run in runs))}, seeds {', '.join(map(str, seeds))}", ""]
+    lines += [f"* {name}: {value}" for name, value in settings.items()]
+    lines += [
+        f"* clips: manifest {results['manifest']}; vocoder {results['vocoder']}; metric models "
+        + ", ".join(f"{kind} {model['spec']}" for kind, model in results["models"].items()),
+    ]
+    lines += [
+        f"* {kind} is {teacher} and rewards alignment by construction" for kind, teacher in results["circular"].items()
+    ]
+    lines += [f"* failed twice, and missing below: {_names(failed)}"] if failed else []
+    lines += ["", "## Layers that were chosen", "", *_selections(runs)]
+    lines += ["", "## Values (mean of the seeds)", "", *_values_table(runs)]
+    lines += ["", f"## Differences to {baseline}", "", *_differences_table(found, len(seeds)), ""]
+    return "\n".join(lines)
+
+
+def _selections(runs: Sequence[Evaluated]) -> list[str]:
+    lines = ["| strategy | seed | layers |", "|---|---|---|"]
+    chosen: dict[str, list[dict]] = {}
+    for run in runs:
+        file = run.folder.parent / "selection.json"
+        if file.is_file():
+            layers = json.loads(file.read_text())["layers"]
+            chosen.setdefault(run.label, []).append(layers)
+            named = "; ".join(f"{d} {' '.join(f'L{number}' for number in layers[d])}" for d in layers)
+            lines.append(f"| {run.label} | {run.seed} | {named} |")
+        else:
+            lines.append(f"| {run.label} | {run.seed} | none |")
+    agreed = {label: agreement(layers) for label, layers in chosen.items()}
+    facts = ", ".join(f"{label} {value:.2f}" for label, value in agreed.items() if value is not None)
+    return [*lines, *(["", f"Agreement of the seeds' layers (Jaccard index): {facts}."] if facts else [])]
+
+
+def _values_table(runs: Sequence[Evaluated]) -> list[str]:
+    rows = _value_rows(runs)
+    labels = list(dict.fromkeys(run.label for run in runs))
+    kinds = dict.fromkeys((row["domain"], row["metric"]) for row in rows if row["row"] == ROW)
+    lines = ["| domain | metric | " + " | ".join([*labels, "truth", "codes"]) + " |", "|---" * (4 + len(labels)) + "|"]
+    for domain, metric in kinds:
+        cells = []
+        for row_name, label in [*((ROW, label) for label in labels), ("truth", None), ("codes", None)]:
+            values = [
+                row["value"]
+                for row in rows
+                if (row["row"], row["domain"], row["metric"]) == (row_name, domain, metric)
+                and label in (None, row["strategy"])
+            ]
+            cells.append(f"{sum(values) / len(values):.3f}" if values else "—")
+        lines.append(f"| {domain or 'both'} | {metric} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _differences_table(found: Sequence[Difference], seeds: int) -> list[str]:
+    lines = [
+        "| strategy | domain | metric | difference | over clips | over seeds | p (Holm) | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in found:
+        p = "—" if one.p is None else f"{one.p:.3f}"
+        cells = (
+            one.label,
+            one.domain or "both",
+            one.metric,
+            f"{one.value:+.3f}",
+            _ends(one.clips),
+            _ends(one.seeds),
+            p,
+        )
+        lines.append(f"| {' | '.join(cells)} | {'**' if one.clear else ''} |")
+    lines.append("")
+    if seeds == 1:
+        lines.append("One seed: the table says nothing of the methods, only of these models.")
+    else:
+        lines.append(
+            f"** both intervals exclude 0. With {seeds} seeds no p-value can be below {2 / 2**seeds:.3f}. Half of an "
+            "interval is the difference that could have been seen."
+        )
+    return lines
+
+
+def _ends(interval) -> str:
+    if interval is None or not isfinite(interval.low):
+        return "—"
+    return f"[{interval.low:+.3f}, {interval.high:+.3f}]"

@@ -1,0 +1,269 @@
+"""Comparisons of evaluated runs, and the jobs that make them."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agrepa_fast.cli import main
+from agrepa_fast.errors import UserError
+from agrepa_fast.evaluation.aggregate import SetDistances
+from agrepa_fast.evaluation.compare import Evaluated, agreement, check_comparable, differences
+from agrepa_fast.evaluation.jobs import Arm, Experiment, Job, run_jobs, write_plan
+from agrepa_fast.evaluation.results import FIELDS, clip_rows, read_clips, summarise, write_clips
+
+from ..ranks import ROOT
+
+CLIPS = [f"clip{number:02}" for number in range(24)]
+
+
+def evaluated(folder: Path, label: str, seed: int, *, worse: float = 0.0, manifest: str = "m") -> Evaluated:
+    """An evaluation as `agrepa evaluate` writes it, of clips whose MOS is lower and whose embeddings are further off by
+    `worse`."""
+    folder.mkdir(parents=True)
+    random, of_seed = np.random.default_rng(0), np.random.default_rng(seed)
+    quality, vectors, reference = random.normal(3, 0.5, 24), random.normal(size=(24, 3)), random.normal(size=(40, 3))
+    rows = []
+    for name, value in zip(CLIPS, quality + 0.05 * of_seed.normal(size=24) - worse, strict=True):
+        row = dict.fromkeys(FIELDS) | {"row": "sample", "domain": "speech", "key": name, "draw": 0, "seconds": 1.0}
+        rows.append(row | {"mos": float(value), "words": 4, "errors": 1, "text": "a b", "heard": "a, b", "sha256": "0"})
+    write_clips(rows, folder / "clips.csv")
+    moved = vectors + worse
+    np.savez(folder / "embeddings.npz", **{"speech/sample": moved, "speech/reference": reference})
+    summary = summarise(rows, {}, {}, ["mos"], 0.95)
+    distances = SetDistances(reference)
+    summary["sample"]["speech"]["mmd"] = {"value": distances.value("mmd", moved), "low": None, "high": None, "n": 24}
+    facts = {"manifest": manifest, "vocoder": "v", "flow": {}, "models": {}, "circular": {}, "confidence": 0.95}
+    (folder / "results.json").write_text(json.dumps(facts | {"rows": summary}))
+    return Evaluated(label, seed, folder, 0.3 + worse + 0.001 * seed)
+
+
+def test_rows_of_clips_survive_their_file(tmp_path):
+    rows = clip_rows([], [], 0.01, {})
+    assert rows == []
+    row = dict.fromkeys(FIELDS) | {
+        "row": "truth",
+        "domain": "audio",
+        "key": "007",
+        "draw": 1,
+        "seconds": 0.25,
+        "errors": 0,
+    }
+    row |= {"understood": False, "mos": 0.1 + 0.2, "text": "1, 2", "heard": "", "sha256": "00"}
+    write_clips([row], tmp_path / "clips.csv")
+    assert read_clips(tmp_path / "clips.csv") == [row]
+
+
+def test_arms_that_are_the_same_do_not_differ(tmp_path):
+    runs = [evaluated(tmp_path / f"{label}{seed}", label, seed) for label in ("none", "again") for seed in (0, 1, 2)]
+    for one in differences(runs, "none", 0.95):
+        assert one.value == 0, one.metric
+        assert not one.clear
+        assert one.p == 1
+        for interval in filter(None, (one.clips, one.seeds)):
+            assert (interval.low, interval.high) == (0, 0)
+
+
+def test_a_planted_difference_is_found_with_its_sign(tmp_path):
+    runs = [evaluated(tmp_path / f"none{seed}", "none", seed) for seed in (0, 1, 2)]
+    runs += [evaluated(tmp_path / f"bad{seed}", "bad", seed + 0, worse=0.4) for seed in (0, 1, 2)]
+    runs += [evaluated(tmp_path / f"same{seed}", "same", seed) for seed in (0, 1, 2)]
+    found = {(one.label, one.metric): one for one in differences(runs, "none", 0.95)}
+    mos = found["bad", "mos"]
+    assert mos.value == pytest.approx(-0.4)
+    assert mos.clear
+    assert mos.p == 0.5  # 2 of 8 sign patterns, twice for two arms
+    assert found["bad", "mmd"].value > 0
+    assert found["bad", "mmd"].clips.low > 0
+    assert found["bad", "val/flow_loss"].value == pytest.approx(0.4)
+    assert found["bad", "val/flow_loss"].clips is None
+    assert found["same", "mos"].value == 0
+    assert found["bad", "wer"].value == 0
+
+
+def test_one_seed_says_nothing_of_the_method(tmp_path):
+    runs = [evaluated(tmp_path / label, label, 0, worse=worse) for label, worse in (("none", 0), ("bad", 0.4))]
+    found = {one.metric: one for one in differences(runs, "none", 0.95)}
+    assert found["mos"].seeds is None
+    assert not found["mos"].clear
+    assert found["val/flow_loss"].value == pytest.approx(0.4)
+
+
+def test_other_clips_and_other_seeds_are_refused(tmp_path):
+    runs = [evaluated(tmp_path / "a", "none", 0), evaluated(tmp_path / "b", "foga", 0, manifest="other")]
+    with pytest.raises(UserError, match="were evaluated with other clips"):
+        check_comparable(runs)
+    with pytest.raises(UserError, match="no seed in common"):
+        differences([runs[0], evaluated(tmp_path / "c", "foga", 1)], "none", 0.95)
+
+
+def test_agreement_of_choices():
+    assert agreement([{"speech": [1, 2]}, {"speech": [2, 3]}]) == pytest.approx(1 / 3)
+    assert agreement([{"speech": [1]}]) is None
+
+
+def test_runs_are_compared_by_strategy_and_seed(tmp_path, capsys):
+    for label in ("none", "foga"):
+        for seed in (0, 1):
+            run = tmp_path / f"{label}-{seed}"
+            evaluated(run / "evaluate", label, seed, worse=0.3 if label == "foga" else 0.0)
+            (run / "config.yaml").write_text(f"align: {{strategy: {label}}}\nrun: {{seed: {seed}}}\n")
+            (run / "summary.json").write_text(json.dumps({"val/flow_loss": {"ema": 0.5 + seed}}))
+            (run / "metrics.jsonl").write_text('{"step": 1, "val/flow_loss": 0.5}\n{"step": 2, "val/flow_loss": 0.4}\n')
+    (tmp_path / "foga-1" / "selection.json").write_text(json.dumps({"layers": {"speech": [1, 3]}}))
+    out = tmp_path / "out"
+    folders = [str(path) for path in sorted(tmp_path.glob("*-?"))]
+    main(["compare", *folders, "--baseline", "none", "--out", str(out)])
+    report = (out / "report.md").read_text()
+    assert "| foga | speech | mos | -0.300 |" in report
+    assert "speech L1 L3" in report
+    assert "With 2 seeds no p-value can be below 0.500" in report
+    assert {path.name for path in (out / "plots").iterdir()} >= {
+        "mos.png",
+        "mmd.png",
+        "val-flow_loss.png",
+        "curves.png",
+    }
+    assert (out / "differences.csv").read_text().startswith("strategy,baseline,domain,metric,difference")
+    assert len((out / "compare.csv").read_text().splitlines()) > 8
+    for bad, message in (
+        ([folders[0]], "at least two runs"),
+        ([folders[0], folders[0]], "are both foga with seed 0"),
+        ([folders[0], folders[1]], "all runs have align.strategy=foga"),
+        ([folders[0], str(tmp_path)], "holds no evaluation"),
+        ([folders[0], "train.steps=3"], "without effect but with --strategies"),
+        ([folders[0], folders[2], "--baseline", "deep"], "there are foga, none"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["compare", *bad, "--out", str(tmp_path / "other")])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strategies", "none,none"], "--strategies: none twice"),
+        (["--strategies", "none,foga", "--seeds", "0,1,0"], "--seeds: 0 twice"),
+        (["--strategies", "none"], "at least two"),
+        (["--strategies", "none,fog"], "'fog' is unknown"),
+        (["--strategies", "none,lasp", "model.token_dim=64"], "lasp"),
+        (["--strategies", "none,foga", "--warmup", "400"], "must leave steps"),
+        (["--strategies", "none,foga", "runs/a"], "name runs or --strategies"),
+        (["--strategies", "none,foga", "--strategies", "k:align.kk=2"], "align.kk"),
+    ],
+)
+def test_a_plan_that_cannot_work_is_refused_before_anything_is_trained(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", *arguments, "--out", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_arms():
+    assert Arm.parse("fixed:4,8") == Arm("fixed:4,8", "fixed:4,8")
+    assert Arm.parse("k2:align.k=2,align.strategy=deep") == Arm("k2", "deep", ("align.k=2",))
+    assert Arm.parse("far:probe.times=[0.1,0.9],align.k=1").overrides == ("probe.times=[0.1,0.9]", "align.k=1")
+
+
+def test_branches_begin_with_the_warm_up_of_their_seed(tmp_path):
+    arms = (Arm("none", "none"), Arm("foga", "foga"))
+    experiment = Experiment(arms, (0, 7), "demo", 20, 30, tmp_path, "zero2.json", 2, measured=frozenset({"foga"}))
+    jobs = {job.name: job for job in experiment.jobs()}
+    assert len(jobs) == 2 + 4 + 4
+    foga, none = jobs["foga, seed 7"], jobs["none, seed 7"]
+    assert {f"train.start_from={tmp_path}/warmup-seed7", "run.seed=7", "train.steps=30", "probe.start_step=1"} <= set(
+        foga.command
+    )
+    assert "probe.start_step=1" not in none.command
+    assert foga.command[1:3] == ("--num_gpus", "2")
+    assert {"align.strategy=none", "train.steps=20", "train.final_lr=1.0"} <= set(jobs["warm-up, seed 7"].command)
+
+
+def job(folder: Path, name: str, script: str, steps: int = 1) -> Job:
+    command = (sys.executable, "-c", f"from pathlib import Path\nfolder = Path({str(folder / name)!r})\n{script}")
+    return Job(name, command, folder / name, folder / name / "summary.json", steps)
+
+
+WRITE = "folder.mkdir(parents=True, exist_ok=True); (folder / 'summary.json').write_text('{}')"
+
+
+def test_jobs_run_once_and_a_failed_one_is_tried_once_more(tmp_path):
+    count = f"log = Path({str(tmp_path / 'count')!r}); log.write_text(log.read_text() + 'x' if log.exists() else 'x')\n"
+    jobs = [
+        job(tmp_path, "good", count + WRITE),
+        job(
+            tmp_path,
+            "second",
+            f"ok = folder.with_suffix('.tried')\nif ok.exists(): {WRITE}\nelse: ok.touch(); raise SystemExit(3)",
+        ),
+        job(tmp_path, "bad", "print('the reason'); raise SystemExit(3)"),
+    ]
+    said = []
+    assert [one.name for one in run_jobs(jobs, said.append)] == ["bad"]
+    assert "bad: failed twice; its output is in" in said[-1]
+    assert (tmp_path / "bad.log").read_text().count("the reason") == 2
+    assert [one.name for one in run_jobs(jobs, said.append)] == ["bad"]
+    assert (tmp_path / "count").read_text() == "x"
+
+
+def test_what_needs_a_failed_job_is_not_run(tmp_path):
+    warmup = job(tmp_path, "warmup", "raise SystemExit(1)")
+    branch = job(tmp_path, "branch", WRITE)
+    branch = replace(branch, command=(*branch.command, f"train.start_from={warmup.folder}"))
+    assert [one.name for one in run_jobs([warmup, branch], lambda line: None)] == ["warmup", "branch"]
+    assert not branch.folder.exists()
+
+
+SIGNALLED = """
+import sys
+from pathlib import Path
+from agrepa_fast.evaluation.jobs import Job, run_jobs
+folder = Path(sys.argv[1])
+long, after = folder / "long", folder / "after"
+script = f'''
+import signal, time
+from pathlib import Path
+folder = Path({str(long)!r})
+folder.mkdir()
+signal.signal(signal.SIGTERM, lambda *_: ((folder / "saved").touch(), exit(0)))
+(folder / "began").touch()
+time.sleep(60)
+'''
+jobs = [Job("long", (sys.executable, "-c", script), long, long / "done", 1)]
+jobs += [Job("after", ("mkdir", str(after)), after, after / "done", 1)]
+run_jobs(jobs, print)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_running_job_save_and_starts_no_other(tmp_path, number):
+    command = [sys.executable, "-c", SIGNALLED, str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "long" / "began").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert b"KeyboardInterrupt" in process.communicate(timeout=60)[1]
+    assert (tmp_path / "long" / "saved").exists()
+    assert not (tmp_path / "after").exists()
+
+
+def test_another_plan_in_the_same_folder_is_refused(tmp_path):
+    experiment = Experiment(
+        (Arm("none", "none"), Arm("foga", "foga")), (0,), "demo", 20, 30, tmp_path, "zero2.json", None
+    )
+    write_plan(experiment.jobs(), tmp_path / "plan.json")
+    write_plan(experiment.jobs(), tmp_path / "plan.json")
+    longer = Experiment(experiment.arms, (0,), "demo", 20, 40, tmp_path, "zero2.json", None)
+    with pytest.raises(UserError, match=r"train\.steps=30, now train\.steps=40.*choose another --out"):
+        write_plan(longer.jobs(), tmp_path / "plan.json")
