@@ -5,7 +5,8 @@ import os
 import sys
 
 from ..errors import UserError, one_line, print_any_name
-from .checkpoints import add_export, add_sample
+from .checkpoints import add_evaluate, add_export, add_sample
+from .compare import add_compare
 from .configuration import add_config, add_doctor
 from .pages import add_listen, add_report
 from .prepare import add_prepare, add_tokens
@@ -68,15 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="name", required=True, metavar="command")
     commands.add_parser("train", help="train, probe and align (options: agrepa train --help)", add_help=False)
     for add in (
-        add_prepare,
-        add_tokens,
-        add_probe,
-        add_sample,
-        add_export,
-        add_report,
-        add_listen,
-        add_config,
-        add_doctor,
+        *(add_prepare, add_tokens, add_probe, add_sample, add_evaluate, add_compare, add_listen, add_report),
+        *(add_export, add_config, add_doctor),
     ):
         add(commands)
     return parser

@@ -1,7 +1,8 @@
-"""agrepa sample and agrepa export."""
+"""agrepa sample, agrepa evaluate and agrepa export."""
 
 import argparse
 
+from ..config import DOMAINS
 from .arguments import a_count, a_path, add_checkpoint, add_command
 
 
@@ -11,6 +12,15 @@ def add_sample(commands) -> None:
     sample.add_argument("--clips", type=a_count, default=2, help="clips per domain (default: 2)")
     add_checkpoint(sample)
     sample.set_defaults(command=_sample)
+
+
+def add_evaluate(commands) -> None:
+    about = "sample all validation clips and measure words, opinion, speaker and distances, with intervals"
+    example = "agrepa evaluate runs/demo-20261123-210000-3f9a2b metrics.only=[wer,mmd,mel]"
+    evaluate = add_command(commands, "evaluate", about, example)
+    evaluate.add_argument("--domain", choices=DOMAINS, action="append", help="one domain alone (default: all)")
+    add_checkpoint(evaluate)
+    evaluate.set_defaults(command=_evaluate)
 
 
 def add_export(commands) -> None:
@@ -27,6 +37,15 @@ def _sample(args: argparse.Namespace) -> None:
     from ..reporting.samples import sample_checkpoint
 
     sample_checkpoint(args.checkpoint, args.overrides, live=args.live, clips=args.clips, out=args.out)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from ..ranks import launched
+    from ..reporting.evaluation import evaluate_checkpoint
+
+    with launched("agrepa evaluate") as ranks:
+        options = {"live": args.live, "domains": args.domain, "out": args.out}
+        evaluate_checkpoint(args.checkpoint, args.overrides, ranks, **options)
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..files import write_atomically
+from ..files import replace_file, write_atomically
 from .aggregate import CLIP_METRICS, SET_METRICS, SetDistances, clip_interval
 from .intervals import Interval
 from .manifest import Clip, manifest_hash
@@ -83,6 +83,16 @@ def summarise(
                     if ("mmd" if metric == "mmd" else "fad") in only:
                         values[metric] = _entry(distances.interval(metric, vectors, confidence), unit)
     return found
+
+
+def write_embeddings(
+    embeddings: Mapping[str, Figures], references: Mapping[str, np.ndarray], rows: Sequence[str], file: Path
+) -> None:
+    """Write the matrices that distances are of: "<domain>/<row>" and "<domain>/reference"."""
+    arrays = {f"{domain}/{row}": embedding_matrix(part, row) for domain, part in embeddings.items() for row in rows}
+    arrays |= {f"{domain}/reference": reference for domain, reference in references.items()}
+    with replace_file(file) as stream:
+        np.savez(stream, **arrays)
 
 
 def embedding_matrix(figures: Figures, row: str) -> np.ndarray:

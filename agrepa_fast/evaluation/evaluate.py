@@ -1,0 +1,172 @@
+"""What the metric models say of an evaluation's wavs: the rows of clips.csv, and the embeddings of sets.
+
+Every rank judges its part of the wavs and keeps the figures in files, which rank 0 reads together.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..audio.vocoder import Vocoder
+from ..audio.waves import decode
+from ..data.samples import Sample
+from ..fetch import cache_dir
+from ..files import file_sha256
+from ..metrics_config import MetricsConfig
+from ..ranks import Ranks
+from .embeddings import load_embedding
+from .manifest import mel_digest
+from .mos import load_mos
+from .recogniser import Heard, load_recogniser
+from .scores import FAILED, Figures, Judge, ScoreCache
+from .selftest import SelfTest, self_test
+from .speaker import load_speaker
+from .synthesis import Wav
+from .words import character_errors, load_normaliser, word_errors
+
+UNDERSTOOD = -1.0  # mean log-probability of heard tokens; a recogniser that invents text is below
+_TESTED = 8  # truths per domain that a metric model is tested on
+
+
+class Judges:
+    """Lets metric models judge wavs.
+
+    models: by their use; left_out: those that failed their self-test; failed: wav and model -> reason.
+    """
+
+    def __init__(self, metrics: MetricsConfig, folder: Path, ranks: Ranks):
+        self.metrics, self.folder, self.ranks = metrics, folder, ranks
+        self.models: dict[str, Any] = {}
+        self.left_out: dict[str, SelfTest] = {}
+        self.failed: dict[str, str] = {}
+        self._sha256 = cache(file_sha256)
+
+    def judge(
+        self, kind: str, wavs: Sequence[Wav], load: Callable[[str], Any], judge_of: Callable[[Any], Judge]
+    ) -> Figures:
+        """Return the figures of each wav by the model that `load` returns for a device; {} if the model fails its
+        self-test. Every rank must call it."""
+        model = self.models[kind] = self.ranks.load_on_every_rank(f"metrics: {kind}", load)
+        scores = ScoreCache(self.folder, kind, model.identity)
+        test = self.ranks.from_rank_0(lambda: self_test(model, [decode(w.path, w.path.name) for w in _truths(wavs)]))
+        if not test.passed:
+            self.left_out[kind] = test
+            return {}
+        with self._progress(kind, len(wavs)) as done:
+            for wav in self.ranks.part_of(wavs):
+                scores.judge(self._sha256(wav.path), lambda wav=wav: decode(wav.path, wav.path.name), judge_of(model))
+                done()
+        figures = {wav: scores.read(self._sha256(wav.path)) for wav in wavs}
+        self.failed |= {f"{w.row}/{w.path.name}: {kind}": f[FAILED] for w, f in figures.items() if FAILED in f}
+        return figures
+
+    def words(self, wavs: Sequence[Wav]) -> tuple[Figures, Callable[[str], str]]:
+        """Return the text that is heard in each wav, and the function that makes texts comparable."""
+        spelling: dict[str, str] = {}
+
+        def load(device: str):
+            recogniser = load_recogniser(self.metrics.asr, self.metrics.language, device)
+            spelling.update(recogniser.spelling)
+            return recogniser
+
+        def judge_of(recogniser) -> Judge:
+            def judge(wave: np.ndarray, rate: int) -> dict:
+                heard: Heard = recogniser.transcribe(wave, rate)
+                return {"heard": heard.text, "logprob": heard.logprob}
+
+            return judge
+
+        figures = self.judge("asr", wavs, load, judge_of)
+        return figures, load_normaliser(self.metrics.text, self.metrics.language, spelling)
+
+    def mos(self, wavs: Sequence[Wav]) -> Figures:
+        return self.judge("mos", wavs, lambda device: load_mos(self.metrics.mos, device), lambda scorer: scorer.score)
+
+    def speakers(self, wavs: Sequence[Wav]) -> Figures:
+        return self.judge("speaker", wavs, lambda device: load_speaker(self.metrics.speaker, device), _embed)
+
+    def embeddings(self, domain: str, wavs: Sequence[Wav]) -> Figures:
+        spec = getattr(self.metrics, f"{domain}_embedding")
+        return self.judge(f"{domain}-embedding", wavs, lambda device: load_embedding(spec, device), _embed)
+
+    def reference(self, domain: str, samples: Sequence[Sample], vocoder: Vocoder) -> np.ndarray:
+        """Return the embeddings (clips, dim) of training clips through the vocoder, by the model of `embeddings`. They
+        are kept in the user's cache, since all evaluations of the same shards need them."""
+        kind = f"{domain}-embedding"
+        made = {**self.models[kind].identity, "vocoder": vocoder.name, "rate": vocoder.sample_rate}
+        scores, judge = ScoreCache(cache_dir() / "references", kind, made), _embed(self.models[kind])
+        keys = [mel_digest(sample.mel) for sample in samples]
+        with self._progress(f"{domain} reference", len(samples)) as done:
+            for key, sample in self.ranks.part_of(list(zip(keys, samples, strict=True))):
+                scores.judge(key, lambda sample=sample: _vocoded(sample, vocoder), judge)
+                done()
+        vectors = [scores.read(key) for key in keys]
+        return np.array([figures["vector"] for figures in vectors if "vector" in figures])
+
+    @contextmanager
+    def _progress(self, kind: str, wavs: int) -> Iterator[Callable[[], object]]:
+        """All ranks end it together."""
+        with tqdm(total=wavs, desc=f"evaluate: {kind}", unit="clip", disable=self.ranks.rank > 0) as bar:
+
+            def done() -> None:
+                bar.update(self.ranks.world)
+                self.ranks.check_others()
+
+            yield done
+        self.ranks.all_gather(None)
+
+
+def _embed(model) -> Judge:
+    return lambda wave, rate: {"vector": model.embed(wave, rate).tolist()}
+
+
+def _vocoded(sample: Sample, vocoder: Vocoder) -> tuple[np.ndarray, int]:
+    return vocoder(torch.from_numpy(sample.mel).float()).numpy(), vocoder.sample_rate
+
+
+def _truths(wavs: Sequence[Wav]) -> list[Wav]:
+    """Return up to eight truths of each domain, or wavs of another row if there are no truths."""
+    rows = {wav.row for wav in wavs}
+    row, found = "truth" if "truth" in rows else sorted(rows)[0], []
+    for domain in sorted({wav.clip.domain for wav in wavs}):
+        found += [wav for wav in wavs if wav.row == row and wav.clip.domain == domain][:_TESTED]
+    return found
+
+
+def word_figures(heard: Figures, normalise: Callable[[str], str]) -> Figures:
+    """Return the counts of each wav's words against its text, and against those heard in its truth. A wav that could
+    not be judged counts as one in which nothing is heard."""
+    texts = {wav: normalise(str(heard[wav].get("heard", ""))) for wav in heard}
+    truths = {wav.clip.key: texts[wav] for wav in heard if wav.row == "truth"}
+    figures: Figures = {}
+    for wav in heard:
+        said, logprob = texts[wav], heard[wav].get("logprob")
+        found = {"text": wav.clip.text, "heard": heard[wav].get("heard"), "logprob": logprob}
+        found["understood"] = None if logprob is None else logprob >= UNDERSTOOD
+        if reference := normalise(wav.clip.text):
+            errors, letters = word_errors(reference, said), character_errors(reference, said)
+            found |= {"words": errors.units, "errors": errors.total, "sub": errors.substituted}
+            found |= {"del": errors.deleted, "ins": errors.inserted}
+            found |= {"chars": letters.units, "char_errors": letters.total}
+        if wav.row != "truth" and truths.get(wav.clip.key):
+            errors = word_errors(truths[wav.clip.key], said)
+            found |= {"heard_words": errors.units, "heard_errors": errors.total}
+        figures[wav] = found
+    return figures
+
+
+def similarities(vectors: Figures) -> Figures:
+    """Return the cosine of each wav's speaker vector with that of its truth; nothing for truths themselves."""
+    truths = {w.clip.key: np.array(f["vector"]) for w, f in vectors.items() if w.row == "truth" and "vector" in f}
+    figures: Figures = {}
+    for wav, figure in vectors.items():
+        if wav.row != "truth" and "vector" in figure and wav.clip.key in truths:
+            a, b = np.array(figure["vector"]), truths[wav.clip.key]
+            figures[wav] = {"similarity": float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))}
+    return figures

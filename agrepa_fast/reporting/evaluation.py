@@ -1,0 +1,180 @@
+"""`agrepa evaluate`: rows of wavs from a checkpoint, measured, in files and as a table."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .. import __version__
+from ..audio.vocoder import Vocoder, load_vocoder
+from ..checkpoints.find import step_of
+from ..checkpoints.weights import weights_file
+from ..config import Config
+from ..data.index import Index
+from ..data.reading import fixed_clips
+from ..errors import UserError
+from ..evaluation.evaluate import Figures, Judges, similarities, word_figures
+from ..evaluation.manifest import Clip, clips_of, evaluated_samples
+from ..evaluation.results import clip_rows, summarise, write_clips, write_embeddings, write_manifest
+from ..evaluation.synthesis import ROWS, Synthesis, Wav
+from ..files import FolderLock, check_writable, file_sha256, write_atomically
+from ..launch import local_device
+from ..ranks import Ranks
+from .evaluation_table import print_results, results_markdown
+from .opened import OpenedCheckpoint, open_checkpoint
+
+_USES = ("data", "flow", "eval.vocoder", "metrics")
+
+
+def evaluate_checkpoint(
+    checkpoint: Path,
+    overrides: Sequence[str],
+    ranks: Ranks,
+    *,
+    live: bool,
+    domains: Sequence[str] | None,
+    out: Path | None,
+) -> None:
+    """Run `agrepa evaluate`: sample all validation clips of a checkpoint, and measure them beside their truths and the
+    mean mels of their tokens. The same command goes on after an interruption. Every rank must call it.
+
+    domains: those to evaluate; None for all of the shards. out: None for a folder beside the checkpoints. Raises
+    UserError for settings, shards or a folder that do not fit.
+    """
+    opened = open_checkpoint(checkpoint, overrides, live=live, uses=_USES)
+    out = out or opened.beside("evaluate")
+    ranks.on_rank_0(lambda: check_writable(out, "--out"))
+    metrics, index = opened.config.metrics, opened.index
+    domains = _domains(index, domains)
+    samples = evaluated_samples(index, metrics, domains)
+    clips = clips_of(samples, metrics.draws)
+    _check_texts(clips, index, metrics.only)
+    vocoder = load_vocoder(opened.config.eval.vocoder, opened.config.data, str(local_device()))
+    lock = FolderLock(out, "choose another --out")
+    ranks.on_rank_0(lock.acquire)
+    try:
+        made = _made(opened, vocoder, live)
+        manifest = ranks.from_rank_0(lambda: write_manifest(clips, made, out / "manifest.json"))
+        wavs = _synthesize(opened, vocoder, samples, clips, out / "wavs", ranks)
+        judges = Judges(metrics, out / "cache", ranks)
+        results = _measure(judges, wavs, index, opened.config, vocoder, domains, out)
+        results = {"manifest": manifest, **made, **results, "version": __version__}
+        ranks.on_rank_0(lambda: _write(results, out))
+        if ranks.rank == 0:
+            print_results(results)
+            print(f"wrote {out}: results.json, results.md, clips.csv and {len(wavs)} wavs")
+    finally:
+        lock.release()
+
+
+def _domains(index: Index, wanted: Sequence[str] | None) -> list[str]:
+    if wanted and (missing := [domain for domain in wanted if domain not in index.domains]):
+        raise UserError(f"--domain {missing[0]}: the shards in {index.folder} have {' and '.join(index.domains)}")
+    return [domain for domain in index.domains if not wanted or domain in wanted]
+
+
+def _check_texts(clips: Sequence[Clip], index: Index, only: Sequence[str]) -> None:
+    if only == ["wer"] and not any(clip.text for clip in clips if clip.domain == "speech"):
+        raise UserError(
+            f"{index.folder}: no speech clip has a text and is uncut: wer cannot be measured; prepare with a larger "
+            "data.max_seconds, or measure something else (metrics.only)"
+        )
+
+
+def _made(opened: OpenedCheckpoint, vocoder: Vocoder, live: bool) -> dict:
+    """Return what the wavs depend on besides the clips."""
+    flow = opened.config.flow
+    return {
+        "weights": file_sha256(weights_file(opened.path, live)),
+        "step": step_of(opened.path),
+        "averaged": not live,
+        "vocoder": vocoder.name,
+        "flow": {
+            name: getattr(flow, name)
+            for name in (
+                "sigma",
+                "steps",
+                "solver",
+                "guidance",
+                "guidance_without",
+                "schedule",
+                "sway",
+                "max_reference",
+            )
+        },
+    }
+
+
+def _synthesize(
+    opened: OpenedCheckpoint, vocoder: Vocoder, samples: Sequence, clips: Sequence[Clip], folder: Path, ranks: Ranks
+) -> list[Wav]:
+    flow = opened.config.flow
+    synthesis = Synthesis(opened.model, opened.index, flow, vocoder, folder, opened.device)
+    with tqdm(total=len(clips), desc="evaluate: wavs", unit="clip", disable=ranks.rank > 0) as bar:
+        synthesis.run(clips, samples, ranks, lambda count: bar.update(count * ranks.world))
+    ranks.all_gather(None)
+    return synthesis.wavs(clips)
+
+
+def _measure(
+    judges: Judges,
+    wavs: Sequence[Wav],
+    index: Index,
+    config: Config,
+    vocoder: Vocoder,
+    domains: Sequence[str],
+    out: Path,
+) -> dict:
+    """Return the part of results.json that the metric models give, and write clips.csv on rank 0."""
+    metrics, speech = config.metrics, [wav for wav in wavs if wav.clip.domain == "speech"]
+    figures: list[Figures] = [_mel_distances(wavs)] if "mel" in metrics.only else []
+    if "wer" in metrics.only and speech:
+        heard, normalise = judges.words(speech)
+        figures.append(word_figures(heard, normalise))
+    if "mos" in metrics.only and speech:
+        figures.append(judges.mos(speech))
+    if "similarity" in metrics.only and speech:
+        figures.append(similarities(judges.speakers(speech)))
+    embeddings, references = {}, {}
+    if {"mmd", "fad"} & set(metrics.only):
+        for domain in domains:
+            embeddings[domain] = judges.embeddings(domain, [wav for wav in wavs if wav.clip.domain == domain])
+            if embeddings[domain]:
+                count = min(metrics.reference_clips, index.clips("train", domain))
+                training = fixed_clips(index, "train", domain, count)
+                references[domain] = judges.reference(domain, training, vocoder)
+    features = index.features
+    hashes = {wav: file_sha256(wav.path) for wav in wavs}
+    rows = clip_rows(wavs, figures, features["hop_length"] / features["sample_rate"], hashes)
+    judges.ranks.on_rank_0(lambda: write_clips(rows, out / "clips.csv"))
+    judges.ranks.on_rank_0(lambda: write_embeddings(embeddings, references, ROWS, out / "embeddings.npz"))
+    return {
+        "rows": summarise(rows, embeddings, references, metrics.only, metrics.confidence),
+        "confidence": metrics.confidence,
+        "models": {kind: model.identity for kind, model in judges.models.items()},
+        "circular": circular_models(judges.models, index),
+        "left_out": {kind: test.describe() for kind, test in judges.left_out.items()},
+        "failed": judges.failed,
+    }
+
+
+def _mel_distances(wavs: Sequence[Wav]) -> Figures:
+    return {wav: json.loads(wav.path.with_suffix(".json").read_text()) for wav in wavs if wav.row != "truth"}
+
+
+def circular_models(models: Mapping[str, object], index: Index) -> dict[str, str]:
+    """Return metric model -> domain of the teacher that has the same weights: its metric rewards alignment itself."""
+    teachers = {d: index.content["domains"][d]["teacher"]["identity"]["sha256"] for d in index.domains}
+    found = {}
+    for kind, model in models.items():
+        weights = {model.identity["sha256"], model.identity.get("encoder_sha256")}
+        for domain, sha256 in teachers.items():
+            if sha256 in weights:
+                found[kind] = f"the {domain} teacher"
+    return found
+
+
+def _write(results: dict, out: Path) -> None:
+    write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_atomically(out / "results.md", results_markdown(results))

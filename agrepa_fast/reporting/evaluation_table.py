@@ -1,0 +1,77 @@
+"""The table of an evaluation, in the terminal and as Markdown."""
+
+from collections.abc import Mapping
+
+from ..evaluation.aggregate import CLIP_METRICS, SET_METRICS
+
+
+def results_table(results: Mapping) -> tuple[list[str], list[list[str]]]:
+    """Return the header, and a row for each metric and domain: value ± half of the interval, for every row of wavs."""
+    names, rows = list(results["rows"]), []
+    for domain in dict.fromkeys(domain for name in names for domain in results["rows"][name]):
+        for metric in (*CLIP_METRICS, *SET_METRICS):
+            entries = [results["rows"][name].get(domain, {}).get(metric) for name in names]
+            if any(entries):
+                clips = sorted({entry["n"] for entry in entries if entry})
+                mark = " †" if _model_of(metric, domain) in results["circular"] else ""
+                title = f"{metric}{mark} ({' to '.join(map(str, {clips[0]: 0, clips[-1]: 0}))} clips)"
+                rows.append([domain, title, *map(_cell, entries)])
+    return ["", "metric", *names], rows
+
+
+def _model_of(metric: str, domain: str) -> str:
+    if metric in SET_METRICS:
+        return f"{domain}-embedding"
+    return {"mos": "mos", "similarity": "speaker", "mel_l1": ""}.get(metric, "asr")
+
+
+def _cell(entry: Mapping | None) -> str:
+    if entry is None:
+        return "—"
+    digits = 1 if abs(entry["value"]) >= 20 else 3
+    if entry["low"] is None:
+        return f"{entry['value']:.{digits}f}"
+    if abs((entry["high"] - entry["value"]) - (entry["value"] - entry["low"])) < 0.5 * 10**-digits:
+        return f"{entry['value']:.{digits}f} ± {entry['high'] - entry['value']:.{digits}f}"
+    return f"{entry['value']:.{digits}f} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"
+
+
+def footnotes(results: Mapping) -> list[str]:
+    """Return the lines below the table."""
+    models = ", ".join(f"{kind} {identity['spec']}" for kind, identity in results["models"].items())
+    lines = [
+        f"step {results['step']}, {'averaged' if results['averaged'] else 'live'} weights, "
+        f"vocoder {results['vocoder']}, {results['confidence']:.0%} intervals over clips, "
+        f"manifest {results['manifest']}",
+        f"metric models: {models or 'none'}",
+    ]
+    if results["circular"]:
+        named = ", ".join(f"{kind} is {teacher}" for kind, teacher in results["circular"].items())
+        lines.append(f"† rewards alignment by construction: {named}")
+    lines += [f"left out: {kind} failed its self-test: {why}" for kind, why in results["left_out"].items()]
+    if failed := results["failed"]:
+        first = ", ".join(list(failed)[:3])
+        lines.append(f"{len(failed)} wavs could not be judged ({first}): results.json names them")
+    return lines
+
+
+def results_markdown(results: Mapping) -> str:
+    header, rows = results_table(results)
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*lines, "", *(f"{line}  " for line in footnotes(results))]) + "\n"
+
+
+def print_results(results: Mapping) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    header, rows = results_table(results)
+    table, console = Table(), Console()
+    for name in header:
+        table.add_column(name, justify="left" if name in header[:2] else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for line in footnotes(results):
+        console.print(line, style="dim", highlight=False)
