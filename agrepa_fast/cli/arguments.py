@@ -18,8 +18,10 @@ def add_command(commands, name: str, about: str, example: str) -> argparse.Argum
     )
 
 
-def add_checkpoint(command: argparse.ArgumentParser, **options) -> None:
-    command.add_argument("checkpoint", type=a_path, help="runs/<run>, one of its checkpoints, or an export", **options)
+def add_checkpoint(
+    command: argparse.ArgumentParser, about: str = "runs/<run>, one of its checkpoints, or an export", **options
+) -> None:
+    command.add_argument("checkpoint", type=a_path, help=about, **options)
     command.add_argument("--live", action="store_true", help="the live weights instead of their moving average")
     command.add_argument("--out", type=a_path, help="folder to write to (default: beside the run's checkpoints)")
     command.add_argument("overrides", nargs="*", metavar="section.field=value")

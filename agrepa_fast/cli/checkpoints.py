@@ -3,6 +3,7 @@
 import argparse
 
 from ..config import DOMAINS
+from ..errors import UserError
 from .arguments import a_count, a_path, add_checkpoint, add_command
 
 
@@ -18,8 +19,11 @@ def add_evaluate(commands) -> None:
     about = "sample all validation clips and measure words, opinion, speaker and distances, with intervals"
     example = "agrepa evaluate runs/demo-20261123-210000-3f9a2b metrics.only=[wer,mmd,mel]"
     evaluate = add_command(commands, "evaluate", about, example)
-    evaluate.add_argument("--domain", choices=DOMAINS, action="append", help="one domain alone (default: all)")
-    add_checkpoint(evaluate)
+    evaluate.add_argument("--domain", choices=DOMAINS, help="of a folder; of a run one domain alone (default: all)")
+    evaluate.add_argument(
+        "--reference", type=a_path, metavar="FOLDER", help="the true recordings of a folder's, by name"
+    )
+    add_checkpoint(evaluate, about="runs/<run>, a checkpoint, an export, or a folder of recordings")
     evaluate.set_defaults(command=_evaluate)
 
 
@@ -42,10 +46,20 @@ def _sample(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from ..ranks import launched
     from ..reporting.evaluation import evaluate_checkpoint
+    from ..reporting.evaluation_folder import evaluate_folder
 
+    path = args.checkpoint
     with launched("agrepa evaluate") as ranks:
-        options = {"live": args.live, "domains": args.domain, "out": args.out}
-        evaluate_checkpoint(args.checkpoint, args.overrides, ranks, **options)
+        if not path.is_dir() or (path / "config.yaml").is_file() or path.parent.name == "checkpoints":
+            if args.reference is not None:
+                raise UserError(f"--reference: {path} has its truths in the shards; it is for a folder of recordings")
+            domains = args.domain and [args.domain]
+            evaluate_checkpoint(path, args.overrides, ranks, live=args.live, domains=domains, out=args.out)
+            return
+        if args.live:
+            raise UserError(f"--live: {path} is a folder of recordings, which has no weights")
+        options = {"domain": args.domain, "reference": args.reference, "out": args.out}
+        evaluate_folder(path, args.overrides, ranks, **options)
 
 
 def _export(args: argparse.Namespace) -> None:

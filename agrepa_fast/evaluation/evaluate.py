@@ -3,6 +3,7 @@
 Every rank judges its part of the wavs and keeps the figures in files, which rank 0 reads together.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -17,21 +18,21 @@ from ..audio.vocoder import Vocoder
 from ..audio.waves import decode
 from ..data.samples import Sample
 from ..fetch import cache_dir
-from ..files import file_sha256
+from ..files import file_sha256, write_atomically
 from ..metrics_config import MetricsConfig
 from ..ranks import Ranks
-from .embeddings import load_embedding
+from .embeddings import Embedder, load_embedding
 from .manifest import mel_digest
-from .mos import load_mos
+from .mos import Scorer, load_mos
 from .recogniser import Heard, load_recogniser
 from .scores import FAILED, Figures, Judge, ScoreCache
-from .selftest import SelfTest, self_test
+from .selftest import Clip as Sound
+from .selftest import Gauge, SelfTest, distinctness, opinion, self_test, sureness, voice
 from .speaker import load_speaker
 from .synthesis import Wav
 from .words import character_errors, load_normaliser, word_errors
 
 UNDERSTOOD = -1.0  # mean log-probability of heard tokens; a recogniser that invents text is below
-_TESTED = 8  # truths per domain that a metric model is tested on
 
 
 class Judges:
@@ -48,13 +49,18 @@ class Judges:
         self._sha256 = cache(file_sha256)
 
     def judge(
-        self, kind: str, wavs: Sequence[Wav], load: Callable[[str], Any], judge_of: Callable[[Any], Judge]
+        self,
+        kind: str,
+        wavs: Sequence[Wav],
+        load: Callable[[str], Any],
+        judge_of: Callable[[Any], Judge],
+        gauge_of: Callable[[Any, Sequence[Sound]], Gauge],
     ) -> Figures:
         """Return the figures of each wav by the model that `load` returns for a device; {} if the model fails its
-        self-test. Every rank must call it."""
+        self-test on the truths. Every rank must call it."""
         model = self.models[kind] = self.ranks.load_on_every_rank(f"metrics: {kind}", load)
         scores = ScoreCache(self.folder, kind, model.identity)
-        test = self.ranks.from_rank_0(lambda: self_test(model, [decode(w.path, w.path.name) for w in _truths(wavs)]))
+        test = self.ranks.from_rank_0(lambda: self._test(kind, model, gauge_of, _truths(wavs)))
         if not test.passed:
             self.left_out[kind] = test
             return {}
@@ -65,6 +71,18 @@ class Judges:
         figures = {wav: scores.read(self._sha256(wav.path)) for wav in wavs}
         self.failed |= {f"{w.row}/{w.path.name}: {kind}": f[FAILED] for w, f in figures.items() if FAILED in f}
         return figures
+
+    def _test(self, kind: str, model: Any, gauge_of: Callable, truths: Sequence[Wav]) -> SelfTest:
+        """Return the self-test of a model on the truths. It is kept in the user's cache: for a recogniser it takes as
+        long as a tenth of an evaluation."""
+        asked = {**model.identity, "clips": [self._sha256(wav.path) for wav in truths]}
+        kept = ScoreCache(cache_dir() / "self-tests", kind, asked)
+        if kept.file("test").is_file():
+            return SelfTest(**kept.read("test"))
+        sounds = [decode(wav.path, wav.path.name) for wav in truths]
+        test = self_test(gauge_of(model, sounds), sounds)
+        write_atomically(kept.file("test"), json.dumps(test._asdict()), durable=False)
+        return test
 
     def words(self, wavs: Sequence[Wav]) -> tuple[Figures, Callable[[str], str]]:
         """Return the text that is heard in each wav, and the function that makes texts comparable."""
@@ -82,18 +100,29 @@ class Judges:
 
             return judge
 
-        figures = self.judge("asr", wavs, load, judge_of)
+        figures = self.judge("asr", wavs, load, judge_of, lambda recogniser, _: sureness(recogniser))
         return figures, load_normaliser(self.metrics.text, self.metrics.language, spelling)
 
     def mos(self, wavs: Sequence[Wav]) -> Figures:
-        return self.judge("mos", wavs, lambda device: load_mos(self.metrics.mos, device), lambda scorer: scorer.score)
+        def load(device: str) -> Scorer:
+            return load_mos(self.metrics.mos, device)
+
+        def gauge(scorer: Scorer, _: Sequence[Sound]) -> Gauge:
+            return opinion(scorer, scorer.names[-1])
+
+        return self.judge("mos", wavs, load, lambda scorer: scorer.score, gauge)
 
     def speakers(self, wavs: Sequence[Wav]) -> Figures:
-        return self.judge("speaker", wavs, lambda device: load_speaker(self.metrics.speaker, device), _embed)
+        def load(device: str) -> Embedder:
+            return load_speaker(self.metrics.speaker, device)
+
+        return self.judge("speaker", wavs, load, _embed, lambda embedder, _: voice(embedder))
 
     def embeddings(self, domain: str, wavs: Sequence[Wav]) -> Figures:
         spec = getattr(self.metrics, f"{domain}_embedding")
-        return self.judge(f"{domain}-embedding", wavs, lambda device: load_embedding(spec, device), _embed)
+        return self.judge(
+            f"{domain}-embedding", wavs, lambda device: load_embedding(spec, device), _embed, distinctness
+        )
 
     def reference(self, domain: str, samples: Sequence[Sample], vocoder: Vocoder) -> np.ndarray:
         """Return the embeddings (clips, dim) of training clips through the vocoder, by the model of `embeddings`. They
@@ -131,12 +160,10 @@ def _vocoded(sample: Sample, vocoder: Vocoder) -> tuple[np.ndarray, int]:
 
 
 def _truths(wavs: Sequence[Wav]) -> list[Wav]:
-    """Return up to eight truths of each domain, or wavs of another row if there are no truths."""
+    """Return the truths, or the wavs of another row if there are no truths."""
     rows = {wav.row for wav in wavs}
-    row, found = "truth" if "truth" in rows else sorted(rows)[0], []
-    for domain in sorted({wav.clip.domain for wav in wavs}):
-        found += [wav for wav in wavs if wav.row == row and wav.clip.domain == domain][:_TESTED]
-    return found
+    row = "truth" if "truth" in rows else sorted(rows)[0]
+    return [wav for wav in wavs if wav.row == row]
 
 
 def word_figures(heard: Figures, normalise: Callable[[str], str]) -> Figures:

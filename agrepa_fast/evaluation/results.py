@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
@@ -25,13 +25,15 @@ FIELDS = ("row", "domain", "key", "draw", "seconds", *COUNTS, "understood", *SCO
 _TYPES = dict.fromkeys((*COUNTS, "draw"), int) | dict.fromkeys((*SCORES, "seconds"), float)
 
 
-def clip_rows(wavs: Sequence[Wav], figures: Sequence[Figures], seconds_per_frame: float, sha256: Mapping) -> list[dict]:
+def clip_rows(
+    wavs: Sequence[Wav], figures: Sequence[Figures], seconds: Callable[[Wav], float], sha256: Mapping[Wav, str]
+) -> list[dict]:
     """Return the rows of clips.csv. What does not apply to a wav is None, never 0."""
     rows = []
     for wav in wavs:
         row = dict.fromkeys(FIELDS)
         row |= {"row": wav.row, "domain": wav.clip.domain, "key": wav.clip.key, "draw": wav.clip.draw}
-        row |= {"seconds": round(wav.clip.frames * seconds_per_frame, 3), "sha256": sha256[wav]}
+        row |= {"seconds": round(seconds(wav), 3), "sha256": sha256[wav]}
         for part in figures:
             row |= {name: value for name, value in part.get(wav, {}).items() if name in FIELDS}
         rows.append(row)

@@ -1,23 +1,23 @@
 """`agrepa evaluate`: rows of wavs from a checkpoint, measured, in files and as a table."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
-from .. import __version__
 from ..audio.vocoder import Vocoder, load_vocoder
 from ..checkpoints.find import step_of
 from ..checkpoints.weights import weights_file
-from ..config import Config
 from ..data.index import Index
 from ..data.reading import fixed_clips
 from ..errors import UserError
 from ..evaluation.evaluate import Figures, Judges, similarities, word_figures
 from ..evaluation.manifest import Clip, clips_of, evaluated_samples
 from ..evaluation.results import clip_rows, summarise, write_clips, write_embeddings, write_manifest
-from ..evaluation.synthesis import ROWS, Synthesis, Wav
+from ..evaluation.synthesis import Synthesis, Wav
 from ..files import FolderLock, check_writable, file_sha256, write_atomically
 from ..launch import local_device
 from ..ranks import Ranks
@@ -58,12 +58,14 @@ def evaluate_checkpoint(
         manifest = ranks.from_rank_0(lambda: write_manifest(clips, made, out / "manifest.json"))
         wavs = _synthesize(opened, vocoder, samples, clips, out / "wavs", ranks)
         judges = Judges(metrics, out / "cache", ranks)
-        results = _measure(judges, wavs, index, opened.config, vocoder, domains, out)
-        results = {"manifest": manifest, **made, **results, "version": __version__}
-        ranks.on_rank_0(lambda: _write(results, out))
-        if ranks.rank == 0:
-            print_results(results)
-            print(f"wrote {out}: results.json, results.md, clips.csv and {len(wavs)} wavs")
+        per_frame = index.features["hop_length"] / index.features["sample_rate"]
+
+        def reference(domain: str) -> np.ndarray:
+            return _reference(judges, index, domain, vocoder)
+
+        measured = measure(judges, wavs, lambda wav: wav.clip.frames * per_frame, reference, out)
+        facts = {"manifest": manifest, **made, **measured, "circular": circular_models(judges.models, index)}
+        ranks.on_rank_0(lambda: write_results(facts, len(wavs), out))
     finally:
         lock.release()
 
@@ -117,64 +119,75 @@ def _synthesize(
     return synthesis.wavs(clips)
 
 
-def _measure(
+def _reference(judges: Judges, index: Index, domain: str, vocoder: Vocoder) -> np.ndarray:
+    """Return the embeddings of training clips, which MMD and FAD compare with: never of the evaluated ones."""
+    count = min(judges.metrics.reference_clips, index.clips("train", domain))
+    return judges.reference(domain, fixed_clips(index, "train", domain, count), vocoder)
+
+
+def measure(
     judges: Judges,
     wavs: Sequence[Wav],
-    index: Index,
-    config: Config,
-    vocoder: Vocoder,
-    domains: Sequence[str],
+    seconds: Callable[[Wav], float],
+    reference: Callable[[str], np.ndarray] | None,
     out: Path,
 ) -> dict:
-    """Return the part of results.json that the metric models give, and write clips.csv on rank 0."""
-    metrics, speech = config.metrics, [wav for wav in wavs if wav.clip.domain == "speech"]
+    """Return the part of results.json that the metric models give, and write clips.csv and embeddings.npz on rank 0.
+
+    seconds(wav): its length. reference(domain): the embeddings (clips, dim) that sets are compared with; None if there
+    are none, and no distances then.
+    """
+    metrics, speech = judges.metrics, [wav for wav in wavs if wav.clip.domain == "speech"]
     figures: list[Figures] = [_mel_distances(wavs)] if "mel" in metrics.only else []
     if "wer" in metrics.only and speech:
         heard, normalise = judges.words(speech)
         figures.append(word_figures(heard, normalise))
     if "mos" in metrics.only and speech:
         figures.append(judges.mos(speech))
-    if "similarity" in metrics.only and speech:
+    if "similarity" in metrics.only and {wav.row for wav in speech} > {"truth"}:
         figures.append(similarities(judges.speakers(speech)))
     embeddings, references = {}, {}
-    if {"mmd", "fad"} & set(metrics.only):
-        for domain in domains:
+    if reference is not None and {"mmd", "fad"} & set(metrics.only):
+        for domain in dict.fromkeys(wav.clip.domain for wav in wavs):
             embeddings[domain] = judges.embeddings(domain, [wav for wav in wavs if wav.clip.domain == domain])
             if embeddings[domain]:
-                count = min(metrics.reference_clips, index.clips("train", domain))
-                training = fixed_clips(index, "train", domain, count)
-                references[domain] = judges.reference(domain, training, vocoder)
-    features = index.features
-    hashes = {wav: file_sha256(wav.path) for wav in wavs}
-    rows = clip_rows(wavs, figures, features["hop_length"] / features["sample_rate"], hashes)
+                references[domain] = reference(domain)
+    rows = clip_rows(wavs, figures, seconds, {wav: file_sha256(wav.path) for wav in wavs})
     judges.ranks.on_rank_0(lambda: write_clips(rows, out / "clips.csv"))
-    judges.ranks.on_rank_0(lambda: write_embeddings(embeddings, references, ROWS, out / "embeddings.npz"))
+    names = list(dict.fromkeys(wav.row for wav in wavs))
+    judges.ranks.on_rank_0(lambda: write_embeddings(embeddings, references, names, out / "embeddings.npz"))
     return {
         "rows": summarise(rows, embeddings, references, metrics.only, metrics.confidence),
         "confidence": metrics.confidence,
         "models": {kind: model.identity for kind, model in judges.models.items()},
-        "circular": circular_models(judges.models, index),
-        "left_out": {kind: test.describe() for kind, test in judges.left_out.items()},
+        "left_out": {kind: str(test) for kind, test in judges.left_out.items()},
         "failed": judges.failed,
+        "torch": torch.__version__,
     }
 
 
 def _mel_distances(wavs: Sequence[Wav]) -> Figures:
-    return {wav: json.loads(wav.path.with_suffix(".json").read_text()) for wav in wavs if wav.row != "truth"}
+    """Return the distances that the synthesis wrote; wavs of others have none."""
+    files = {wav: wav.path.with_suffix(".json") for wav in wavs if wav.row != "truth"}
+    return {wav: json.loads(file.read_text()) for wav, file in files.items() if file.is_file()}
 
 
 def circular_models(models: Mapping[str, object], index: Index) -> dict[str, str]:
-    """Return metric model -> domain of the teacher that has the same weights: its metric rewards alignment itself."""
-    teachers = {d: index.content["domains"][d]["teacher"]["identity"]["sha256"] for d in index.domains}
-    found = {}
-    for kind, model in models.items():
-        weights = {model.identity["sha256"], model.identity.get("encoder_sha256")}
-        for domain, sha256 in teachers.items():
-            if sha256 in weights:
-                found[kind] = f"the {domain} teacher"
-    return found
+    """Return metric model -> the teacher that has the same weights: its metric rewards alignment itself."""
+    domains: dict[str, list[str]] = {}
+    for domain in index.domains:
+        for entry in index.content["domains"][domain]["teachers"].values():
+            domains.setdefault(entry["identity"].get("sha256", ""), []).append(domain)
+    used = {kind: {model.identity["sha256"], model.identity.get("encoder_sha256")} for kind, model in models.items()}
+    return {
+        kind: f"the teacher of {' and '.join(domains[sha256])}"
+        for kind, weights in used.items()
+        for sha256 in weights & domains.keys()
+    }
 
 
-def _write(results: dict, out: Path) -> None:
+def write_results(results: dict, wavs: int, out: Path) -> None:
     write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
     write_atomically(out / "results.md", results_markdown(results))
+    print_results(results)
+    print(f"wrote {out}: results.json, results.md and clips.csv, of {wavs} wavs")

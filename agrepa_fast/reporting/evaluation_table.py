@@ -14,9 +14,9 @@ def results_table(results: Mapping) -> tuple[list[str], list[list[str]]]:
             if any(entries):
                 clips = sorted({entry["n"] for entry in entries if entry})
                 mark = " †" if _model_of(metric, domain) in results["circular"] else ""
-                title = f"{metric}{mark} ({' to '.join(map(str, {clips[0]: 0, clips[-1]: 0}))} clips)"
-                rows.append([domain, title, *map(_cell, entries)])
-    return ["", "metric", *names], rows
+                counts = "-".join(map(str, dict.fromkeys((clips[0], clips[-1]))))
+                rows.append([domain, metric + mark, counts, *map(_cell, entries)])
+    return ["", "metric", "clips", *names], rows
 
 
 def _model_of(metric: str, domain: str) -> str:
@@ -39,12 +39,10 @@ def _cell(entry: Mapping | None) -> str:
 def footnotes(results: Mapping) -> list[str]:
     """Return the lines below the table."""
     models = ", ".join(f"{kind} {identity['spec']}" for kind, identity in results["models"].items())
-    lines = [
-        f"step {results['step']}, {'averaged' if results['averaged'] else 'live'} weights, "
-        f"vocoder {results['vocoder']}, {results['confidence']:.0%} intervals over clips, "
-        f"manifest {results['manifest']}",
-        f"metric models: {models or 'none'}",
-    ]
+    about = f"vocoder {results['vocoder']}, {results['confidence']:.0%} intervals over clips"
+    if "step" in results:
+        about = f"step {results['step']}, {'averaged' if results['averaged'] else 'live'} weights, {about}"
+    lines = [f"{about}, manifest {results['manifest']}", f"metric models: {models or 'none'}"]
     if results["circular"]:
         named = ", ".join(f"{kind} is {teacher}" for kind, teacher in results["circular"].items())
         lines.append(f"† rewards alignment by construction: {named}")
@@ -69,7 +67,7 @@ def print_results(results: Mapping) -> None:
     header, rows = results_table(results)
     table, console = Table(), Console()
     for name in header:
-        table.add_column(name, justify="left" if name in header[:2] else "right")
+        table.add_column(name, justify="left" if name in header[:2] else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -45,7 +45,7 @@ def evaluated(folder: Path, label: str, seed: int, *, worse: float = 0.0, manife
 
 
 def test_rows_of_clips_survive_their_file(tmp_path):
-    rows = clip_rows([], [], 0.01, {})
+    rows = clip_rows([], [], lambda wav: 0.01, {})
     assert rows == []
     row = dict.fromkeys(FIELDS) | {
         "row": "truth",

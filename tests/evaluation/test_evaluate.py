@@ -1,0 +1,303 @@
+"""agrepa evaluate from end to end, with metric models that say what a test wants."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from agrepa_fast.cli import main
+from agrepa_fast.data.index import write_index
+from agrepa_fast.evaluation import evaluate, synthesis
+from agrepa_fast.evaluation.recogniser import Heard
+from agrepa_fast.evaluation.selftest import SelfTest
+from agrepa_fast.reporting import evaluation
+from agrepa_fast.reporting.evaluation import evaluate_checkpoint
+
+from ..data.test_prepare_ranks import run_threads
+from ..ranks import run_training
+from ..testing import write_small_shards
+
+FLAGS = ("eval.vocoder=griffin-lim", "metrics.clips=3", "metrics.reference_clips=6")
+
+
+class Model:
+    """Every metric model at once: what it says depends on the loudness of the wave alone."""
+
+    def __init__(self, calls: list):
+        self.identity = {"spec": "package:fake", "sha256": "5a", "licence": "MIT", "version": "1"}
+        self.spelling, self.names, self.dim, self.calls = {}, ("mos",), 2, calls
+
+    def transcribe(self, wave, rate):
+        self.calls.append("asr")
+        return Heard("say 22" if np.abs(wave).mean() > 0 else "", -0.1)
+
+    def score(self, wave, rate):
+        self.calls.append("mos")
+        return {"mos": 1 + 4 * float(np.abs(wave).mean())}
+
+    def embed(self, wave, rate):
+        self.calls.append("embed")
+        return np.array([float(np.abs(wave).mean()), float(wave.std()), 1.0])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run on shards with transcripts, whose speech teacher has the SHA-256 "ab"."""
+    folder = tmp_path_factory.mktemp("texts")
+    preset = write_small_shards(folder / "shards", texts=True)
+    index = json.loads((folder / "shards" / "index.json").read_text())
+    index["domains"]["speech"]["teachers"]["teacher_speech"]["identity"] = {"sha256": "ab"}
+    write_index(folder / "shards", index)
+    settings = ("train.steps=2", "align.strategy=none", "data.speaker=campplus:none", "run.dir=run")
+    run_training(1, "--preset", str(preset), *settings, cwd=folder)
+    return folder / "run"
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path) -> list:
+    """Which models were called, in turn."""
+    made: list = []
+    for name in ("load_recogniser", "load_mos", "load_embedding", "load_speaker"):
+        monkeypatch.setattr(evaluate, name, lambda *_, **__: Model(made))
+    monkeypatch.setattr(evaluate, "self_test", lambda *_: SelfTest(3.0, 2.0, 1.0, True))
+    monkeypatch.setattr(evaluate, "distinctness", lambda *_: None)
+    monkeypatch.setenv("AGREPA_CACHE", str(tmp_path / "cache"))
+    return made
+
+
+def clips(out: Path) -> list[dict]:
+    with (out / "clips.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in ("clips.csv", "results.json", "results.md", "manifest.json")}
+
+
+def test_a_run_is_sampled_measured_and_reported(run, tmp_path, calls, capsys):
+    out = tmp_path / "out"
+    main(["evaluate", str(run), "--out", str(out), *FLAGS, "metrics.draws=2"])
+    printed = capsys.readouterr().out
+    rows = clips(out)
+    assert {(r["row"], r["domain"], r["draw"]) for r in rows} == {
+        (row, domain, draw)
+        for row, draws in (("truth", "0"), ("sample", "01"), ("codes", "0"))
+        for domain in ("speech", "audio")
+        for draw in draws
+    }
+    assert len(rows) == 6 * 4
+    assert all((r["mos"] != "") == (r["domain"] == "speech") for r in rows)
+    assert all((r["mel_l1"] != "") == (r["row"] != "truth") for r in rows)
+    results = json.loads((out / "results.json").read_text())
+    speech = results["rows"]["sample"]["speech"]
+    assert {
+        "wer",
+        "wer_capped",
+        "cer",
+        "wer_truth",
+        "mos",
+        "similarity",
+        "mel_l1",
+        "mmd",
+        "fad",
+        "fad_inf",
+    } <= speech.keys()
+    assert speech["mos"]["n"] == speech["mmd"]["n"] == 3
+    assert results["rows"]["sample"]["audio"].keys() == {"mel_l1", "mmd", "fad", "fad_inf"}
+    assert results["rows"]["codes"]["speech"]["mel_l1"]["value"] > 0
+    assert "wer_truth" not in results["rows"]["truth"]["speech"]
+    assert results["models"]["asr"]["spec"] == "package:fake"
+    assert results["step"] == 2
+    assert results["manifest"] in printed
+    assert "| speech | mos | 3 |" in (out / "results.md").read_text()
+    assert calls.count("asr") == 3 * 4
+
+
+def test_the_same_command_does_nothing_twice_and_goes_on_after_an_interruption(run, tmp_path, calls):
+    out = tmp_path / "out"
+    command = ["evaluate", str(run), "--out", str(out), *FLAGS]
+    main(command)
+    first, done = contents(out), len(calls)
+    main(command)
+    assert len(calls) == done
+    assert contents(out) == first
+    wav = next((out / "wavs" / "sample").glob("*.wav"))
+    before = wav.read_bytes()
+    wav.unlink()
+    next((out / "cache").glob("mos-*/*.json")).unlink()
+    (out / "results.json").unlink()
+    main(command)
+    assert wav.read_bytes() == before
+    assert len(calls) == done + 1
+    assert contents(out) == first
+    soundfile.write(wav, np.zeros(4000), 16000)  # made again under the same name, by whom ever
+    main(command)
+    assert contents(out)["clips.csv"] != first["clips.csv"]
+
+
+def test_ranks_share_the_work_and_change_nothing(run, tmp_path, calls):
+    def on_rank(ranks):
+        evaluate_checkpoint(run, FLAGS, ranks, live=False, domains=None, out=tmp_path / "two")
+
+    results = run_threads(2, on_rank)
+    assert results == [None, None], results
+    main(["evaluate", str(run), "--out", str(tmp_path / "one"), *FLAGS])
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_a_model_that_gives_the_truth_scores_as_the_truth(run, tmp_path, calls, monkeypatch):
+    truth = synthesis.Synthesis._mels
+
+    def oracle(self, batch, samples):
+        for row, clip, mel, true in truth(self, batch, samples):
+            yield row, clip, true if row == "sample" else mel, true
+
+    monkeypatch.setattr(synthesis.Synthesis, "_mels", oracle)
+    out = tmp_path / "out"
+    main(["evaluate", str(run), "--out", str(out), *FLAGS])
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    for domain in ("speech", "audio"):
+        for metric, entry in rows["truth"][domain].items():
+            assert rows["sample"][domain][metric] == entry, metric
+        assert rows["sample"][domain]["mel_l1"]["value"] == 0
+    assert rows["sample"]["speech"]["similarity"]["value"] == pytest.approx(1)
+    assert rows["sample"]["speech"]["wer_truth"]["value"] == 0
+
+
+def test_circular_and_failed_models_are_named(run, tmp_path, calls, monkeypatch, capsys):
+    for name in ("load_recogniser", "load_mos"):
+
+        def load(*_, name=name, **__):
+            model = Model(calls)
+            model.identity |= {"encoder_sha256": "ab"} if name == "load_recogniser" else {"sha256": "mos"}
+            return model
+
+        monkeypatch.setattr(evaluate, name, load)
+    monkeypatch.setattr(evaluate, "opinion", lambda scorer, name: "opinion")
+    monkeypatch.setattr(evaluate, "self_test", lambda gauge, _: SelfTest(1.0, 1.0, 1.0, gauge != "opinion"))
+    out = tmp_path / "out"
+    main(["evaluate", str(run), "--out", str(out), *FLAGS, "--domain", "speech"])
+    printed = " ".join(capsys.readouterr().out.split())
+    results = json.loads((out / "results.json").read_text())
+    assert results["circular"] == {"asr": "the teacher of speech"}
+    assert results["left_out"] == {"mos": "clean 1, noise at 20 dB 1, at 5 dB 1"}
+    assert "mos" not in results["rows"]["sample"]["speech"]
+    assert "rewards alignment by construction: asr is the teacher of speech" in printed
+    assert "left out: mos failed its self-test: clean 1, noise" in printed
+    assert "wer_truth †" in (out / "results.md").read_text()
+    assert results["rows"]["sample"].keys() == {"speech"}
+
+
+def test_a_wav_that_cannot_be_judged_counts_against_the_system(run, tmp_path, calls, monkeypatch):
+    class Picky(Model):
+        def transcribe(self, wave, rate):
+            self.calls.append("asr")
+            if len(self.calls) == 1:
+                raise RuntimeError("too long")
+            return Heard("say 22", -0.1)
+
+    monkeypatch.setattr(evaluate, "load_recogniser", lambda *_, **__: Picky([]))
+    out = tmp_path / "out"
+    main(["evaluate", str(run), "--out", str(out), *FLAGS, "metrics.only=[wer]"])
+    results = json.loads((out / "results.json").read_text())
+    (failed,) = results["failed"].items()
+    assert failed[0].startswith("truth/")
+    assert failed[1] == "RuntimeError: too long"
+    row = next(r for r in clips(out) if f"{r['row']}/{r['key']}.wav: asr" == failed[0])
+    assert row["errors"] == row["del"] == row["words"] != "0"
+    assert "1 wavs could not be judged" in (out / "results.md").read_text()
+
+
+def test_what_does_not_fit_is_refused_in_one_line(run, tmp_path, calls, capsys):
+    out = tmp_path / "out"
+    main(["evaluate", str(run), "--out", str(out), *FLAGS, "metrics.only=[mel]"])
+    capsys.readouterr()
+    for arguments, message in (
+        ([str(run), "--out", str(out), *FLAGS, "metrics.clips=2"], "holds an evaluation of other clips"),
+        ([str(run), "--out", str(out), *FLAGS, "flow.guidance=1"], "holds an evaluation of other samples"),
+        ([str(run), "--out", str(out), *FLAGS, "train.lr=1"], "train.lr has no effect here"),
+        ([str(run), "--reference", str(tmp_path)], "has its truths in the shards"),
+        ([str(run), "metrics.only=[bleu]"], "metrics.only"),
+        ([str(tmp_path / "none")], "is no checkpoint"),
+        ([str(tmp_path)], "--domain is needed"),
+        ([str(tmp_path), "--live", "--domain", "speech"], "has no weights"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["evaluate", *arguments])
+        error = capsys.readouterr().err
+        assert ended.value.code == 2, arguments
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def write_waves(folder: Path, names: tuple[str, ...], rate: int = 16000, loudness: float = 0.1) -> Path:
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for name in names:
+        soundfile.write(folder / f"{name}.wav", loudness * draw.standard_normal(rate), rate)
+        (folder / f"{name}.txt").write_text("say twenty two")
+    return folder
+
+
+def test_a_folder_of_recordings_is_measured_beside_the_true_ones(tmp_path, calls, capsys):
+    mine, true = write_waves(tmp_path / "mine", ("a", "b", "c")), write_waves(tmp_path / "true", ("a", "b", "c", "d"))
+    out = tmp_path / "out"
+    main(["evaluate", str(mine), "--domain", "speech", "--reference", str(true), "--out", str(out)])
+    results = json.loads((out / "results.json").read_text())
+    assert results["rows"].keys() == {"truth", "sample"}
+    assert results["rows"]["sample"]["speech"].keys() >= {"wer", "wer_truth", "mos", "similarity"}
+    assert not results["rows"]["sample"]["speech"].keys() & {"mmd", "fad", "mel_l1"}
+    assert results["rows"]["sample"]["speech"]["wer"]["value"] == 0
+    assert {float(row["seconds"]) for row in clips(out)} == {1.0}
+    capsys.readouterr()
+    other = write_waves(tmp_path / "other", ("a", "b", "c"), rate=8000)
+    few = write_waves(tmp_path / "few", ("a",))
+    for reference, message in (
+        (other, "rates of 8000 and 16000 Hz"),
+        (few, "2 of 3 recordings have no partner: b.wav, c.wav"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(
+                [
+                    "evaluate",
+                    str(mine),
+                    "--domain",
+                    "speech",
+                    "--reference",
+                    str(reference),
+                    "--out",
+                    str(tmp_path / "x"),
+                ]
+            )
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_an_export_is_evaluated_as_its_checkpoint(run, tmp_path, calls):
+    main(["export", str(run), "--out", str(tmp_path / "export")])
+    for path, out in ((run, "a"), (tmp_path / "export", "b")):
+        main(["evaluate", str(path), "--out", str(tmp_path / out), *FLAGS, "metrics.only=[mel,mmd]"])
+    assert contents(tmp_path / "a")["clips.csv"] == contents(tmp_path / "b")["clips.csv"]
+
+
+def test_a_reference_has_none_of_the_evaluated_clips(run, tmp_path, calls, monkeypatch):
+    seen = {}
+
+    def reference(judges, index, domain, vocoder):
+        vectors = judged(judges, index, domain, vocoder)
+        seen[domain] = len(vectors)
+        return vectors
+
+    judged = evaluation._reference
+    monkeypatch.setattr(evaluation, "_reference", reference)
+    out = tmp_path / "out"
+    main(["evaluate", str(run), "--out", str(out), *FLAGS, "metrics.only=[mmd]"])
+    evaluated = {clip["mel"] for clip in json.loads((out / "manifest.json").read_text())["clips"]}
+    kept = {path.stem for path in (tmp_path / "cache" / "references").rglob("*.json")}
+    assert seen == {"speech": 6, "audio": 6}
+    assert len(kept) == 12
+    assert not kept & evaluated
+    assert len(evaluated) == 6
