@@ -40,8 +40,9 @@ def _table(domain: str, rows: Sequence[dict], selection: LayerSelection | None, 
             text = _score(scores.get(layer))
             share = float(scores[layer]["score"]) / highest if layer in scores and highest > 0 else 0.0
             row.append(Bar(text, min(1.0, max(0.0, share)), layer in weights) if key == first else text)
-        cells.append([*row, weights.get(layer, "")])
-    columns = ["layer", *(name_with_recipe(*key) if key[0] in NAMES else key[0] for key in measured), "λ"]
+        cells.append([*row[:2], weights.get(layer, ""), *row[2:]])
+    names = [name_with_recipe(*key) if key[0] in NAMES else key[0] for key in measured]
+    columns = ["layer", names[0], "λ", *names[1:]]
     return Table(columns, cells, title=domain, note=_note(measured[first], evidence))
 
 

@@ -19,10 +19,11 @@ _CLIPS = 12  # at most
 _KINDS = ("truth", "codes", "sample")
 _PLOTS = {
     "attribution": "Contribution of each layer",
+    "stability": "Choices over the run",
     "store_contribute": "What layers contribute and what they store",
     "layer_time": "Contribution over flow time",
-    "stability": "Choices over the run",
 }
+_WIDE = ("store_contribute",)
 
 
 def run_report(folder: Path) -> Document:
@@ -83,7 +84,9 @@ def _curves(folder: Path, selection: LayerSelection | None) -> list[Chart]:
     mark = (selection.step, "layers chosen") if selection and selection.step else None
 
     def lines(names: dict[str, tuple[str, str]]) -> dict:
-        return {label: (style, series[name]) for name, (label, style) in names.items() if any(_values(series, name))}
+        """Return the lines that a run has; a loss of 0 is that of steps before it begins."""
+        found = {label: (style, [p for p in series.get(name, []) if p[1]]) for name, (label, style) in names.items()}
+        return {label: line for label, line in found.items() if line[1]}
 
     flow = {
         "train/flow_loss": ("train", "thin"),
@@ -96,10 +99,6 @@ def _curves(folder: Path, selection: LayerSelection | None) -> list[Chart]:
     if others := lines(align):
         charts.append(draw_lines("Alignment losses", "optimizer step", others, mark))
     return charts
-
-
-def _values(series: dict, name: str) -> list[float]:
-    return [value for _, value in series.get(name, [])]
 
 
 def _clips(folder: Path, summary: dict) -> list[Section]:
@@ -128,7 +127,7 @@ def count_shown(clips: Sequence, recorded: Sequence) -> str:
 def _pictures(folder: Path) -> list[Section]:
     paths = {title: folder / "plots" / f"{name}.png" for name, title in _PLOTS.items()}
     pictures = [
-        Picture(title, png_uri(path), wide=path.stem == "store_contribute")
+        Picture(title, png_uri(path), wide=path.stem in _WIDE, colours=path.stem == "layer_time")
         for title, path in paths.items()
         if path.is_file() and path.stat().st_size
     ]

@@ -37,11 +37,12 @@ class Chart(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """wide: it has the whole width of the page."""
+    """wide: it has the whole width of the page. colours: they stand for values, and a dark page keeps them."""
 
     title: str
     uri: str
     wide: bool = False
+    colours: bool = False
 
 
 class Version(NamedTuple):
