@@ -69,7 +69,7 @@ def test_its_players_play_and_switch_at_the_same_position(run, page):
     assert before <= after < before + 1.5
     assert page.run("return document.querySelectorAll('audio')[0].paused")
     page.press(Keys.ARROW_DOWN)
-    page.wait(STOPPED)
+    assert page.run(STOPPED), "another clip is in use"
     page.press(" ")
     page.wait(PLAYING, 3, 0.0)
     page.press(" ")

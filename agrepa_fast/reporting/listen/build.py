@@ -64,9 +64,9 @@ def make_test(paths: Sequence[Path], out: Path, kind: str, seed: int, clips: int
         "test": test,
         "kind": kind,
         "seed": seed,
-        "trials": dict(sorted(trials.items())),
-        "sounds": {ids[stimulus]: uri for stimulus, uri in sorted(sounds.items(), key=lambda item: ids[item[0]])},
-    }
+        "trials": trials,
+        "sounds": {ids[stimulus]: uri for stimulus, uri in sounds.items()},
+    }  # the template's tojson sorts both by id, so that no order tells the systems apart
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / ANSWERS, json.dumps(answers, indent=1) + "\n")
     write_page(out / PAGE, PAGE, folders=("listen",), test=shown)
