@@ -18,6 +18,7 @@ EXTRAS = {
     "f5": ["f5-tts>=1.1,<2"],  # data.text=pinyin:… and package:f5, model.backbone=f5
     "beats": ["speechbrain>=1.1"],  # teachers beats:FILE
     "speaker": ["onnxruntime>=1.20"],  # data.speaker=campplus:…
+    "dnsmos": ["onnxruntime>=1.20"],  # metrics.mos=package:dnsmos
     "wandb": ["wandb>=0.20"],  # train.wandb=PROJECT
 }
 X86 = platform.machine() in ("x86_64", "AMD64")

@@ -25,7 +25,9 @@ class MetricsConfig:
     text: Literal["whisper", "seedtts"] = setting(
         "whisper", "how texts are made comparable: Whisper's normaliser, or seed-tts-eval's", resume=True
     )
-    mos: str = setting("package:distillmos", "predictor of listeners' scores", resume=True)
+    mos: str = setting(
+        "package:distillmos", "predictor of listeners' scores: or package:dnsmos, or utmos:FILE", resume=True
+    )
     speech_embedding: str = setting(
         "package:aisfx", "of MMD and FAD: or a spec of data.speech_teacher, or vggish:FILE", resume=True
     )

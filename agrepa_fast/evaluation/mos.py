@@ -2,6 +2,7 @@
 clips, no replacement for listeners.
 
 load_mos("package:distillmos")                        # without a model hub
+load_mos("package:dnsmos")                            # made to judge the suppression of noise
 load_mos("utmos:/models/utmos22_strong_step7459_v1.pt")
 """
 
@@ -11,16 +12,16 @@ import numpy as np
 import torch
 
 from ..errors import UserError, nearest
-from . import distillmos, utmos
+from . import distillmos, dnsmos, utmos
 from .metric_model import identity, wave_at
 
-_KNOWN = ("package:distillmos", "utmos:FILE")
+_KNOWN = ("package:distillmos", "package:dnsmos", "utmos:FILE")
 
 
 class Scorer(ABC):
     """A frozen network that scores speech.
 
-    names     of the scores: ("mos",)
+    names     of the scores: ("mos",), or those of dnsmos.py
     identity  spec, sha256, licence and version
     """
 
@@ -48,10 +49,24 @@ class NetworkScorer(Scorer):
         return {"mos": self._network(wave.to(self._device)).item()}
 
 
+class DnsmosScorer(Scorer):
+    names = dnsmos.NAMES
+
+    def __init__(self, spec: str, title: str):
+        self._model = dnsmos.Dnsmos(title)
+        known = {"licence": dnsmos.LICENCE, "version": dnsmos.VERSION}
+        self.identity = {"spec": spec, "sha256": self._model.sha256, **known}
+
+    def score(self, wave: np.ndarray, rate: int) -> dict[str, float]:
+        return dict(zip(self.names, self._model.scores(wave_at(wave, rate, dnsmos.RATE)), strict=True))
+
+
 def load_mos(spec: str, device: str | torch.device = "cpu") -> Scorer:
-    """Return the scorer of `package:distillmos`, or of utmos:FILE. Raises UserError, in one line with the remedy, for
-    an unknown one, and for one that cannot be fetched or read."""
+    """Return the scorer of `package:distillmos`, `package:dnsmos` or utmos:FILE. Raises UserError, in one line with the
+    remedy, for an unknown one, and for one that cannot be fetched or read. DNSMOS runs on the CPU."""
     title = f"metrics.mos={spec}"
+    if spec == "package:dnsmos":
+        return DnsmosScorer(spec, title)
     if spec == "package:distillmos":
         network, sample_rate = distillmos.load_distillmos(), distillmos.RATE
         facts = identity(spec, network, distillmos.LICENCE, distillmos.VERSION)

@@ -1,13 +1,12 @@
 """CAM++ (Wang et al. 2023), the vector of a speaker's voice that CosyVoice is conditioned on, from its ONNX file."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
 from ..errors import UserError
 from ..files import check_readable, file_sha256, local_path
 from ..torchaudio_import import make_torchaudio_importable
+from .onnx_session import open_session
 
 _BINS, _WINDOW = 80, 400  # mel bands; samples
 
@@ -21,7 +20,7 @@ class CampPlus:
     def __init__(self, spec: str):
         self._path = local_path(spec.partition(":")[2])
         check_readable(self._path)
-        self._session = _open_session(spec, self._path)
+        self._session = open_session(f"data.speaker={spec}", self._path, "speaker")
         self._input = self._session.get_inputs()[0].name
         self.identity = {"spec": spec, "sha256": file_sha256(self._path)}
         self.dim = len(self._run(spec, np.zeros((100, _BINS), np.float32)))
@@ -50,20 +49,3 @@ class CampPlus:
                 f"({' '.join(str(error).split())[:200]})"
             ) from error
         return np.asarray(vector, np.float32).reshape(-1)
-
-
-def _open_session(spec: str, path: Path):
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UserError(
-            f"data.speaker={spec} needs onnxruntime ({error}): pip install 'agrepa_fast[speaker]'"
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1  # clips run beside each other
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise UserError(
-            f"{path} is no ONNX file that onnxruntime reads: {' '.join(str(error).split())[:200]}"
-        ) from error

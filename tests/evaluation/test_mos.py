@@ -1,4 +1,6 @@
-"""DistillMOS against figures of its authors' own code, UTMOS against its definition, and what is refused."""
+"""DistillMOS and DNSMOS against figures of their authors' own code, UTMOS against its definition, and refusals."""
+
+import sys
 
 import numpy as np
 import pytest
@@ -42,6 +44,29 @@ def test_identity(scorer):
         "licence": "MIT",
         "version": "0.9.1",
     }
+
+
+@pytest.mark.parametrize(
+    ("samples", "expected"),
+    [
+        (75_000, (1.1921798, 1.1285590, 1.1029325)),  # repeated
+        (170_000, (1.3142869, 1.3969821, 1.2856832)),  # whole seconds of it have room for one window
+        (200_000, (1.2605017, 1.7149884, 1.2243953)),  # the second of its windows is a sample short
+    ],
+)
+def test_dnsmos_gives_the_package_s_own_scores(samples, expected):
+    """speechmos 0.0.1.1."""
+    scorer = load_mos("package:dnsmos")
+    assert scorer.names == ("dnsmos_sig", "dnsmos_bak", "dnsmos_ovrl")
+    assert tuple(scorer.identity) == ("spec", "sha256", "licence", "version")
+    figures = scorer.score(chirp(samples, 16000), 16000)
+    assert figures == pytest.approx(dict(zip(scorer.names, expected, strict=True)), abs=1e-5)
+
+
+def test_dnsmos_without_onnxruntime_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"^metrics.mos=package:dnsmos needs onnxruntime .*'agrepa_fast\[dnsmos\]'"):
+        load_mos("package:dnsmos")
 
 
 @pytest.fixture(scope="module")
