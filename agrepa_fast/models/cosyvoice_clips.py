@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 from ..kernels import valid_frames
+from .audio_dit.attention import attend
 from .audio_dit.conditioning import interpolate_tokens, zero_padding
 
 
@@ -73,6 +74,25 @@ class BlockOfOwnFrames:
         return activation(group_norm(norm, conv(x * mask), mask)) * mask
 
 
+class AttentionOfClips:
+    """A processor for diffusers' Attention that computes by `attend`: theirs would mask all pairs of frames, and might
+    take a kernel whose backward is wrong."""
+
+    def __call__(
+        self, attn: nn.Module, hidden_states: torch.Tensor, attention_mask: torch.Tensor, **_none
+    ) -> torch.Tensor:
+        """Return (N, T, D) of hidden_states (N, T, D). attention_mask: lengths (N,), or a mask (N, 1, T, T)."""
+        q, k, v = (
+            part(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for part in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        if attention_mask.ndim == 1:
+            attended = attend(q, k, v, attention_mask)
+        else:
+            attended = attend(q, k, v, None, mask=attention_mask)
+        return attn.to_out[1](attn.to_out[0](attended))
+
+
 class UNetOfClips:
     """flow/decoder.py's ConditionalDecoder and CausalConditionalDecoder; `streaming` may be a tensor (N,) bool."""
 
@@ -100,8 +120,9 @@ class UNetOfClips:
 
     def _stage(self, x, mask, time, resnet, blocks, streaming) -> torch.Tensor:
         x = resnet(x, mask, time).transpose(1, 2).contiguous()
-        lengths = mask.sum((1, 2)).long()
-        attended = attention_mask(lengths, x.shape[1], streaming, getattr(self, "static_chunk_size", 0))
+        attended = (mask > 0).sum((1, 2))  # no sum of the mask: bf16 counts to 256
+        if streaming is not None:
+            attended = attention_mask(attended, x.shape[1], streaming, self.static_chunk_size).unsqueeze(1)
         for block in blocks:
             x = block(hidden_states=x, attention_mask=attended, timestep=time)
         return x.transpose(1, 2).contiguous()

@@ -15,7 +15,7 @@ from ..kernels import valid_frames
 from .backbone import Layer
 from .condition import Condition
 from .cosyvoice import CosyVoice, stretch
-from .cosyvoice_clips import BlockOfOwnFrames, UNetOfClips, encode_and_double, encode_tokens, regulate
+from .cosyvoice_clips import AttentionOfClips, BlockOfOwnFrames, UNetOfClips, encode_and_double, encode_tokens, regulate
 from .cosyvoice_package import import_part
 from .f5_clips import swap
 
@@ -62,6 +62,9 @@ class _UNetFlow(CosyVoice):
             self.state, self.row_arguments = "hidden_states", ("attention_mask", "timestep")
         if self.strict:
             swap(self.decoder.estimator, UNetOfClips)
+            for part in self.decoder.estimator.modules():
+                if hasattr(part, "set_processor"):
+                    part.set_processor(AttentionOfClips())
 
     @property
     def layers(self) -> list[Layer]:

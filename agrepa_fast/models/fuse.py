@@ -100,10 +100,8 @@ def _attend(attn: nn.Module, y: torch.Tensor, attended, angles, rotary_heads: in
     if getattr(attn, "q_norm", None) is not None:
         norms = {"q_weight": attn.q_norm.weight, "k_weight": attn.k_norm.weight}
     q, k, v = qk_norm_rope(F.linear(y, weight, bias), attn.heads, angles, rotary_heads=rotary_heads, **norms)
-    if attended is None or attended.ndim == 1:
-        y = attend(q, k, v, attended)
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attended).transpose(1, 2).flatten(2)
+    by_mask = attended is not None and attended.ndim == 4
+    y = attend(q, k, v, None, mask=attended) if by_mask else attend(q, k, v, attended)
     return attn.to_out[1](attn.to_out[0](y))
 
 

@@ -295,3 +295,22 @@ def test_tokens_of_another_rate_are_stretched_to_the_nearest():
     assert found[0, :6].tolist() == [0, 1, 2, 3, 4, 5]
     assert found[1].tolist() == [0, 1, 1, 2, 3, 4, 4, 5]
     assert found[2, :6].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@VERSIONS
+@torch.no_grad()
+def test_bf16_weights(version):
+    """Lengths are whole numbers there, too: bf16 counts to 256."""
+    model, (mel, condition) = ours(version), clips((602, 401))
+    t = torch.tensor([0.3, 0.8])
+    want = model(mel, t, condition).v
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    attended, unet = [], model.decoder.estimator
+    for stage in (unet.down_blocks[0], unet.mid_blocks[0]):
+        attention = stage[1][0].attn1
+        attention.register_forward_pre_hook(
+            lambda _module, _args, kwargs: attended.append(kwargs["attention_mask"].tolist()), with_kwargs=True
+        )
+    assert relative(model(mel, t, condition).v.float(), want) < 0.03
+    assert attended == [[602, 401], [301, 201] if version == 1 else [602, 401]]

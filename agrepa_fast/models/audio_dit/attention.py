@@ -47,16 +47,17 @@ def attend(
     lengths: torch.Tensor | None,
     dropout: float = 0.0,
     bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return softmax attention of q, k, v (N, H, T, E), as (N, T, H E).
 
     lengths (C,): only valid frames are attended to; row n has the length of condition n mod C. Padded frames come out
     finite and mean nothing. None: all frames are valid, and no mask is made. dropout: of the attention weights. bias
-    (H, T, T): added to the scores of every clip, without a gradient.
+    (H, T, T): added to the scores of every clip, without a gradient. mask (N, 1, T, T) bool, instead of lengths: which
+    frames each frame attends to.
     """
     if bias is not None:
         return _attend_with_bias(q, k, v, lengths, dropout, bias)
-    mask = None
     if lengths is not None:
         if (kernel := varlen_kernel(q, dropout)) is not None:
             return _attend_segments(kernel, q, k, v, lengths)
