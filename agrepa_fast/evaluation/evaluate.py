@@ -1,13 +1,11 @@
 """What the metric models say of an evaluation's wavs: the rows of clips.csv, and the embeddings of sets.
 
-Every rank judges its part of the wavs and keeps the figures in files, which rank 0 reads together.
+Every rank judges its part of the wavs, and all ranks get the figures of all.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -36,13 +34,14 @@ UNDERSTOOD = -1.0  # mean log-probability of heard tokens; a recogniser that inv
 
 
 class Judges:
-    """Lets metric models judge wavs.
+    """Lets metric models judge wavs. Figures are kept in the user's cache, by content: what several evaluations share,
+    such as the truths, is judged once.
 
     models: by their use; left_out: those that failed their self-test; failed: wav and model -> reason.
     """
 
-    def __init__(self, metrics: MetricsConfig, folder: Path, ranks: Ranks):
-        self.metrics, self.folder, self.ranks = metrics, folder, ranks
+    def __init__(self, metrics: MetricsConfig, ranks: Ranks):
+        self.metrics, self.ranks = metrics, ranks
         self.models: dict[str, Any] = {}
         self.left_out: dict[str, SelfTest] = {}
         self.failed: dict[str, str] = {}
@@ -59,16 +58,14 @@ class Judges:
         """Return the figures of each wav by the model that `load` returns for a device; {} if the model fails its
         self-test on the truths. Every rank must call it."""
         model = self.models[kind] = self.ranks.load_on_every_rank(f"metrics: {kind}", load)
-        scores = ScoreCache(self.folder, kind, model.identity)
         test = self.ranks.from_rank_0(lambda: self._test(kind, model, gauge_of, _truths(wavs)))
         if not test.passed:
             self.left_out[kind] = test
             return {}
-        with self._progress(kind, len(wavs)) as done:
-            for wav in self.ranks.part_of(wavs):
-                scores.judge(self._sha256(wav.path), lambda wav=wav: decode(wav.path, wav.path.name), judge_of(model))
-                done()
-        figures = {wav: scores.read(self._sha256(wav.path)) for wav in wavs}
+        identity = {**model.identity, "language": self.metrics.language}
+        scores, judge = ScoreCache(cache_dir() / "scores", kind, identity), judge_of(model)
+        found = self._each(kind, wavs, lambda wav: scores.judge(self._sha256(wav.path), partial(_read, wav), judge))
+        figures = dict(zip(wavs, found, strict=True))
         self.failed |= {f"{w.row}/{w.path.name}: {kind}": f[FAILED] for w, f in figures.items() if FAILED in f}
         return figures
 
@@ -78,8 +75,8 @@ class Judges:
         asked = {**model.identity, "clips": [self._sha256(wav.path) for wav in truths]}
         kept = ScoreCache(cache_dir() / "self-tests", kind, asked)
         if kept.file("test").is_file():
-            return SelfTest(**kept.read("test"))
-        sounds = [decode(wav.path, wav.path.name) for wav in truths]
+            return SelfTest(**json.loads(kept.file("test").read_text()))
+        sounds = [_read(wav) for wav in truths]
         test = self_test(gauge_of(model, sounds), sounds)
         write_atomically(kept.file("test"), json.dumps(test._asdict()), durable=False)
         return test
@@ -130,29 +127,30 @@ class Judges:
         kind = f"{domain}-embedding"
         made = {**self.models[kind].identity, "vocoder": vocoder.name, "rate": vocoder.sample_rate}
         scores, judge = ScoreCache(cache_dir() / "references", kind, made), _embed(self.models[kind])
-        keys = [mel_digest(sample.mel) for sample in samples]
-        with self._progress(f"{domain} reference", len(samples)) as done:
-            for key, sample in self.ranks.part_of(list(zip(keys, samples, strict=True))):
-                scores.judge(key, lambda sample=sample: _vocoded(sample, vocoder), judge)
-                done()
-        vectors = [scores.read(key) for key in keys]
+        vectors = self._each(
+            f"{domain} reference",
+            samples,
+            lambda sample: scores.judge(mel_digest(sample.mel), partial(_vocoded, sample, vocoder), judge),
+        )
         return np.array([figures["vector"] for figures in vectors if "vector" in figures])
 
-    @contextmanager
-    def _progress(self, kind: str, wavs: int) -> Iterator[Callable[[], object]]:
-        """All ranks end it together."""
-        with tqdm(total=wavs, desc=f"evaluate: {kind}", unit="clip", disable=self.ranks.rank > 0) as bar:
-
-            def done() -> None:
+    def _each(self, label: str, items: Sequence, judge: Callable[[Any], dict]) -> list[dict]:
+        """Return judge(item) of all items, of which every rank judges its part."""
+        own = []
+        with tqdm(total=len(items), desc=f"evaluate: {label}", unit="clip", disable=self.ranks.rank > 0) as bar:
+            for item in self.ranks.part_of(items):
+                own.append(judge(item))
                 bar.update(self.ranks.world)
                 self.ranks.check_others()
-
-            yield done
-        self.ranks.all_gather(None)
+        return self.ranks.join_parts(self.ranks.all_gather(own))
 
 
 def _embed(model) -> Judge:
     return lambda wave, rate: {"vector": model.embed(wave, rate).tolist()}
+
+
+def _read(wav: Wav) -> tuple[np.ndarray, int]:
+    return decode(wav.path, wav.path.name)
 
 
 def _vocoded(sample: Sample, vocoder: Vocoder) -> tuple[np.ndarray, int]:

@@ -32,15 +32,12 @@ class ScoreCache:
     def file(self, key: str) -> Path:
         return self.folder / f"{key}.json"
 
-    def read(self, key: str) -> dict[str, object]:
-        """Return the figures of a wave that was judged."""
-        return json.loads(self.file(key).read_text())
+    def judge(self, key: str, read: Callable[[], tuple[np.ndarray, int]], judge: Judge) -> dict[str, object]:
+        """Let a model judge a wave, unless it has, and keep the figures, or the reason why it raised. Return them.
 
-    def judge(self, key: str, read: Callable[[], tuple[np.ndarray, int]], judge: Judge) -> bool:
-        """Let a model judge a wave, unless it has, and keep the figures, or the reason why it raised. Return whether it
-        was judged now. key: the hash of what `read` returns. Want of memory is no fault of a wave and is raised."""
+        key: the hash of what `read` returns. Want of memory is no fault of a wave and is raised."""
         if (file := self.file(key)).is_file():
-            return False
+            return json.loads(file.read_text())
         try:
             figures = judge(*read())
         except UserError as error:  # no recording that can be read
@@ -50,4 +47,4 @@ class ScoreCache:
         except Exception as error:  # of a model that is not ours
             figures = {FAILED: f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
         write_atomically(file, json.dumps(figures), durable=False)
-        return True
+        return figures

@@ -4,13 +4,13 @@ A batch is computed whole or taken whole, and its clips depend on the manifest a
 number of ranks and after any interruption.
 """
 
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ..audio.vocoder import Vocoder
@@ -18,12 +18,14 @@ from ..config import FlowConfig
 from ..data.batch import Batch, collate
 from ..data.index import Index
 from ..data.samples import Sample
+from ..fetch import cache_dir
 from ..files import write_atomically
 from ..flow import reference_prefix, sample
 from ..models.backbone import Backbone
 from ..models.condition import Condition
 from ..prepare.passes import batches_by_length
 from ..ranks import Ranks
+from ..tokenizers.base import tokens_of_frames
 from .manifest import Clip
 
 ROWS = ("truth", "sample", "codes")  # the true mel, the model's, and the mean mel of each frame's token
@@ -86,15 +88,30 @@ class Synthesis:
             yield "codes", clip, torch.from_numpy(self.code_mels[tokens_of_frames(stored.tokens, stored.frames)]), truth
 
     def _write(self, path: Path, mel: torch.Tensor, truth: torch.Tensor | None) -> None:
-        import soundfile
-
         if truth is not None:  # first, since a clip is complete if its wav is there
             given = prefix_frames(torch.tensor([len(truth)]), self.flow).item()
             distance = float((mel - truth)[given:].abs().mean())
             write_atomically(path.with_suffix(".json"), json.dumps({"mel_l1": distance}), durable=False)
+        write_atomically(path, self._wav(path.parent.name, mel), durable=False)
+
+    def _wav(self, row: str, mel: torch.Tensor) -> bytes:
+        """Return the file of a mel. Those of truth and codes are kept in the user's cache: every evaluation on the same
+        shards has them, and the vocoder takes longer than most metrics."""
+        if row == "sample":
+            return self._vocode(mel)
+        made = f"{self.vocoder.name} {self.vocoder.sample_rate}".encode() + mel.numpy().tobytes()
+        kept = cache_dir() / "wavs" / f"{hashlib.sha256(made).hexdigest()[:32]}.wav"
+        if not kept.is_file():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(kept, self._vocode(mel), durable=False)
+        return kept.read_bytes()
+
+    def _vocode(self, mel: torch.Tensor) -> bytes:
+        import soundfile
+
         content = io.BytesIO()
         soundfile.write(content, self.vocoder(mel).numpy(), self.vocoder.sample_rate, format="WAV", subtype="PCM_16")
-        write_atomically(path, content.getvalue(), durable=False)
+        return content.getvalue()
 
 
 def prefix_frames(lengths: torch.Tensor, flow: FlowConfig) -> torch.Tensor:
@@ -108,9 +125,3 @@ def prefix_condition(batch: Batch, flow: FlowConfig) -> Condition:
     """Return the condition that validation clips are sampled from: their tokens and a prefix."""
     prefix = prefix_frames(batch.condition.lengths, flow)
     return replace(batch.condition, reference=reference_prefix(batch.mel, prefix))
-
-
-def tokens_of_frames(tokens: np.ndarray, frames: int) -> np.ndarray:
-    """Return the token id of each mel frame, (frames,), of a clip's tokens (S,)."""
-    place = (np.arange(frames) + 0.5) * len(tokens) / frames
-    return tokens[np.minimum(place.astype(int), len(tokens) - 1)]

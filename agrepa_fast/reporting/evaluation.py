@@ -57,7 +57,7 @@ def evaluate_checkpoint(
         made = _made(opened, vocoder, live)
         manifest = ranks.from_rank_0(lambda: write_manifest(clips, made, out / "manifest.json"))
         wavs = _synthesize(opened, vocoder, samples, clips, out / "wavs", ranks)
-        judges = Judges(metrics, out / "cache", ranks)
+        judges = Judges(metrics, ranks)
         per_frame = index.features["hop_length"] / index.features["sample_rate"]
 
         def reference(domain: str) -> np.ndarray:

@@ -53,7 +53,7 @@ def evaluate_folder(
     try:
         made = {"folder": str(folder), "reference": str(reference), "vocoder": "none", "flow": None}
         manifest = ranks.from_rank_0(lambda: write_manifest(list(clips.values()), made, out / "manifest.json"))
-        judges = Judges(config.metrics, out / "cache", ranks)
+        judges = Judges(config.metrics, ranks)
         measured = measure(judges, wavs, lambda wav: lengths[wav][0], None, out)
         facts = {"manifest": manifest, **made, **measured, "circular": {}}
         ranks.on_rank_0(lambda: write_results(facts, len(wavs), out))

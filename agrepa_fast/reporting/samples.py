@@ -13,10 +13,11 @@ from ..config import DOMAINS, Config
 from ..data.batch import Batch, collate
 from ..data.index import Index
 from ..data.reading import fixed_clips
-from ..evaluation.synthesis import prefix_condition, tokens_of_frames
+from ..evaluation.synthesis import prefix_condition
 from ..files import check_writable, write_atomically
 from ..flow import sample
 from ..seeds import clip_keys
+from ..tokenizers.base import tokens_of_frames
 from .figure import new_figure
 from .opened import open_checkpoint
 

@@ -127,7 +127,7 @@ def test_the_same_command_does_nothing_twice_and_goes_on_after_an_interruption(r
     wav = next((out / "wavs" / "sample").glob("*.wav"))
     before = wav.read_bytes()
     wav.unlink()
-    next((out / "cache").glob("mos-*/*.json")).unlink()
+    next((tmp_path / "cache" / "scores").glob("mos-*/*.json")).unlink()
     (out / "results.json").unlink()
     main(command)
     assert wav.read_bytes() == before
