@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..audio.waves import decode
+from ..errors import UserError
 from .page.document import Clip, Version
 from .page.media import flac_uri, log_mel, mel_uri
 
@@ -22,8 +23,7 @@ class Recorded(NamedTuple):
 
 
 def clips_within_budget(recorded: Sequence[Recorded], most: int) -> list[Clip]:
-    """Return the first clips, at most `most`, and no more than a page has room for; but at least one. Raises UserError
-    for a recording that cannot be read."""
+    """Return the first clips, at most `most`, and no more than a page has room for; but at least one."""
     clips, size = [], 0
     for one in recorded[:most]:
         clip = _clip(one)
@@ -34,18 +34,24 @@ def clips_within_budget(recorded: Sequence[Recorded], most: int) -> list[Clip]:
     return clips
 
 
+def count_shown(clips: Sequence[Clip], recorded: Sequence[Recorded]) -> str:
+    """Return a sentence if a page does not show all clips."""
+    return "" if len(clips) == len(recorded) else f" The first {len(clips)} of {len(recorded)}."
+
+
 def _clip(recorded: Recorded) -> Clip:
-    waves = {name: decode(path, path.name) for name, path in recorded.files.items()}
-    mels = {name: log_mel(wave, rate) for name, (wave, rate) in waves.items()}
-    scale = next(iter(mels.values()))
-    versions = [
-        Version(
-            name,
-            flac_uri(wave, rate),
-            mel_uri(mels[name], scale),
-            len(wave) / rate,
-            recorded.notes.get(name, ()),
-        )
-        for name, (wave, rate) in waves.items()
-    ]
-    return Clip(recorded.name, versions, recorded.text)
+    versions, faults, scale = [], [], None
+    for name, path in recorded.files.items():
+        try:
+            wave, rate = decode(path, path.name)
+        except UserError as error:
+            faults.append(f"{name}: {error}")
+            continue
+        if len(wave) == 0:
+            faults.append(f"{name}: {path.name} is empty")
+            continue
+        mel = log_mel(wave, rate)
+        scale = mel if scale is None else scale
+        notes = recorded.notes.get(name, ())
+        versions.append(Version(name, flac_uri(wave, rate), mel_uri(mel, scale), len(wave) / rate, notes))
+    return Clip(recorded.name, versions, recorded.text, faults)

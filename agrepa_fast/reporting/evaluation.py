@@ -23,6 +23,7 @@ from ..launch import local_device
 from ..ranks import Ranks
 from .evaluation_table import print_results, results_markdown
 from .opened import OpenedCheckpoint, open_checkpoint
+from .report import write_report
 
 _USES = ("data", "flow", "eval.vocoder", "metrics")
 
@@ -190,4 +191,5 @@ def write_results(results: dict, wavs: int, out: Path) -> None:
     write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
     write_atomically(out / "results.md", results_markdown(results))
     print_results(results)
-    print(f"wrote {out}: results.json, results.md and clips.csv, of {wavs} wavs")
+    write_report(out)
+    print(f"wrote {out}: results.json, results.md, report.html and clips.csv, of {wavs} wavs")

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from ..errors import UserError
+from .evaluation_report import evaluation_report
 from .page.document import write_document
 from .run_report import run_report
 
 REPORT = "report.html"
-_KINDS = {"summary.json": run_report}  # the file that only a finished one has
+_KINDS = {"summary.json": run_report, "results.json": evaluation_report}  # the file that only a finished one has
 
 
 def write_report(folder: Path) -> Path:
@@ -22,4 +23,4 @@ def write_report(folder: Path) -> Path:
                 ) from error
             write_document(document, folder / REPORT)
             return folder / REPORT
-    raise UserError(f"{folder} has no {' and no '.join(_KINDS)}: name the folder of a run that has ended")
+    raise UserError(f"{folder} has no {' and no '.join(_KINDS)}: name the folder of a run or evaluation that has ended")

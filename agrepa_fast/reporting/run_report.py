@@ -2,14 +2,13 @@
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from ..attribution.csv import read_csv
 from ..attribution.selection import LayerSelection
 from ..files import read_text
 from ..training.metrics import read_metrics
-from .clip_rows import Recorded, clips_within_budget
+from .clip_rows import Recorded, clips_within_budget, count_shown
 from .layer_tables import layer_tables
 from .page.chart import draw_lines
 from .page.document import Chart, Document, Picture, Section
@@ -117,11 +116,6 @@ def _clips(folder: Path, summary: dict) -> list[Section]:
     if any("codes" in one.files for one in recorded):
         about += "; codes: the mean mel of each token, all that tokens alone say"
     return [Section("Clips", f"{about}.{count_shown(clips, recorded)}", clips=clips)]
-
-
-def count_shown(clips: Sequence, recorded: Sequence) -> str:
-    """Return a sentence if a page does not show all clips."""
-    return "" if len(clips) == len(recorded) else f" The first {len(clips)} of {len(recorded)}."
 
 
 def _pictures(folder: Path) -> list[Section]:

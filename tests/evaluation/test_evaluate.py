@@ -113,6 +113,7 @@ def test_a_run_is_sampled_measured_and_reported(run, tmp_path, calls, capsys):
     assert results["step"] == 2
     assert results["manifest"] in printed
     assert "| speech | mos | 3 |" in (out / "results.md").read_text()
+    assert (out / "report.html").read_text().count("<audio") == 3 * 6
     assert calls.count("asr") == 3 * 4
 
 

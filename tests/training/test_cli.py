@@ -156,7 +156,7 @@ def test_report(run, tmp_path, capsys):
     main(["report", str(copied)])
     assert capsys.readouterr().out == f"wrote {copied}/report.html\n"
     assert (copied / "report.html").read_bytes() == (run / "report.html").read_bytes()
-    assert "name the folder of a run that has ended" in refused(capsys, "report", tmp_path)
+    assert "name the folder of a run or evaluation" in refused(capsys, "report", tmp_path)
 
 
 class TestRefusals:

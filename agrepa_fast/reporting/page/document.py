@@ -56,9 +56,12 @@ class Version(NamedTuple):
 
 
 class Clip(NamedTuple):
+    """faults: versions that cannot be shown, and why."""
+
     name: str
     versions: Sequence[Version]
     text: str = ""
+    faults: Sequence[str] = ()
 
 
 class Section(NamedTuple):

@@ -92,7 +92,7 @@ class Clip {
   }
 }
 
-const clips = [...document.querySelectorAll(".clip")].map((element) => new Clip(element));
+const clips = [...document.querySelectorAll(".clip:has(.version)")].map((element) => new Clip(element));
 let current = null;
 
 function choose(clip) {
