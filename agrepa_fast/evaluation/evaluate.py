@@ -26,7 +26,7 @@ from .recogniser import Heard, load_recogniser
 from .scores import FAILED, Figures, Judge, ScoreCache
 from .selftest import Clip as Sound
 from .selftest import Gauge, SelfTest, distinctness, opinion, self_test, sureness, voice
-from .speaker import load_speaker
+from .speaker import load_speaker, similarity
 from .synthesis import Wav
 from .words import character_errors, load_normaliser, word_errors
 
@@ -192,6 +192,5 @@ def similarities(vectors: Figures) -> Figures:
     figures: Figures = {}
     for wav, figure in vectors.items():
         if wav.row != "truth" and "vector" in figure and wav.clip.key in truths:
-            a, b = np.array(figure["vector"]), truths[wav.clip.key]
-            figures[wav] = {"similarity": float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))}
+            figures[wav] = {"similarity": similarity(np.array(figure["vector"]), truths[wav.clip.key])}
     return figures
