@@ -57,6 +57,21 @@ def test_the_block(program, tmp_path, capsys):
     assert "ours, three forwards and backwards" in capsys.readouterr().out
 
 
+def test_probes_of_backbones(program, preset, tmp_path):
+    """Their scores agree with leaving out one layer at a time, or the program ends."""
+    few = ["--steps", 2, "--clips", 2, "--repeats", 2]
+    program(
+        "probe_backbones.py", "--cases", "voicebox", "f5", *few, "--shards", preset.parent, "--out", tmp_path / "o.json"
+    )
+    results = json.loads((tmp_path / "o.json").read_text())["results"]
+    assert results["voicebox"]["leave-one-out"]["block_forwards"] == 16 * 8  # attention and FFN apart
+    assert results["voicebox"]["prefix-shared"]["block_forwards"] == 2 * 8 * 9 // 2 + 8
+    assert results["f5"]["prefix-shared"]["block_forwards"] == 8 * 9 // 2
+    for found in results.values():
+        assert len(found["foga"]) == len(found["foga-vjp"]) == found["layers"] == 8
+        assert -1 <= found["rank_correlation"] <= 1
+
+
 def test_a_wrong_gradient_is_not_timed():
     def off(x, modulation):
         """2 % on dscale and dshift, outputs right."""
