@@ -53,9 +53,9 @@ def _sizes(config: ModelConfig, needs: Collection[str]) -> dict[str, object]:
     """Return what the class is called with besides its options."""
     values: dict[str, object] = {"n_mels": config.n_mels, "vocab": config.vocab}
     if "text" in needs:
-        check(config.text_vocab, f"model.backbone={config.backbone} takes text: set data.text, or a preset that does")
+        check(config.text_vocab, "it takes text: set data.text, or a preset that does")
         values["text_vocab"] = config.text_vocab
     if "speaker" in needs:
-        check(config.speaker_dim, f"model.backbone={config.backbone} takes speaker vectors: prepare with data.speaker")
+        check(config.speaker_dim, "it takes speaker vectors: prepare with data.speaker")
         values["speaker_dim"] = config.speaker_dim
     return values if config.padding == "strict" else values | {"padding": config.padding}

@@ -66,7 +66,7 @@ def test_a_model_of_text_trains_on_clips_with_transcripts(folder, monkeypatch, n
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.text=null", "model.backbone=mine:Reads takes text: set data.text"),
+        ("data.text=null", "model.backbone=mine:Reads: it takes text: set data.text"),
         ("model.backbone=mine:Mine", "data.text=chars:vocab.txt, but model.backbone=mine:Mine takes no text: set"),
         ("data.speaker=null", "was prepared with data.speaker=campplus:none, the run has None"),
         ("model.speaker_dim=9", "have speaker vectors of 3 channels: leave model.speaker_dim out"),
