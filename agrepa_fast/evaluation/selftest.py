@@ -26,11 +26,13 @@ Clip = tuple[np.ndarray, int]  # wave (samples,) float32, rate in Hz
 class Gauge(NamedTuple):
     """A metric of a wave, given the same clip without noise: the higher, the cleaner.
 
-    least: the smallest drop from clean clips to those with the louder noise that is no accident, in the metric's unit
+    least  the smallest drop from clean clips to those with the louder noise that is no accident, in the metric's unit
+    slack  the most that clips with little noise may be above clean ones, of a metric that hardly hears it
     """
 
     score: Callable[[np.ndarray, Clip], float]
     least: float
+    slack: float = 0.0
 
 
 class SelfTest(NamedTuple):
@@ -53,7 +55,8 @@ def self_test(gauge: Gauge, clips: Sequence[Clip]) -> SelfTest:
         for seed, (wave, rate) in enumerate(choose_clips(clips))
     ]
     clean, quiet, loud = np.mean(rows, axis=0).tolist() if rows else [np.nan] * 3
-    return SelfTest(clean, quiet, loud, clean > quiet > loud and clean - loud >= gauge.least)
+    ordered = clean + gauge.slack > quiet > loud
+    return SelfTest(clean, quiet, loud, ordered and clean - loud >= gauge.least)
 
 
 def choose_clips(clips: Sequence[Clip]) -> list[Clip]:
@@ -71,9 +74,9 @@ def with_noise(wave: np.ndarray, decibels: float, seed: int) -> np.ndarray:
 
 
 def sureness(recogniser: Recogniser) -> Gauge:
-    """Return the gauge of a recogniser: the mean log-probability of the words. The words themselves hardly change at 20
-    dB. Measured with the packaged Whisper: -0.17, -0.19, -0.42."""
-    return Gauge(lambda wave, clean: recogniser.transcribe(wave, clean[1]).logprob, least=0.05)
+    """Return the gauge of a recogniser: the mean log-probability of the words. Measured with the packaged Whisper:
+    -0.27, -0.32, -0.63. Noise at 20 dB hardly disturbs it: without slack, 14 % of eights of clips would fail."""
+    return Gauge(lambda wave, clean: recogniser.transcribe(wave, clean[1]).logprob, least=0.1, slack=0.1)
 
 
 def opinion(scorer: Scorer, name: str) -> Gauge:

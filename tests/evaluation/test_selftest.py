@@ -140,6 +140,19 @@ def test_recognisers_are_judged_by_their_sureness():
     assert not self_test(sureness(Ear(constant=True)), tones(3)).passed
 
 
+def test_slack_is_for_little_noise_alone():
+    """Scores of one clip without noise, with little, and with much."""
+    for scores, passed in (
+        ((1.0, 1.09, 0.8), True),
+        ((1.0, 1.11, 0.8), False),
+        ((1.0, 0.8, 0.89), False),  # much noise above little
+        ((1.0, 1.05, 0.95), False),  # too small a drop
+    ):
+        given = iter(scores)
+        gauge = Gauge(lambda wave, clean, given=given: next(given), least=0.1, slack=0.1)
+        assert self_test(gauge, tones(1)).passed == passed
+
+
 def recordings(package: str, suffix: str, count: int) -> list[tuple[np.ndarray, int]]:
     """Real recordings of the demo corpus, 1.5 to 2.2 s of each, spread over the package."""
     files = sorted(fetch_apt(package).rglob(f"*{suffix}"))
