@@ -10,10 +10,13 @@ from pathlib import Path
 from ..config import MEASURED
 from ..config_file import load_config
 from ..errors import UserError
-from ..evaluation.compare import ROW, Difference, Evaluated, agreement, check_comparable, differences
+from ..evaluation.compare import ROW, Difference, Evaluated, check_comparable, differences
 from ..evaluation.jobs import Arm, Experiment, Job, run_jobs, write_plan
 from ..files import FolderLock, write_atomically
 from .comparison_plots import plot_curves, plot_forest
+from .comparison_report import comparison_document, report_markdown
+from .comparison_tables import Comparison, value_rows
+from .page.document import write_document
 
 _CHOSEN = ("val/flow_loss", "mmd", "mos", "wer_truth_capped", "mel_l1", "similarity")  # forest plots
 
@@ -149,12 +152,13 @@ def _evaluated(folder: Path, label: str | None) -> Evaluated:
 def write_comparison(
     runs: Sequence[Evaluated], baseline: str, out: Path, settings: Mapping[str, object], failed: Sequence[Job]
 ) -> None:
-    """Write compare.csv, differences.csv, report.md and plots/, and print the report."""
+    """Write compare.csv, differences.csv, report.md, report.html and plots/, and print the report."""
     check_comparable(runs)
     found = differences(runs, baseline, runs[0].results["confidence"])
-    write_atomically(out / "compare.csv", _csv(_VALUES, _value_rows(runs)))
+    write_atomically(out / "compare.csv", _csv(_VALUES, value_rows(runs)))
     write_atomically(out / "differences.csv", _csv(_DIFFERENCES, [_difference_row(one, baseline) for one in found]))
-    report = report_markdown(runs, found, baseline, settings, failed)
+    comparison = Comparison(runs, found, baseline, settings, [job.name for job in failed])
+    report = report_markdown(comparison)
     write_atomically(out / "report.md", report)
     plots = out / "plots"
     plots.mkdir(exist_ok=True)
@@ -163,8 +167,9 @@ def write_comparison(
         if part:
             plot_forest(part, _of_seeds(runs, baseline, metric), baseline, plots / f"{metric.replace('/', '-')}.png")
     plot_curves({(run.label, run.seed): run.folder.parent / "metrics.jsonl" for run in runs}, plots / "curves.png")
+    write_document(comparison_document(comparison, plots), out / "report.html")
     print(report)
-    print(f"wrote {out}: report.md, compare.csv, differences.csv and plots")
+    print(f"wrote {out}: report.html, report.md, compare.csv, differences.csv and plots")
 
 
 _VALUES = ("strategy", "seed", "row", "domain", "metric", "value", "low", "high", "n")
@@ -180,20 +185,6 @@ def _csv(header: Sequence[str], rows: Sequence[Mapping[str, object]]) -> str:
     writer.writeheader()
     writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
     return text.getvalue()
-
-
-def _value_rows(runs: Sequence[Evaluated]) -> list[dict[str, object]]:
-    rows = []
-    for run in runs:
-        arm = {"strategy": run.label, "seed": run.seed}
-        for name, domains in run.results["rows"].items():
-            for domain, metrics in domains.items():
-                for metric, entry in metrics.items():
-                    values = {part: entry[part] for part in ("value", "low", "high", "n")}
-                    rows.append({**arm, "row": name, "domain": domain, "metric": metric, **values})
-        if run.loss is not None:
-            rows.append({**arm, "row": ROW, "domain": "", "metric": "val/flow_loss", "value": run.loss})
-    return rows
 
 
 def _difference_row(one: Difference, baseline: str) -> dict[str, object]:
@@ -221,100 +212,3 @@ def _of_seeds(runs: Sequence[Evaluated], baseline: str, metric: str) -> dict[tup
                 if one is not None and other is not None:
                     found.setdefault((run.label, domain), []).append(one - other)
     return found
-
-
-def report_markdown(
-    runs: Sequence[Evaluated],
-    found: Sequence[Difference],
-    baseline: str,
-    settings: Mapping[str, object],
-    failed: Sequence[Job],
-) -> str:
-    """Return the report: what was compared, the layers that were chosen, values, and differences with what could have
-    been detected."""
-    results = runs[0].results
-    seeds = sorted({run.seed for run in runs})
-    lines = [f"# {' · '.join(dict.fromkeys(run.label for run in runs))}, seeds {', '.join(map(str, seeds))}", ""]
-    lines += [f"* {name}: {value}" for name, value in settings.items()]
-    lines += [
-        f"* clips: manifest {results['manifest']}; vocoder {results['vocoder']}; metric models "
-        + ", ".join(f"{kind} {model['spec']}" for kind, model in results["models"].items()),
-    ]
-    lines += [
-        f"* {kind} is {teacher} and rewards alignment by construction" for kind, teacher in results["circular"].items()
-    ]
-    lines += [f"* failed twice, and missing below: {_names(failed)}"] if failed else []
-    lines += ["", "## Layers that were chosen", "", *_selections(runs)]
-    lines += ["", "## Values (mean of the seeds)", "", *_values_table(runs)]
-    lines += ["", f"## Differences to {baseline}", "", *_differences_table(found, len(seeds)), ""]
-    return "\n".join(lines)
-
-
-def _selections(runs: Sequence[Evaluated]) -> list[str]:
-    lines = ["| strategy | seed | layers |", "|---|---|---|"]
-    chosen: dict[str, list[dict]] = {}
-    for run in runs:
-        file = run.folder.parent / "selection.json"
-        if file.is_file():
-            layers = json.loads(file.read_text())["layers"]
-            chosen.setdefault(run.label, []).append(layers)
-            named = "; ".join(f"{d} {' '.join(f'L{number}' for number in layers[d])}" for d in layers)
-            lines.append(f"| {run.label} | {run.seed} | {named} |")
-        else:
-            lines.append(f"| {run.label} | {run.seed} | none |")
-    agreed = {label: agreement(layers) for label, layers in chosen.items()}
-    facts = ", ".join(f"{label} {value:.2f}" for label, value in agreed.items() if value is not None)
-    return [*lines, *(["", f"Agreement of the seeds' layers (Jaccard index): {facts}."] if facts else [])]
-
-
-def _values_table(runs: Sequence[Evaluated]) -> list[str]:
-    rows = _value_rows(runs)
-    labels = list(dict.fromkeys(run.label for run in runs))
-    kinds = dict.fromkeys((row["domain"], row["metric"]) for row in rows if row["row"] == ROW)
-    lines = ["| domain | metric | " + " | ".join([*labels, "truth", "codes"]) + " |", "|---" * (4 + len(labels)) + "|"]
-    for domain, metric in kinds:
-        cells = []
-        for row_name, label in [*((ROW, label) for label in labels), ("truth", None), ("codes", None)]:
-            values = [
-                row["value"]
-                for row in rows
-                if (row["row"], row["domain"], row["metric"]) == (row_name, domain, metric)
-                and label in (None, row["strategy"])
-            ]
-            cells.append(f"{sum(values) / len(values):.3f}" if values else "—")
-        lines.append(f"| {domain or 'both'} | {metric} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def _differences_table(found: Sequence[Difference], seeds: int) -> list[str]:
-    lines = [
-        "| strategy | domain | metric | difference | over clips | over seeds | p (Holm) | |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for one in found:
-        p = "—" if one.p is None else f"{one.p:.3f}"
-        cells = (
-            one.label,
-            one.domain or "both",
-            one.metric,
-            f"{one.value:+.3f}",
-            _ends(one.clips),
-            _ends(one.seeds),
-            p,
-        )
-        lines.append(f"| {' | '.join(cells)} | {'**' if one.clear else ''} |")
-    lines.append("")
-    if seeds == 1:
-        lines.append("One seed: the table says nothing of the methods, only of these models.")
-    else:
-        lines.append(
-            f"** both intervals exclude 0. With {seeds} seeds no p-value can be below {2 / 2**seeds:.3f}. Half of an "
-            "interval is the difference that could have been seen."
-        )
-    return lines
-
-
-def _ends(interval) -> str:
-    if interval is None or not isfinite(interval.low):
-        return "—"
-    return f"[{interval.low:+.3f}, {interval.high:+.3f}]"

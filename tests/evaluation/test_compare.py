@@ -1,6 +1,7 @@
 """Comparisons of evaluated runs, and the jobs that make them."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from agrepa_fast.evaluation.jobs import Arm, Experiment, Job, run_jobs, write_pl
 from agrepa_fast.evaluation.results import FIELDS, clip_rows, read_clips, summarise, write_clips
 
 from ..ranks import ROOT
+from ..reporting.listening import write_recordings
 
 CLIPS = [f"clip{number:02}" for number in range(24)]
 
@@ -113,6 +115,7 @@ def test_runs_are_compared_by_strategy_and_seed(tmp_path, capsys):
         for seed in (0, 1):
             run = tmp_path / f"{label}-{seed}"
             evaluated(run / "evaluate", label, seed, worse=0.3 if label == "foga" else 0.0)
+            write_recordings(run / "evaluate" / "wavs" / "sample", CLIPS[:1])
             (run / "config.yaml").write_text(f"align: {{strategy: {label}}}\nrun: {{seed: {seed}}}\n")
             (run / "summary.json").write_text(json.dumps({"val/flow_loss": {"ema": 0.5 + seed}}))
             (run / "metrics.jsonl").write_text('{"step": 1, "val/flow_loss": 0.5}\n{"step": 2, "val/flow_loss": 0.4}\n')
@@ -120,6 +123,10 @@ def test_runs_are_compared_by_strategy_and_seed(tmp_path, capsys):
     out = tmp_path / "out"
     folders = [str(path) for path in sorted(tmp_path.glob("*-?"))]
     main(["compare", *folders, "--baseline", "none", "--out", str(out)])
+    page = (out / "report.html").read_text()
+    assert re.findall(r'aria-pressed="false">(\w+)', page) == ["foga", "none"], "of the clip that has its wavs"
+    assert "-0.300" in page
+    assert "speech L1 L3" in page
     report = (out / "report.md").read_text()
     assert "| foga | speech | mos | -0.300 |" in report
     assert "speech L1 L3" in report

@@ -25,7 +25,7 @@ def write_recordings(folder: Path, clips: list[str], level: float = 0.1, seconds
 
 def write_evaluation(folder: Path, name: str, clips: list[str]) -> Path:
     """A run with what a listening test reads of an evaluation. Truths are the same in all of them."""
-    evaluated = folder / name / "evaluate-step00000005"
+    evaluated = folder / name / ("evaluate" if name == "bb" else "evaluate-step00000005")
     write_recordings(evaluated / "wavs" / "truth", clips)
     write_recordings(evaluated / "wavs" / "sample", [*clips, f"{clips[0]}~2"], level=0.01 * len(name))
     (folder / name / "config.yaml").touch()

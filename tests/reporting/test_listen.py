@@ -73,7 +73,7 @@ def test_a_wave_of_high_peaks_lowers_all(tmp_path):
 def test_evaluated_runs_bring_their_truths_and_domains(tmp_path, capsys):
     clips = [f"c{number}" for number in range(8)]
     runs = [write_evaluation(tmp_path, name, clips) for name in ("a", "bb")]
-    for truth in (runs[1] / "evaluate-step00000005/wavs/truth").iterdir():  # the same sounds in other bytes
+    for truth in (runs[1] / "evaluate/wavs/truth").iterdir():  # the same sounds in other bytes
         soundfile.write(truth, *soundfile.read(truth), subtype="DOUBLE")
     main(["listen", *map(str, runs), "--out", str(tmp_path / "page"), "--clips", "4", "--kind", "pairwise"])
     assert "16 ratings of 4 clips at -23.0 LUFS" in capsys.readouterr().out

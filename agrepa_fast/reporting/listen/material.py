@@ -66,7 +66,7 @@ def read_material(paths: Sequence[Path], truth: Path | None) -> Material:
 def _read_system(path: Path) -> _System:
     folder = path
     if not (path / "results.json").is_file() and (path / "config.yaml").is_file():
-        evaluated = sorted(found.parent for found in path.glob("evaluate-*/results.json"))
+        evaluated = sorted(found.parent for found in path.glob("evaluate*/results.json"))
         if len(evaluated) != 1:
             names = f" ({', '.join(found.name for found in evaluated)})" if evaluated else ""
             raise UserError(f"{path} has {len(evaluated)} evaluations{names}: run agrepa evaluate, or name one of them")
@@ -76,7 +76,7 @@ def _read_system(path: Path) -> _System:
     truth, samples = (_recordings(folder / "wavs" / row) for row in ("truth", "sample"))
     drawn_first = {clip: file for clip, file in samples.items() if clip in truth}
     rows = csv.DictReader(io.StringIO(read_text(folder / "clips.csv"), newline=""))
-    run = folder.resolve().parent if folder.name.startswith("evaluate-") else folder.resolve()
+    run = folder.resolve().parent if folder.name.startswith("evaluate") else folder.resolve()
     return _System(run.name, drawn_first, truth, {row["key"]: row["domain"] for row in rows})
 
 
