@@ -210,6 +210,12 @@ class TestRefusals:
         soundfile.write(two / "evaluate-step00000005/wavs/truth/b.wav", np.ones(16000) / 2, 16000)
         assert "b has another truth in" in refused(one, two, "--out", tmp_path / "page")
 
+    def test_an_evaluation_of_recordings_has_no_wavs_of_its_own(self, tmp_path, refused):
+        run = write_evaluation(tmp_path, "one", ["a", "b"])
+        (run / "evaluate-step00000005/wavs").rename(tmp_path / "wavs")
+        line = refused(run, "--out", tmp_path / "page")
+        assert "is an evaluation of recordings elsewhere: name their folder, and --truth FOLDER" in line
+
     def test_a_test_is_not_written_over(self, tmp_path, refused):
         make_small_test(tmp_path)
         paths = [tmp_path / name for name in ("ours", "theirs")]
@@ -231,10 +237,12 @@ class TestRefusals:
         assert "a trial is rated twice" in refusal(ratings=[*whole, whole[0]])
         assert "0 is no answer to trial" in refusal(ratings=[*whole[1:], whole[0] | {"answer": 0}])
         assert "True is no answer" in refusal(ratings=[*whole[1:], whole[0] | {"answer": True}])
-        assert "the listener has no name" in refusal(listener=" ")
+        assert "'' is no name" in refusal(listener=" ")
+        assert r"'\x1b[2J' is no name" in refusal(listener="\x1b[2J")
         assert "x.json is damaged" in refusal(ratings=[1])
-        (ratings / "x.json").write_text("{")
-        assert "x.json is damaged" in refused("--ratings", ratings, "--answers", file)
+        for damaged in ("{", "[]", "[" * 100_000, "\ufffe"):
+            (ratings / "x.json").write_text(damaged)
+            assert "x.json is damaged" in refused("--ratings", ratings, "--answers", file)
         for name, listener in (("x", "Ann"), ("y", "ann ")):
             write_ratings(ratings / f"{name}.json", answers, listener, by_system)
         assert "y.json are both of the listener" in refused("--ratings", ratings, "--answers", file)

@@ -59,7 +59,7 @@ def test_a_whole_test_of_opinions(tmp_path, page):
     """Left and opened again in the middle, it goes on where it was."""
     path, answers = make_small_test(tmp_path, "mos", clips=2)
     page.open(path)
-    order = begin(page, "Ann <b>")
+    order = begin(page, " Ann\u00a0\u200d<b> ")
     assert sorted(order) == sorted(answers["trials"])
     for number in range(len(order)):
         if number == 3:

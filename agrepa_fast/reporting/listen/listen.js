@@ -187,7 +187,7 @@ byId("next").addEventListener("click", () => step(1));
 byId("back").addEventListener("click", () => step(-1));
 document.querySelector("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  const name = byId("listener").value.trim();
+  const name = byId("listener").value.replace(/[\p{C}\p{Z}]+/gu, " ").trim(); // what can be printed
   if (name) begin(name);
 });
 document.addEventListener("keydown", (event) => {

@@ -73,6 +73,8 @@ def _read_system(path: Path) -> _System:
         folder = evaluated[0]
     if not (folder / "results.json").is_file():
         return _System(path.resolve().name, _recordings(path), None, {})
+    if not (folder / "wavs").is_dir():
+        raise UserError(f"{folder} is an evaluation of recordings elsewhere: name their folder, and --truth FOLDER")
     truth, samples = (_recordings(folder / "wavs" / row) for row in ("truth", "sample"))
     drawn_first = {clip: file for clip, file in samples.items() if clip in truth}
     rows = csv.DictReader(io.StringIO(read_text(folder / "clips.csv"), newline=""))

@@ -77,7 +77,7 @@ def read_ratings(folder: Path, test: Test) -> list[Listener]:
 def _read_json(path: Path) -> dict:
     try:
         values = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: it holds no object")
@@ -96,8 +96,8 @@ def _read_listener(path: Path, test: Test) -> Listener:
         twice = len(answers) < len(values["ratings"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-    if not name or twice:
-        raise UserError(f"{path} is damaged: {'a trial is rated twice' if twice else 'the listener has no name'}")
+    if twice or not name or not name.isprintable():  # names go to the terminal
+        raise UserError(f"{path} is damaged: {'a trial is rated twice' if twice else f'{name!r} is no name'}")
     if answers.keys() != test.trials.keys():
         rated = len(answers.keys() & test.trials.keys())
         raise UserError(f"{path} rates {rated} of {len(test.trials)} trials: let the listener end the test")
