@@ -175,35 +175,47 @@ def load_recogniser(spec: str, language: str, device: str | torch.device = "cpu"
 
 
 def _load_whisper(source: str, title: str, language: str, device: str | torch.device):
-    from transformers import AutoTokenizer, WhisperForConditionalGeneration
+    from transformers import WhisperForConditionalGeneration
 
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = _load_tokenizer(source, title)
     model = load_weights(WhisperForConditionalGeneration, source, title)
     prompt = _prompt(model, tokenizer, language, title)
     return model, WhisperRecogniser(model, tokenizer, prompt, device)
 
 
 def _load_ctc(source: str, title: str, language: str, device: str | torch.device):
-    from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
+    from transformers import AutoFeatureExtractor, AutoModelForCTC
 
     extractor = AutoFeatureExtractor.from_pretrained(source, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = _load_tokenizer(source, title)
     model = load_weights(AutoModelForCTC, source, title)
     return model, CtcRecogniser(model, extractor, tokenizer, device)
+
+
+def _load_tokenizer(source: str, title: str):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except TypeError as error:  # without its files
+        raise UserError(f"{title} has no tokenizer: save the model's own beside it") from error
 
 
 def _prompt(model, tokenizer, language: str, title: str) -> list[int]:
     """Return the tokens that tell a Whisper to transcribe a language without timestamps; one of English alone takes no
     language."""
     vocabulary = tokenizer.get_vocab()
+    for token in ("<|startoftranscript|>", "<|transcribe|>", "<|notimestamps|>", "<|endoftext|>"):
+        if token not in vocabulary:  # transformers makes an empty tokenizer if there are no files of one
+            raise UserError(f"{title}: its tokenizer has no {token}: save Whisper's tokenizer beside the model")
     multilingual = getattr(model.generation_config, "is_multilingual", None)
     if multilingual is None:
         multilingual = model.config.vocab_size >= _MULTILINGUAL_VOCAB
     languages = [found[1] for found in map(_LANGUAGE.fullmatch, vocabulary) if found] if multilingual else ["en"]
     if language not in languages:
         raise UserError(f"metrics.language={language} is none of {title}'s languages: {nearest(language, languages)}")
-    names = ["startoftranscript", *([language, "transcribe"] if multilingual else []), "notimestamps"]
-    return [vocabulary[f"<|{name}|>"] for name in names]
+    words = ["startoftranscript", *([language, "transcribe"] if multilingual else []), "notimestamps"]
+    return [vocabulary[f"<|{word}|>"] for word in words]
 
 
 def _windows(wave: np.ndarray, longest: int, rate: int) -> Iterator[np.ndarray]:

@@ -25,6 +25,8 @@ from agrepa_fast.data.index import INDEX, Shard, load_index
 from agrepa_fast.data.layout import BatchLayout
 from agrepa_fast.data.reading import read_shard
 from agrepa_fast.errors import UserError
+from agrepa_fast.evaluation.embeddings import load_embedding
+from agrepa_fast.evaluation.mos import load_mos
 from agrepa_fast.fetch import fetch_apt, fetch_pip
 from agrepa_fast.teachers import load_teacher
 from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config
@@ -304,6 +306,12 @@ class TestModels:
         (tmp_path / "pytorch_model.bin").write_bytes(pickled(marker, "torch"))
         with pytest.raises(UserError):
             load_teacher(str(tmp_path))
+
+    @pytest.mark.parametrize(("load", "kind"), [(load_embedding, "vggish"), (load_mos, "utmos")])
+    def test_weights_of_a_metric_model_that_are_a_pickle_are_refused(self, load, kind, marker, tmp_path):
+        (tmp_path / "weights.pt").write_bytes(pickled(marker, "torch"))
+        with pytest.raises(UserError, match="a pickle that is cut off or holds more than tensors"):
+            load(f"{kind}:{tmp_path}/weights.pt")
 
 
 class TestConfigurations:

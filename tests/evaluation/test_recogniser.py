@@ -196,6 +196,15 @@ def test_what_is_no_recogniser_is_refused(whisper, ctc, tmp_path, monkeypatch):
     assert "no such folder" in user_error(f"{tmp_path}/nothing/here")
     BertConfig(hidden_size=8).save_pretrained(tmp_path / "bert")
     assert "is a 'bert' model" in user_error(str(tmp_path / "bert"))
+    for folder in (whisper, ctc):
+        shutil.copytree(folder, tmp_path / f"mute-{folder.name}")
+        for file in [
+            *(tmp_path / f"mute-{folder.name}").glob("tokenizer*"),
+            tmp_path / f"mute-{folder.name}/vocab.json",
+        ]:
+            file.unlink(missing_ok=True)
+    assert "its tokenizer has no <|startoftranscript|>" in user_error(f"{tmp_path}/mute-whisper")
+    assert "mute-ctc has no tokenizer" in user_error(f"{tmp_path}/mute-ctc")
     shutil.copytree(ctc, tmp_path / "headless")
     Wav2Vec2Model.from_pretrained(ctc).save_pretrained(tmp_path / "headless")
     assert "its weights lack lm_head" in user_error(str(tmp_path / "headless"))
