@@ -46,6 +46,7 @@ def add_prepare(commands) -> None:
         required = name != "demo"  # a default would put anybody's recordings where the demo's belong
         kind.add_argument("--out", required=required, type=a_location, help="folder of the shards (demo: data.path)")
         kind.add_argument("--add-teacher", metavar="SPEC", help="add this teacher's targets to the shards in --out")
+        kind.add_argument("--add-speaker", metavar="SPEC", help="likewise, vectors of voices: campplus:FILE.onnx")
         kind.add_argument("overrides", nargs="*", metavar="data.field=value")
 
 
@@ -89,7 +90,7 @@ def _prepared(args: argparse.Namespace, ranks):
     from ..data.index import INDEX
     from ..data.locations import writable
     from ..prepare.pipeline import prepare
-    from ..prepare.sidecars import add_teacher
+    from ..prepare.sidecars import add_speaker, add_teacher
 
     config = load_config(args.preset, args.overrides)
     check_used(args.overrides, ("data",))
@@ -101,8 +102,12 @@ def _prepared(args: argparse.Namespace, ranks):
     def listing() -> list:
         return demo_sources(config.data) if args.kind == "demo" else [_source(args)]
 
+    if None not in (args.add_teacher, args.add_speaker):
+        raise UserError("--add-teacher and --add-speaker: add one after the other")
     if args.add_teacher is not None:
         return add_teacher(config, listing, out, args.add_teacher, ranks)
+    if args.add_speaker is not None:
+        return add_speaker(config, listing, out, args.add_speaker, ranks)
     return prepare(config, listing, out, ranks)
 
 

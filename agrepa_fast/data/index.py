@@ -4,7 +4,8 @@ Per sample: `<key>.json` (domain, text, labels, frames, seconds, cut, source, li
 natural-log mel, `<key>.tokens.npy` int32 (S,) ids counted over all domains, for topology B `<key>.tokens2.npy` int32
 (S,), with data.speaker `<key>.speaker.npy` fp32 (dim,), `<key>.<teacher>.npy` fp16, (dim,), the mean of the teacher's
 frames, or (frames, dim). Files `<split>-<domain>-<nnnn>.tar`; a train shard's clips are of one length bucket. A teacher
-that was added later is in `<split>-<domain>-<nnnn>.<teacher>.tar` beside each shard, in its order. The same features
+that was added later is in `<split>-<domain>-<nnnn>.<teacher>.tar` beside each shard, in its order; speaker vectors that
+were, in `<split>-<domain>-<nnnn>.speaker.tar`. The same features
 give the same bytes. No pickle anywhere.
 """
 
@@ -183,6 +184,13 @@ class Index:
             teachers[domain] = TeacherInfo(name, entry["spec"], entry["dim"], entry["rate"], mean, entry["files"] or {})
         return teachers
 
+    def sidecars(self, shard: Shard) -> list[dict]:
+        """Return file, bytes and sha256 of the sidecars of a shard: the chosen teacher's, and the speaker vectors'."""
+        sidecars = [self.teacher(shard.domain).files.get(shard.path.name)]
+        if self.speaker_dim is not None:
+            sidecars.append((self.content["domains"][shard.domain]["speaker"]["files"] or {}).get(shard.path.name))
+        return [sidecar for sidecar in sidecars if sidecar is not None]
+
     def token_range(self, domain: str) -> tuple[int, int]:
         """Return the first id of a domain, and the first id after it."""
         tokens = self.content["domains"][domain]["tokens"]
@@ -270,8 +278,8 @@ def index_files(content: dict) -> list[dict]:
     files = list(content["shards"])
     for domain in content["domains"].values():
         files.append(domain["tokens"])
-        for teacher in domain["teachers"].values():
-            files += (teacher["files"] or {}).values()
+        for added in (*domain["teachers"].values(), domain.get("speaker", {"files": None})):
+            files += (added["files"] or {}).values()
     return files
 
 

@@ -36,15 +36,15 @@ class OpenShard:
         self.shard, self.index = shard, index
         # The members of each clip, and the error of the clips beyond them.
         self.clips, self.error = _read_clips(shard.path, shard.bytes, shard.sha256, shard.stored)
-        if sidecar := index.teacher(shard.domain).files.get(shard.path.name):
+        for sidecar in index.sidecars(shard):
             path = shard.path.parent / sidecar["file"]
-            targets, error = _read_clips(path, sidecar["bytes"], sidecar["sha256"], shard.stored)
-            pairs = list(zip(self.clips, targets, strict=False))
-            wrong = [target["__key__"] for clip, target in pairs if clip["__key__"] != target["__key__"]]
+            added, error = _read_clips(path, sidecar["bytes"], sidecar["sha256"], shard.stored)
+            pairs = list(zip(self.clips, added, strict=False))
+            wrong = [beside["__key__"] for clip, beside in pairs if clip["__key__"] != beside["__key__"]]
             if wrong:
                 reason = f"{path.name} has clip {wrong[0]} out of order: add it again"
                 pairs, error = [], ClipError("corrupt", "", reason)
-            self.clips, self.error = [target | clip for clip, target in pairs], self.error or error
+            self.clips, self.error = [beside | clip for clip, beside in pairs], self.error or error
 
     def __getitem__(self, number: int) -> Sample:
         """Return the clip of that number among those of the shard that are taken. Raises ClipError."""

@@ -79,13 +79,14 @@ def _read(index: Index, split: str, shard: Shard, entry: dict, findings: _Findin
     domain, samples = shard.domain, None
     for name, teacher in index.content["domains"][domain]["teachers"].items():
         sidecar = (teacher["files"] or {}).get(shard.path.name)
-        if sidecar is not None and sidecar["file"] in damaged:
+        as_chosen = replace(index, chosen={domain: name})
+        if any(beside["file"] in damaged for beside in as_chosen.sidecars(shard)):
             continue
         if teacher["files"] is not None and sidecar is None:
             findings.faults.append(f"{shard.path}: index.json names no sidecar of it for teacher {name}")
             continue
         try:
-            read = read_shard(shard, replace(index, chosen={domain: name}))
+            read = read_shard(shard, as_chosen)
         except UserError as error:
             findings.faults.append(str(error))
             continue

@@ -1,6 +1,6 @@
 """The folder that preparation writes into: its lock, its index so far, and its finished index."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -24,16 +24,18 @@ def locked(out: Path, ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def read_existing(data: DataConfig, out: Path, sources: list[Source], *, targets: bool = True) -> dict:
+def read_existing(
+    data: DataConfig, out: Path, sources: list[Source], *, targets: bool = True, but: Sequence[str] = ()
+) -> dict:
     """Return the content of the index in `out`, or of an empty one. Raises UserError if it was made with other settings
-    or recordings, or, with `targets`, with other teachers or tokenizers."""
+    (`but` these) or recordings, or, with `targets`, with other teachers or tokenizers."""
     settings = values_of(ShardConfig, data)
     if not (out / INDEX).is_file():
         return {"schema": SCHEMA, "features": settings, "domains": {}, "shards": []}
     content = load_index(out, verify=False).content
     features = known_features(out, content["features"])
-    for name, value in settings.items():
-        check_setting(out, name, features.get(name), value)
+    for name in settings.keys() - set(but):
+        check_setting(out, name, features.get(name), settings[name])
     check_extra_tokens(out, data, content["domains"])
     check_speaker(out, data, content["domains"])
     for source in sources:

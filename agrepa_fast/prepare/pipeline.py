@@ -104,7 +104,7 @@ def _prepare_domain(
     descriptions = digest([(r.name, r.text, r.labels, r.source, r.licence) for r in recordings])
     entry, shards = ShardStage(job, descriptions, splits, targets, codebook, roles, passes).run()
     if speaker is not None and source is not None:
-        entry["speaker"] = {"dim": speaker.dim, "identity": speaker.identity}
+        entry["speaker"] = {"dim": speaker.dim, "identity": speaker.identity, "files": None}
     job.print(counts)
     skipped = [
         {"name": r.name, "source": r.source, "reason": left_out[r.name].reason}

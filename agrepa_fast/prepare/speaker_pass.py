@@ -43,10 +43,14 @@ def run_speaker_pass(job: Job, encoder: CampPlus, splits: dict[str, list[Clip]])
 
 
 def check_speaker(out: Path, data: DataConfig, domains: dict[str, dict]) -> None:
-    """Raise UserError if the file that the vectors of a domain come from has changed: all domains share one."""
+    """Raise UserError if the vectors of a domain come from another file than data.speaker, or if that has changed: all
+    domains share one."""
     if data.speaker is None:
         return
     path = local_path(data.speaker.partition(":")[2])
-    for domain in domains.values():
-        if path.is_file() and file_sha256(path) != domain["speaker"]["identity"]["sha256"]:
+    for identity in (domain["speaker"]["identity"] for domain in domains.values() if "speaker" in domain):
+        if identity["spec"] != data.speaker:
+            was = f"data.speaker={identity['spec']}, not {data.speaker}"
+            raise UserError(f"{out} was prepared with {was}: choose another --out, or remove {out}")
+        if path.is_file() and file_sha256(path) != identity["sha256"]:
             raise UserError(f"{out} was prepared with another {path}, which has changed since: choose another --out")

@@ -1,5 +1,6 @@
 """Vectors of speakers' voices, by an ONNX file of CAM++'s interface: no package has the real one."""
 
+import json
 import shutil
 import sys
 
@@ -10,11 +11,16 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from agrepa_fast.audio.waves import decode, resample
+from agrepa_fast.checkpoints.shard_facts import shard_hash
+from agrepa_fast.corpora.folder import folder_source
 from agrepa_fast.data.batch import collate
 from agrepa_fast.data.matching import matching_index
 from agrepa_fast.data.reading import fixed_clips
+from agrepa_fast.data.verifying import verify_folder
 from agrepa_fast.errors import UserError
 from agrepa_fast.prepare.pipeline import prepare_folder
+from agrepa_fast.prepare.sidecars import add_speaker
+from agrepa_fast.ranks import ALONE
 from agrepa_fast.teachers.campplus import CampPlus
 from agrepa_fast.torchaudio_import import import_torchaudio
 
@@ -39,7 +45,7 @@ def write_model(path, weight=WEIGHT):
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("voice") / "campplus.onnx")
 
@@ -95,6 +101,54 @@ def test_shards_say_that_they_have_vectors(model, corpus, whisper, tmp_path):
     write_model(mine, WEIGHT[:, :7])
     with pytest.raises(UserError, match=r"was prepared with another \S+mine\.onnx, which has changed since"):
         prepare_folder(config, corpus, "audio", tmp_path / "out")
+
+
+def test_vectors_are_added_to_shards_that_stay_as_they_are(model, corpus, whisper, tmp_path, capsys):
+    spec, out = f"campplus:{model}", tmp_path / "out"
+    with_them = read_all(prepare_folder(settings(whisper, f"data.speaker={spec}"), corpus, "speech", tmp_path / "new"))
+    config = settings(whisper, f"data.path={out}")
+    before = contents(prepare_folder(config, corpus, "speech", out).folder)
+    folders = {"speech": corpus, "audio": tmp_path / "sounds"}
+    shutil.copytree(corpus, folders["audio"] / "other")
+    prepare_folder(config, folders["audio"], "audio", out)
+
+    def add(domain, ranks=ALONE, spec=spec):
+        return add_speaker(config, lambda: [folder_source(folders[domain], domain)], out, spec, ranks)
+
+    speech = run_threads(2, lambda ranks: add("speech", ranks))[0]
+    assert speech.speaker_dim is None  # audio has none: runs go on without
+    assert matching_index(config.data).speaker_dim is None
+    both = add("audio")
+    assert before.keys() - {"index.json", "skipped.csv"} <= contents(out).keys()
+    assert all(contents(out)[name] == content for name, content in before.items() if name.startswith(("train", "val")))
+    added = read_all(both)
+    for split, clips in with_them.items():
+        assert [clip.key for clip in added[split]] == [clip.key for clip in clips]
+        assert all(np.array_equal(a.speaker, b.speaker) for a, b in zip(added[split], clips, strict=True))
+    verify_folder(out)
+    config = settings(whisper, f"data.path={out}", f"data.speaker={spec}")
+    assert matching_index(config.data).speaker_dim == DIM
+    with pytest.raises(UserError, match=r"was prepared with data\.speaker=campplus:\S+, the run has None"):
+        matching_index(settings(whisper, f"data.path={out}").data)
+
+    hashed = shard_hash(matching_index(config.data))
+    assert "nothing to do" not in capsys.readouterr().out
+    add("speech")
+    assert "has speaker vectors of campplus:" in capsys.readouterr().out
+    other = write_model(tmp_path / "other.onnx", WEIGHT[:, :7])
+    with pytest.raises(UserError, match=r"was prepared with data\.speaker=campplus:\S+, not campplus:\S+other"):
+        add("speech", spec=f"campplus:{other}")
+    with pytest.raises(UserError, match=r"another .*campplus\.onnx, which has changed|another \S+other\.onnx"):
+        add("speech", spec=f"campplus:{shutil.copy(other, model)}")
+    sidecar = next(out.glob("train-speech-0000.speaker.tar"))
+    sidecar.write_bytes(sidecar.read_bytes()[:-512] + bytes(range(256)) * 2)
+    with pytest.raises(UserError, match="has 1 fault"):
+        verify_folder(out)
+    assert f"{sidecar} has SHA-256" in capsys.readouterr().err
+    content = json.loads((out / "index.json").read_text())
+    content["domains"]["speech"]["speaker"]["files"]["train-speech-0000.tar"]["sha256"] = "0"
+    (out / "index.json").write_text(json.dumps(content))
+    assert shard_hash(matching_index(config.data)) != hashed  # a run on other vectors is another run
 
 
 @pytest.mark.parametrize(
