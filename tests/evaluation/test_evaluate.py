@@ -11,8 +11,11 @@ import soundfile
 from agrepa_fast.cli import main
 from agrepa_fast.data.index import write_index
 from agrepa_fast.evaluation import evaluate, synthesis
+from agrepa_fast.evaluation.evaluate import similarities
+from agrepa_fast.evaluation.manifest import Clip
 from agrepa_fast.evaluation.recogniser import Heard
 from agrepa_fast.evaluation.selftest import SelfTest
+from agrepa_fast.evaluation.synthesis import Wav
 from agrepa_fast.reporting import evaluation
 from agrepa_fast.reporting.evaluation import evaluate_checkpoint
 
@@ -134,9 +137,11 @@ def test_the_same_command_does_nothing_twice_and_goes_on_after_an_interruption(r
     assert wav.read_bytes() == before
     assert len(calls) == done + 1
     assert contents(out) == first
-    soundfile.write(wav, np.zeros(4000), 16000)  # made again under the same name, by whom ever
+    speech = next(row for row in clips(out) if (row["row"], row["domain"]) == ("sample", "speech"))
+    soundfile.write(out / "wavs" / "sample" / f"{speech['key']}.wav", np.zeros(4000), 16000)  # under the same name
     main(command)
-    assert contents(out)["clips.csv"] != first["clips.csv"]
+    again = next(row for row in clips(out) if (row["row"], row["key"]) == ("sample", speech["key"]))
+    assert float(again["mos"]) == 1 != float(speech["mos"])
 
 
 def test_ranks_share_the_work_and_change_nothing(run, tmp_path, calls):
@@ -208,7 +213,7 @@ def test_a_wav_that_cannot_be_judged_counts_against_the_system(run, tmp_path, ca
     assert failed[0].startswith("truth/")
     assert failed[1] == "RuntimeError: too long"
     row = next(r for r in clips(out) if f"{r['row']}/{r['key']}.wav: asr" == failed[0])
-    assert row["errors"] == row["del"] == row["words"] != "0"
+    assert int(row["errors"]) == int(row["del"]) == int(row["words"]) > 0
     assert "1 wavs could not be judged" in (out / "results.md").read_text()
 
 
@@ -232,6 +237,18 @@ def test_what_does_not_fit_is_refused_in_one_line(run, tmp_path, calls, capsys):
         assert ended.value.code == 2, arguments
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_speakers_are_compared_with_the_truth_of_the_same_clip():
+    wavs = {
+        (row, key): Wav(row, Clip("speech", key, 0, 8, "", ""), Path(f"{row}/{key}.wav"))
+        for row in ("truth", "sample")
+        for key in "ab"
+    }
+    vectors = {("truth", "a"): [1, 0], ("truth", "b"): [0, 2], ("sample", "a"): [3, 4], ("sample", "b"): [3, 4]}
+    found = similarities({wavs[place]: {"vector": vector} for place, vector in vectors.items()})
+    assert found == {wavs["sample", "a"]: {"similarity": 0.6}, wavs["sample", "b"]: {"similarity": 0.8}}
+    assert similarities({wavs["sample", "a"]: {"vector": [1, 0]}}) == {}
 
 
 def write_waves(folder: Path, names: tuple[str, ...], rate: int = 16000, loudness: float = 0.1) -> Path:
