@@ -68,7 +68,7 @@ def test_it_says_what_the_weights_were_trained_on(exported, preset):
 
 def test_probe_sample_and_start_from_take_it(exported, tmp_path, capsys, no_pictures):
     main(["sample", str(exported), "--clips", "1", "--out", str(tmp_path / "wavs")])
-    assert len(list((tmp_path / "wavs").glob("*.wav"))) == 4
+    assert len(list((tmp_path / "wavs").glob("*.wav"))) == 6
     main(["probe", str(exported), "--measures", "foga,ridge", "--out", str(tmp_path / "probe")])
     assert "5,foga," in (tmp_path / "probe" / "attribution.csv").read_text()
     args = ("--preset", str(exported / "config.yaml"), "run.dir=run", "train.steps=3", "train.lr=1e-12")

@@ -57,7 +57,7 @@ def test_a_run_is_probed_sampled_and_exported(made, no_pictures):
     main(["probe", "run", "--out", "probe"])
     assert "3,foga," in (made / "probe" / "attribution.csv").read_text()
     main(["sample", "run", "--clips", "1", "--out", "wavs"])
-    assert len(list((made / "wavs").glob("*.wav"))) == 4
+    assert len(list((made / "wavs").glob("*.wav"))) == 6
     main(["export", "run", "--out", "exported"])
     averaged = load_file(MADE / "run" / "checkpoints" / "step00000003" / "ema.safetensors")
     torch.testing.assert_close(load_model("exported")[0].state_dict(), averaged, atol=0, rtol=0)
@@ -68,7 +68,7 @@ def test_an_export_is_loaded_and_sampled(made, no_pictures):
     assert (config.model.dim, config.model.depth) == (8, 3)
     torch.testing.assert_close(model.state_dict(), load_file(made / "export" / "model.safetensors"), atol=0, rtol=0)
     main(["sample", "export", "--clips", "1", "--out", "wavs"])
-    assert len(list((made / "wavs").glob("*.wav"))) == 4
+    assert len(list((made / "wavs").glob("*.wav"))) == 6
 
 
 def test_the_name_of_every_setting_is_known():
