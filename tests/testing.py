@@ -121,7 +121,7 @@ def write_small_shards(
                 "bytes": book.stat().st_size,
                 "sha256": file_sha256(book),
             },
-            **({"speaker": {"dim": SPEAKER_DIM, "identity": {}}} if texts else {}),
+            **({"speaker": {"dim": SPEAKER_DIM, "identity": {}, "files": None}} if texts else {}),
             "teachers": {
                 f"teacher_{domain}": {
                     "spec": DataConfig().speech_teacher,

@@ -4,6 +4,8 @@ import copy
 import sys
 from dataclasses import replace
 from inspect import signature
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from agrepa_fast.attribution.foga import foga
 from agrepa_fast.attribution.points import ProbeBatch, ProbePoints
 from agrepa_fast.config import ModelConfig
 from agrepa_fast.errors import UserError
+from agrepa_fast.models import f5_package
 from agrepa_fast.models.condition import Condition
 from agrepa_fast.models.f5 import F5
 from agrepa_fast.models.f5_package import import_network
@@ -233,9 +236,36 @@ def test_what_the_package_does_not_take_is_refused_in_one_line():
         small()(x, TIMES[:1], condition)
 
 
-def test_a_package_that_is_absent_is_named_with_the_remedy(monkeypatch):
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("f5_tts", "x_transformers")]:
+@pytest.fixture
+def not_imported(monkeypatch):
+    """As in a new process; other tests get their modules back."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("f5_tts", "librosa", "x_transformers")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "x_transformers", None)
+    return monkeypatch
+
+
+def test_a_package_that_is_absent_is_named_with_the_remedy(not_imported):
+    not_imported.setitem(sys.modules, "x_transformers", None)
     with pytest.raises(UserError, match=r"x_transformers.*: pip install 'agrepa_fast\[f5\]'"):
         import_network("DiT")
+    assert "f5_tts.model" not in sys.modules
+
+
+def test_the_package_can_be_imported_whole_before_and_after(not_imported):
+    network = import_network("DiT")
+    assert "f5_tts.model" not in sys.modules  # whoever imports it runs its __init__, and finds these classes
+    assert sys.modules[network.__module__].DiT is network
+    whole = ModuleType("f5_tts.model")
+    whole.__path__ = [str(Path(sys.modules[network.__module__].__file__).parents[1])]
+    not_imported.setitem(sys.modules, "f5_tts.model", whole)
+    import_network("UNetT")
+    assert sys.modules["f5_tts.model"] is whole
+
+
+def test_packages_for_waves_are_missed_where_they_are_called(not_imported):
+    installed = f5_package._is_installed
+    not_imported.setattr(f5_package, "_is_installed", lambda name: "librosa" not in name and installed(name))
+    mel = sys.modules[import_network("DiT").__module__.replace("backbones.dit", "modules")].librosa_mel_fn
+    assert "librosa" not in sys.modules
+    with pytest.raises(ImportError, match=r"librosa\.filters.*: pip install 'agrepa_fast\[f5\]'"):
+        mel(sr=24000)
