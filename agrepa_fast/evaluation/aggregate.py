@@ -62,6 +62,9 @@ CLIP_METRICS = {
         rate=True,
     ),
     "mos": ClipMetric("predicted mean opinion, 1 to 5", _mean("mos")),
+    "dnsmos_sig": ClipMetric("predicted opinion of the speech itself, 1 to 5", _mean("dnsmos_sig")),
+    "dnsmos_bak": ClipMetric("predicted opinion of the background, 1 to 5", _mean("dnsmos_bak")),
+    "dnsmos_ovrl": ClipMetric("predicted opinion of both, 1 to 5", _mean("dnsmos_ovrl")),
     "similarity": ClipMetric("cosine with the clip's truth", _mean("similarity")),
     "mel_l1": ClipMetric("mean |log-mel - truth| beyond the reference", _mean("mel_l1")),
 }

@@ -16,12 +16,13 @@ from . import distillmos, dnsmos, utmos
 from .metric_model import identity, wave_at
 
 _KNOWN = ("package:distillmos", "package:dnsmos", "utmos:FILE")
+SCORE_NAMES = ("mos", *dnsmos.NAMES)
 
 
 class Scorer(ABC):
     """A frozen network that scores speech.
 
-    names     of the scores: ("mos",), or those of dnsmos.py
+    names     of the scores, some of SCORE_NAMES
     identity  spec, sha256, licence and version
     """
 

@@ -102,7 +102,12 @@ def _notes(row: Mapping) -> list[str]:
     """Return the figures of one wav."""
     notes = [
         f"{name} {row[field]:.2f}"
-        for field, name in (("mos", "MOS"), ("similarity", "similarity"), ("mel_l1", "mel L1"))
+        for field, name in (
+            ("mos", "MOS"),
+            ("dnsmos_ovrl", "DNSMOS"),
+            ("similarity", "similarity"),
+            ("mel_l1", "mel L1"),
+        )
         if row[field] is not None
     ]
     if row["words"]:

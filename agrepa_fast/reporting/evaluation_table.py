@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from ..evaluation.aggregate import CLIP_METRICS, SET_METRICS
+from ..evaluation.mos import SCORE_NAMES
 
 
 def results_table(results: Mapping) -> tuple[list[str], list[list[str]]]:
@@ -22,7 +23,8 @@ def results_table(results: Mapping) -> tuple[list[str], list[list[str]]]:
 def _model_of(metric: str, domain: str) -> str:
     if metric in SET_METRICS:
         return f"{domain}-embedding"
-    return {"mos": "mos", "similarity": "speaker", "mel_l1": ""}.get(metric, "asr")
+    models = {"similarity": "speaker", "mel_l1": "", **dict.fromkeys(SCORE_NAMES, "mos")}
+    return models.get(metric, "asr")
 
 
 def _cell(entry: Mapping | None) -> str:

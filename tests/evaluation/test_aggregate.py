@@ -15,6 +15,8 @@ from agrepa_fast.evaluation.aggregate import (
     clip_interval,
     pairs_by_clip,
 )
+from agrepa_fast.evaluation.mos import SCORE_NAMES
+from agrepa_fast.evaluation.results import SCORES
 from agrepa_fast.evaluation.scores import FAILED, ScoreCache
 from agrepa_fast.files import file_sha256
 
@@ -93,6 +95,14 @@ def test_distances_of_sets_and_their_paired_difference():
         assert paired.low > 0
         assert distances.difference(metric, x, x, 0.95)[:3] == (0, 0, 0)
     assert {"wer", "mos", "mel_l1"} < CLIP_METRICS.keys()
+
+
+def test_every_score_of_a_clip_has_a_mean():
+    """The names of a scorer that no metric knew would be in clips.csv, and nowhere else."""
+    assert set(SCORE_NAMES) < set(SCORES)
+    assert set(SCORES) - {"logprob"} < CLIP_METRICS.keys()
+    rows = [row("a", dnsmos_ovrl=2.0), row("b", dnsmos_ovrl=3.0), row("c")]
+    assert clip_interval("dnsmos_ovrl", rows, 0.95)[::3] == (2.5, 2)
 
 
 def judged(cache: ScoreCache, wav, judge) -> dict:
