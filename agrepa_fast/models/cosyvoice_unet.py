@@ -5,6 +5,7 @@ Those two classes themselves are not made: importing them takes Matcha's trainer
 and references.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -54,7 +55,9 @@ class _UNetFlow(CosyVoice):
         self.by_stage, self.strict = layers == "stages", padding == "strict"
         self.encoder_proj = nn.Linear(sizes["width"], n_mels)
         self.decoder = nn.Module()
-        self.decoder.estimator = estimator(in_channels=4 * n_mels, out_channels=n_mels, **(_ESTIMATOR | settings))
+        with warnings.catch_warnings():  # Matcha's FFN is of a class that diffusers will drop in its version 1
+            warnings.filterwarnings("ignore", ".*LoRACompatibleLinear", FutureWarning)
+            self.decoder.estimator = estimator(in_channels=4 * n_mels, out_channels=n_mels, **(_ESTIMATOR | settings))
         self.replayable = self.strict  # theirs waits for every mask
         if self.by_stage:
             self.kind, self.row_arguments = "branch", ("mask", "attention_mask")

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections import deque
 from dataclasses import replace
 
@@ -278,6 +279,12 @@ def test_nothing_but_the_parts_is_imported(monkeypatch):
     assert import_part("transformer.encoder", "ConformerEncoder").__name__ == "ConformerEncoder"
     assert not [name for name in whole_systems if name in sys.modules]
     assert logging.getLogger().level == level
+
+
+def test_its_construction_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours(2)
 
 
 def test_an_absent_cosyvoice_is_said_with_the_remedy(monkeypatch):
