@@ -72,12 +72,13 @@ class Judges:
     def _test(self, kind: str, model: Any, gauge_of: Callable, truths: Sequence[Wav]) -> SelfTest:
         """Return the self-test of a model on the truths. It is kept in the user's cache: for a recogniser it takes as
         long as a tenth of an evaluation."""
-        asked = {**model.identity, "clips": [self._sha256(wav.path) for wav in truths]}
+        sounds = [_read(wav) for wav in truths]
+        gauge = gauge_of(model, sounds)
+        asked = {**model.identity, "clips": [self._sha256(wav.path) for wav in truths], "bounds": gauge[1:]}
         kept = ScoreCache(cache_dir() / "self-tests", kind, asked)
         if kept.file("test").is_file():
             return SelfTest(**json.loads(kept.file("test").read_text()))
-        sounds = [_read(wav) for wav in truths]
-        test = self_test(gauge_of(model, sounds), sounds)
+        test = self_test(gauge, sounds)
         write_atomically(kept.file("test"), json.dumps(test._asdict()), durable=False)
         return test
 

@@ -67,11 +67,13 @@ def print_results(results: Mapping) -> None:
     from rich.table import Table
 
     header, rows = results_table(results)
-    table, console = Table(), Console()
+    table = Table()
     for name in header:
         table.add_column(name, justify="left" if name in header[:2] else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
+    console = Console()
+    console.width = max(console.width, console.measure(table).maximum)  # a cut number would be another
     console.print(table)
     for line in footnotes(results):
         console.print(line, style="dim", highlight=False)

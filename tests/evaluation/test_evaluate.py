@@ -66,7 +66,7 @@ def calls(monkeypatch, tmp_path) -> list:
     for name in ("load_recogniser", "load_mos", "load_embedding", "load_speaker"):
         monkeypatch.setattr(evaluate, name, lambda *_, **__: Model(made))
     monkeypatch.setattr(evaluate, "self_test", lambda *_: SelfTest(3.0, 2.0, 1.0, True))
-    monkeypatch.setattr(evaluate, "distinctness", lambda *_: None)
+    monkeypatch.setattr(evaluate, "distinctness", lambda *_: ())
     monkeypatch.setenv("AGREPA_CACHE", str(tmp_path / "cache"))
     return made
 
