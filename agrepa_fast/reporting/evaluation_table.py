@@ -16,7 +16,14 @@ def results_table(results: Mapping) -> tuple[list[str], list[list[str]]]:
                 clips = sorted({entry["n"] for entry in entries if entry})
                 mark = " †" if _model_of(metric, domain) in results["circular"] else ""
                 counts = "-".join(map(str, dict.fromkeys((clips[0], clips[-1]))))
-                rows.append([domain, metric + mark, counts, *map(_cell, entries)])
+                rows.append(
+                    [
+                        domain,
+                        metric + mark,
+                        counts,
+                        *(_cell(entry, 1 if metric in SET_METRICS else 3) for entry in entries),
+                    ]
+                )
     return ["", "metric", "clips", *names], rows
 
 
@@ -27,10 +34,9 @@ def _model_of(metric: str, domain: str) -> str:
     return models.get(metric, "asr")
 
 
-def _cell(entry: Mapping | None) -> str:
+def _cell(entry: Mapping | None, digits: int) -> str:
     if entry is None:
         return "—"
-    digits = 1 if abs(entry["value"]) >= 20 else 3
     if entry["low"] is None:
         return f"{entry['value']:.{digits}f}"
     if abs((entry["high"] - entry["value"]) - (entry["value"] - entry["low"])) < 0.5 * 10**-digits:
@@ -73,7 +79,7 @@ def print_results(results: Mapping) -> None:
     for row in rows:
         table.add_row(*row)
     console = Console()
-    console.width = max(console.width, console.measure(table).maximum)  # a cut number would be another
+    console.width = max(console.width, Console(width=1000).measure(table).maximum)  # a cut number would be another
     console.print(table)
     for line in footnotes(results):
         console.print(line, style="dim", highlight=False)
