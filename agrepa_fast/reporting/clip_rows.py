@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ..audio.waves import decode
 from ..errors import UserError
 from .page.document import Clip, Version
-from .page.media import flac_uri, log_mel, mel_uri
+from .page.media import log_mel, mel_uri, mp3_uri
 
 BUDGET = 11_000_000  # bytes of a page's clips; the rest of it has room below the limit of 15 MB
 
@@ -53,5 +53,5 @@ def _clip(recorded: Recorded) -> Clip:
         mel = log_mel(wave, rate)
         scale = mel if scale is None else scale
         notes = recorded.notes.get(name, ())
-        versions.append(Version(name, flac_uri(wave, rate), mel_uri(mel, scale), len(wave) / rate, notes))
+        versions.append(Version(name, mp3_uri(wave, rate), mel_uri(mel, scale), len(wave) / rate, notes))
     return Clip(recorded.name, versions, recorded.text, faults)

@@ -67,7 +67,7 @@ def test_a_wav_that_cannot_be_read_is_named(folder):
 
 
 def test_a_page_has_the_clips_that_fit(folder, monkeypatch):
-    monkeypatch.setattr(clip_rows, "BUDGET", 150_000)
+    monkeypatch.setattr(clip_rows, "BUDGET", 120_000)
     text = write_report(folder).read_text()
     shown = text.count("<article")
     assert 1 <= shown < 4

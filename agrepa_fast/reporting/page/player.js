@@ -2,6 +2,7 @@
 // Each clip has one position that all of its versions share. Keys act on the clip that was used last.
 
 const STEP = 0.5; // seconds of an arrow key
+const END = 0.05; // seconds before the end that count as the end
 
 class Clip {
   constructor(element) {
@@ -13,7 +14,8 @@ class Clip {
     this.position = 0;
     this.versions.forEach((version, number) => {
       this.audios[number].removeAttribute("controls"); // they serve pages whose scripts do not run
-      this.audios[number].addEventListener("ended", () => this.ended(number));
+      this.audios[number].addEventListener("ended", () => number === this.chosen && this.stop());
+      this.audios[number].addEventListener("pause", () => this.paused(number));
       version.querySelector("button").addEventListener("click", () => this.press(number));
       version.querySelector(".mel").addEventListener("click", (event) => {
         const box = event.currentTarget.getBoundingClientRect();
@@ -68,15 +70,20 @@ class Clip {
     this.show();
   }
 
-  ended(number) {
-    if (number !== this.chosen) return;
-    this.element.classList.remove("playing");
+  stop() {
+    this.pause();
     this.position = 0;
     this.show();
   }
 
+  paused(number) {
+    // By a key of the keyboard or the headphones, or because another program plays. At the end, "ended" follows.
+    if (this.playing && number === this.chosen && !this.audios[number].ended) this.pause();
+  }
+
   move(position) {
-    const within = Math.min(Math.max(position, 0), this.seconds - 0.01);
+    const within = Math.max(position, 0);
+    if (within > this.seconds - END) return this.stop();
     if (this.playing) this.audios[this.chosen].currentTime = within;
     this.position = within;
     this.show();
