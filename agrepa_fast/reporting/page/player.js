@@ -31,7 +31,7 @@ class Clip {
 
   now() {
     const audio = this.audios[this.chosen];
-    return this.playing && audio.readyState > 0 ? audio.currentTime : this.position;
+    return this.playing ? audio.currentTime : this.position;
   }
 
   press(number) {
@@ -44,23 +44,20 @@ class Clip {
     this.position = this.now();
     if (number !== this.chosen) this.audios[this.chosen].pause();
     this.chosen = number;
+    if (!this.playing) requestAnimationFrame(() => draw(this));
     this.element.classList.add("playing");
-    this.show();
     this.start(this.audios[number], this.position);
+    this.show();
   }
 
   start(audio, position) {
-    const begin = () => {
-      if (!this.playing || this.audios[this.chosen] !== audio) return; // another version was chosen meanwhile
-      audio.currentTime = position;
-      audio.play().then(() => draw(this), (error) => error.name === "AbortError" || console.error(error));
-    };
-    if (audio.readyState > 0) begin();
-    else {
-      for (const one of this.audios) one.preload = "auto"; // so that a switch has no gap
-      audio.addEventListener("loadedmetadata", begin, { once: true });
-      if (audio.networkState === HTMLMediaElement.NETWORK_IDLE || audio.networkState === HTMLMediaElement.NETWORK_EMPTY) audio.load();
-    }
+    for (const one of this.audios) one.preload = "auto"; // so that a switch has no gap
+    audio.currentTime = position; // also before its length is known: then it begins there
+    audio.play().catch((error) => {
+      if (error.name === "AbortError") return; // another version was chosen meanwhile
+      this.pause();
+      console.error(error);
+    });
   }
 
   pause() {
@@ -78,7 +75,8 @@ class Clip {
 
   paused(number) {
     // By a key of the keyboard or the headphones, or because another program plays. At the end, "ended" follows.
-    if (this.playing && number === this.chosen && !this.audios[number].ended) this.pause();
+    const audio = this.audios[number];
+    if (this.playing && number === this.chosen && audio.paused && !audio.ended) this.pause();
   }
 
   move(position) {
@@ -99,7 +97,9 @@ class Clip {
   }
 }
 
-const clips = [...document.querySelectorAll(".clip:has(.version)")].map((element) => new Clip(element));
+const clips = [...document.querySelectorAll(".clip")]
+  .filter((element) => element.querySelector(".version"))
+  .map((element) => new Clip(element));
 let current = null;
 
 function choose(clip) {
