@@ -113,14 +113,13 @@ def print_results(results: Results) -> None:
     from rich.console import Console
 
     console = Console()
-    count = f"{len(results.listeners)} listeners, {len(results.test.clips)} clips, 95 % intervals over both"
+    listeners, clips = len(results.listeners), len(results.test.clips)
+    console.print(f"{listeners} listeners, {clips} clips, 95 % intervals over both", highlight=False)
     if results.opinions:
-        _print_table(console, f"mean opinion, 1 to 5: {count}", "system", results.opinions)
-        _print_table(console, "differences of opinion, clip by clip", "first - second", results.compared, signed=True)
+        _print_table(console, "mean opinion, 1 to 5", "system", results.opinions)
+        _print_table(console, "differences of opinion", "first - second", results.compared, signed=True)
     else:
-        _print_table(
-            console, f"share that prefers the first, no difference counts half: {count}", "pair", results.compared
-        )
+        _print_table(console, "share that prefers the first; no difference counts half", "pair", results.compared)
     for name, reason in results.left_out.items():
         console.print(f"left out: {name} ({reason})", markup=False, highlight=False)
     console.print(RULE if results.left_out else f"no listener is {RULE}", markup=False, highlight=False)
@@ -137,7 +136,7 @@ def _print_table(console, title: str, first: str, figures: list[Figure], *, sign
     domains = list(dict.fromkeys(figure.domain for figure in figures))
     for domain in domains:
         n = next(figure.interval.n for figure in figures if figure.domain == domain)
-        table.add_column(f"{domain} (N = {n})", justify="right")
+        table.add_column(f"{domain} (N = {n})", justify="right", no_wrap=True)
     sign = " - " if signed else " > "
     for pair in dict.fromkeys((figure.name, figure.other) for figure in figures):
         cells = [_cell(figure.interval, signed) for figure in figures if (figure.name, figure.other) == pair]
@@ -147,5 +146,5 @@ def _print_table(console, title: str, first: str, figures: list[Figure], *, sign
 
 def _cell(interval: Interval, signed: bool) -> str:
     sign = "+" if signed else ""
-    bounds = "" if _is_nan(interval.low) else f"  [{interval.low:{sign}.2f}, {interval.high:{sign}.2f}]"
+    bounds = "" if _is_nan(interval.low) else f" [{interval.low:{sign}.2f}, {interval.high:{sign}.2f}]"
     return f"{interval.value:{sign}.2f}{bounds}".replace("[", "\\[")
