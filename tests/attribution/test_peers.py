@@ -72,14 +72,14 @@ def f5_inputs():
 
 
 def f5_dit(**options):
-    absent = ("librosa", "librosa.filters", "rjieba", "pypinyin")
+    absent = ("librosa", "librosa.filters")
     dit = import_alone("f5_tts.model.backbones.dit", *absent)
     model = dit.DiT(dim=32, depth=6, heads=2, dim_head=16, mel_dim=MELS, text_num_embeds=30, **options)
     return model, list(model.transformer_blocks), f5_inputs()
 
 
 def f5_unett():
-    absent = ("librosa", "librosa.filters", "rjieba", "pypinyin")
+    absent = ("librosa", "librosa.filters")
     unett = import_alone("f5_tts.model.backbones.unett", *absent)
     model = unett.UNetT(dim=32, depth=6, heads=2, dim_head=16, mel_dim=MELS, text_num_embeds=30)
     return model, [branch for _, _, attn, _, ff in model.layers for branch in (attn, ff)], f5_inputs()

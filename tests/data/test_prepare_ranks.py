@@ -76,6 +76,7 @@ def run_threads(world, action):
     """action(ranks) on every rank, in threads that exchange what processes would through gloo; each one's result or
     UserError."""
     board, barrier, results, failed = [None] * world, threading.Barrier(world, timeout=120), [None] * world, set()
+    loading = threading.Lock()
 
     class Store:
         set = staticmethod(lambda key, _: failed.add(key))
@@ -90,6 +91,13 @@ def run_threads(world, action):
 
         def _broadcast(self, value):
             return self._exchange(value)[0]
+
+        def load_on_every_rank(self, name, load):
+            def alone(device):  # transformers patches its classes while it loads: two threads would leave them so
+                with loading:
+                    return load(device)
+
+            return super().load_on_every_rank(name, alone)
 
     def run(rank):
         ranks = Thread(rank, world, Store)

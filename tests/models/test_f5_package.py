@@ -28,7 +28,7 @@ KEYS = torch.tensor([[11, 12, 13], [21, 22, 23]])
 
 
 def cfm_module() -> ModuleType:
-    return import_alone("f5_tts.model.cfm", "librosa", "librosa.filters", "rjieba", "pypinyin")
+    return import_alone("f5_tts.model.cfm", "librosa", "librosa.filters")
 
 
 def cfm_of(ours: F5, form: str, **options) -> torch.nn.Module:

@@ -110,7 +110,7 @@ def test_weights_of_another_model_are_refused_by_key(tmp_path):
     for change, message in (
         (lambda state: state.pop("voicebox.to_pred.weight"), r"to_pred\.weight is missing, not \(8, 16\)"),
         (
-            lambda state: state.update({"extra.weight": torch.ones(1)}),
+            lambda state: state.update({"voicebox.extra.weight": torch.ones(1)}),
             r"extra\.weight is \(1,\), not none of its weights",
         ),
         (
