@@ -8,8 +8,10 @@ import torch.nn as nn
 
 from agrepa_fast.attribution.foga import FogaProbe, foga
 from agrepa_fast.attribution.points import ProbeBatch, ProbePoints
+from agrepa_fast.config import FlowConfig
 from agrepa_fast.config_file import load_config
 from agrepa_fast.errors import UserError
+from agrepa_fast.flow import counted_frames, flow_loss, reference_around, training_draws
 from agrepa_fast.models.audio_dit.conditioning import Condition
 from agrepa_fast.models.voicebox import Voicebox, _alibi, _Fourier, _Transformer
 
@@ -93,6 +95,31 @@ def test_equals_voicebox_pytorch(lengths, dropped):
     for name, parameter in ours.named_parameters():
         if name in gradients:
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("lengths", [(FRAMES,) * 3, (FRAMES, 17, 9)])
+def test_the_loss_is_the_package_s_from_the_same_draws(lengths):
+    """Of the span that is hidden: the mean over clips of each clip's mean."""
+    ours, theirs = both_in_float64()
+    mel, condition = clips(lengths, per_frame=True)
+    mel, flow = mel.double(), FlowConfig(sigma=1.0, reference="infill", loss_region="hidden", average="clip")
+    draws = training_draws(flow, condition.lengths, torch.tensor([4, 5, 6]))
+    noise, t = torch.randn(mel.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64), draws.t.double()
+    x_t, target = (1 - t.view(-1, 1, 1)) * noise + t.view(-1, 1, 1) * mel, mel - noise
+    mask = torch.arange(FRAMES) < condition.lengths[:, None]
+    want = theirs(
+        x_t,
+        times=t,
+        cond_token_ids=condition.tokens,
+        cond=mel,
+        cond_mask=draws.hidden.frames(FRAMES),
+        self_attn_mask=mask if condition.padded else None,
+        cond_drop_prob=0.0,
+        target=target,
+    )
+    v = ours(x_t, t, replace(condition, reference=reference_around(mel, draws.hidden))).v
+    counted = counted_frames(flow, draws.hidden, condition.lengths)
+    torch.testing.assert_close(flow_loss(v, target, counted).mean().double(), want, rtol=1e-6, atol=0)
 
 
 def test_weights_of_the_package_come_without_what_makes_tokens_and_mels():
