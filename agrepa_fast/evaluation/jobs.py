@@ -83,15 +83,21 @@ class Experiment:
             warmup = self.out / f"warmup-seed{seed}"
             # A constant rate: its decay would end with the warm-up, and begin again in the branch.
             settings = ("align.strategy=none", f"train.steps={self.warmup}", "train.final_lr=1.0")
-            jobs.append(self._train(f"warm-up, seed {seed}", warmup, seed, self.warmup, settings))
+            jobs.append(self._train(f"warm-up, seed {seed}", warmup, seed, self.warmup, (), settings))
             for arm in self.arms:
                 folder = self.run_folder(arm, seed)
                 settings = (f"align.strategy={arm.strategy}", f"train.steps={self.steps}", f"train.start_from={warmup}")
-                settings += ("train.warmup_steps=0",)
                 if arm.strategy in self.measured:
                     settings += ("probe.start_step=1", "probe.warmup_steps=1")
                 jobs.append(
-                    self._train(f"{arm.label}, seed {seed}", folder, seed, self.steps, settings + arm.overrides)
+                    self._train(
+                        f"{arm.label}, seed {seed}",
+                        folder,
+                        seed,
+                        self.steps,
+                        ("train.warmup_steps=0",),  # unless the overrides say otherwise
+                        settings + arm.overrides,
+                    )
                 )
                 evaluate = (sys.executable, "-m", "agrepa_fast.cli", "evaluate", str(folder), "--out")
                 out = folder / "evaluate"
@@ -105,10 +111,13 @@ class Experiment:
                 )
         return jobs
 
-    def _train(self, name: str, folder: Path, seed: int, steps: int, settings: Sequence[str]) -> Job:
+    def _train(
+        self, name: str, folder: Path, seed: int, steps: int, defaults: Sequence[str], settings: Sequence[str]
+    ) -> Job:
+        """Return a training. Of the settings with one name, the last counts."""
         launcher = [str(Path(sys.executable).with_name("deepspeed"))]
         launcher += [] if self.ranks is None else ["--num_gpus", str(self.ranks)]
-        fixed = (*settings, *self.overrides, f"run.seed={seed}", f"run.dir={folder}")
+        fixed = (*defaults, *self.overrides, *settings, f"run.seed={seed}", f"run.dir={folder}")
         command = (*launcher, str(_TRAIN), "--preset", self.preset, "--ds_config", self.ds_config, *fixed)
         return Job(name, command, folder, folder / "summary.json", steps)
 

@@ -87,7 +87,10 @@ def _experiment(strategies, seeds, overrides, preset, warmup, out, ds_config, ra
         raise UserError("--strategies: at least two, of which the first is the baseline")
     metrics = tuple(one for one in overrides if one.startswith("metrics."))
     training = tuple(one for one in overrides if not one.startswith("metrics."))
-    config = load_config(preset, overrides)
+    for name in ("align.strategy", "run.seed", "run.dir", "train.start_from"):
+        if given := [one for one in overrides if one.startswith(f"{name}=")]:
+            raise UserError(f"{given[0]}: `agrepa compare` sets it itself")
+    config = load_config(preset, [*overrides, "align.strategy=none"])  # its own may not fit the steps
     warmup = config.probe.warmup_steps if warmup is None else warmup
     if not 0 < warmup < config.train.steps:
         raise UserError(f"--warmup {warmup}: must leave steps of train.steps={config.train.steps} for the branches")

@@ -42,6 +42,11 @@ def test_a_comparison_that_was_interrupted_ends_with_the_same_tables(preset, tmp
     whole = subprocess.run(command(preset, "whole"), cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert whole.returncode == 0, whole.stdout[-3000:] + whole.stderr[-3000:]
     assert "14 jobs, 0 done" in whole.stdout
+    assert "warm-ups of 3 steps, 6 runs of 5 steps" in whole.stdout
+    losses = [
+        json.loads(line) for line in (tmp_path / "whole" / "warmup-seed0" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert max(row["step"] for row in losses) == 3
     same = [row for row in rows(tmp_path / "whole") if row["strategy"] == "again"]
     assert same
     assert all(float(row["difference"]) == 0 for row in same), "arms that are the same do not differ"

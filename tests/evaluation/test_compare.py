@@ -163,6 +163,7 @@ def test_runs_are_compared_by_strategy_and_seed(tmp_path, capsys):
         (["--strategies", "none,lasp", "model.token_dim=64"], "lasp"),
         (["--strategies", "none,foga", "--warmup", "400"], "must leave steps"),
         (["--strategies", "none,foga", "runs/a"], "name runs or --strategies"),
+        (["--strategies", "none,foga", "run.seed=3"], "run.seed=3: `agrepa compare` sets it itself"),
         (["--strategies", "none,foga", "--strategies", "k:align.kk=2"], "align.kk"),
     ],
 )
@@ -174,6 +175,24 @@ def test_a_plan_that_cannot_work_is_refused_before_anything_is_trained(arguments
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plan_may_be_shorter_than_the_preset_s_own_warm_up(tmp_path, capsys):
+    main(
+        [
+            "compare",
+            "--strategies",
+            "none,foga",
+            "--warmup",
+            "80",
+            "--dry-run",
+            "train.steps=160",
+            "--out",
+            str(tmp_path / "x"),
+        ]
+    )
+    assert "3 warm-ups of 80 steps, 6 runs of 80 steps" in capsys.readouterr().out
+    assert not (tmp_path / "x").exists()
+
+
 def test_arms():
     assert Arm.parse("fixed:4,8") == Arm("fixed:4,8", "fixed:4,8")
     assert Arm.parse("k2:align.k=2,align.strategy=deep") == Arm("k2", "deep", ("align.k=2",))
@@ -182,7 +201,11 @@ def test_arms():
 
 def test_branches_begin_with_the_warm_up_of_their_seed(tmp_path):
     arms = (Arm("none", "none"), Arm("foga", "foga"))
-    experiment = Experiment(arms, (0, 7), "demo", 20, 30, tmp_path, "zero2.json", 2, measured=frozenset({"foga"}))
+    experiment = Experiment(
+        *(arms, (0, 7), "demo", 20, 30, tmp_path, "zero2.json", 2),
+        overrides=("train.steps=50", "train.warmup_steps=4"),
+        measured=frozenset({"foga"}),
+    )
     jobs = {job.name: job for job in experiment.jobs()}
     assert len(jobs) == 2 + 4 + 4
     foga, none = jobs["foga, seed 7"], jobs["none, seed 7"]
@@ -192,6 +215,9 @@ def test_branches_begin_with_the_warm_up_of_their_seed(tmp_path):
     assert "probe.start_step=1" not in none.command
     assert foga.command[1:3] == ("--num_gpus", "2")
     assert {"align.strategy=none", "train.steps=20", "train.final_lr=1.0"} <= set(jobs["warm-up, seed 7"].command)
+    for job, steps in ((foga, 30), (none, 30), (jobs["warm-up, seed 7"], 20)):  # the last of a name counts
+        assert [one for one in job.command if one.startswith("train.steps=")][-1] == f"train.steps={steps}"
+        assert [one for one in job.command if one.startswith("train.warmup_steps=")][-1] == "train.warmup_steps=4"
 
 
 def job(folder: Path, name: str, script: str, steps: int = 1) -> Job:
