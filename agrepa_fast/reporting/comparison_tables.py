@@ -55,8 +55,8 @@ def selections(comparison: Comparison) -> Grid:
     rows, chosen = [], {}
     for run in comparison.runs:
         file, named = run.folder.parent / "selection.json", "none"
-        if file.is_file():
-            layers = json.loads(file.read_text())["layers"]
+        layers = json.loads(file.read_text())["layers"] if file.is_file() else {}
+        if layers:
             chosen.setdefault(run.label, []).append(layers)
             named = "; ".join(f"{d} {' '.join(f'L{number}' for number in layers[d])}" for d in layers)
         rows.append([run.label, str(run.seed), named])

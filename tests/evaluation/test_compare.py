@@ -120,6 +120,7 @@ def test_runs_are_compared_by_strategy_and_seed(tmp_path, capsys):
             (run / "summary.json").write_text(json.dumps({"val/flow_loss": {"ema": 0.5 + seed}}))
             (run / "metrics.jsonl").write_text('{"step": 1, "val/flow_loss": 0.5}\n{"step": 2, "val/flow_loss": 0.4}\n')
     (tmp_path / "foga-1" / "selection.json").write_text(json.dumps({"layers": {"speech": [1, 3]}}))
+    (tmp_path / "none-1" / "selection.json").write_text(json.dumps({"layers": {}}))
     out = tmp_path / "out"
     folders = [str(path) for path in sorted(tmp_path.glob("*-?"))]
     main(["compare", *folders, "--baseline", "none", "--out", str(out)])
@@ -130,6 +131,7 @@ def test_runs_are_compared_by_strategy_and_seed(tmp_path, capsys):
     report = (out / "report.md").read_text()
     assert "| foga | speech | mos | -0.300 |" in report
     assert "speech L1 L3" in report
+    assert "| none | 1 | none |" in report
     assert "With 2 seeds no p-value can be below 0.500" in report
     assert {path.name for path in (out / "plots").iterdir()} >= {
         "mos.png",
