@@ -1,4 +1,4 @@
-"""What commands have in common: how they are added, and the types of their arguments."""
+"""Helpers of all commands: they add a command and its arguments, and check the types of arguments."""
 
 import argparse
 from pathlib import Path

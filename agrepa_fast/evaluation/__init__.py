@@ -1,1 +1,1 @@
-"""What samples sound like, in numbers: rows of wavs from a checkpoint, metrics of each clip and of sets, intervals."""
+"""Evaluation of samples: rows of wavs from a checkpoint, metrics of each clip and of sets of clips, intervals."""

@@ -61,7 +61,7 @@ class Evaluated:
 
 
 class Difference(NamedTuple):
-    """An arm minus the baseline. clips, seeds: intervals, None where there is none; p: over seeds, corrected."""
+    """An arm minus the baseline. clips, seeds: intervals over them, or None; p: over seeds, by Holm, or None."""
 
     label: str
     domain: str

@@ -1,4 +1,4 @@
-"""What the metric models say of an evaluation's wavs: the rows of clips.csv, and the embeddings of sets.
+"""The figures that metric models give the wavs of an evaluation: for the rows of clips.csv, and embeddings of sets.
 
 Every rank judges its part of the wavs, and all ranks get the figures of all.
 """

@@ -22,7 +22,7 @@ _TRAIN = Path(__file__).parents[1] / "train.py"
 
 @dataclass(frozen=True)
 class Arm:
-    """What is compared: settings under a label. strategy: its align.strategy."""
+    """One side of a comparison: settings under a label. strategy: its align.strategy."""
 
     label: str
     strategy: str

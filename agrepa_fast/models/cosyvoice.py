@@ -51,7 +51,7 @@ class CosyVoice(Backbone):
 
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         if condition.speaker is None:
-            raise ValueError("CosyVoice reads condition.speaker, and there is none: set data.speaker")
+            raise ValueError("CosyVoice reads condition.speaker, which is missing: set data.speaker")
         once, chunked = condition.once, None
         if self.training and self.streaming:
             chunked = torch.rand(once.lengths.shape[0], device=x_t.device) < self.streaming

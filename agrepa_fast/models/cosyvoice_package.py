@@ -13,8 +13,8 @@ _INSTALL = (
     "put a CosyVoice checkout and its third_party/Matcha-TTS on PYTHONPATH, or "
     "pip install --no-deps cosyvoice-minicpmo==0.1.0; and pip install 'agrepa_fast[cosyvoice]'"
 )
-# What the encoders' module imports for a look-up of whole systems (cosyvoice/utils/class_utils.py), and the U-Net's for
-# a kind of block that CosyVoice does not use. They import onnxruntime and omegaconf, and make the root logger verbose.
+# The encoders' module imports these for a look-up of whole systems (cosyvoice/utils/class_utils.py), the U-Net's for a
+# kind of block that CosyVoice does not use. They import onnxruntime and omegaconf, and make the root logger verbose.
 _NOT_OF_FLOWS = ("cosyvoice.llm.llm", "cosyvoice.flow.flow", "cosyvoice.hifigan.generator", "cosyvoice.cli.model")
 _LOOK_UP = "cosyvoice.utils.class_utils"
 

@@ -100,7 +100,7 @@ class F5(Backbone):
 
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         if condition.text is None:
-            raise ValueError("F5 reads condition.text, and there is none: set data.text")
+            raise ValueError("F5 reads condition.text, which is missing: set data.text")
         frames, lengths = x_t.shape[1], condition.mask_lengths
         return self.transformer(
             x=x_t,

@@ -5,6 +5,7 @@ import logging
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -37,8 +38,8 @@ def ours(version: int, n_mels=MELS, codes=CODES, voice=VOICE, **options) -> Cosy
     sizes = {"n_mels": n_mels, "vocab": 2 * codes, "speaker_dim": voice}
     try:
         model = (CosyVoice1 if version == 1 else CosyVoice2)(**sizes, **OPTIONS[version], **options)
-    except UserError as error:
-        if "No module named" not in str(error):
+    except UserError:
+        if find_spec("cosyvoice") is not None:  # installed: an import that fails is a fault
             raise
         pytest.skip(INSTALL)
     return model.eval()

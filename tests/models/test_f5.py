@@ -229,7 +229,7 @@ def test_what_the_package_does_not_take_is_refused_in_one_line():
     with pytest.raises(UserError, match=r"takes text: set data\.text"):
         make_model(replace(config, text_vocab=None))
     x, condition = clips()
-    with pytest.raises(ValueError, match=r"there is none: set data\.text"):
+    with pytest.raises(ValueError, match=r"which is missing: set data\.text"):
         small()(x, TIMES, replace(condition, text=None))
     x, condition = clips((8193,), 8193)
     with pytest.raises(ValueError, match=r"8193 frames: F5's text encoder has positions for 8192, lower data\."):
