@@ -35,11 +35,16 @@ class Arm:
         label, colon, rest = text.partition(":")
         if not colon or "=" not in rest:
             return cls(text, text)
-        overrides = tuple(re.split(r",(?=[a-z_]+\.)", rest))
+        overrides = split_overrides(rest)
         given = [value for name, _, value in (o.partition("=") for o in overrides) if name == "align.strategy"]
         return cls(
             label, given[-1] if given else "foga", tuple(o for o in overrides if not o.startswith("align.strategy="))
         )
+
+
+def split_overrides(text: str) -> tuple[str, ...]:
+    """Return section.field=value,… as a tuple; commas inside a value stay."""
+    return tuple(re.split(r",(?=[a-z_]+\.)", text))
 
 
 @dataclass(frozen=True)
@@ -114,12 +119,17 @@ class Experiment:
     def _train(
         self, name: str, folder: Path, seed: int, steps: int, defaults: Sequence[str], settings: Sequence[str]
     ) -> Job:
-        """Return a training. Of the settings with one name, the last counts."""
-        launcher = [str(Path(sys.executable).with_name("deepspeed"))]
-        launcher += [] if self.ranks is None else ["--num_gpus", str(self.ranks)]
-        fixed = (*defaults, *self.overrides, *settings, f"run.seed={seed}", f"run.dir={folder}")
-        command = (*launcher, str(_TRAIN), "--preset", self.preset, "--ds_config", self.ds_config, *fixed)
-        return Job(name, command, folder, folder / "summary.json", steps)
+        program = ("--preset", self.preset, "--ds_config", self.ds_config)
+        settings = (*defaults, *self.overrides, *settings, f"run.seed={seed}")
+        return training_job(name, folder, (*program, *settings), steps, self.ranks)
+
+
+def training_job(name: str, folder: Path, arguments: Sequence[str], steps: int, ranks: int | None = None) -> Job:
+    """Return a training into `folder` through DeepSpeed's launcher. arguments: of the training program; of the settings
+    with one name, the last counts. ranks: None for as many as the launcher finds."""
+    launcher = [str(Path(sys.executable).with_name("deepspeed"))]
+    launcher += [] if ranks is None else ["--num_gpus", str(ranks)]
+    return Job(name, (*launcher, str(_TRAIN), *arguments, f"run.dir={folder}"), folder, folder / "summary.json", steps)
 
 
 def write_plan(jobs: Sequence[Job], file: Path) -> None:

@@ -193,3 +193,31 @@ def test_attention_that_is_wrong_is_named():
 
 def test_parts_without_results_leave_their_questions_open():
     assert {row[1:] for row in decide({})} == {("not measured", "", "")}
+
+
+def test_a_sweep_of_finished_runs(program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    curves = {
+        "a-seed0": (1.0, 0.8, 0.2),
+        "a-seed1": (1.0, 0.4, 0.3),
+        "b-seed0": (1.0, 0.5, 0.5),
+        "b-seed1": (1.0, 0.3, 0.2),
+    }
+    for name, losses in curves.items():
+        folder = tmp_path / "runs/sweep/lr" / name
+        folder.mkdir(parents=True)
+        lines = [{"step": 10 * n, "val/flow_loss": loss} for n, loss in enumerate(losses)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 20}]))
+        summary = {"val/flow_loss": {"last": losses[-1], "ema": losses[-1]}, "seconds": {"train": 40}, "steps": 20}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    arms = ("a:train.lr=1e-3,train.betas=[0.9,0.95]", "b:train.lr=2e-3")
+    program(
+        "sweep.py", "lr", *arms, "--seeds", "0,1", "--goal", "0.4", "--out", tmp_path / "out.json", "train.steps=20"
+    )
+    a, b = json.loads((tmp_path / "out.json").read_text())["arms"].values()
+    assert a["settings"] == ["train.lr=1e-3", "train.betas=[0.9,0.95]"]
+    assert a["loss"] == {"10": 0.6, "20": 0.25}
+    assert a["range"] == 0.1
+    # seed 0 from 0.8 to 0.2: half of the two octaves, so step 15; seed 1 at step 10; 2 s per step
+    assert (a["steps_to_goal"], a["s_to_goal"]) == (12.5, 25)
+    assert b["steps_to_goal"] is None  # one of its seeds never reaches it

@@ -1,0 +1,107 @@
+"""Train a preset with several settings and seeds, and compare validation flow losses by steps and by time.
+
+python benchmarks/sweep.py NAME LABEL:section.field=value,… … [--seeds 0,1,2] [--preset demo] [--goal LOSS]
+    [section.field=value …]
+
+Runs go to runs/sweep/NAME, one process each, through the real launcher. The same command goes on after an interruption;
+finished runs are not repeated: remove their folders after a change of the code. The table goes to
+benchmarks/results/sweep_NAME.json. `agrepa compare` compares strategies, from one warm-up per seed and by sound.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from math import log
+from pathlib import Path
+from statistics import mean
+
+from _results import RESULTS, print_table, write_json
+
+from agrepa_fast.evaluation.jobs import Job, run_jobs, split_overrides, training_job
+
+# Arms and overrides may say otherwise.
+FLOW_ALONE = ("align.strategy=none", "align.bitc_speech=0", "align.bitc_audio=0")
+
+
+def read_losses(folder: Path) -> dict[int, float]:
+    """Return the validation flow loss of the weights by step."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["val/flow_loss"] for line in lines if "val/flow_loss" in line}
+
+
+def step_of(losses: dict[int, float], goal: float) -> float | None:
+    """Return the step at which the loss first reaches `goal`, None if never: between two validations the logarithm of
+    the loss is taken as linear."""
+    before = None
+    for step, loss in losses.items():
+        if loss <= goal:
+            if before is None:
+                return float(step)
+            start, higher = before
+            return start + (step - start) * log(higher / goal) / log(higher / loss)
+        before = step, loss
+    return None
+
+
+def summarise(folders: Sequence[Path], goal: float | None) -> dict:
+    """Return an arm's loss by step, the range of its last one over seeds, and the time of a step and to `goal`; means
+    over seeds, None for a goal that a seed does not reach."""
+    runs = [read_losses(folder) for folder in folders]
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    last = [summary["val/flow_loss"]["last"] for summary in summaries]
+    seconds = [summary["seconds"]["train"] / summary["steps"] for summary in summaries]
+    reached = [None if goal is None else step_of(run, goal) for run in runs]
+    every = None not in reached
+    return {
+        "loss": {step: mean(run[step] for run in runs) for step in runs[0] if step},
+        "range": max(last) - min(last),
+        "ema": mean(summary["val/flow_loss"]["ema"] for summary in summaries),
+        "s_per_step": mean(seconds),
+        "steps_to_goal": mean(reached) if every else None,
+        "s_to_goal": mean(step * each for step, each in zip(reached, seconds, strict=True)) if every else None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--preset", default="demo")
+    parser.add_argument("--goal", type=float, help="loss whose steps and seconds are compared")
+    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/sweep_NAME.json)")
+    parser.add_argument("arms", nargs="+", metavar="LABEL:section.field=value,… or section.field=value")
+    args = parser.parse_intermixed_args()
+    labelled = [text for text in args.arms if ":" in text.partition("=")[0]]
+    arms = {label: split_overrides(settings) for label, _, settings in (text.partition(":") for text in labelled)}
+    overrides = [text for text in args.arms if text not in labelled]
+    seeds = args.seeds.split(",")
+    folder = Path("runs/sweep") / args.name
+    folder.mkdir(parents=True, exist_ok=True)
+
+    runs: dict[str, list[Path]] = {label: [] for label in arms}
+    jobs: list[Job] = []
+    for seed in seeds:
+        for label in arms:
+            run = folder / f"{label}-seed{seed}"
+            runs[label].append(run)
+            arguments = ("--preset", args.preset, *FLOW_ALONE, *overrides, *arms[label], f"run.seed={seed}")
+            jobs.append(training_job(f"{label}, seed {seed}", run, arguments, steps=1))
+    if failed := run_jobs(jobs, print):
+        sys.exit(f"{len(failed)} of {len(jobs)} runs failed, {failed[0].name} first: the same command tries again")
+
+    table = {label: {"settings": arms[label], **summarise(runs[label], args.goal)} for label in arms}
+    steps = next(iter(table.values()))["loss"]
+    header = ("arm", *steps, "range", "EMA", "s per step", f"steps to {args.goal}", "seconds")
+    rows = []
+    for label, arm in table.items():
+        losses = (*arm["loss"].values(), arm["range"], arm["ema"], arm["s_per_step"])
+        to_goal = ("" if arm[name] is None else f"{arm[name]:.0f}" for name in ("steps_to_goal", "s_to_goal"))
+        rows.append((label, *(f"{loss:.3f}" for loss in losses), *to_goal))
+    print_table(f"validation flow loss, mean over seeds {args.seeds}", header, rows)
+    out = args.out or RESULTS / f"sweep_{args.name}.json"
+    print("wrote", write_json(f"sweep_{args.name}", {"seeds": seeds, "goal": args.goal, "arms": table}, out))
+
+
+if __name__ == "__main__":
+    main()
