@@ -48,6 +48,8 @@ GELUS = ("erf", "tanh")
 INITS = ("adaln_zero", "release")
 OF_SHARDS = ("n_mels", "vocab", "extra_vocab", "text_vocab", "speaker_dim")  # model.*: for every backbone alike
 _LAYERS = re.compile(r"\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*")
+_DECIMAL = r"[0-9]{1,2}(?:\.[0-9]{1,9})?"
+_TIMES = re.compile(rf"uniform|logit_normal(?::(-?{_DECIMAL}),({_DECIMAL}))?")
 
 
 @section("run.")
@@ -126,6 +128,9 @@ class FlowConfig:
     infill: Annotated[list[ShareAboveZero], Field(min_length=2, max_length=2)] = setting(
         [0.7, 1.0], "infill: least and largest share of the clip in the span that is hidden"
     )
+    times: str = setting(
+        "uniform", "t of training: uniform, or logit_normal:MEAN,SCALE, the sigmoid of a normal number; 0,1 if left out"
+    )
     drop_tokens: ShareBelowOne = setting(0.1, "share of clips that train without tokens")
     drop_reference: ShareBelowOne = setting(0.1, "share of clips that train without the reference")
     drop_all: ShareBelowOne = setting(0.0, "share of clips that train without either")
@@ -140,6 +145,19 @@ class FlowConfig:
 
     def __post_init__(self) -> None:
         check(self.infill[0] <= self.infill[1], f"flow.infill={self.infill}: the least share comes first")
+        check(
+            _TIMES.fullmatch(self.times) and (self.logit_normal is None or self.logit_normal[1] > 0),
+            f"flow.times={self.times!r}: write uniform, logit_normal, or logit_normal:MEAN,SCALE with a positive "
+            "SCALE, such as logit_normal:-0.8,0.8",
+        )
+
+    @property
+    def logit_normal(self) -> tuple[float, float] | None:
+        """Mean and scale of the logits of t; None if t is uniform."""
+        mean, scale = _TIMES.fullmatch(self.times).groups()
+        if self.times == "uniform":
+            return None
+        return (0.0, 1.0) if mean is None else (float(mean), float(scale))
 
 
 @section("align.")

@@ -17,7 +17,7 @@ from .models.condition import Condition
 
 
 class Draws(NamedTuple):
-    t: torch.Tensor  # (C,) uniform in [0, 1)
+    t: torch.Tensor  # (C,) fp32 in [0, 1], distributed as flow.times says
     keep_tokens: torch.Tensor  # (C,) bool
     keep_reference: torch.Tensor  # (C,) bool
     hidden: "Span"  # what the reference does not give
@@ -39,9 +39,14 @@ def training_draws(flow: FlowConfig, lengths: torch.Tensor, keys: torch.Tensor) 
     """Return a training step's draws for each clip. lengths (C,) frames; keys (C,) int64, on the same device.
 
     A prefix has 1 to max(1, int(max_reference * length)) frames. A span to fill in has a share of the clip between the
-    two of flow.infill, and lies anywhere (F5-TTS's mask_from_frac_lengths).
+    two of flow.infill, and lies anywhere (F5-TTS's mask_from_frac_lengths). A logit-normal t (Esser et al. 2024,
+    "Scaling Rectified Flow Transformers", sec. 3.1) is the quantile of the uniform draw. The t of the paper is 1 - t
+    here, so its mean has the other sign.
     """
     t, tokens, reference, share, place, everything = philox_uniform(keys, 6).unbind(1)
+    if flow.logit_normal is not None:
+        mean, scale = flow.logit_normal
+        t = torch.sigmoid(mean + scale * torch.special.ndtri(t))
     kept = everything >= flow.drop_all
     if flow.reference == "prefix":
         longest = (flow.max_reference * lengths).long().clamp(min=1)

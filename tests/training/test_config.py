@@ -81,6 +81,10 @@ def test_another_backbone_leaves_out_the_sizes_of_the_presets_own(tmp_path):
         ("probe.max_rows=64", "no longer a setting: lower probe.chunk"),
         ("data.hop_length=0", "from 1 to"),
         ("flow.sigma=0", "must be positive"),
+        ("flow.times=lognormal", "flow.times='lognormal': write uniform, logit_normal, or logit_normal:MEAN,SCALE"),
+        ("flow.times=logit_normal:0", "such as logit_normal:-0.8,0.8"),
+        ("flow.times=logit_normal:0,0", "a positive SCALE"),
+        ("flow.times=uniform:0,1", "write uniform"),
     ],
 )
 def test_bad_values_get_one_line_that_names_them(override, message):

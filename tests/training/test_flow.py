@@ -1,6 +1,7 @@
 import math
 from dataclasses import replace
 from itertools import pairwise
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -148,6 +149,39 @@ def test_draws():
     assert len(set(draws.hidden.start.tolist())) == 30
     short = training_draws(FlowConfig(), torch.full((50,), 2), keys[:50])
     assert set(short.hidden.start.tolist()) == {1}
+
+
+def kolmogorov_smirnov(t: torch.Tensor, mean: float, scale: float) -> float:
+    """sqrt(n) sup |F_n - F|, F the distribution of the sigmoid of N(mean, scale^2). It exceeds 1.95 for one sample of
+    F in a thousand."""
+    steps, t = torch.arange(len(t) + 1, dtype=torch.float64) / len(t), t.double().sort().values
+    normal = NormalDist(mean, scale)
+    exact = torch.tensor([normal.cdf(float(logit)) for logit in t.logit()], dtype=torch.float64)
+    return len(t) ** 0.5 * max((steps[1:] - exact).max(), (exact - steps[:-1]).max()).item()
+
+
+@pytest.mark.parametrize(
+    ("times", "mean", "scale"),
+    [("logit_normal", 0, 1), ("logit_normal:-0.8,0.8", -0.8, 0.8), ("logit_normal:1,2", 1, 2)],
+)
+def test_logit_normal_times(times, mean, scale):
+    lengths, keys = torch.full((4000,), 100), clip_keys(3, 7, range(4000), "draws")
+    t, *others = training_draws(FlowConfig(times=times), lengths, keys)
+    assert t.dtype == torch.float32
+    assert kolmogorov_smirnov(t, mean, scale) < 1.95
+    assert kolmogorov_smirnov(t, mean + 0.1 * scale, scale) > 1.95
+    assert kolmogorov_smirnov(t, mean, 1.2 * scale) > 1.95
+    uniform, *same = training_draws(FlowConfig(), lengths, keys)
+    assert t[uniform.argsort()].diff().min() > -1e-6
+    assert all(torch.equal(*pair) for pair in zip((*others[:2], *others[2]), (*same[:2], *same[2]), strict=True))
+    assert torch.equal(training_draws(FlowConfig(times=times), lengths[5:7], keys[5:7]).t, t[5:7])
+
+
+def test_times_stay_finite_where_a_uniform_draw_is_0_or_1(monkeypatch):
+    edges = torch.tensor([0.0, 1.0])[:, None].expand(2, 6)
+    monkeypatch.setattr("agrepa_fast.flow.philox_uniform", lambda keys, count: edges)
+    t = training_draws(FlowConfig(times="logit_normal"), torch.full((2,), 9), torch.arange(2)).t
+    assert t.tolist() == [0, 1]
 
 
 def test_a_clips_draws_depend_on_seed_step_place_and_use_alone():
