@@ -41,6 +41,7 @@ STORAGE = ("ridge", "cka", "lasp")  # measures of what a layer stores of the tea
 MEASURES = (*CONTRIBUTION, *STORAGE)
 MEASURED = (*CONTRIBUTION, "lasp")  # strategies that rank layers by a measure
 STRATEGIES = (*MEASURED, "fixed", "shallow", "deep", "random", "none")
+CHOICES = ("hard", "soft")
 WEIGHTINGS = ("normalized", "equal", "raw2x")
 RECIPES = ("corrected", "official")
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # flow times of probes and of validation
@@ -169,6 +170,9 @@ class AlignConfig:
     share: ShareAboveZero | None = setting(
         None, "instead of k: the fewest layers that are 90 % sure to carry this share of all scores"
     )
+    choice: Literal[CHOICES] = setting(
+        "hard", "soft: every layer that may be in the Top-K, by its probability to be; near ties move lambda little"
+    )
     weighting: Literal[WEIGHTINGS] = setting(
         "normalized", "lambda: share of the scores, equal, or 2 x score as in the release"
     )
@@ -194,6 +198,9 @@ class AlignConfig:
             not self.per_time or name in ("foga", "foga-vjp", "lasp"),
             f"align.per_time: {self.strategy} has no score for each time; foga, foga-vjp and lasp have",
         )
+        if self.choice == "soft":
+            check(measured, f"align.choice=soft: {self.strategy} has no scores that could be nearly equal")
+            check(self.share is None, "align.choice=soft weighs the Top-K: give align.k, not align.share")
         check(self.share is None or measured, f"align.share: {self.strategy} has no scores: give align.k")
 
     @property
@@ -334,6 +341,10 @@ class Config:
             self.align.strategy != "lasp" or min(self.align.bitc_speech, self.align.bitc_audio) > 0,
             "align.strategy=lasp needs align.bitc_speech and align.bitc_audio above 0: it asks BiT-C's projections",
         )
+        if self.align.choice == "soft":
+            name = "probe.pool" if self.align.strategy == "gradnorm" else "probe.clips"
+            number = self.probe.pool if self.align.strategy == "gradnorm" else self.probe.clips
+            check(number > 1, f"align.choice=soft: {name}={number} shows no spread, raise it to 2 at least")
         if self.align.measured:
             check(
                 self.probe.warmup_steps < self.train.steps,

@@ -114,11 +114,20 @@ class LayerScores:
         if self.clips(domain) < 2:
             return None
         mean = self.mean(domain) if time is None else self.mean_at(domain)[:, time]
-        excluded = torch.zeros_like(mean, dtype=torch.bool) if among is None else ~among
-        scores = self.resampled(domain, time).masked_fill(excluded, -torch.inf)
-        best = mean.double().nan_to_num(nan=-torch.inf).masked_fill(excluded, -torch.inf).topk(k).indices
-        chosen = scores.topk(k, dim=1).indices.sort(dim=1).values
-        return float((chosen == best.sort().values).all(1).double().mean())
+        best = _highest(mean.double().nan_to_num(nan=-torch.inf)[None], k, among)
+        return float((self._highest_of_resamples(domain, k, among, time) == best).all(1).double().mean())
+
+    def in_top_k(
+        self, domain: str, k: int, among: torch.Tensor | None = None, time: int | None = None
+    ) -> torch.Tensor | None:
+        """Return the probability of each layer to be one of the k highest, (L,) fp64 with the sum k: the share of
+        bootstrap resamples in which it is. Arguments and None as in top_k_probability."""
+        if self.clips(domain) < 2:
+            return None
+        return self._highest_of_resamples(domain, k, among, time).double().mean(0)
+
+    def _highest_of_resamples(self, domain: str, k: int, among: torch.Tensor | None, time: int | None) -> torch.Tensor:
+        return _highest(self.resampled(domain, time), k, among)
 
     def share_probability(self, domain: str, layers: Sequence[int], share: float) -> float:
         """Return the share of bootstrap resamples in which these layers (0-based) carry at least `share` of the sum
@@ -175,6 +184,14 @@ class LayerScores:
             }
             for domain in self.domains()
         }
+
+
+def _highest(scores: torch.Tensor, k: int, among: torch.Tensor | None) -> torch.Tensor:
+    """Return which layers are the k highest of each row, (rows, L) bool. scores: (rows, L); among: as in
+    LayerScores.top_k_probability."""
+    if among is not None:
+        scores = scores.masked_fill(~among, -torch.inf)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.topk(k, dim=1).indices, True)
 
 
 def _plain(values: torch.Tensor) -> list[float | None]:

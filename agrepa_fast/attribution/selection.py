@@ -7,12 +7,17 @@ from pathlib import Path
 
 import torch
 
-from ..config import STORAGE, WEIGHTINGS, AlignConfig
+from ..config import CHOICES, STORAGE, WEIGHTINGS, AlignConfig
 from ..errors import UserError, nearest
 from ..files import write_atomically
 from .scores import LayerScores
 
+# A soft choice aligns the layers that are in the Top-K with at least this probability. At K = 3 a layer below it would
+# have a weight below 0.02, and its head would cost as much as the others.
+SOFT_BOUND = 0.05
 ABOVE_FLOOR = 3.0  # a layer counts as measured when its score clears this multiple of the floor by two standard errors
+
+SHARE_CONFIDENCE = 0.9  # how sure align.share has to be, by bootstrap over clips
 
 
 class NotRankableError(ValueError):
@@ -67,8 +72,9 @@ def select_layers(
     k: int = 3,
     weighting: str = "normalized",
     *,
+    choice: str = "hard",
     share: float | None = None,
-    confidence: float = 0.9,
+    confidence: float = SHARE_CONFIDENCE,
     per_time: bool = False,
 ) -> LayerSelection:
     """Return the layers of each domain with the highest scores, and their weights.
@@ -78,11 +84,20 @@ def select_layers(
     "equal" 1 / number; "raw2x" 2 x score, as the release hard-codes. per_time: the same at each of the scores' times
     (AG-REPA's timestep-adaptive set): `layers` are the union, and a layer has weight 0 at times that did not choose it.
 
+    choice: "hard" takes the Top-K. "soft" takes every layer that is in the Top-K with a probability P of at least
+    SOFT_BOUND (bootstrap over clips), and multiplies its score, or its 1 of "equal", by P. Rounding then decides
+    nothing between two layers that score alike. If the Top-K is certain, the weights are those of "hard".
+
     A layer is never chosen unless its score is above three times the no-ablation floor by two standard errors. Raises
-    NotRankableError while fewer layers than wanted are, and ValueError for an unknown weighting or k out of range.
+    NotRankableError while fewer layers than wanted are, or a soft choice has one clip alone; and ValueError for an
+    unknown weighting or choice, for k out of range, and for share with a soft choice.
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting={weighting!r}: {nearest(weighting, WEIGHTINGS)}")
+    if choice not in CHOICES:
+        raise ValueError(f"choice={choice!r}: {nearest(choice, CHOICES)}")
+    if choice == "soft" and share is not None:
+        raise ValueError("share: a soft choice weighs the Top-K, give k")
     if share is None and not 1 <= k <= scores.depth:
         raise ValueError(f"k={k}: must be from 1 to the {scores.depth} layers that were measured")
     evidence, chosen = scores.evidence(), {}
@@ -96,9 +111,12 @@ def select_layers(
             )
         times = range(len(scores.times)) if per_time else (None,)
         sure = [scores.top_k_probability(domain, wanted, measured, time) for time in times]
-        evidence[domain] |= {"k": wanted, "top_k_probability": None if None in sure else min(sure)}
+        evidence[domain] |= {"k": wanted, "top_k_probability": None if None in sure else min(sure), "choice": choice}
         rows = scores.mean_at(domain).T if per_time else scores.mean(domain).unsqueeze(0)
-        chosen[domain] = [_weights(row, _highest(row, measured, wanted), weighting) for row in rows]
+        factors = [dict.fromkeys(_highest(row, measured, wanted), 1.0) for row in rows]
+        if choice == "soft":
+            factors = [_probable(scores, domain, wanted, measured, time) for time in times]
+        chosen[domain] = [_weights(row, of_row, weighting) for row, of_row in zip(rows, factors, strict=True)]
     layers = {domain: tuple(sorted(set().union(*rows))) for domain, rows in chosen.items()}
     tables = {
         domain: tuple(tuple(row.get(layer, 0.0) for layer in layers[domain]) for row in rows)
@@ -111,12 +129,9 @@ def select_layers(
     return LayerSelection(scores.measure, layers, mean, scores.step or 0, evidence, **by_time)
 
 
-SHARE_CONFIDENCE = 0.9  # how sure align.share has to be, by bootstrap over clips
-
-
 def select_as(align: AlignConfig, scores: LayerScores) -> LayerSelection:
     """Return select_layers with a run's settings."""
-    options = {"share": align.share, "confidence": SHARE_CONFIDENCE, "per_time": align.per_time}
+    options = {"choice": align.choice, "share": align.share, "per_time": align.per_time}
     return select_layers(scores, align.k, align.weighting, **options)
 
 
@@ -142,14 +157,23 @@ def _highest(scores: torch.Tensor, measured: torch.Tensor, k: int) -> list[int]:
     return torch.where(measured, scores, -torch.inf).argsort(descending=True, stable=True)[:k].tolist()
 
 
-def _weights(scores: torch.Tensor, chosen: list[int], weighting: str) -> dict[int, float]:
-    """Return lambda by 1-based layer."""
-    picked = scores[chosen].double().clamp(min=0)  # a cosine may be negative
+def _probable(scores: LayerScores, domain: str, k: int, measured: torch.Tensor, time: int | None) -> dict[int, float]:
+    """Return the layers, 0-based, that a soft choice takes, with their probability to be in the Top-K."""
+    probabilities = scores.in_top_k(domain, k, measured, time)
+    if probabilities is None:
+        raise NotRankableError(f"{domain}: one clip says nothing about others, and a soft choice asks how they differ")
+    return {layer: p for layer, p in enumerate(probabilities.tolist()) if p >= SOFT_BOUND}
+
+
+def _weights(scores: torch.Tensor, factors: dict[int, float], weighting: str) -> dict[int, float]:
+    """Return lambda by 1-based layer. factors: of the chosen layers, 0-based: how much of their score counts."""
+    layers = sorted(factors)
+    picked = scores[layers].double().clamp(min=0)  # a cosine may be negative
     if weighting == "equal" or not picked.any():
-        picked = torch.full_like(picked, 1 / len(picked))
-    else:
-        picked = 2 * picked if weighting == "raw2x" else picked / picked.sum()
-    return {layer + 1: weight for layer, weight in sorted(zip(chosen, picked.tolist(), strict=True))}
+        picked, weighting = torch.ones_like(picked), "equal"
+    picked = picked * torch.tensor([factors[layer] for layer in layers], dtype=torch.float64)
+    picked = 2 * picked if weighting == "raw2x" else picked / picked.sum()
+    return {layer + 1: weight for layer, weight in zip(layers, picked.tolist(), strict=True)}
 
 
 def unmeasured_selection(align: AlignConfig, depth: int, domains: tuple[str, ...], seed: int) -> LayerSelection:

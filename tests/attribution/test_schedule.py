@@ -107,6 +107,17 @@ def test_one_clip_is_never_sure_enough_to_decide_early(index, tmp_path):
     assert "with probability unknown" in made.said[0]
 
 
+def test_a_soft_choice_has_a_head_for_every_layer_that_may_be_in_the_top_k(index, tmp_path):
+    made = Choice(index, tmp_path, "align.choice=soft", "align.k=2", "probe.clips=4")
+    made.run(range(1, 8))
+    selection = made.aligner.selection
+    assert max(len(layers) for layers in selection.layers.values()) > 2
+    assert set(made.aligner.heads.heads) == {f"{d}_L{k}" for d, layers in selection.layers.items() for k in layers}
+    for domain, weights in selection.weights.items():
+        assert sum(weights) == pytest.approx(1)
+        torch.testing.assert_close(made.aligner.heads.layer_weights(domain, torch.rand(3)), torch.tensor(weights))
+
+
 def test_the_end_of_a_run_chooses_nothing(index, tmp_path):
     made = Choice(index, tmp_path, "probe.clips=8")
     made.run(range(1, 7))
@@ -127,9 +138,10 @@ def test_refresh_measures_again_and_stop_ends_it(index, tmp_path):
     assert made.aligner.layers(14) == (0,)
 
 
+@pytest.mark.parametrize("choice", ["hard", "soft"])
 @pytest.mark.parametrize("strategy", ["foga", "foga-vjp", "lasp", "gradnorm"])
-def test_a_checkpoint_between_launch_and_reading_changes_nothing(strategy, index, tmp_path):
-    arguments = (f"align.strategy={strategy}", "probe.pool=2")
+def test_a_checkpoint_between_launch_and_reading_changes_nothing(strategy, choice, index, tmp_path):
+    arguments = (f"align.strategy={strategy}", "probe.pool=2", f"align.choice={choice}")
     whole = Choice(index, tmp_path / "a", *arguments)
     stopped = Choice(index, tmp_path / "b", *arguments)
     (tmp_path / "a").mkdir()
@@ -317,6 +329,11 @@ class TestHeads:
         (["align.strategy=shallow", "align.refresh=3"], "align.refresh: shallow measures nothing"),
         (["align.strategy=gradnorm", "align.per_time=true"], "align.per_time: gradnorm has no score for each time"),
         (["align.strategy=deep", "align.share=0.5"], "align.share: deep has no scores"),
+        (["align.strategy=deep", "align.choice=soft"], "align.choice=soft: deep has no scores"),
+        (["align.share=0.5", "align.choice=soft"], "align.choice=soft weighs the Top-K: give align.k"),
+        (["probe.clips=1", "align.choice=soft"], "align.choice=soft: probe.clips=1 shows no spread, raise it to 2"),
+        (["align.strategy=gradnorm", "align.choice=soft"], "align.choice=soft: probe.pool=1 shows no spread"),
+        (["align.choice=sotf"], "align.choice='sotf': hard or soft"),
         (["align.share=1.5"], "align.share=1.5: must be in"),
         (["align.stop=-1"], "align.stop=-1"),
         (["align.stop=7"], "align.stop=7 comes before the layers are chosen"),

@@ -1,6 +1,7 @@
 """Statistics over scores, and the layers and weights that are chosen from them."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -132,9 +133,98 @@ class TestSelection:
         assert chosen.layers == {"speech": (2, 3), "audio": (1, 2)}
         assert chosen.weights == {"speech": pytest.approx((0, 1)), "audio": (0.5, 0.5)}
 
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"choice": "softly"}, "did you mean 'soft'"),
+            ({"choice": "soft", "share": 0.5}, "a soft choice weighs the Top-K"),
+        ],
+    )
+    def test_bad_choices(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            select_layers(self.scores([0.4, 0.1], [0.1, 0.2]), 1, **arguments)
+
     def test_bad_arguments(self):
         scores = self.scores([0.4, 0.1], [0.1, 0.2])
         with pytest.raises(ValueError, match="2 layers that were measured"):
             select_layers(scores, k=3)
         with pytest.raises(ValueError, match="did you mean 'normalized'"):
             select_layers(scores, k=1, weighting="normalised")
+
+
+class TestSoftChoice:
+    """Layers weighted by their probability to be in the Top-K."""
+
+    def scores(self, means, spread=0.1, clips=16, times=(0.5,), seed=0):
+        """LayerScores of one domain around the given means (L,), or (L, times)."""
+        means = torch.tensor(means).reshape(len(means), 1, -1)
+        noise = torch.randn(len(means), clips, len(times), generator=torch.Generator().manual_seed(seed))
+        values = (means + spread * (noise - noise.mean(1, keepdim=True))).unsqueeze(-1)
+        return LayerScores(values, torch.zeros(clips), torch.zeros(clips, dtype=torch.long), times)
+
+    def weights(self, scores, choice, k=2, weighting="normalized"):
+        """Lambda of every layer, 0 for those not chosen."""
+        made, weights = select_layers(scores, k, weighting, choice=choice), torch.zeros(scores.depth)
+        for layer, weight in zip(made.layers["speech"], made.weights["speech"], strict=True):
+            weights[layer - 1] = weight
+        return weights
+
+    def moved(self, a, b, choice):
+        """The total-variation distance of the weights of two sets of scores."""
+        return float((self.weights(a, choice) - self.weights(b, choice)).abs().sum() / 2)
+
+    @pytest.mark.parametrize("weighting", ["normalized", "equal", "raw2x"])
+    def test_the_naive_version(self, weighting):
+        scores = self.scores([0.50, 0.40, 0.39, 0.10])
+        clips, draw = scores.values[:, :, 0, 0].double(), torch.Generator().manual_seed(0)
+        picks = [torch.randint(16, (16,), generator=draw) for _ in range(2000)]
+        inside = torch.zeros(4, dtype=torch.float64)
+        for pick in picks:
+            for layer in sorted(range(4), key=lambda one: -clips[one, pick].mean())[:2]:
+                inside[layer] += 1 / 2000
+        assert inside[3] < 0.05 < inside[2] < inside[1] < 0.95 < inside[0]
+        raw = inside[:3] * (1 if weighting == "equal" else clips.mean(1)[:3])
+        expected = 2 * raw if weighting == "raw2x" else raw / raw.sum()
+        made = select_layers(scores, 2, weighting, choice="soft")
+        assert made.layers["speech"] == (1, 2, 3)
+        assert made.weights["speech"] == pytest.approx(expected.tolist(), abs=1e-6)
+        assert made.evidence["speech"]["choice"] == "soft"
+
+    @pytest.mark.parametrize("weighting", ["normalized", "equal", "raw2x"])
+    @pytest.mark.parametrize("per_time", [False, True])
+    def test_it_is_the_hard_choice_where_the_top_k_is_certain(self, weighting, per_time):
+        scores = self.scores([[0.9, 0.1], [0.5, 0.8], [0.1, 0.6], [0.2, 0.3]], spread=0.01, times=(0.2, 0.7))
+        hard, soft = (select_layers(scores, 2, weighting, choice=c, per_time=per_time) for c in ("hard", "soft"))
+        assert (soft.layers, soft.weights, soft.weights_at) == (hard.layers, hard.weights, hard.weights_at)
+
+    def test_weights_sum_to_one_at_every_time(self):
+        scores = self.scores([[0.5, 0.1], [0.4, 0.3], [0.39, 0.31], [0.1, 0.5]], times=(0.2, 0.7))
+        made = select_layers(scores, 2, choice="soft", per_time=True)
+        assert [sum(row) for row in made.weights_at["speech"]] == pytest.approx([1, 1])
+        assert sum(made.weights["speech"]) == pytest.approx(1)
+        first, second = made.weights_at["speech"]
+        assert first[3] == second[0] == 0  # L4 at the first time, L1 at the second
+        assert min(first[1], first[2], second[1], second[2]) > 0.1  # L2 and L3 are a tie at both
+
+    def test_a_near_tie_moves_soft_weights_little_and_hard_ones_much(self):
+        a, b = self.scores([0.5, 0.4001, 0.4, 0.1]), self.scores([0.5, 0.4, 0.4001, 0.1])
+        assert self.moved(a, b, "hard") == pytest.approx(4 / 9, abs=0.01)
+        assert self.moved(a, b, "soft") < 0.005
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_no_layer_enters_or_leaves_with_a_jump(self, seed):
+        """L3 rises from below L2 to above L1 in steps of 0.2 standard errors."""
+        path = [self.scores([0.5, 0.4, 0.25 + 0.005 * step, 0.1], seed=seed) for step in range(61)]
+        assert max(self.moved(a, b, "soft") for a, b in pairwise(path)) < 0.05
+        assert max(self.moved(a, b, "hard") for a, b in pairwise(path)) > 0.3
+
+    def test_a_higher_score_never_weighs_less(self):
+        rising = [self.weights(self.scores([0.5, 0.4, 0.3 + 0.02 * step, 0.2]), "soft") for step in range(11)]
+        third = [float(weights[2]) for weights in rising]
+        assert third == sorted(third)
+        assert third[0] < 0.1
+        assert third[-1] > 0.4
+
+    def test_a_single_clip_is_no_ground_for_a_soft_choice(self):
+        with pytest.raises(NotRankableError, match="one clip says nothing about others"):
+            select_layers(self.scores([0.5, 0.4], clips=1), 1, choice="soft")
