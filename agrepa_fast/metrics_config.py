@@ -22,8 +22,8 @@ class MetricsConfig:
         "package:whisper-base", "recogniser: or a Whisper or CTC model, by folder or hub name", resume=True
     )
     language: str = setting("en", "of the transcripts", resume=True)
-    text: Literal["whisper", "seedtts"] = setting(
-        "whisper", "how texts are made comparable: Whisper's normaliser, or seed-tts-eval's", resume=True
+    text: Literal["whisper", "seedtts", "f5"] = setting(
+        "whisper", "how texts are made comparable: Whisper's normaliser, seed-tts-eval's, or F5-TTS's", resume=True
     )
     mos: str = setting(
         "package:distillmos", "predictor of listeners' scores: or package:dnsmos, or utmos:FILE", resume=True

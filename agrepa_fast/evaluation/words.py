@@ -2,12 +2,15 @@
 
 import re
 import string
-import unicodedata
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 Normaliser = Callable[[str], str]
-_KEPT = "'"  # seed-tts-eval keeps the apostrophe and drops all other punctuation
+_PUNCTUATION = re.compile(  # string.punctuation and zhon.hanzi.punctuation of zhon 2.1.1
+    f"[{re.escape(string.punctuation)}\u00b7\u2013\u2014\u2018\u2019\u201b-\u201f\u2026\u2027\u3000-\u3003\u3008-\u3011"
+    "\u3014-\u301f\u3030\u303e\u303f\ufe4f\ufe51\ufe54\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff64]"
+)
+_KEPT = {"seedtts": "'", "f5": ""}  # what a published definition keeps of it
 
 
 class Errors(NamedTuple):
@@ -52,11 +55,12 @@ def load_normaliser(name: str, language: str, spelling: Mapping[str, str]) -> No
     """Return the function that both texts go through before they are compared (metrics.text).
 
     whisper: transformers' EnglishTextNormalizer with British and American spellings, which a Whisper has; for other
-    languages BasicTextNormalizer. seedtts: as seed-tts-eval's run_wer.py: lower case,
-    without punctuation but the apostrophe, numbers as they are; characters are words in Chinese.
+    languages BasicTextNormalizer. seedtts: as process_one of seed-tts-eval's run_wer.py (752f429): lower case, without
+    punctuation but the straight apostrophe, numbers as they are. f5: as run_asr_wer of F5-TTS's utils_eval.py
+    (2ae2c9b), which drops that apostrophe, too. Both make every character a word in Chinese, and keep its case.
     """
-    if name == "seedtts":
-        return _seedtts_chinese if language == "zh" else _seedtts
+    if name in _KEPT:
+        return lambda text: _plain(text, _KEPT[name], language == "zh")
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
     if language != "en":
@@ -66,14 +70,6 @@ def load_normaliser(name: str, language: str, spelling: Mapping[str, str]) -> No
     return lambda text: english(text.replace("\u2019", "'")).strip()  # it knows straight apostrophes alone
 
 
-def _seedtts(text: str) -> str:
-    text = "".join(letter for letter in text if letter == _KEPT or not _is_punctuation(letter))
-    return re.sub(" +", " ", text).strip().lower()
-
-
-def _seedtts_chinese(text: str) -> str:
-    return " ".join(_seedtts(text).replace(" ", ""))
-
-
-def _is_punctuation(letter: str) -> bool:
-    return letter in string.punctuation or unicodedata.category(letter).startswith("P")
+def _plain(text: str, kept: str, chinese: bool) -> str:
+    words = _PUNCTUATION.sub(lambda found: found[0] if found[0] in kept else "", text).split()
+    return " ".join("".join(words)) if chinese else " ".join(words).lower()

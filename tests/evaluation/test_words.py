@@ -65,15 +65,36 @@ def test_errors_are_capped_by_the_words():
 
 
 @pytest.mark.parametrize(
-    ("text", "english", "chinese"),
+    ("text", "name", "english", "chinese"),
     [
-        ("Don\u2019t, stop - \u201cit's\u201d 50%!", "dont stop it's 50", "d o n t s t o p i t ' s 5 0"),
-        ("你好\uff0c世界。", "你好世界", "你 好 世 界"),
+        ("Don\u2019t, stop - \u201cit's\u201d 50%!", "seedtts", "dont stop it's 50", "D o n t s t o p i t ' s 5 0"),
+        ("Don\u2019t, stop - \u201cit's\u201d 50%!", "f5", "dont stop its 50", "D o n t s t o p i t s 5 0"),
+        ("你好\uff0c世界。", "seedtts", "你好世界", "你 好 世 界"),
+        ("一\u3000二\uff5e三", "f5", "一二三", "一 二 三"),  # zhon's list has the wide space and some symbols
+        (
+            "\u00bfqu\u00e9? \u00abno\u00bb",
+            "seedtts",
+            "\u00bfqu\u00e9 \u00abno\u00bb",
+            "\u00bf q u \u00e9 \u00ab n o \u00bb",
+        ),  # not these
     ],
 )
-def test_seed_tts_s_texts(text, english, chinese):
-    assert load_normaliser("seedtts", "en", {})(text) == english
-    assert load_normaliser("seedtts", "zh", {})(text) == chinese
+def test_texts_of_published_definitions(text, name, english, chinese):
+    assert load_normaliser(name, "en", {})(text) == english
+    assert load_normaliser(name, "zh", {})(text) == chinese
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("whisper", (8, 2, 2, 0)),  # it is bob is is not it 50, and its bobs is not it 50
+        ("seedtts", (5, 3, 0, 0)),  # it's, bob's and fifty differ
+        ("f5", (5, 1, 0, 0)),  # fifty differs
+    ],
+)
+def test_one_sentence_in_each_definition(name, counts):
+    normalise = load_normaliser(name, "en", {})
+    assert word_errors(normalise("It's Bob's, isn't it? Fifty!"), normalise("Its Bobs isn't it 50")) == counts
 
 
 def test_spellings_and_other_languages():
