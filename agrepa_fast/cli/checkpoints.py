@@ -21,7 +21,16 @@ def add_evaluate(commands) -> None:
     evaluate = add_command(commands, "evaluate", about, example)
     evaluate.add_argument("--domain", choices=DOMAINS, help="of a folder; of a run one domain alone (default: all)")
     evaluate.add_argument(
-        "--reference", type=a_path, metavar="FOLDER", help="the true recordings of a folder's, by name"
+        "--reference",
+        type=a_path,
+        metavar="FOLDER",
+        help="the true recordings of a folder's, by name; with --list those of the list",
+    )
+    evaluate.add_argument(
+        "--list",
+        type=a_path,
+        metavar="FILE",
+        help="what a folder's recordings are to say: F5-TTS's or seed-tts-eval's list, or a folder of LibriSpeech",
     )
     add_checkpoint(evaluate, about="runs/<run>, a checkpoint, an export, or a folder of recordings")
     evaluate.set_defaults(command=_evaluate)
@@ -53,12 +62,14 @@ def _evaluate(args: argparse.Namespace) -> None:
         if not path.is_dir() or (path / "config.yaml").is_file() or path.parent.name == "checkpoints":
             if args.reference is not None:
                 raise UserError(f"--reference: {path} has its truths in the shards; it is for a folder of recordings")
+            if args.list is not None:
+                raise UserError(f"--list: {path} is sampled from its shards; it is for a folder of recordings")
             domains = args.domain and [args.domain]
             evaluate_checkpoint(path, args.overrides, ranks, live=args.live, domains=domains, out=args.out)
             return
         if args.live:
             raise UserError(f"--live: {path} is a folder of recordings, which has no weights")
-        options = {"domain": args.domain, "reference": args.reference, "out": args.out}
+        options = {"domain": args.domain, "reference": args.reference, "listed": args.list, "out": args.out}
         evaluate_folder(path, args.overrides, ranks, **options)
 
 

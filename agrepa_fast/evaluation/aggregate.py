@@ -66,6 +66,7 @@ CLIP_METRICS = {
     "dnsmos_bak": ClipMetric("predicted opinion of the background, 1 to 5", _mean("dnsmos_bak")),
     "dnsmos_ovrl": ClipMetric("predicted opinion of both, 1 to 5", _mean("dnsmos_ovrl")),
     "similarity": ClipMetric("cosine with the clip's truth", _mean("similarity")),
+    "similarity_prompt": ClipMetric("cosine with the clip's prompt", _mean("similarity_prompt")),
     "mel_l1": ClipMetric("mean |log-mel - truth| beyond the reference", _mean("mel_l1")),
 }
 SET_METRICS = {

@@ -37,11 +37,12 @@ class Judges:
     """Lets metric models judge wavs. Figures are kept in the user's cache, by content: what several evaluations share,
     such as the truths, is judged once.
 
-    models: by their use; left_out: those that failed their self-test; failed: wav and model -> reason.
+    prompts: true recordings that models are tested on if there are no truths. models: by their use; left_out: those
+    that failed their self-test; failed: wav and model -> reason.
     """
 
-    def __init__(self, metrics: MetricsConfig, ranks: Ranks):
-        self.metrics, self.ranks = metrics, ranks
+    def __init__(self, metrics: MetricsConfig, ranks: Ranks, prompts: Sequence[Wav] = ()):
+        self.metrics, self.ranks, self.prompts = metrics, ranks, prompts
         self.models: dict[str, Any] = {}
         self.left_out: dict[str, SelfTest] = {}
         self.failed: dict[str, str] = {}
@@ -56,18 +57,19 @@ class Judges:
         gauge_of: Callable[[Any, Sequence[Sound]], Gauge],
     ) -> Figures:
         """Return the figures of each wav by the model that `load` returns for a device; {} if the model fails its
-        self-test on the truths. Every rank must call it."""
+        self-test on the truths. A wav without a file has failed. Every rank must call it."""
+        there = [wav for wav in wavs if wav.path.is_file()]
         model = self.models[kind] = self.ranks.load_on_every_rank(f"metrics: {kind}", load)
-        test = self.ranks.from_rank_0(lambda: self._test(kind, model, gauge_of, _truths(wavs)))
+        test = self.ranks.from_rank_0(lambda: self._test(kind, model, gauge_of, _truths([*there, *self.prompts])))
         if not test.passed:
             self.left_out[kind] = test
             return {}
         identity = {**model.identity, "language": self.metrics.language}
         scores, judge = ScoreCache(cache_dir() / "scores", kind, identity), judge_of(model)
-        found = self._each(kind, wavs, lambda wav: scores.judge(self._sha256(wav.path), partial(_read, wav), judge))
-        figures = dict(zip(wavs, found, strict=True))
+        found = self._each(kind, there, lambda wav: scores.judge(self._sha256(wav.path), partial(_read, wav), judge))
+        figures = dict(zip(there, found, strict=True))
         self.failed |= {f"{w.row}/{w.path.name}: {kind}": f[FAILED] for w, f in figures.items() if FAILED in f}
-        return figures
+        return {wav: figures.get(wav, {FAILED: "missing"}) for wav in wavs}
 
     def _test(self, kind: str, model: Any, gauge_of: Callable, truths: Sequence[Wav]) -> SelfTest:
         """Return the self-test of a model on the truths. It is kept in the user's cache: for a recogniser it takes as
@@ -159,9 +161,9 @@ def _vocoded(sample: Sample, vocoder: Vocoder) -> tuple[np.ndarray, int]:
 
 
 def _truths(wavs: Sequence[Wav]) -> list[Wav]:
-    """Return the truths, or the wavs of another row if there are no truths."""
+    """Return the truths, or prompts if there are no truths, or the wavs of another row."""
     rows = {wav.row for wav in wavs}
-    row = "truth" if "truth" in rows else sorted(rows)[0]
+    row = next((row for row in ("truth", "prompt") if row in rows), sorted(rows)[0])
     return [wav for wav in wavs if wav.row == row]
 
 
@@ -188,10 +190,16 @@ def word_figures(heard: Figures, normalise: Callable[[str], str]) -> Figures:
 
 
 def similarities(vectors: Figures) -> Figures:
-    """Return the cosine of each wav's speaker vector with that of its truth; nothing for truths themselves."""
-    truths = {w.clip.key: np.array(f["vector"]) for w, f in vectors.items() if w.row == "truth" and "vector" in f}
+    """Return the cosine of each wav's speaker vector with those of its truth and of its prompt, if it has them: of a
+    truth with its prompt alone, and nothing of prompts."""
+    of_row: dict[str, dict[str, np.ndarray]] = {"truth": {}, "prompt": {}}
+    for wav, figure in vectors.items():
+        if wav.row in of_row and "vector" in figure:
+            of_row[wav.row][wav.clip.key] = np.array(figure["vector"])
     figures: Figures = {}
     for wav, figure in vectors.items():
-        if wav.row != "truth" and "vector" in figure and wav.clip.key in truths:
-            figures[wav] = {"similarity": similarity(np.array(figure["vector"]), truths[wav.clip.key])}
+        for row, metric in (("truth", "similarity"), ("prompt", "similarity_prompt")):
+            if wav.row not in (row, "prompt") and "vector" in figure and wav.clip.key in of_row[row]:
+                cosine = similarity(np.array(figure["vector"]), of_row[row][wav.clip.key])
+                figures.setdefault(wav, {})[metric] = cosine
     return figures

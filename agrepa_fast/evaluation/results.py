@@ -20,7 +20,7 @@ from .scores import Figures
 from .synthesis import Wav
 
 COUNTS = ("words", "errors", "sub", "del", "ins", "chars", "char_errors", "heard_words", "heard_errors")
-SCORES = ("logprob", "mos", "dnsmos_sig", "dnsmos_bak", "dnsmos_ovrl", "similarity", "mel_l1")
+SCORES = ("logprob", "mos", "dnsmos_sig", "dnsmos_bak", "dnsmos_ovrl", "similarity", "similarity_prompt", "mel_l1")
 FIELDS = ("row", "domain", "key", "draw", "seconds", *COUNTS, "understood", *SCORES, "text", "heard", "sha256")
 _TYPES = dict.fromkeys((*COUNTS, "draw"), int) | dict.fromkeys((*SCORES, "seconds"), float)
 
@@ -28,12 +28,14 @@ _TYPES = dict.fromkeys((*COUNTS, "draw"), int) | dict.fromkeys((*SCORES, "second
 def clip_rows(
     wavs: Sequence[Wav], figures: Sequence[Figures], seconds: Callable[[Wav], float], sha256: Mapping[Wav, str]
 ) -> list[dict]:
-    """Return the rows of clips.csv. What does not apply to a wav is None, never 0."""
+    """Return the rows of clips.csv. What does not apply to a wav is None, never 0. sha256: of the wavs whose files are
+    there; the others have no seconds."""
     rows = []
     for wav in wavs:
         row = dict.fromkeys(FIELDS)
         row |= {"row": wav.row, "domain": wav.clip.domain, "key": wav.clip.key, "draw": wav.clip.draw}
-        row |= {"seconds": round(seconds(wav), 3), "sha256": sha256[wav]}
+        if wav in sha256:
+            row |= {"seconds": round(seconds(wav), 3), "sha256": sha256[wav]}
         for part in figures:
             row |= {name: value for name, value in part.get(wav, {}).items() if name in FIELDS}
         rows.append(row)

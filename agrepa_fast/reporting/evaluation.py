@@ -145,15 +145,15 @@ def measure(
         figures.append(word_figures(heard, normalise))
     if "mos" in metrics.only and speech:
         figures.append(judges.mos(speech))
-    if "similarity" in metrics.only and {wav.row for wav in speech} > {"truth"}:
-        figures.append(similarities(judges.speakers(speech)))
+    if "similarity" in metrics.only and ({wav.row for wav in speech} > {"truth"} or judges.prompts):
+        figures.append(similarities(judges.speakers([*speech, *judges.prompts])))
     embeddings, references = {}, {}
     if reference is not None and {"mmd", "fad"} & set(metrics.only):
         for domain in dict.fromkeys(wav.clip.domain for wav in wavs):
             embeddings[domain] = judges.embeddings(domain, [wav for wav in wavs if wav.clip.domain == domain])
             if embeddings[domain]:
                 references[domain] = reference(domain)
-    rows = clip_rows(wavs, figures, seconds, {wav: file_sha256(wav.path) for wav in wavs})
+    rows = clip_rows(wavs, figures, seconds, {wav: file_sha256(wav.path) for wav in wavs if wav.path.is_file()})
     judges.ranks.on_rank_0(lambda: write_clips(rows, out / "clips.csv"))
     names = list(dict.fromkeys(wav.row for wav in wavs))
     judges.ranks.on_rank_0(lambda: write_embeddings(embeddings, references, names, out / "embeddings.npz"))

@@ -1,7 +1,9 @@
 """`agrepa evaluate FOLDER`: recordings from anybody's model, with the true ones beside them if they are there."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import soundfile
 
@@ -10,12 +12,22 @@ from ..corpora.folder import folder_recordings
 from ..corpora.recordings import Recording
 from ..errors import UserError
 from ..evaluation.evaluate import Judges
+from ..evaluation.lists import Utterance, read_list
 from ..evaluation.manifest import Clip
 from ..evaluation.results import write_manifest
 from ..evaluation.synthesis import Wav
 from ..files import FolderLock, check_writable, file_sha256
 from ..ranks import Ranks
 from .evaluation import measure, write_results
+
+
+class _Material(NamedTuple):
+    """What is measured. wavs: with those that a list has and the folder lacks; prompts: of a list's wavs; unlisted:
+    recordings of the folder that the list lacks."""
+
+    wavs: list[Wav]
+    prompts: Sequence[Wav] = ()
+    unlisted: Sequence[str] = ()
 
 
 def evaluate_folder(
@@ -25,40 +37,86 @@ def evaluate_folder(
     *,
     domain: str | None,
     reference: Path | None,
+    listed: Path | None,
     out: Path | None,
 ) -> None:
     """Run `agrepa evaluate FOLDER`: measure recordings against their texts, and against those of the same names in
-    `reference`, the truths. Every rank must call it.
+    `reference`, the truths; or against the utterances of a list. Every rank must call it.
 
-    Words, opinion and similarity are measured; distances between sets need other true recordings than the truths of
-    these, and so a checkpoint with its shards. Raises UserError for a folder that holds none, pairs that are missing,
-    and rates that differ.
+    listed: the list, see read_list; `reference` is the folder of its recordings then. Words, opinion and similarity are
+    measured; distances between sets need other true recordings than the truths of these, and so a checkpoint with its
+    shards. Raises UserError for a folder that holds none, pairs that are missing, and rates that differ.
     """
-    if domain is None:
+    if domain is None and listed is None:
         raise UserError("--domain is needed for a folder of recordings: speech or audio")
     config = load_config("demo", overrides)
     check_used(overrides, ("metrics",))
     out = out or folder.parent / f"evaluate-{folder.name}"
     ranks.on_rank_0(lambda: check_writable(out, "--out"))
-    recordings = folder_recordings(folder, domain)
-    truths = _pairs(recordings, reference, domain) if reference is not None else {}
-    clips = {r.name: _clip(r, domain, truths.get(r.name)) for r in recordings}
-    wavs = [Wav("truth", clips[name], Path(truth.path)) for name, truth in truths.items()]
-    wavs += [Wav("sample", clips[r.name], Path(r.path)) for r in recordings]
+    made = {"folder": str(folder), "reference": str(reference), "vocoder": "none", "flow": None}
+    if listed is not None:
+        if domain == "audio":
+            raise UserError(f"--domain audio: {listed} is a list of speech")
+        made["list"] = str(listed)
+        material = _listed(folder, listed, ranks.from_rank_0(lambda: read_list(listed, reference)))
+    else:
+        material = _recorded(folder, reference, domain)
+    wavs = material.wavs
     lengths = {wav: _length(wav.path) for wav in wavs}
-    if len(rates := {rate for _, rate in lengths.values()} - {0}) > 1:
+    if listed is None and len(rates := {rate for _, rate in lengths.values()} - {0}) > 1:
         raise UserError(f"{folder}: rates of {' and '.join(map(str, sorted(rates)))} Hz: resample all to one rate")
     lock = FolderLock(out, "choose another --out")
     ranks.on_rank_0(lock.acquire)
     try:
-        made = {"folder": str(folder), "reference": str(reference), "vocoder": "none", "flow": None}
-        manifest = ranks.from_rank_0(lambda: write_manifest(list(clips.values()), made, out / "manifest.json"))
-        judges = Judges(config.metrics, ranks)
+        clips = list(dict.fromkeys(wav.clip for wav in wavs))
+        manifest = ranks.from_rank_0(lambda: write_manifest(clips, made, out / "manifest.json"))
+        judges = Judges(config.metrics, ranks, material.prompts)
         measured = measure(judges, wavs, lambda wav: lengths[wav][0], None, out)
         facts = {"manifest": manifest, **made, **measured, "circular": {}}
+        facts["missing"] = [f"{wav.row}/{wav.path.name}" for wav in wavs if not wav.path.is_file()]
+        facts["unlisted"] = list(material.unlisted)
+        facts["files"] = {
+            row: {wav.clip.key: str(wav.path) for wav in wavs if wav.row == row} for row in ("truth", "sample")
+        }
         ranks.on_rank_0(lambda: write_results(facts, len(wavs), out))
     finally:
         lock.release()
+
+
+def _recorded(folder: Path, reference: Path | None, domain: str) -> _Material:
+    """Return the recordings of a folder, with the truths of the same names."""
+    recordings = folder_recordings(folder, domain)
+    truths = _pairs(recordings, reference, domain) if reference is not None else {}
+    clips = {r.name: _clip(r, domain, truths.get(r.name)) for r in recordings}
+    wavs = [Wav("truth", clips[name], Path(truth.path)) for name, truth in truths.items()]
+    return _Material([*wavs, *(Wav("sample", clips[r.name], Path(r.path)) for r in recordings)])
+
+
+def _listed(folder: Path, listed: Path, utterances: Sequence[Utterance]) -> _Material:
+    """Return the utterances of a list with the recordings <utterance>.wav of a folder, or of another suffix. Raises
+    UserError if it has none of them."""
+    recordings = folder_recordings(folder, "speech")
+    there = {str(Path(r.source).with_suffix("")): r for r in recordings}
+    if not (taken := {u.key: there[u.key] for u in utterances if u.key in there}):
+        raise UserError(
+            f"{folder} has no recording of the {len(utterances)} utterances in {listed}: the first would be "
+            f"{utterances[0].key}.wav, and {recordings[0].source} is there"
+        )
+    clips = {u.key: _clip_of(u) for u in utterances}
+    truths = [Wav("truth", clips[u.key], u.truth) for u in utterances if u.truth]
+    samples = [
+        Wav("sample", clip, Path(taken[key].path) if key in taken else folder / f"{key}.wav")
+        for key, clip in clips.items()
+    ]
+    prompts = [Wav("prompt", clips[u.key], u.prompt) for u in utterances if u.prompt]
+    used = {recording.source for recording in taken.values()}
+    return _Material(truths + samples, prompts, [r.source for r in recordings if r.source not in used])
+
+
+def _clip_of(utterance: Utterance) -> Clip:
+    """Return the clip of an utterance, which its text and the contents of its recordings make."""
+    files = [file_sha256(file) for file in (utterance.truth, utterance.prompt) if file]
+    return Clip("speech", utterance.key, 0, 0, utterance.text, hashlib.sha256("".join(files).encode()).hexdigest()[:16])
 
 
 def _pairs(recordings: Sequence[Recording], reference: Path, domain: str) -> dict[str, Recording]:

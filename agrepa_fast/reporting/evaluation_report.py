@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from ..audio.waves import SOUNDFILE_SUFFIXES
 from ..evaluation.results import read_clips
 from ..files import read_text
 from .clip_rows import Recorded, clips_within_budget, count_shown
@@ -91,11 +90,10 @@ def recorded_clips(evaluations: Mapping[str, tuple[Path, Sequence[Mapping]]], re
 def _wav(folder: Path, results: Mapping, row: Mapping) -> Path | None:
     """Return the recording of a row of clips.csv, None if it is no longer there."""
     if (folder / "wavs").is_dir():
-        places = [folder / "wavs" / row["row"] / f"{row['key']}.wav"]
+        path = folder / "wavs" / row["row"] / f"{row['key']}.wav"
     else:  # of `agrepa evaluate FOLDER`
-        place = {"truth": results.get("reference"), "sample": results.get("folder")}.get(row["row"])
-        places = [Path(place, f"{row['key']}{suffix}") for suffix in SOUNDFILE_SUFFIXES] if place else []
-    return next((path for path in places if path.is_file()), None)
+        path = Path(results.get("files", {}).get(row["row"], {}).get(row["key"], ""))
+    return path if path.is_file() else None
 
 
 def _notes(row: Mapping) -> list[str]:
@@ -106,9 +104,10 @@ def _notes(row: Mapping) -> list[str]:
             ("mos", "MOS"),
             ("dnsmos_ovrl", "DNSMOS"),
             ("similarity", "similarity"),
+            ("similarity_prompt", "similarity with the prompt"),
             ("mel_l1", "mel L1"),
         )
-        if row[field] is not None
+        if row.get(field) is not None
     ]
     if row["words"]:
         notes.append(f"{row['errors']} errors in {row['words']} words")

@@ -5,6 +5,12 @@ from collections.abc import Mapping
 from ..evaluation.aggregate import CLIP_METRICS, SET_METRICS
 from ..evaluation.mos import SCORE_NAMES
 
+_NAMED = {  # wavs in results.json that need a remark
+    "failed": "could not be judged",
+    "missing": "of the list are missing, and count as nothing heard",
+    "unlisted": "are not in the list, and were not measured",
+}
+
 
 def results_table(results: Mapping) -> tuple[list[str], list[list[str]]]:
     """Return the header, and a row for each metric and domain: value ± half of the interval, for every row of wavs."""
@@ -30,7 +36,12 @@ def results_table(results: Mapping) -> tuple[list[str], list[list[str]]]:
 def _model_of(metric: str, domain: str) -> str:
     if metric in SET_METRICS:
         return f"{domain}-embedding"
-    models = {"similarity": "speaker", "mel_l1": "", **dict.fromkeys(SCORE_NAMES, "mos")}
+    models = {
+        "similarity": "speaker",
+        "similarity_prompt": "speaker",
+        "mel_l1": "",
+        **dict.fromkeys(SCORE_NAMES, "mos"),
+    }
     return models.get(metric, "asr")
 
 
@@ -55,9 +66,10 @@ def footnotes(results: Mapping) -> list[str]:
         named = ", ".join(f"{kind} is {teacher}" for kind, teacher in results["circular"].items())
         lines.append(f"† rewards alignment by construction: {named}")
     lines += [f"left out: {kind} failed its self-test: {why}" for kind, why in results["left_out"].items()]
-    if failed := results["failed"]:
-        first = ", ".join(list(failed)[:3])
-        lines.append(f"{len(failed)} wavs could not be judged ({first}): results.json names them")
+    for name, about in _NAMED.items():
+        if wavs := results.get(name):
+            first = ", ".join(list(wavs)[:3])
+            lines.append(f"{len(wavs)} wavs {about} ({first}): results.json names them")
     return lines
 
 

@@ -1,6 +1,5 @@
 """agrepa evaluate from end to end, with metric models that say what a test wants."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -22,28 +21,9 @@ from agrepa_fast.reporting.evaluation import evaluate_checkpoint
 from ..data.test_prepare_ranks import run_threads
 from ..ranks import run_training
 from ..testing import write_small_shards
+from .conftest import Model, clips
 
 FLAGS = ("eval.vocoder=griffin-lim", "metrics.clips=3", "metrics.reference_clips=6")
-
-
-class Model:
-    """Every metric model at once: what it says depends on the loudness of the wave alone."""
-
-    def __init__(self, calls: list):
-        self.identity = {"spec": "package:fake", "sha256": "5a", "licence": "MIT", "version": "1"}
-        self.spelling, self.names, self.dim, self.calls = {}, ("mos",), 2, calls
-
-    def transcribe(self, wave, rate):
-        self.calls.append("asr")
-        return Heard("say 22" if np.abs(wave).mean() > 0 else "", -0.1)
-
-    def score(self, wave, rate):
-        self.calls.append("mos")
-        return {"mos": 1 + 4 * float(np.abs(wave).mean())}
-
-    def embed(self, wave, rate):
-        self.calls.append("embed")
-        return np.array([float(np.abs(wave).mean()), float(wave.std()), 1.0])
 
 
 @pytest.fixture(scope="module")
@@ -57,23 +37,6 @@ def run(tmp_path_factory) -> Path:
     settings = ("train.steps=2", "align.strategy=none", "data.speaker=campplus:none", "run.dir=run")
     run_training(1, "--preset", str(preset), *settings, cwd=folder)
     return folder / "run"
-
-
-@pytest.fixture
-def calls(monkeypatch, tmp_path) -> list:
-    """Which models were called, in turn."""
-    made: list = []
-    for name in ("load_recogniser", "load_mos", "load_embedding", "load_speaker"):
-        monkeypatch.setattr(evaluate, name, lambda *_, **__: Model(made))
-    monkeypatch.setattr(evaluate, "self_test", lambda *_: SelfTest(3.0, 2.0, 1.0, True))
-    monkeypatch.setattr(evaluate, "distinctness", lambda *_: ())
-    monkeypatch.setenv("AGREPA_CACHE", str(tmp_path / "cache"))
-    return made
-
-
-def clips(out: Path) -> list[dict]:
-    with (out / "clips.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -270,6 +233,7 @@ def test_a_folder_of_recordings_is_measured_beside_the_true_ones(tmp_path, calls
     assert not results["rows"]["sample"]["speech"].keys() & {"mmd", "fad", "mel_l1"}
     assert results["rows"]["sample"]["speech"]["wer"]["value"] == 0
     assert {float(row["seconds"]) for row in clips(out)} == {1.0}
+    assert (out / "report.html").read_text().count("<audio") == 6
     capsys.readouterr()
     other = write_waves(tmp_path / "other", ("a", "b", "c"), rate=8000)
     few = write_waves(tmp_path / "few", ("a",))

@@ -76,10 +76,11 @@ def test_a_page_has_the_clips_that_fit(folder, monkeypatch):
 
 def test_recordings_of_others_are_played_from_where_they_are(folder, tmp_path):
     results = json.loads((folder / "results.json").read_text())
-    places = {"folder": str(folder / "wavs/sample"), "reference": str(tmp_path / "truth"), "flow": None}
+    places = {"truth": tmp_path / "truth", "sample": tmp_path / "wavs" / "sample"}
+    files = {row: {k: str(place / f"{k}.wav") for keys in KEYS.values() for k in keys} for row, place in places.items()}
     (folder / "wavs/truth").rename(tmp_path / "truth")
     (folder / "wavs").rename(tmp_path / "wavs")
-    results |= {**places, "folder": str(tmp_path / "wavs/sample")}
+    results |= {"folder": str(tmp_path / "wavs/sample"), "flow": None, "files": files}
     del results["step"], results["averaged"]
     (folder / "results.json").write_text(json.dumps(results))
     text = write_report(folder).read_text()
