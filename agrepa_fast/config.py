@@ -132,6 +132,9 @@ class FlowConfig:
     times: str = setting(
         "uniform", "t of training: uniform, or logit_normal:MEAN,SCALE, the sigmoid of a normal number; 0,1 if left out"
     )
+    prediction: Literal["velocity", "x"] = setting(
+        "velocity", "output of the network; x: the clean mel, from which the velocity is computed for everything else"
+    )
     drop_tokens: ShareBelowOne = setting(0.1, "share of clips that train without tokens")
     drop_reference: ShareBelowOne = setting(0.1, "share of clips that train without the reference")
     drop_all: ShareBelowOne = setting(0.0, "share of clips that train without either")

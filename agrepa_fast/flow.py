@@ -86,6 +86,18 @@ def flow_loss(v: torch.Tensor, target: torch.Tensor, counted: Span | torch.Tenso
     return square.sum((1, 2)) / ((span.end - span.start).clamp(min=1) * v.shape[2])
 
 
+def training_loss(
+    flow: FlowConfig, v: torch.Tensor, target: torch.Tensor, counted: Span | torch.Tensor, t: torch.Tensor
+) -> torch.Tensor:
+    """Return the loss (C,) fp32 that training minimises, for v, target (C, T, M) at times t (C,): flow_loss, with the
+    factor min(1, (1 - t) / 0.05)^2 if flow.prediction is x. There v - target is the error of the clean mel over 1 - t,
+    which has no bound near t = 1. The product equals the loss of Li & He 2025, "Back to Basics: Let Denoising
+    Generative Models Denoise" (arXiv 2511.13720): their code (LTH14/JiT) clamps 1 - t at 0.05 in v and in the target.
+    Here v stays a velocity at every t, and the sampler ends at the predicted mel."""
+    loss = flow_loss(v, target, counted)
+    return loss if flow.prediction == "velocity" else loss * ((1 - t) / 0.05).clamp(max=1).square()
+
+
 def counted_frames(flow: FlowConfig, hidden: Span, lengths: torch.Tensor) -> Span:
     """Return the frames whose loss counts (flow.loss_region)."""
     return hidden if flow.loss_region == "hidden" else Span(torch.zeros_like(lengths), lengths)

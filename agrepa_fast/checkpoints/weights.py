@@ -32,7 +32,7 @@ def load_model(path: str | Path, *, live: bool = False) -> tuple[Backbone, Confi
     config = load_config(path / "config.yaml")
     if None in (config.model.n_mels, config.model.vocab):
         raise UserError(f"{path}/config.yaml is no checkpoint's: it has no model.n_mels or model.vocab")
-    model = make_model(config.model)
+    model = make_model(config.model, config.flow.prediction)
     load_weights(model, weights_file(path, live), "its config.yaml")
     return model.eval(), config
 

@@ -22,15 +22,23 @@ _OURS = {
 }
 
 
-def make_model(config: ModelConfig, finish: Callable[[nn.Module], nn.Module] = lambda part: part) -> Backbone:
-    """Return a new model of the configuration. finish: as in AudioDiT; a user's model is one part.
+def make_model(
+    config: ModelConfig, prediction: str = "velocity", finish: Callable[[nn.Module], nn.Module] = lambda part: part
+) -> Backbone:
+    """Return a new model of the configuration. prediction: flow.prediction. finish: as in AudioDiT; a user's model is
+    one part.
 
     model.backbone=MODULE:CLASS is called with n_mels, vocab and model.options, as keywords; with text_vocab and
     speaker_dim if it needs them; and with padding="upstream" if that is set. Raises UserError if it cannot be imported
     or made, or if it is no Backbone.
     """
-    if config.backbone == "audio_dit":
-        return AudioDiT(config, finish)
+    model = AudioDiT(config, finish) if config.backbone == "audio_dit" else finish(_other_model(config))
+    model.prediction = prediction
+    return model
+
+
+def _other_model(config: ModelConfig) -> Backbone:
+    """Return a new model of a class other than AudioDiT. Raises UserError as make_model does."""
     name = f"model.backbone={config.backbone}"
     module, colon, attribute = _OURS.get(config.backbone, config.backbone).partition(":")
     if not (module and colon and attribute):
@@ -46,7 +54,7 @@ def make_model(config: ModelConfig, finish: Callable[[nn.Module], nn.Module] = l
         raise UserError(f"{name} is a {type(model).__name__}: derive it from agrepa_fast.Backbone")
     if not model.layers:
         raise UserError(f"{name}: `layers` is empty: return one Layer for each block")
-    return finish(model)
+    return model
 
 
 def _sizes(config: ModelConfig, needs: Collection[str]) -> dict[str, object]:

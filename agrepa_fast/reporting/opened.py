@@ -42,6 +42,8 @@ def open_checkpoint(checkpoint: Path, overrides: Sequence[str], *, live: bool, u
     config = load_config(path / "config.yaml", overrides)
     if config.model != saved.model:
         raise UserError("model.* is the checkpoint's: it cannot be overridden here")
+    if config.flow.prediction != saved.flow.prediction:
+        raise UserError("flow.prediction is the checkpoint's: it cannot be overridden here")
     check_used(overrides, uses)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return OpenedCheckpoint(model.to(device), config, matching_index(config.data), path, device)

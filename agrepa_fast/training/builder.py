@@ -226,11 +226,23 @@ def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> 
             if dist.get_rank() == 0:
                 print(line)
         else:
-            load_weights(model, weights_file(resolve_checkpoint(start_from)), "this run's")
+            start_from_run(model, resolve_checkpoint(start_from))
         return model
     code_mels = (torch.from_numpy(index.code_mels()) - index.mel_mean) / index.mel_std
     model.start_from_codes(code_mels, gathered)
     return model
+
+
+def start_from_run(model: Backbone, checkpoint: Path) -> None:
+    """Fill the model with the averaged weights of a run's checkpoint or of an export. Every rank must call it. Raises
+    UserError if they are those of another architecture or of another flow.prediction."""
+    prediction = load_config(checkpoint / "config.yaml").flow.prediction
+    if prediction != model.prediction:
+        raise UserError(
+            f"train.start_from={checkpoint}: its flow.prediction is {prediction}, and this run's is "
+            f"{model.prediction}: set flow.prediction={prediction}"
+        )
+    load_weights(model, weights_file(checkpoint), "this run's")
 
 
 def begin(context: RunContext, choice: LayerChoice) -> None:

@@ -12,7 +12,7 @@ import torch
 from ..data.batch import Batch
 from ..device import GRAPHS, SideStream, tensors_of, to_device
 from ..errors import LocalError, UserError
-from ..flow import Span, counted_frames, expected_frames, flow_loss, reference_around, training_draws
+from ..flow import Span, counted_frames, expected_frames, reference_around, training_draws, training_loss
 from ..kernels import flow_mix
 from ..lr_schedule import lr_factor
 from ..probing.fixed_clips import FixedClips
@@ -118,7 +118,7 @@ class Run:
         out = model(x_t, draws.t, condition, capture=aligner.layers(step), pooled=True)
         losses = aligner.losses(out.hidden, batch, draws.t, draws.keep_tokens, step)
         counted = counted_frames(flow, draws.hidden, batch.condition.lengths)
-        clips = flow_loss(out.v, target, counted)
+        clips = training_loss(flow, out.v, target, counted, draws.t)
         losses["flow_loss"] = (clips if flow.average == "clip" else clips * self._frame_weights(counted)).mean()
         return losses, clips
 

@@ -22,9 +22,9 @@ def new_model(config: Config, ds_config: dict, measure: Callable[[Backbone], Non
     UserError for a user's model that does not do what Backbone promises."""
     partition = partitioner(ds_config)
     if config.model.backbone == "audio_dit":
-        model = make_model(config.model, partition)
+        model = make_model(config.model, config.flow.prediction, partition)
     else:
-        model = make_model(config.model)
+        model = make_model(config.model, config.flow.prediction)
         warning = check_model(model, config.model)
         if warning is not None and dist.get_rank() == 0:
             print(f"warning: {warning}", file=sys.stderr)

@@ -70,8 +70,9 @@ class Still(torch.nn.Module):
         return True
 
 
-def test_a_step_by_hand(index, tmp_path):
-    config = load_config("demo", ["flow.sigma=0.7", "flow.drop_tokens=0.6", "flow.drop_reference=0.3"])
+@pytest.mark.parametrize("overrides", [(), ("flow.prediction=x", "flow.times=logit_normal:3,1")], ids=["v", "x"])
+def test_a_step_by_hand(overrides, index, tmp_path):
+    config = load_config("demo", ["flow.sigma=0.7", "flow.drop_tokens=0.6", "flow.drop_reference=0.3", *overrides])
     engine, watched, given = Still(), [], []
     losses = {"align_loss": torch.tensor(2.0), "bitc_loss": torch.tensor(1.0)}
     aligner = SimpleNamespace(
@@ -92,7 +93,11 @@ def test_a_step_by_hand(index, tmp_path):
     assert torch.equal(condition.reference, reference_prefix(batch.mel, draws.hidden.start))
     assert torch.equal(condition.keep_tokens, draws.keep_tokens)
     assert torch.equal(condition.keep_reference, draws.keep_reference)
-    torch.testing.assert_close(engine.loss, flow_loss(0 * target, target, condition.lengths).mean() + 3)
+    clips = flow_loss(0 * target, target, condition.lengths)
+    if overrides:  # 1 - t counts as 0.05 or more
+        assert 0 < (t > 0.95).sum() < 8
+        clips *= ((1 - t) / (1 - t).clamp(min=0.05)).square()
+    torch.testing.assert_close(engine.loss, clips.mean() + 3)
     ((_, _, t_of_losses, kept, step_of_losses),) = given
     assert t_of_losses is t
     assert torch.equal(kept, draws.keep_tokens)

@@ -113,7 +113,7 @@ class AudioDiT(Backbone):
                 x = self._block(block, x, cond, **options)
                 if layer in capture:
                     hidden[layer] = x
-        return Velocity(zero_padding(self.out(self.norm(x)), lengths), hidden)
+        return Velocity(self.as_velocity(self.out(self.norm(x)), x_t, t, condition), hidden)
 
     def _block(self, block: GatedDiTBlock, x: torch.Tensor, cond: torch.Tensor, **options):
         if not (self.training and torch.is_grad_enabled()):
