@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +18,8 @@ from .data_config import DataConfig
 from .domains import DOMAINS as DOMAINS
 from .errors import UserError, nearest
 from .metrics_config import MetricsConfig
+from .probe_config import TIMES as TIMES
+from .probe_config import ProbeConfig as ProbeConfig
 from .settings import (
     Count,
     Fraction,
@@ -44,7 +45,6 @@ STRATEGIES = (*MEASURED, "fixed", "shallow", "deep", "random", "none")
 CHOICES = ("hard", "soft")
 WEIGHTINGS = ("normalized", "equal", "raw2x")
 RECIPES = ("corrected", "official")
-TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # flow times of probes and of validation
 GELUS = ("erf", "tanh")
 INITS = ("adaln_zero", "release")
 OF_SHARDS = ("n_mels", "vocab", "extra_vocab", "text_vocab", "speaker_dim")  # model.*: for every backbone alike
@@ -181,7 +181,11 @@ class AlignConfig:
     )
     per_time: bool = setting(False, "layers and weights for every probe time, interpolated to each clip's t")
     weight: NotNegative = setting(1.0, "multiplies the whole alignment term")
-    refresh: Whole = setting(0, "measure and choose again every so many steps; 0: the first choice stays")
+    refresh: Whole | None = setting(
+        0,
+        "measure and choose again every so many steps, layers change if the evidence says so; 0: the first choice "
+        "stays; null: so seldom that it costs 0.5 % of training",
+    )
     stop: Whole | None = setting(None, "no alignment from this step on (HASTE); BiT-C goes on")
     bitc_speech: NotNegative = setting(0.5, "BiT-C: weight of the token condition's alignment to the speech teacher")
     bitc_audio: NotNegative = setting(1.0, "likewise, to the audio teacher")
@@ -196,7 +200,7 @@ class AlignConfig:
             f"align.strategy={self.strategy!r}: layers are written fixed:4,8,12, and only for fixed",
         )
         measured = name in MEASURED
-        check(not self.refresh or measured, f"align.refresh: {self.strategy} measures nothing that could change")
+        check(self.refresh == 0 or measured, f"align.refresh: {self.strategy} measures nothing that could change")
         check(
             not self.per_time or name in ("foga", "foga-vjp", "lasp"),
             f"align.per_time: {self.strategy} has no score for each time; foga, foga-vjp and lasp have",
@@ -215,37 +219,6 @@ class AlignConfig:
     def fixed_layers(self) -> tuple[int, ...]:
         """The 1-based layers of `fixed:…`, sorted and without repeats."""
         return tuple(sorted({int(part) for part in self.strategy.partition(":")[2].split(",") if part}))
-
-
-@section("probe.")
-class ProbeConfig:
-    """How layers are measured, during warm-up and by `agrepa probe`."""
-
-    start_step: Count = setting(200, "no ranking before: near the zero initialisation every layer looks the same")
-    every: Count = setting(200, "steps between probes")
-    warmup_steps: Count = setting(5000, "the layers are chosen here")
-    clips: Count = setting(16, "clips per domain")
-    times: Annotated[list[Fraction], Field(min_length=1)] = setting(list(TIMES), "flow times")
-    draws: Count = setting(1, "noise draws per clip and time")
-    chunk: Count = setting(8, "clips per forward; bounds the memory, not the result", resume=True)
-    graph: bool = setting(True, "CUDA graphs on GPUs, except under ZeRO-3", resume=True)
-    storage_clips: Annotated[int, Field(ge=8)] = setting(
-        64, "clips per domain for what layers store (LASP, ridge, CKA); fewer if there are fewer"
-    )
-    pool: Count = setting(1, "the layers are ranked on this many recent probes together")
-    confidence: ShareAboveZero = setting(
-        1.0, "choose before warmup_steps once the Top-K is this probable in every domain; 1: never"
-    )
-
-    def __post_init__(self) -> None:
-        check(
-            self.start_step <= self.warmup_steps,
-            f"probe.start_step={self.start_step}: must be from 1 to probe.warmup_steps={self.warmup_steps}",
-        )
-        check(
-            all(float(f"{a:g}") < float(f"{b:g}") for a, b in pairwise(self.times)),
-            f"probe.times={self.times}: must rise, and differ in their first six digits",
-        )
 
 
 @section("train.")
@@ -347,7 +320,13 @@ class Config:
         if self.align.choice == "soft":
             name = "probe.pool" if self.align.strategy == "gradnorm" else "probe.clips"
             number = self.probe.pool if self.align.strategy == "gradnorm" else self.probe.clips
+            refuses = self.probe.undecided == "refuse"
+            check(not refuses, "probe.undecided=refuse: a soft choice is never undecided, leave it out")
             check(number > 1, f"align.choice=soft: {name}={number} shows no spread, raise it to 2 at least")
+        check(
+            self.align.refresh is not None or self.train.batch_frames is None,
+            "align.refresh=null counts train.batch_clips per step: give a number beside train.batch_frames",
+        )
         if self.align.measured:
             check(
                 self.probe.warmup_steps < self.train.steps,

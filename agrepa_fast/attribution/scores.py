@@ -104,17 +104,27 @@ class LayerScores:
         return scores[:, picked].mean(-1).T
 
     def top_k_probability(
-        self, domain: str, k: int, among: torch.Tensor | None = None, time: int | None = None
+        self,
+        domain: str,
+        k: int,
+        among: torch.Tensor | None = None,
+        time: int | None = None,
+        *,
+        chosen: Sequence[int] | None = None,
     ) -> float | None:
-        """Return how sure the choice of the k highest layers is: the share of bootstrap resamples with the same choice.
+        """Return how sure a choice of k layers is: the share of bootstrap resamples in which they are the k highest.
 
-        among: (L,) bool, the layers that may be chosen. time: index of one of the times; None: the mean over all. None
-        is returned for a single clip, whose only resample is itself.
+        among: (L,) bool, the layers that may be chosen. time: index of one of the times; None: the mean over all.
+        chosen: the k layers, 0-based; None: the highest. None is returned for a single clip, whose only resample is
+        itself.
         """
         if self.clips(domain) < 2:
             return None
-        mean = self.mean(domain) if time is None else self.mean_at(domain)[:, time]
-        best = _highest(mean.double().nan_to_num(nan=-torch.inf)[None], k, among)
+        if chosen is None:
+            mean = self.mean(domain) if time is None else self.mean_at(domain)[:, time]
+            best = _highest(mean.double().nan_to_num(nan=-torch.inf)[None], k, among)
+        else:
+            best = torch.zeros(self.depth, dtype=torch.bool).index_fill(0, torch.tensor(chosen), True)
         return float((self._highest_of_resamples(domain, k, among, time) == best).all(1).double().mean())
 
     def in_top_k(
@@ -128,6 +138,12 @@ class LayerScores:
 
     def _highest_of_resamples(self, domain: str, k: int, among: torch.Tensor | None, time: int | None) -> torch.Tensor:
         return _highest(self.resampled(domain, time), k, among)
+
+    def higher_probability(self, domain: str, layer: int, other: int, time: int | None = None) -> float:
+        """Return the share of bootstrap resamples in which a layer (0-based) scores higher than another. A single clip
+        is its only resample."""
+        resampled = self.resampled(domain, time)
+        return float((resampled[:, layer] > resampled[:, other]).double().mean())
 
     def share_probability(self, domain: str, layers: Sequence[int], share: float) -> float:
         """Return the share of bootstrap resamples in which these layers (0-based) carry at least `share` of the sum
@@ -143,15 +159,20 @@ class LayerScores:
         """
         return rank_correlation(self.mean(domain).tolist(), other.mean(domain).tolist())
 
-    def pooled_with(self, earlier: Sequence["LayerScores"]) -> "LayerScores":
-        """Return these scores with those of earlier probes of the same clips, as further draws of each clip. Raises
-        ValueError for other clips or times."""
+    def pooled_with(self, earlier: Sequence["LayerScores"], window: int) -> "LayerScores":
+        """Return the means of these scores and of those of earlier probes of the same clips, the newest last, as one
+        draw per clip. A probe that is n probes older than these counts 1 - n / window. Raises ValueError for other
+        clips or times."""
         for scores in earlier:
             if not torch.equal(scores.domain, self.domain) or scores.times != self.times:
                 raise ValueError("only probes of the same clips and times can be pooled")
-        values = torch.cat([*(scores.values for scores in earlier), self.values], dim=3)
-        floor = torch.stack([*(scores.floor for scores in earlier), self.floor]).mean(0)
-        return replace(self, values=values, floor=floor)
+        if not earlier:
+            return self
+        parts = [*earlier, self]
+        weights = torch.arange(window - len(parts) + 1, window + 1, dtype=torch.float64)
+        weights = (weights / weights.sum()).float()
+        values = torch.stack([scores.values.mean(3, keepdim=True) for scores in parts], -1) @ weights
+        return replace(self, values=values, floor=torch.stack([scores.floor for scores in parts], -1) @ weights)
 
     def joined_with(self, earlier: Sequence["LayerScores"]) -> "LayerScores":
         """Return these scores with those of other clips."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import CHOICES, STORAGE, WEIGHTINGS, AlignConfig
+from ..config import CHOICES, STORAGE, WEIGHTINGS, AlignConfig, ProbeConfig
 from ..errors import UserError, nearest
 from ..files import write_atomically
 from .scores import LayerScores
@@ -15,6 +15,8 @@ from .scores import LayerScores
 # A soft choice aligns the layers that are in the Top-K with at least this probability. At K = 3 a layer below it would
 # have a weight below 0.02, and its head would cost as much as the others.
 SOFT_BOUND = 0.05
+HELD_BOUND = SOFT_BOUND / 2  # layers that are aligned already stay down to this probability
+REPLACES = 0.9  # a newcomer replaces an aligned layer if it scores higher with this probability
 ABOVE_FLOOR = 3.0  # a layer counts as measured when its score clears this multiple of the floor by two standard errors
 
 SHARE_CONFIDENCE = 0.9  # how sure align.share has to be, by bootstrap over clips
@@ -43,6 +45,21 @@ class LayerSelection:
     @property
     def all_layers(self) -> tuple[int, ...]:
         return tuple(sorted({layer for layers in self.layers.values() for layer in layers}))
+
+    @property
+    def warning(self) -> str | None:
+        """Return one line if a hard choice is undecided in some domain, None otherwise."""
+        unsure = {domain: measured for domain, measured in self.evidence.items() if is_undecided(measured)}
+        if not unsure:
+            return None
+        probabilities = ", ".join(
+            f"{domain} {measured['top_k_probability']:.2f}" for domain, measured in unsure.items()
+        )
+        (floor,) = {measured["confidence_floor"] for measured in unsure.values()}
+        return (
+            f"the Top-K cannot be told from the next layers: its probability is {probabilities}, below "
+            f"probe.confidence_floor={floor:g}; align.choice=soft aligns all of them, more probe.clips may decide"
+        )
 
     def save(self, path: Path) -> None:
         write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
@@ -76,6 +93,8 @@ def select_layers(
     share: float | None = None,
     confidence: float = SHARE_CONFIDENCE,
     per_time: bool = False,
+    confidence_floor: float = 0.5,
+    before: LayerSelection | None = None,
 ) -> LayerSelection:
     """Return the layers of each domain with the highest scores, and their weights.
 
@@ -87,6 +106,10 @@ def select_layers(
     choice: "hard" takes the Top-K. "soft" takes every layer that is in the Top-K with a probability P of at least
     SOFT_BOUND (bootstrap over clips), and multiplies its score, or its 1 of "equal", by P. Rounding then decides
     nothing between two layers that score alike. If the Top-K is certain, the weights are those of "hard".
+
+    confidence_floor: a hard choice whose Top-K is less probable has a `warning`. before: the choice that this one
+    follows. Its layers stay until the evidence is against them: a hard choice replaces the lowest of them by a layer
+    that scores higher with the probability REPLACES, and a soft one drops them below HELD_BOUND.
 
     A layer is never chosen unless its score is above three times the no-ablation floor by two standard errors. Raises
     NotRankableError while fewer layers than wanted are, or a soft choice has one clip alone; and ValueError for an
@@ -109,14 +132,13 @@ def select_layers(
                 f"{domain}: {int(measured.sum())} of {scores.depth} layers stand out of the floor "
                 f"{scores.floor_of(domain):.1e}, {wanted} are wanted: train longer before ranking"
             )
-        times = range(len(scores.times)) if per_time else (None,)
-        sure = [scores.top_k_probability(domain, wanted, measured, time) for time in times]
-        evidence[domain] |= {"k": wanted, "top_k_probability": None if None in sure else min(sure), "choice": choice}
-        rows = scores.mean_at(domain).T if per_time else scores.mean(domain).unsqueeze(0)
-        factors = [dict.fromkeys(_highest(row, measured, wanted), 1.0) for row in rows]
-        if choice == "soft":
-            factors = [_probable(scores, domain, wanted, measured, time) for time in times]
-        chosen[domain] = [_weights(row, of_row, weighting) for row, of_row in zip(rows, factors, strict=True)]
+        held = _held(before, domain, scores.times if per_time else ())
+        rows = [_choose_at(scores, domain, wanted, measured, time, aligned, choice) for time, aligned in held.items()]
+        means = scores.mean_at(domain).T if per_time else scores.mean(domain).unsqueeze(0)
+        chosen[domain] = [_weights(mean, row, weighting) for mean, (row, _) in zip(means, rows, strict=True)]
+        sure = [probability for _, probability in rows]
+        evidence[domain] |= {"k": wanted, "top_k_probability": None if None in sure else min(sure)}
+        evidence[domain] |= {"choice": choice, "confidence_floor": confidence_floor}
     layers = {domain: tuple(sorted(set().union(*rows))) for domain, rows in chosen.items()}
     tables = {
         domain: tuple(tuple(row.get(layer, 0.0) for layer in layers[domain]) for row in rows)
@@ -129,10 +151,23 @@ def select_layers(
     return LayerSelection(scores.measure, layers, mean, scores.step or 0, evidence, **by_time)
 
 
-def select_as(align: AlignConfig, scores: LayerScores) -> LayerSelection:
-    """Return select_layers with a run's settings."""
-    options = {"choice": align.choice, "share": align.share, "per_time": align.per_time}
-    return select_layers(scores, align.k, align.weighting, **options)
+def is_undecided(evidence: dict) -> bool:
+    """Return whether a domain's evidence is that of a hard choice whose Top-K is less probable than its floor."""
+    probability, floor = evidence.get("top_k_probability"), evidence.get("confidence_floor")
+    return None not in (probability, floor) and evidence["choice"] == "hard" and probability < floor
+
+
+def select_as(
+    align: AlignConfig, probe: ProbeConfig, scores: LayerScores, before: LayerSelection | None = None
+) -> LayerSelection:
+    """Return select_layers with a run's settings. Raises NotRankableError for an undecided choice, if that is to be
+    refused."""
+    options = {"choice": align.choice, "share": align.share, "per_time": align.per_time, "before": before}
+    options["confidence_floor"] = probe.confidence_floor
+    selection = select_layers(scores, align.k, align.weighting, **options)
+    if selection.warning is not None and probe.undecided == "refuse":
+        raise NotRankableError(selection.warning)
+    return selection
 
 
 def _measured(scores: LayerScores, domain: str) -> torch.Tensor:
@@ -157,12 +192,61 @@ def _highest(scores: torch.Tensor, measured: torch.Tensor, k: int) -> list[int]:
     return torch.where(measured, scores, -torch.inf).argsort(descending=True, stable=True)[:k].tolist()
 
 
-def _probable(scores: LayerScores, domain: str, k: int, measured: torch.Tensor, time: int | None) -> dict[int, float]:
+def _held(before: LayerSelection | None, domain: str, times: tuple[float, ...]) -> dict[int | None, frozenset[int]]:
+    """Return the layers, 0-based, that are aligned already, by the index of each time; by None without times. They are
+    none without a choice before, or if that was of other times."""
+    rows = range(len(times)) if times else (None,)
+    if before is None or domain not in before.layers or before.times != times:
+        return dict.fromkeys(rows, frozenset())
+    layers, tables = before.layers[domain], before.weights_at.get(domain, (before.weights[domain],))
+    aligned = [frozenset(k - 1 for k, weight in zip(layers, table, strict=True) if weight > 0) for table in tables]
+    return dict(zip(rows, aligned, strict=True))
+
+
+def _choose_at(
+    scores: LayerScores,
+    domain: str,
+    k: int,
+    measured: torch.Tensor,
+    time: int | None,
+    held: frozenset[int],
+    choice: str,
+) -> tuple[dict[int, float], float | None]:
+    """Return the layers, 0-based, with the share of their score that counts; and the probability of the Top-K."""
+    if choice == "soft":
+        layers = _probable(scores, domain, k, measured, time, held)
+        return layers, scores.top_k_probability(domain, k, measured, time)
+    layers = _keep_or_replace(scores, domain, k, measured, time, held)
+    return dict.fromkeys(layers, 1.0), scores.top_k_probability(domain, k, measured, time, chosen=layers)
+
+
+def _keep_or_replace(
+    scores: LayerScores, domain: str, k: int, measured: torch.Tensor, time: int | None, held: frozenset[int]
+) -> list[int]:
+    """Return the k layers, 0-based, of a hard choice: the held ones, but for those that a newcomer beats."""
+    mean = scores.mean(domain) if time is None else scores.mean_at(domain)[:, time]
+    order = _highest(mean, measured, int(measured.sum()))
+    chosen = [layer for layer in order if layer in held][:k]
+    newcomers = [layer for layer in order if layer not in chosen]
+    missing = k - len(chosen)
+    chosen += newcomers[:missing]
+    for newcomer in newcomers[missing:]:
+        lowest = max(chosen, key=order.index)
+        beats = order.index(newcomer) < order.index(lowest)
+        if beats and scores.higher_probability(domain, newcomer, lowest, time) >= REPLACES:
+            chosen[chosen.index(lowest)] = newcomer
+    return chosen
+
+
+def _probable(
+    scores: LayerScores, domain: str, k: int, measured: torch.Tensor, time: int | None, held: frozenset[int]
+) -> dict[int, float]:
     """Return the layers, 0-based, that a soft choice takes, with their probability to be in the Top-K."""
     probabilities = scores.in_top_k(domain, k, measured, time)
     if probabilities is None:
         raise NotRankableError(f"{domain}: one clip says nothing about others, and a soft choice asks how they differ")
-    return {layer: p for layer, p in enumerate(probabilities.tolist()) if p >= SOFT_BOUND}
+    bounds = {layer: HELD_BOUND if layer in held else SOFT_BOUND for layer in range(scores.depth)}
+    return {layer: p for layer, p in enumerate(probabilities.tolist()) if p >= bounds[layer]}
 
 
 def _weights(scores: torch.Tensor, factors: dict[int, float], weighting: str) -> dict[int, float]:

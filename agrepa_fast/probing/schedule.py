@@ -16,6 +16,7 @@ from ..config import DOMAINS, Config
 from ..device import GRAPHS
 from ..errors import UserError
 from ..models.backbone import Backbone
+from .cost import probe_steps, refresh_period
 from .fixed_clips import FixedClips
 from .probe import ClipProbe, PendingScores
 from .stored import pooled_states, storage_scores
@@ -45,7 +46,8 @@ class LayerChoice:
     ):
         self.config, self.model, self.aligner, self.report, self.folder = config, model, aligner, report, folder
         self.clips, self.storage_clips = clips, storage_clips
-        self.probes: list[LayerScores] = []  # recent ones since the last choice, to pool with the next
+        self.refresh = refresh_period(config, model, self._measured_clips()) if config.align.measured else 0
+        self.probes: list[LayerScores] = []  # recent ones, to pool with the next
         self.last: LayerScores | None = None  # to compare with the next
         self.pending: PendingScores | LayerScores | None = None
         self._foga: ClipProbe | None = None
@@ -66,7 +68,7 @@ class LayerChoice:
             return False
         if selection is None:
             return step >= probe.start_step and (step % probe.every == 0 or step == probe.warmup_steps)
-        return align.refresh > 0 and (step - selection.step) % align.refresh == 0
+        return self.refresh > 0 and (step - selection.step) % self.refresh == 0
 
     def keep_gradient_norms(self, gradient_norms: Callable[[], torch.Tensor], step: int) -> None:
         """Keep the gradient norms (L,) of the blocks if gradnorm measures after this step. Call it between the last
@@ -161,38 +163,52 @@ class LayerChoice:
 
     def _decide(self, scores: LayerScores) -> None:
         """Align the layers with the highest scores: at the end of the warm-up, before it once their choice is more
-        than probe.confidence sure, and on a refresh at once."""
+        than probe.confidence sure. On a refresh layers change only if the evidence says so."""
         probe, align, step = self.config.probe, self.config.align, scores.step
-        selection = replace(select_as(align, self._pool(scores)), step=step)
+        before = self.aligner.selection
+        selection = replace(select_as(align, probe, self._pool(scores), before), step=step)
         probabilities = [evidence["top_k_probability"] for evidence in selection.evidence.values()]
         known = None not in probabilities  # None: one clip says nothing about others
         sure = min(probabilities) if known else 0.0
         probability = f"{sure:.2f}" if known else "unknown"
         description = f"{selection.describe()} (with probability {probability}{self._compare_with_last(scores)})"
-        before = self.aligner.selection
         early = before is None and step < probe.warmup_steps
         if early and sure <= probe.confidence:
             self.report(f"step {step}: {scores.measure} leads with {description}")
             return
         self.aligner.select(selection)
-        self.probes = []
-        if not align.refresh:
+        if not self.refresh:
             self._foga = None  # the choice is final: free the memory of its graphs
         if self.folder is not None:
             selection.save(self.folder / "selection.json")
         if before is not None:
             self.report(f"step {step}: {_describe_change(before, selection)}: {description}")
-            return
-        saved = -(-(probe.warmup_steps - step) // probe.every)
-        ending = f"; decided early, {saved} probes saved" if early else ""
-        self.report(f"step {step}: aligned from here on: {description}{ending}")
+        else:
+            saved = -(-(probe.warmup_steps - step) // probe.every)
+            ending = f"; decided early, {saved} probes saved" if early else ""
+            self.report(f"step {step}: aligned from here on: {description}{ending}{self._describe_refresh()}")
+        if selection.warning is not None and (before is None or before.layers != selection.layers):
+            self.report(f"step {step}: warning: {selection.warning}")
+
+    def _measured_clips(self) -> int:
+        return len(self.storage_clips if self.config.align.strategy == "lasp" else self.clips)
+
+    def _describe_refresh(self) -> str:
+        """Return "; measured again every 200 steps, …", or "" if the choice is final."""
+        if not self.refresh:
+            return ""
+        share = ""
+        if self.config.train.batch_frames is None:
+            steps = probe_steps(self.config, self.model, self._measured_clips())
+            share = f", {steps / self.refresh:.1%} of training's block forwards"
+        return f"; measured again every {self.refresh} steps{share}"
 
     def _pool(self, scores: LayerScores) -> LayerScores:
-        """Return the scores together with those of recent probes, probe.pool in all. They are further draws of the same
-        clips, and for gradnorm further clips."""
-        recent, kept = self.probes, self.config.probe.pool - 1
-        self.probes = [*recent, scores][-kept:] if kept else []
-        return scores.joined_with(recent) if scores.measure == "gradnorm" else scores.pooled_with(recent)
+        """Return the scores together with those of recent probes, probe.pool in all. For gradnorm these are further
+        clips, which count alike."""
+        recent, pool = self.probes, self.config.probe.pool
+        self.probes = [*recent, scores][1 - pool :] if pool > 1 else []
+        return scores.joined_with(recent) if scores.measure == "gradnorm" else scores.pooled_with(recent, pool)
 
     def _compare_with_last(self, scores: LayerScores) -> str:
         """Return "; rank correlation with the probe before: speech 0.93", or "" for the first probe."""

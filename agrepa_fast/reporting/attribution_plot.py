@@ -1,17 +1,21 @@
 """The scores that a choice of layers rests on, as bars."""
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..attribution.selection import LayerSelection
+from ..attribution.selection import LayerSelection, is_undecided
 from .figure import new_figure
 from .labels import COLOURS, UNITS, name_with_recipe
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def plot_attribution(evidence: dict[str, dict], selection: LayerSelection | None, path: Path) -> None:
+
+def draw_attribution(evidence: dict[str, dict], selection: LayerSelection | None) -> "Figure":
     """Draw the score per layer with error bars, one panel per domain. The bars of aligned layers are filled and
-    labelled with their weights. evidence: LayerScores.evidence()."""
+    labelled with their weights; a title in red says that the choice is undecided. evidence: LayerScores.evidence(), or
+    that of the selection."""
     names = next(iter(evidence.values()))["layers"]
     depth = len(names)
     figure = new_figure(max(7.0, 0.45 * depth + 2), 2.9 * len(evidence))
@@ -33,9 +37,25 @@ def plot_attribution(evidence: dict[str, dict], selection: LayerSelection | None
         step = "" if measured["step"] is None else f" at step {measured['step']}"
         axes.set_title(
             f"{domain}: {name_with_recipe(measured['measure'], measured['recipe'])}{step}, {measured['clips']} clips ± "
-            "standard error; filled = aligned",
+            f"standard error; filled = aligned{_certainty(measured)}",
             fontsize=10,
+            color="firebrick" if is_undecided(measured) else "black",
         )
     panels[-1].set_xticks(layers, names, rotation=90 if max(map(len, names)) > 3 else 0)
     panels[-1].set_xlabel("layer")
-    figure.savefig(path, dpi=130)
+    return figure
+
+
+def _certainty(evidence: dict) -> str:
+    """Return a line about how sure a domain's choice is, "" if that is unknown."""
+    if evidence.get("top_k_probability") is None:
+        return ""
+    top, probability = f"Top-{evidence['k']}", evidence["top_k_probability"]
+    if is_undecided(evidence):
+        return (
+            f"\n{top} cannot be told from the next: probability {probability:.2f} < probe.confidence_floor "
+            f"{evidence['confidence_floor']:g}"
+        )
+    if evidence.get("choice") == "soft":
+        return f"\nsoft choice: λ by the probability to be in the {top}, which is this one with {probability:.2f}"
+    return f"\n{top} with probability {probability:.2f}"

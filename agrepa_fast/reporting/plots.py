@@ -6,7 +6,7 @@ from pathlib import Path
 from ..attribution.csv import read_csv
 from ..attribution.selection import LayerSelection
 from ..config import CONTRIBUTION, STORAGE
-from .attribution_plot import plot_attribution
+from .attribution_plot import draw_attribution
 from .layer_time_plot import draw_layer_time
 from .stability_plot import draw_stability
 from .store_contribute_plot import draw_store_contribute
@@ -23,7 +23,7 @@ def plot_all(table: Path, evidence: dict, selection: LayerSelection | None, fold
     """
     if not evidence:
         return {}
-    plot_attribution(evidence, selection, folder / "attribution.png")
+    draw_attribution(evidence, selection).savefig(folder / "attribution.png", dpi=_DPI)
     recipe = next(iter(evidence.values()))["recipe"]
     rows = [row for row in read_csv(table) if row["recipe"] == recipe or row["measure"] in ("ridge", "cka")]
     contributed, stored = (

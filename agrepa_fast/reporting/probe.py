@@ -39,8 +39,10 @@ def probe_checkpoint(
     selection = None
     if request.kind == "block":
         try:
-            selection = select_as(opened.config.align, measured[0])
+            selection = select_as(opened.config.align, opened.config.probe, measured[0])
             selection.save(out / "selection.json")
+            if selection.warning is not None:
+                print(f"warning: {selection.warning}")
         except ValueError as refusal:
             print(f"no ranking: {refusal}")
     report(measured, selection, out, opened.config.align.k)
@@ -51,6 +53,7 @@ def report(measured: list[LayerScores], selection: LayerSelection | None, out: P
     out.mkdir(parents=True, exist_ok=True)
     for scores in measured:
         append_csv(out / "attribution.csv", scores)
-    plot_all(out / "attribution.csv", measured[0].evidence(), selection, out, k)
+    evidence = measured[0].evidence() if selection is None else selection.evidence
+    plot_all(out / "attribution.csv", evidence, selection, out, k)
     print_tables(measured, selection)
     print(f"wrote {out}: attribution.csv and plots")

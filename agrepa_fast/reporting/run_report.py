@@ -67,6 +67,8 @@ def _layers(folder: Path, summary: dict, selection: LayerSelection | None) -> Se
     tables = layer_tables(read_csv(folder / "attribution.csv"), selection)
     if selection:
         about = f"Chosen by {summary['strategy']} at step {selection.step}: {selection.describe()}."
+        if selection.warning is not None:
+            about += f" {selection.warning[0].upper()}{selection.warning[1:]}."
     else:
         about = f"No layers were aligned (align.strategy={summary['strategy']})."
     if correlations := summary["store_contribute_rank_correlation"]:

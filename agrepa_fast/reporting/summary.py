@@ -59,6 +59,7 @@ def finish(run: Run, validation_clips: FixedClips, vocoder: Vocoder | None) -> N
         "val/flow_loss_by_domain": {domain: averaged[f"val/flow_loss_{domain}"] for domain in index.domains},
         "strategy": config.align.strategy,
         "selection": selection.describe() if selection else None,
+        "selection_warning": selection.warning if selection else None,
         "store_contribute_rank_correlation": correlations,
         "clips_per_s": clips / run.seconds["train"] if clips else None,
         "clips_per_s_median": statistics.median(value for _, value in series["train/clips_per_s"]),

@@ -8,6 +8,8 @@ from matplotlib.image import imread
 from scipy.stats import spearmanr
 
 from agrepa_fast.attribution.csv import COLUMNS
+from agrepa_fast.attribution.selection import LayerSelection
+from agrepa_fast.reporting.attribution_plot import draw_attribution
 from agrepa_fast.reporting.layer_time_plot import draw_layer_time
 from agrepa_fast.reporting.plots import plot_all
 from agrepa_fast.reporting.score_table import (
@@ -159,3 +161,20 @@ def test_the_measures_of_a_run_decide_which_pictures_are_written(rows, names, tm
     assert {path.stem for path in tmp_path.glob("*.png")} == names
     for path in tmp_path.glob("*.png"):
         assert np.ptp(imread(path), axis=(0, 1)).any()  # more than one colour
+
+
+@pytest.mark.parametrize(
+    ("choice", "probability", "line"),
+    [
+        ("hard", 0.49, "Top-1 cannot be told from the next: probability 0.49 < probe.confidence_floor 0.5"),
+        ("hard", 0.5, "Top-1 with probability 0.50"),
+        ("soft", 0.3, "soft choice: λ by the probability to be in the Top-1, which is this one with 0.30"),
+        ("hard", None, None),
+    ],
+)
+def test_the_picture_of_a_choice_says_how_sure_it_is(choice, probability, line):
+    evidence = EVIDENCE | {"k": 1, "choice": choice, "top_k_probability": probability, "confidence_floor": 0.5}
+    selection = LayerSelection("foga", {"speech": (1,)}, {"speech": (1.0,)}, evidence={"speech": evidence})
+    title = draw_attribution(selection.evidence, selection).axes[0].title
+    assert title.get_text().partition("filled = aligned")[2].strip() == (line or "")
+    assert (title.get_color() == "firebrick") == (selection.warning is not None) == (probability == 0.49)

@@ -2,7 +2,6 @@
 
 import json
 from copy import deepcopy
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,17 +13,12 @@ from agrepa_fast.alignment import aligner as aligner_module
 from agrepa_fast.alignment.aligner import Aligner
 from agrepa_fast.attribution.csv import read_csv
 from agrepa_fast.attribution.selection import LayerSelection
-from agrepa_fast.config_file import load_config
 from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
-from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.models.backbone import Layer
-from agrepa_fast.probing.fixed_clips import probe_clips
-from agrepa_fast.probing.schedule import LayerChoice
 
 from ..testing import write_small_shards
-
-DIMS = {"speech": 5, "audio": 7}
+from .choice import DIMS, Choice, small_config
 
 
 @pytest.fixture(scope="module")
@@ -32,40 +26,6 @@ def index(tmp_path_factory):
     folder = tmp_path_factory.mktemp("choose") / "shards"
     write_small_shards(folder)
     return load_index(folder)
-
-
-def small_config(*overrides: str):
-    base = ["model.dim=16", "model.depth=4", "model.heads=2", "model.token_dim=16", "align.k=1", "probe.times=[0.5]"]
-    base += ["probe.start_step=2", "probe.every=2", "probe.warmup_steps=6", "probe.storage_clips=8", "probe.clips=3"]
-    return load_config("demo", [*base, *overrides])
-
-
-class Choice:
-    """A LayerChoice over a small model that is awake, with what it said."""
-
-    def __init__(self, index, folder, *overrides: str):
-        self.config = small_config(*overrides)
-        torch.manual_seed(0)
-        model = AudioDiT(replace(self.config.model, n_mels=index.n_mels, vocab=index.vocab))
-        for block in model.blocks:
-            nn.init.normal_(block.modulation.weight, std=0.2)
-        self.model, self.said = model, []
-        self.aligner = Aligner(self.config, model, DIMS, torch.device("cpu"))
-        clips = probe_clips(index, self.config, "cpu")
-        self.choice = LayerChoice(self.config, model, self.aligner, clips, clips, self.said.append, folder)
-
-    def run(self, steps) -> list[int]:
-        """The steps after which something new is aligned."""
-        changes = []
-        for step in steps:
-            before = self.aligner.selection
-            self.choice.after_step(step)
-            if self.aligner.selection is not before:
-                changes.append(step)
-        return changes
-
-    def measured(self, folder) -> list[int]:
-        return sorted({int(row["step"]) for row in read_csv(folder / "attribution.csv")})
 
 
 def test_probes_are_read_one_step_later_and_the_set_is_frozen(index, tmp_path):
@@ -89,13 +49,12 @@ def test_an_early_decision_says_what_it_saved(index, tmp_path):
     assert "decided early, 2 probes saved" in made.said[0]
 
 
-def test_recent_probes_are_pooled_until_a_choice(index, tmp_path):
+def test_recent_probes_are_pooled(index, tmp_path):
     made = Choice(index, tmp_path, "probe.pool=2", "align.refresh=4", "train.steps=50")
     made.run(range(1, 7))
     assert [scores.step for scores in made.choice.probes] == [4]
     made.run([7])
-    assert made.choice.probes == []
-    assert made.choice.last.step == 6
+    assert [scores.step for scores in made.choice.probes] == [6]
     made.run(range(8, 12))
     assert "rank correlation with the probe before" in made.said[-1]
     assert made.aligner.selection.evidence["speech"]["step"] == 10
@@ -126,16 +85,6 @@ def test_the_end_of_a_run_chooses_nothing(index, tmp_path):
     assert made.aligner.selection is None
     assert evidence["speech"]["step"] == 6
     assert not (tmp_path / "selection.json").exists()
-
-
-def test_refresh_measures_again_and_stop_ends_it(index, tmp_path):
-    made = Choice(index, tmp_path, "align.refresh=3", "align.stop=14", "train.steps=50")
-    assert made.run(range(1, 21)) == [7, 10, 13]
-    assert made.measured(tmp_path) == [2, 4, 6, 9, 12]
-    assert "the same layers with new weights" in made.said[-1]
-    assert json.loads((tmp_path / "selection.json").read_text())["step"] == 12
-    assert made.aligner.layers(13) == (0, *made.aligner.selection.all_layers)
-    assert made.aligner.layers(14) == (0,)
 
 
 @pytest.mark.parametrize("choice", ["hard", "soft"])
@@ -333,6 +282,9 @@ class TestHeads:
         (["align.share=0.5", "align.choice=soft"], "align.choice=soft weighs the Top-K: give align.k"),
         (["probe.clips=1", "align.choice=soft"], "align.choice=soft: probe.clips=1 shows no spread, raise it to 2"),
         (["align.strategy=gradnorm", "align.choice=soft"], "align.choice=soft: probe.pool=1 shows no spread"),
+        (["align.choice=soft", "probe.undecided=refuse"], "probe.undecided=refuse: a soft choice is never undecided"),
+        (["align.refresh=null", "train.batch_frames=900"], "align.refresh=null counts train.batch_clips per step"),
+        (["align.strategy=deep", "align.refresh=null"], "align.refresh: deep measures nothing"),
         (["align.choice=sotf"], "align.choice='sotf': hard or soft"),
         (["align.share=1.5"], "align.share=1.5: must be in"),
         (["align.stop=-1"], "align.stop=-1"),

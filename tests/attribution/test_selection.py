@@ -1,6 +1,7 @@
 """Statistics over scores, and the layers and weights that are chosen from them."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from agrepa_fast import foga, select_layers
 from agrepa_fast.attribution.points import ProbeBatch
 from agrepa_fast.attribution.scores import LayerScores
-from agrepa_fast.attribution.selection import NotRankableError
+from agrepa_fast.attribution.selection import LayerSelection, NotRankableError
 
 from ..testing import small_batch, small_model
 
@@ -44,14 +45,21 @@ class TestStatistics:
         assert up.rank_correlation(up, "speech") == pytest.approx(1)
         assert up.rank_correlation(down, "speech") == pytest.approx(-1)
 
-    def test_pooled_probes_are_further_draws_of_each_clip(self):
+    def test_pooled_probes_count_less_the_older_they_are(self):
+        values = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(0))  # probes, layers, clips
+        probes = [self.scores(one.tolist(), step=step, draws=2) for step, one in enumerate(values)]
+        torch.testing.assert_close(probes[2].pooled_with([], 5).values, probes[2].values, atol=0, rtol=0)
+        pooled = probes[2].pooled_with(probes[:2], 3)
+        expected = (1 * values[0] + 2 * values[1] + 3 * values[2]) / 6
+        torch.testing.assert_close(pooled.per_clip("speech"), expected)
+        pooled = probes[2].pooled_with(probes[1:2], 3)  # the second of a run: the third has not come yet
+        torch.testing.assert_close(pooled.per_clip("speech"), (2 * values[1] + 3 * values[2]) / 5)
         early, late = self.scores([[0.1, 0.3], [0.2, 0.2]], step=1), self.scores([[0.3, 0.5], [0.2, 0.6]], step=2)
-        pooled = late.pooled_with([early])
-        torch.testing.assert_close(pooled.per_clip("speech"), torch.tensor([[0.2, 0.4], [0.2, 0.4]]))
+        pooled = late.pooled_with([early], 2)
         assert pooled.clips("speech") == 2
         assert pooled.step == 2
         with pytest.raises(ValueError, match="same clips"):
-            late.pooled_with([self.scores([[0.1], [0.2]])])
+            late.pooled_with([self.scores([[0.1], [0.2]])], 2)
 
 
 class TestSelection:
@@ -228,3 +236,98 @@ class TestSoftChoice:
     def test_a_single_clip_is_no_ground_for_a_soft_choice(self):
         with pytest.raises(NotRankableError, match="one clip says nothing about others"):
             select_layers(self.scores([0.5, 0.4], clips=1), 1, choice="soft")
+
+
+class TestUndecided:
+    """A warning where the Top-K cannot be told from the next layers."""
+
+    def select(self, spread, **options):
+        scores = TestSoftChoice().scores([0.50, 0.40, 0.39, 0.10], spread)
+        return select_layers(scores, 2, confidence_floor=0.9, **options)
+
+    def test_a_near_tie_is_undecided(self):
+        made = self.select(0.1)
+        probability = made.evidence["speech"]["top_k_probability"]
+        assert 0.4 < probability < 0.9
+        assert f"its probability is speech {probability:.2f}, below probe.confidence_floor=0.9;" in made.warning
+        restored = LayerSelection.from_dict(json.loads(json.dumps(asdict(made))))
+        assert restored.warning == made.warning
+
+    def test_what_is_certain_or_soft_is_not(self):
+        assert self.select(0.001).warning is None
+        assert self.select(0.1, choice="soft").warning is None
+        assert LayerSelection("shallow", {"speech": (1,)}, {"speech": (1.0,)}).warning is None
+
+
+class TestHysteresis:
+    """Layers that are aligned already stay until the evidence is against them."""
+
+    def probes(self, means, count=40, wander=0.01):
+        """LayerScores of probes whose layers wander about their means by less than the clips' standard error, 0.025."""
+        made, draw = TestSoftChoice(), torch.Generator().manual_seed(1)
+        noise = wander * torch.randn(count, len(means), generator=draw)
+        return [made.scores((torch.tensor(means) + row).tolist()) for row in noise]
+
+    def follow(self, probes, before=None, **options):
+        """The choices of successive probes, each with the one before it."""
+        chosen = []
+        for scores in probes:
+            before = select_layers(scores, 2, before=before, **options)
+            chosen.append(before)
+        return chosen
+
+    def test_noise_flips_no_layers(self):
+        probes = self.probes([0.5, 0.4, 0.4, 0.1])
+        assert len({select_layers(scores, 2).layers["speech"] for scores in probes}) == 2  # a coin
+        held = self.follow(probes)
+        assert len({one.layers["speech"] for one in held}) == 1
+        assert len({one.weights["speech"] for one in held}) == len(probes)  # weights follow the scores
+
+    def test_a_real_change_replaces_the_lowest_layer(self):
+        first = self.probes([0.5, 0.4, 0.3, 0.1], 1)
+        (before,) = self.follow(first)
+        assert before.layers["speech"] == (1, 2)
+        (after,) = self.follow(self.probes([0.5, 0.3, 0.45, 0.1], 1), before)
+        assert after.layers["speech"] == (1, 3)
+        (all_new,) = self.follow(self.probes([0.1, 0.2, 0.5, 0.6], 1), before)
+        assert all_new.layers["speech"] == (3, 4)
+        assert all_new.evidence["speech"]["top_k_probability"] == 1
+
+    def test_the_probability_is_that_of_the_layers_that_are_aligned(self):
+        (before,) = self.follow(self.probes([0.5, 0.42, 0.40, 0.1], 1, 0))
+        (after,) = self.follow(self.probes([0.5, 0.40, 0.42, 0.1], 1, 0), before)
+        assert after.layers["speech"] == (1, 2)
+        assert after.evidence["speech"]["top_k_probability"] < 0.5
+
+    def test_a_layer_that_sinks_into_the_floor_is_replaced(self):
+        (before,) = self.follow(self.probes([0.5, 0.4, 0.3, 0.1], 1))
+        (after,) = self.follow(self.probes([0.5, 0.0, 0.3, 0.1], 1), before)
+        assert after.layers["speech"] == (1, 3)
+
+    def test_the_number_of_layers_of_a_share_follows_it(self):
+        scores = TestSoftChoice().scores([0.4, 0.1, 0.3, 0.2], 0.001)
+        (two,) = (select_layers(scores, share=0.65),)
+        three = select_layers(scores, share=0.85, before=two)
+        assert (two.layers["speech"], three.layers["speech"]) == ((1, 3), (1, 3, 4))
+        assert select_layers(scores, share=0.65, before=three).layers["speech"] == (1, 3)
+
+    def test_every_time_has_its_own(self):
+        made = TestSoftChoice()
+        before = select_layers(made.scores([[0.5, 0.4], [0.4, 0.5]], times=(0.2, 0.7)), 1, per_time=True)
+        now = made.scores([[0.45, 0.1], [0.46, 0.5]], times=(0.2, 0.7))
+        after = select_layers(now, 1, per_time=True, before=before)
+        assert after.weights_at["speech"] == ((1, 0), (0, 1))
+        assert select_layers(now, 1, per_time=True).weights_at["speech"] == ((1,), (1,))  # L2 at both
+        assert select_layers(now, 1, before=before).layers["speech"] == (2,)  # of other times: nothing is held
+
+    def test_a_soft_choice_drops_a_layer_later_than_it_takes_one(self):
+        made = TestSoftChoice()
+        rising = [made.scores([0.5, 0.4, 0.3 + 0.005 * step, 0.1]) for step in range(20)]
+        inside = [float(scores.in_top_k("speech", 2)[2]) for scores in rising]
+        enters = next(step for step, p in enumerate(inside) if p >= 0.05)
+        stays = next(step for step, p in enumerate(inside) if p >= 0.025)
+        assert stays < enters
+        aligned = self.follow(rising, choice="soft")
+        assert [3 in one.layers["speech"] for one in aligned] == [step >= enters for step in range(20)]
+        aligned = self.follow(rising[::-1], choice="soft")[::-1]
+        assert [3 in one.layers["speech"] for one in aligned] == [step >= stays for step in range(20)]

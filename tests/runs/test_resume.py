@@ -17,6 +17,8 @@ from agrepa_fast.training.run import Run
 from ..ranks import run_training
 from ..testing import assert_same_curve, metrics
 
+PENDING_CHOICE = ("align.refresh=2", "train.steps=7", "align.choice=soft", "probe.pool=3")
+
 
 @pytest.mark.parametrize(
     ("stage", "ranks", "stops", "extra"),
@@ -24,7 +26,7 @@ from ..testing import assert_same_curve, metrics
         (0, 1, (1,), ()),  # in the warm-up
         (2, 2, (2, 3), ()),  # while the probe that decides is under way, and after the choice
         (3, 2, (3,), ()),
-        (2, 2, (4,), ("align.refresh=2", "train.steps=7")),  # a second choice is under way
+        (2, 2, (4,), PENDING_CHOICE),  # a second choice is under way
         (2, 1, (3,), ("model.dropout=0.2",)),  # the state of the random generator comes back, too
     ],
 )
