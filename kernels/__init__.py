@@ -11,6 +11,7 @@ if __name__ == "agrepa_fast.kernels":
     from .ada_norm import ada_norm
     from .align_loss import align_loss, align_loss_sum
     from .flow_mix import flow_mix, philox_normal, philox_uniform
+    from .frame_loss import frame_loss_sum
     from .gated_residual import gated_residual
     from .linear_gelu import linear_gelu
     from .qk_norm_rope import qk_norm_rope
@@ -24,6 +25,7 @@ if __name__ == "agrepa_fast.kernels":
         "align_loss_sum",
         "flow_mix",
         "force_backend",
+        "frame_loss_sum",
         "gated_residual",
         "linear_gelu",
         "native_isa",
