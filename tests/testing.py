@@ -73,11 +73,17 @@ def small_batch(lengths: tuple[int, ...] = (37, 20, 11), frames: int = FRAMES, s
 
 
 def write_small_shards(
-    folder: Path, buckets: tuple[int, ...] = (25,), extra: bool = False, shard_clips: int = 8, texts: bool = False
+    folder: Path,
+    buckets: tuple[int, ...] = (25,),
+    extra: bool = False,
+    shard_clips: int = 8,
+    texts: bool = False,
+    teacher_rate: float | None = None,
 ) -> Path:
     """Two domains, 22 training and 5 validation clips each of 9 to 25 frames; returns a preset for them. buckets: the
     bounds, in frames and rising, of what training shards hold. extra: with second tokens, topology B. texts: 14 + 4
-    clips of speech have a transcript of their own, 5 + 1 that of a longer recording; all have a speaker's vector."""
+    clips of speech have a transcript of their own, 5 + 1 that of a longer recording; all have a speaker's vector.
+    teacher_rate: of the teacher's frames; None: its targets are vectors."""
     folder.mkdir(parents=True)
     draw, extra_draw = np.random.default_rng(0), np.random.default_rng(1)
     settings = asdict(DataConfig(sample_rate=16000, n_mels=8, f_max=8000.0, codebook=CODES))
@@ -92,6 +98,9 @@ def write_small_shards(
         val = [_sample(draw, domain, dim, number * CODES, 100 + i) for i in range(5)]
         for sample in (*train, *val) if extra else ():
             sample.tokens2 = extra_draw.integers(0, EXTRA_CODES, len(sample.tokens)).astype(np.int32)
+        for sample in (*train, *val) if teacher_rate else ():
+            count = max(1, round(sample.seconds * teacher_rate))
+            sample.teacher = (sample.teacher + extra_draw.normal(size=(count, dim))).astype(np.float16)
         for place, sample in enumerate((*train, *val)) if texts and domain == "speech" else ():
             sample.cut, sample.text = place % 4 == 3, "" if place % 8 == 5 else f"say {place}"
         for sample in (*train, *val) if texts else ():
@@ -126,9 +135,9 @@ def write_small_shards(
                 f"teacher_{domain}": {
                     "spec": DataConfig().speech_teacher,
                     "dim": dim,
-                    "rate": None,
+                    "rate": teacher_rate,
                     "identity": {},
-                    "mean": np.mean([s.teacher.astype(np.float32) for s in train], axis=0).tolist(),
+                    "mean": np.mean([s.pooled for s in train], axis=0).tolist(),
                     "files": None,
                 }
             },

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 
 from ..domains import DOMAINS
@@ -14,6 +15,13 @@ from .reading import Fault
 from .samples import Sample
 
 _ALIGNMENT = 64  # bytes: a cache line, and more than the widest load of a GPU
+
+
+class TeacherFrames(NamedTuple):
+    """The teacher's frames of clips. Those of a clip span it evenly."""
+
+    values: torch.Tensor  # (B, S, E) fp16, zero beyond each clip's
+    counts: torch.Tensor  # (B,) int64; 0 for clips of other domains
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,8 @@ class Batch:
     places: tuple[int, ...]  # of each clip in the global batch
     weight: float = 1.0  # times its mean loss: then the mean over ranks and micro-batches is that over all clips
     faults: tuple[Fault, ...] = ()  # of clips that could not be used and that others replace
+    teacher_frames: dict[str, TeacherFrames] = field(default_factory=dict)  # domain -> frames, if they were asked for
+    averaged: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> states by averaged weights; of a step
 
     def to(self, device: torch.device | str) -> Self:
         """Return the batch on a device. Each buffer is copied once, and a batch of `collate` has one. The copy from
@@ -51,6 +61,8 @@ class Batch:
             mel=function(self.mel),
             condition=self.condition.map(function),
             teacher={name: function(vectors) for name, vectors in self.teacher.items()},
+            teacher_frames={name: TeacherFrames(*map(function, both)) for name, both in self.teacher_frames.items()},
+            averaged={layer: function(states) for layer, states in self.averaged.items()},
         )
 
 
@@ -90,8 +102,8 @@ class PackedBatch:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return the view of a field."""
-        field = self.fields[name]
-        return self.buffer[field.offset : field.offset + field.bytes].view(field.dtype).view(field.shape)
+        place = self.fields[name]
+        return self.buffer[place.offset : place.offset + place.bytes].view(place.dtype).view(place.shape)
 
     def pin_memory(self) -> Self:
         """Return a copy in pinned memory. DataLoader's thread calls it if there is a GPU."""
@@ -110,8 +122,21 @@ class PackedBatch:
             speaker=self.tensor("speaker") if "speaker" in self.fields else None,
         )
         teacher = {domain: self.tensor(domain) for domain in DOMAINS if domain in self.fields}
+        frames = {
+            domain: TeacherFrames(self.tensor(_frames(domain)), self.tensor(_counts(domain)))
+            for domain in DOMAINS
+            if _frames(domain) in self.fields
+        }
         domain = self.tensor("domain")
-        return Batch(self.keys, domain, mel, condition, teacher, self.places, self.weight, self.faults)
+        return Batch(self.keys, domain, mel, condition, teacher, self.places, self.weight, self.faults, frames)
+
+
+def _frames(domain: str) -> str:
+    return f"{domain} frames"
+
+
+def _counts(domain: str) -> str:
+    return f"{domain} counts"
 
 
 def collate(
@@ -137,9 +162,13 @@ def pack(
     frames: int = 0,
     tokens: int = 0,
     text: int = 0,
+    teacher_frames: int | None = None,
 ) -> PackedBatch:
     """Pad samples to the longest (and at least `frames`, `tokens` and ids of `text`), normalise mels by the index's
-    mean and standard deviation, and, with `center`, subtract their mean from teacher vectors."""
+    mean and standard deviation, and, with `center`, subtract their mean from teacher vectors.
+
+    teacher_frames: add the teacher's frames, padded to at least so many; None: the batch has their means alone.
+    """
     clips = len(samples)
     frames = max(frames, *(s.frames for s in samples))
     tokens = max(tokens, *(len(s.tokens) for s in samples))
@@ -158,6 +187,11 @@ def pack(
     if index.speaker_dim is not None:
         sizes["speaker"] = (torch.float32, (clips, index.speaker_dim))
     sizes |= {domain: (torch.float32, (clips, index.teacher(domain).dim)) for domain in index.domains}
+    if teacher_frames is not None:
+        longest = max(teacher_frames, *(len(s.teacher) for s in samples))
+        for domain in index.domains:
+            sizes[_frames(domain)] = (torch.float16, (clips, longest, index.teacher(domain).dim))
+            sizes[_counts(domain)] = (torch.int64, (clips,))
     packed = PackedBatch.zeros(sizes, tuple(s.key for s in samples), tuple(places))
     tensors = {name: packed.tensor(name) for name in sizes}
     for row, s in enumerate(samples):
@@ -171,8 +205,11 @@ def pack(
             tensors["text"][row, len(s.text_ids) :] = -1
         if "speaker" in tensors:
             tensors["speaker"][row] = torch.from_numpy(s.speaker)
-        target = s.pooled - index.teacher(s.domain).mean if center else s.pooled
-        tensors[s.domain][row] = torch.from_numpy(target)
+        mean = index.teacher(s.domain).mean if center else 0
+        tensors[s.domain][row] = torch.from_numpy(s.pooled - mean)
+        if teacher_frames is not None:
+            tensors[_frames(s.domain)][row, : len(s.teacher)] = torch.from_numpy(s.teacher.astype(np.float32) - mean)
+            tensors[_counts(s.domain)][row] = len(s.teacher)
     tensors["token_lengths"].copy_(torch.tensor([len(s.tokens) for s in samples]))
     tensors["lengths"].copy_(torch.tensor([s.frames for s in samples]))
     tensors["domain"].copy_(torch.tensor([DOMAINS.index(s.domain) for s in samples]))

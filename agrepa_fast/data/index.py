@@ -203,6 +203,11 @@ class Index:
         rates = [self.content["domains"][domain]["tokens"].get("rate") for domain in self.domains]
         return frames if None in rates else max(math.ceil(rate * seconds) for rate in rates) + 1
 
+    def most_teacher_frames(self, frames: int) -> int:
+        """Return a bound of the teacher's frames of clips of up to so many mel frames. Every domain must have some."""
+        seconds = frames * self.features["hop_length"] / self.features["sample_rate"]
+        return max(round(self.teacher(domain).rate * seconds) for domain in self.domains) + 1
+
     def longest(self, frames: int) -> dict[str, int]:
         """Return the shape of clips of up to so many mel frames, as `pack` takes it. No clip has more ids of text than
         frames."""

@@ -32,7 +32,8 @@ class TrainBatches:
     """This rank's micro-batches in order, from optimizer step `step` on. They do not end, so that no rank runs out of
     batches before the others.
 
-    plan: None for layout.batch_clips clips in every batch. data.workers processes read the shards and make the batches;
+    plan: None for layout.batch_clips clips in every batch. teacher_frames: whether batches hold the teacher's frames
+    beside their means. data.workers processes read the shards and make the batches;
     `close`, or the end of a `with`, ends them. With a GPU the batches are in pinned memory.
     """
 
@@ -46,13 +47,14 @@ class TrainBatches:
         center: bool,
         step: int = 0,
         plan: BatchPlan | None = None,
+        teacher_frames: bool = False,
     ):
         if plan is None:
             plan = BatchPlan(index, data.speech_share, seed, clips=layout.batch_clips)
         self._context = _LoaderContext()
         self._batches: Iterator[PackedBatch] = iter(
             DataLoader(
-                _RankBatches(index, plan, layout, center, step),
+                _RankBatches(index, plan, layout, center, step, teacher_frames),
                 batch_size=None,
                 num_workers=data.workers,
                 pin_memory=torch.cuda.is_available(),
@@ -139,8 +141,11 @@ class _LoaderProcess(context.SpawnProcess):
 class _RankBatches(IterableDataset):
     """This rank's micro-batches from a step on; loader process w of W makes every W-th of them."""
 
-    def __init__(self, index: Index, plan: BatchPlan, layout: BatchLayout, center: bool, step: int):
+    def __init__(
+        self, index: Index, plan: BatchPlan, layout: BatchLayout, center: bool, step: int, teacher_frames: bool
+    ):
         self.index, self.plan, self.layout, self.center, self.step = index, plan, layout, center, step
+        self.teacher_frames = teacher_frames
 
     def __iter__(self) -> Iterator[PackedBatch]:
         worker = get_worker_info()
@@ -171,6 +176,8 @@ class _RankBatches(IterableDataset):
             samples |= dict(zip(of_domain, read, strict=True))
             faults += replaced
         shape = self.index.longest(bucket.frames) if plan.fixed_shapes else {}
+        if self.teacher_frames:
+            shape["teacher_frames"] = self.index.most_teacher_frames(bucket.frames) if plan.fixed_shapes else 0
         ordered = [samples[place] for place in places]
         packed = pack(ordered, tuple(places), self.index, center=self.center, **shape)
         return replace(packed, weight=layout.weight(micro, bucket.clips), faults=tuple(faults))

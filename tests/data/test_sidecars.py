@@ -14,7 +14,7 @@ from agrepa_fast.audio.mel import frame_count
 from agrepa_fast.cli import main
 from agrepa_fast.config import DataConfig
 from agrepa_fast.corpora.folder import folder_source
-from agrepa_fast.data.batch import collate
+from agrepa_fast.data.batch import collate, pack
 from agrepa_fast.data.index import load_index, write_index
 from agrepa_fast.data.matching import matching_index
 from agrepa_fast.data.reading import read_shard
@@ -116,6 +116,14 @@ def test_frame_level_targets_are_the_teachers_frames_at_the_rate(whisper, corpus
     torch.testing.assert_close(
         batch.teacher["speech"][1], torch.from_numpy(train[1].pooled - index.teacher("speech").mean)
     )
+    assert not batch.teacher_frames
+    values, counts = pack(train[:2], (0, 1), index, teacher_frames=0).unpack().teacher_frames["speech"]
+    assert counts.tolist() == [len(clip.teacher) for clip in train[:2]]
+    for row, clip in enumerate(train[:2]):
+        centred = clip.teacher.astype(np.float32) - index.teacher("speech").mean
+        np.testing.assert_array_equal(values[row, : counts[row]].numpy(), centred.astype(np.float16))
+        assert not values[row, counts[row] :].any()
+        assert len(clip.teacher) <= index.most_teacher_frames(clip.frames)
 
 
 def test_added_teacher_leaves_the_shards_alone_and_is_read_with_them(whisper, corpus, prepared, frozen, tmp_path):
