@@ -13,6 +13,7 @@ if not Path(__file__).with_name("kernels").is_dir():  # a checkout, where kernel
 from . import openmp  # noqa: F401 - before torch
 
 if TYPE_CHECKING:  # the same names as in _HOMES; a test compares them
+    from .alignment.objective import Objective as Objective
     from .attribution.ablate import ablate as ablate
     from .attribution.foga import foga as foga
     from .attribution.gate_plan import count_block_forwards as count_block_forwards
@@ -46,6 +47,7 @@ _HOMES = {
     "LayerScores": "attribution.scores",
     "LayerSelection": "attribution.selection",
     "NotRankableError": "attribution.selection",
+    "Objective": "alignment.objective",
     "ProbeBatch": "attribution.points",
     "UserError": "errors",
     "Velocity": "models.backbone",

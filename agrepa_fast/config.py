@@ -43,6 +43,8 @@ MEASURES = (*CONTRIBUTION, *STORAGE)
 MEASURED = (*CONTRIBUTION, "lasp")  # strategies that rank layers by a measure
 STRATEGIES = (*MEASURED, "fixed", "shallow", "deep", "random", "none")
 CHOICES = ("hard", "soft")
+OF_LAYERS = ("layersync", "sra")  # objectives that compare a layer with a deeper one
+OBJECTIVES = ("pooled", "frames", "irepa", *OF_LAYERS)
 WEIGHTINGS = ("normalized", "equal", "raw2x")
 RECIPES = ("corrected", "official")
 GELUS = ("erf", "tanh")
@@ -168,6 +170,12 @@ class FlowConfig:
 class AlignConfig:
     """Layers that are aligned to the teacher, and how strongly."""
 
+    objective: str = setting(
+        "pooled", "pooled, frames, irepa, layersync, sra, or MODULE:CLASS of an Objective of yours"
+    )
+    deeper: Size | None = setting(
+        None, "layersync, sra: a layer is compared with the one so many layers deeper; null: a third of the depth"
+    )
     strategy: str = setting("foga", "foga, foga-vjp, gradnorm, lasp, fixed:4,8,12, shallow, deep, random or none")
     k: Size = setting(3, "layers per domain")
     share: ShareAboveZero | None = setting(
@@ -181,6 +189,10 @@ class AlignConfig:
     )
     per_time: bool = setting(False, "layers and weights for every probe time, interpolated to each clip's t")
     weight: NotNegative = setting(1.0, "multiplies the whole alignment term")
+    warmup_steps: Whole = setting(0, "linear warm-up of the weight, from the choice of layers on")
+    decay: Literal["linear", "cosine"] | None = setting(
+        None, "the weight falls to 0 at stop, or at the end of the run; null: it is constant"
+    )
     refresh: Whole | None = setting(
         0,
         "measure and choose again every so many steps, layers change if the evidence says so; 0: the first choice "
@@ -198,6 +210,15 @@ class AlignConfig:
         check(
             (name == "fixed") == bool(layers) and (not layers or _LAYERS.fullmatch(layers)),
             f"align.strategy={self.strategy!r}: layers are written fixed:4,8,12, and only for fixed",
+        )
+        own = ":" in self.objective  # MODULE:CLASS
+        check(
+            own or self.objective in OBJECTIVES,
+            f"align.objective={self.objective!r} is unknown: {nearest(self.objective, OBJECTIVES)}, or MODULE:CLASS",
+        )
+        check(
+            self.deeper is None or own or self.objective in OF_LAYERS,
+            f"align.deeper={self.deeper}: align.objective={self.objective} compares with no deeper layer",
         )
         measured = name in MEASURED
         check(self.refresh == 0 or measured, f"align.refresh: {self.strategy} measures nothing that could change")

@@ -1,5 +1,7 @@
-"""Errors of other people's code in one line, with the place in that code."""
+"""Other people's code: objects by name, and errors in one line with the place in that code."""
 
+import importlib
+import sys
 import sysconfig
 from pathlib import Path
 from types import TracebackType
@@ -9,6 +11,17 @@ from .errors import UserError
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 _OURS = __name__.partition(".")[0]
 _LONGEST = 300  # characters of a reason
+
+
+def named_object(place: str) -> object:
+    """Return the object of MODULE:NAME, looked for in the current folder and on PYTHONPATH. Raises ValueError for
+    another form, and whatever the import raises."""
+    module, _, name = place.partition(":")
+    if not (module and name):
+        raise ValueError(f"{place!r} is not MODULE:CLASS")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the current folder, which a script's path lacks
+    return getattr(importlib.import_module(module), name)
 
 
 def their_error(error: BaseException) -> str:

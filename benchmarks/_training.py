@@ -8,7 +8,8 @@ from _bench import Results
 
 from agrepa_fast import AudioDiT, Condition, LayerSelection
 from agrepa_fast.alignment.heads import AlignmentHeads
-from agrepa_fast.alignment.objectives import alignment_loss
+from agrepa_fast.alignment.losses import alignment_loss
+from agrepa_fast.alignment.pooled import Pooled
 from agrepa_fast.config import FlowConfig, ModelConfig
 from agrepa_fast.device import captured
 from agrepa_fast.flow import flow_loss, reference_around, training_draws
@@ -97,7 +98,8 @@ class OurStep:
         self.clips = random_clips(sizes, clips, padded)
         self.model = awake_model(sizes, sizes.dtype)
         widths = {"speech": sizes.speech_teacher, "audio": sizes.audio_teacher}
-        self.heads = AlignmentHeads(sizes.selection, [sizes.dim] * sizes.depth, widths, seed=0).to(sizes.device)
+        self.heads = AlignmentHeads(Pooled(), sizes.selection, [sizes.dim] * sizes.depth, widths, seed=0)
+        self.heads.to(sizes.device)
         self.weights = list(self.model.parameters())
         self.masters = [weight.detach().float().clone() for weight in self.weights]
         self.average = [master.clone() for master in self.masters]
@@ -120,7 +122,7 @@ class OurStep:
         x_t, target = flow_mix(clips.mel, draws.t, self.keys[1], FLOW.sigma)
         out = self.model(x_t, draws.t, condition, capture=self.heads.selection.all_layers, pooled=True)
         flow = flow_loss(out.v, target, clips.condition.lengths).mean()
-        return flow + alignment_loss(self.heads, out.hidden, clips.teacher, clips.domain, draws.t)[0]
+        return flow + alignment_loss(Pooled(), self.heads, out.hidden, clips, draws.t)[0]
 
     def __call__(self) -> torch.Tensor:
         loss = self.loss()

@@ -1,5 +1,6 @@
 """Alignment beside the sharded engine: BiT-C's projections, the heads of the current selection, and their own AdamW."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -8,11 +9,17 @@ import torch.distributed as dist
 from ..attribution.selection import LayerSelection
 from ..config import Config
 from ..data.batch import Batch
+from ..errors import LocalError
 from ..lr_schedule import lr_factor
-from ..models.backbone import Backbone
+from ..models.backbone import Backbone, pool_frames
 from ..ranks import all_sum
-from .heads import AlignmentHeads, BitcProjections
-from .objectives import alignment_loss, bitc_loss
+from ..their_code import their_error
+from .bitc import BitcProjections, bitc_loss
+from .heads import AlignmentHeads
+from .losses import alignment_loss
+from .objective import OF_LAYERS
+from .registry import OBJECTIVES, make_objective, target_widths
+from .schedule import align_factor
 
 
 class Aligner:
@@ -21,15 +28,28 @@ class Aligner:
 
     Heads and projections are fp32 and replicated. They stay out of the DeepSpeed engine: a module made after its
     initialisation would never train under ZeRO-2, and unused parameters that differ by rank hang stages 1 to 3.
+    report: prints a line on rank 0.
     """
 
-    def __init__(self, config: Config, model: Backbone, teacher_dims: dict[str, int], device: torch.device):
-        self.config, self.teacher_dims, self.device = config, teacher_dims, device
+    def __init__(
+        self,
+        config: Config,
+        model: Backbone,
+        teacher_dims: dict[str, int],
+        device: torch.device,
+        report: Callable[[str], None] = lambda line: None,
+    ):
+        self.config, self.device, self.report = config, device, report
         self.widths = [layer.width for layer in model.layers]
         self.selection: LayerSelection | None = None
+        self.since: int | None = None  # step of the first choice
         self.heads: AlignmentHeads | None = None
         self.optimizer: torch.optim.AdamW | None = None
         align = config.align
+        self._varies = bool(align.warmup_steps or align.decay)
+        self._factor = torch.ones((), device=device)  # of the step; a captured step reads it
+        self.objective = make_objective(align.objective, self.widths, teacher_dims)
+        self.target_widths = target_widths(self.objective, self.widths, teacher_dims)
         weights = {"speech": align.bitc_speech, "audio": align.bitc_audio}
         given = teacher_dims if model.condition_width is not None else ()
         self.bitc_weights = {domain: weights[domain] for domain in given if weights[domain] > 0}
@@ -49,10 +69,14 @@ class Aligner:
         """Make the heads of a selection; those of layers that stay keep their weights and optimizer state. Every rank
         must get the same selection."""
         earlier, self.selection, self.heads = self.heads, selection, None
+        self.since = selection.step if self.since is None else self.since
         if selection.all_layers:
-            config = self.config
-            self.heads = AlignmentHeads(selection, self.widths, self.teacher_dims, config.run.seed, earlier)
+            sizes = self.widths, self.target_widths
+            self.heads = AlignmentHeads(self.objective, selection, *sizes, self.config.run.seed, earlier)
             self.heads.to(self.device)
+            last = len(self.widths)
+            if self.objective.target in OF_LAYERS and last in selection.all_layers:
+                self.report(f"align.objective={self.config.align.objective}: L{last} is compared with itself, the last")
         self._make_optimizer()
 
     def _make_optimizer(self) -> None:
@@ -68,32 +92,69 @@ class Aligner:
     def parameters(self) -> list[torch.nn.Parameter]:
         return [*self.bitc.parameters(), *(self.heads.parameters() if self.heads is not None else ())]
 
+    def begin(self, step: int) -> None:
+        """Set the weight of a step. Call it before the losses, outside of a captured step."""
+        if self._varies and self._aligns(step):
+            self._factor.fill_(align_factor(self.config, step, self.since))
+
     def layers(self, step: int) -> tuple[int, ...]:
         """Return the layers whose hidden states the losses of a step need; 0 is the token condition."""
         condition = (0,) if len(self.bitc) else ()
-        return condition + (self.selection.all_layers if self._aligns(step) else ())
+        if not self._aligns(step):
+            return condition
+        deeper = self._partners() if self.objective.target == "deeper" else ()
+        return condition + tuple(sorted({*self.selection.all_layers, *deeper}))
+
+    def averaged_layers(self, step: int) -> tuple[int, ...]:
+        """Return the layers whose states by the averaged weights, at a cleaner time, a step needs in its batch."""
+        return self._partners() if self.objective.target == "averaged" and self._aligns(step) else ()
+
+    def _partner(self, layer: int) -> int:
+        """Return the deeper layer that a layer is compared with; the last has none deeper."""
+        depth = len(self.widths)
+        return min(depth, layer + (self.config.align.deeper or max(1, depth // 3)))
+
+    def _partners(self) -> tuple[int, ...]:
+        return tuple(sorted({self._partner(layer) for layer in self.selection.all_layers}))
 
     def _aligns(self, step: int) -> bool:
         stop = self.config.align.stop
         return self.heads is not None and (stop is None or step < stop)
 
+    def pools(self, step: int) -> bool:
+        """Return whether the losses of a step take time-means of hidden states, instead of their frames."""
+        return self.objective.tap == "pooled" or not self._aligns(step)
+
     def losses(
         self, hidden: dict[int, torch.Tensor], batch: Batch, t: torch.Tensor, kept: torch.Tensor | None, step: int
     ) -> dict[str, torch.Tensor]:
-        """Return align_loss (align.weight x alignment) and bitc_loss, fp32 means over the batch's clips.
+        """Return align_loss (alignment times its weight) and bitc_loss, fp32 means over the batch's clips.
 
-        align_loss is zero without a selection, and from align.stop on. hidden: time-means by layer. t, kept: (N,) time
-        of each clip, and whether its tokens are kept; None: all are.
+        The weight is that of the last `begin`. align_loss is zero without a selection, and from align.stop on.
+        hidden: states by layer, (N, T, D), or time-means (N, D) if the step `pools`. t, kept: (N,) time of each clip,
+        and whether its tokens are kept; None: all are.
         """
         zero = torch.zeros((), device=self.device)
         losses = {"align_loss": zero, "bitc_loss": zero}
         if self._aligns(step):
-            mean, _ = alignment_loss(self.heads, hidden, batch.teacher, batch.domain, t)
-            losses["align_loss"] = self.config.align.weight * mean
+            loss = self.config.align.weight * self._alignment(hidden, batch, t)
+            losses["align_loss"] = loss * self._factor if self._varies else loss
         if len(self.bitc):
-            weights = self.bitc_weights
-            losses["bitc_loss"] = bitc_loss(self.bitc, weights, hidden[0], batch.teacher, batch.domain, kept)
+            weights, condition = self.bitc_weights, hidden[0]
+            if condition.ndim == 3:
+                condition = pool_frames(condition, batch.condition.lengths, batch.mel.shape[1])
+            losses["bitc_loss"] = bitc_loss(self.bitc, weights, condition, batch.teacher, batch.domain, kept)
         return losses
+
+    def _alignment(self, hidden: dict[int, torch.Tensor], batch: Batch, t: torch.Tensor) -> torch.Tensor:
+        """Return the alignment term. Raises LocalError if a user's objective raises anything."""
+        name = self.config.align.objective
+        try:
+            return alignment_loss(self.objective, self.heads, hidden, batch, t, self._partner)[0]
+        except Exception as error:
+            if name in OBJECTIVES or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise LocalError(f"align.objective={name}: {their_error(error)}") from error
 
     def reduce(self) -> torch.Tensor:
         """Average the gradients over ranks in one all-reduce, and return their norm, 0-dim on the device. Call it after
@@ -132,6 +193,7 @@ class Aligner:
         """Return selection, heads, projections and optimizer; the same on every rank."""
         return {
             "selection": None if self.selection is None else asdict(self.selection),
+            "since": self.since,
             "weights": self.export(),
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
         }
@@ -139,6 +201,7 @@ class Aligner:
     def load_state_dict(self, state: dict) -> None:
         if state["selection"] is not None:
             self.select(LayerSelection.from_dict(state["selection"]))
+            self.since = state.get("since", self.since)  # version 0.1 kept none, and its weight was constant
         modules = {"bitc": self.bitc, **({"heads": self.heads.heads} if self.heads is not None else {})}
         for part, module in modules.items():
             weights = {name: value for name, value in state["weights"].items() if name.startswith(f"{part}.")}

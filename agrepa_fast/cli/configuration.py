@@ -14,6 +14,7 @@ def add_config(commands) -> None:
         "preset", nargs="?", default="demo", help="a preset, a yaml file or a run's folder (default: demo)"
     )
     config.add_argument("--reference", action="store_true", help="print every setting and its meaning, as markdown")
+    config.add_argument("--objectives", action="store_true", help="print the alignment objectives, as markdown")
     config.add_argument("overrides", nargs="*", metavar="section.field=value")
     config.set_defaults(command=_config)
 
@@ -26,6 +27,11 @@ def add_doctor(commands) -> None:
 def _config(args: argparse.Namespace) -> None:
     if "=" in args.preset:  # overrides of the default preset
         args.preset, args.overrides = "demo", [args.preset, *args.overrides]
+    if args.objectives:
+        from ..reporting.objectives import objectives_reference
+
+        print(objectives_reference(), end="")
+        return
     saved = local_path(args.preset) / "config.yaml"
     text = config_yaml(load_config(saved if saved.is_file() else args.preset, args.overrides))
     print(config_reference() if args.reference else text, end="")

@@ -197,11 +197,17 @@ def _recomputed(forward: Callable) -> Callable:
 
 
 def pool_frames(hidden: torch.Tensor, lengths: torch.Tensor, frames: int) -> torch.Tensor:
-    """Return the mean (N, D) fp32 of hidden (N, T', D) over the valid frames of clips of lengths (N,) out of `frames`.
+    """Return the mean (N, D) fp32 of hidden (N, T', D) over the valid frames of clips of lengths (N,), padded to
+    `frames`."""
+    valid = valid_states(hidden, lengths, frames)
+    mask = valid_frames(valid, hidden.shape[1]).unsqueeze(-1)
+    return torch.where(mask, hidden.float(), 0).sum(1) / valid.unsqueeze(1)
+
+
+def valid_states(hidden: torch.Tensor, lengths: torch.Tensor, frames: int) -> torch.Tensor:
+    """Return the number (N,) of valid frames in hidden (N, T', D) of clips of lengths (N,), padded to `frames`.
 
     T' may be T over a stride, as in a U-Net: a clip then has ceil(length / stride) valid frames.
     """
     stride = -(-frames // hidden.shape[1])
-    valid = (lengths + stride - 1) // stride
-    mask = valid_frames(valid, hidden.shape[1]).unsqueeze(-1)
-    return torch.where(mask, hidden.float(), 0).sum(1) / valid.unsqueeze(1)
+    return (lengths + stride - 1) // stride

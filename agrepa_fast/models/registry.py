@@ -1,7 +1,5 @@
 """The model that a configuration names: AudioDiT, one of other people's, or a Backbone of the user's."""
 
-import importlib
-import sys
 from collections.abc import Callable, Collection
 
 import torch.nn as nn
@@ -9,7 +7,7 @@ import torch.nn as nn
 from ..config import ModelConfig
 from ..errors import UserError
 from ..settings import check
-from ..their_code import their_error
+from ..their_code import named_object, their_error
 from .audio_dit.dit import AudioDiT
 from .backbone import Backbone
 
@@ -40,13 +38,11 @@ def make_model(
 def _other_model(config: ModelConfig) -> Backbone:
     """Return a new model of a class other than AudioDiT. Raises UserError as make_model does."""
     name = f"model.backbone={config.backbone}"
-    module, colon, attribute = _OURS.get(config.backbone, config.backbone).partition(":")
-    if not (module and colon and attribute):
+    place = _OURS.get(config.backbone, config.backbone)
+    if not all(place.partition(":")):
         raise UserError(f"{name}: audio_dit, {', '.join(_OURS)}, or MODULE:CLASS of a Backbone of yours")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # the current folder, which a script's path lacks
     try:
-        make = getattr(importlib.import_module(module), attribute)
+        make = named_object(place)
         model = make(**_sizes(config, getattr(make, "needs", ())), **config.options)
     except Exception as error:  # anything, in code that is not ours
         raise UserError(f"{name}: {their_error(error)}") from error

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..alignment.aligner import Aligner
+from ..alignment.registry import check_layers, check_shards, make_objective
 from ..attribution.csv import drop_later_probes
 from ..audio.vocoder import Vocoder, load_vocoder
 from ..checkpoints.find import resolve_checkpoint
@@ -102,7 +103,7 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     set_collective_timeout(config.train.patience)
     ema = Ema(engine, config.train.ema_decay)
     metrics = Metrics(context.folder, rank, world, peak_flops(config.train, device))
-    aligner = Aligner(config, model, {domain: index.teacher(domain).dim for domain in index.domains}, device)
+    aligner = Aligner(config, model, teacher_dims(index), device, metrics.print)
     own_folder = context.folder if rank == 0 else None
     choice = LayerChoice(config, engine.module, aligner, clips.probe, clips.storage, metrics.print, own_folder)
     checkpoints = Checkpoints(context.folder / "checkpoints", rank, world, config, index, metrics.print)
@@ -122,7 +123,8 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     for line in (*filter(None, [precision_line]), *lines_before_the_first_step(engine, context, plan, layout)):
         metrics.print(line)
     reading = {"seed": config.run.seed, "center": config.align.center, "step": first_step}
-    batches = TrainBatches(index, config.data, layout, **reading, plan=plan)
+    reads_frames = aligner.objective.target == "frames"
+    batches = TrainBatches(index, config.data, layout, **reading, plan=plan, teacher_frames=reads_frames)
     return Training(run, batches, checkpoints, clips.validation, vocoder, first_step, lock)
 
 
@@ -218,7 +220,11 @@ def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> 
         raise UserError(
             f"data.text={index.text.spec}, but model.backbone={config.model.backbone} takes no text: set data.text=null"
         )
-    config.check_layers([layer.width for layer in model.layers], model.condition_width)
+    widths = [layer.width for layer in model.layers]
+    config.check_layers(widths, model.condition_width)
+    objective = make_objective(config.align.objective, widths, teacher_dims(index))
+    check_layers(config.align, objective, widths)
+    check_shards(config.align, objective, index)
     if config.train.start_from is not None and not resume:
         start_from = Path(config.train.start_from)
         if is_upstream_file(start_from):
@@ -243,6 +249,11 @@ def start_from_run(model: Backbone, checkpoint: Path) -> None:
             f"{model.prediction}: set flow.prediction={prediction}"
         )
     load_weights(model, weights_file(checkpoint), "this run's")
+
+
+def teacher_dims(index: Index) -> dict[str, int]:
+    """Return domain -> width of its teacher's vectors."""
+    return {domain: index.teacher(domain).dim for domain in index.domains}
 
 
 def begin(context: RunContext, choice: LayerChoice) -> None:

@@ -12,7 +12,7 @@ import torch
 from ..data.batch import Batch
 from ..device import GRAPHS, SideStream, tensors_of, to_device
 from ..errors import LocalError, UserError
-from ..flow import Span, counted_frames, expected_frames, reference_around, training_draws, training_loss
+from ..flow import Span, counted_frames, expected_frames, training_loss
 from ..kernels import flow_mix
 from ..lr_schedule import lr_factor
 from ..probing.fixed_clips import FixedClips
@@ -25,6 +25,7 @@ from ..zero.masters import trained_parameters
 from ..zero.update_ratio import update_ratio
 from .captured_step import GraphedLosses, Losses
 from .context import RunContext
+from .draws import averaged_states, draw_condition
 from .flops import flop_counter
 from .lost_clips import LostClips
 from .metrics import Metrics
@@ -74,6 +75,10 @@ class Run:
         losses, and each clip's flow loss (B,). Every draw depends on (seed, step, place in the global batch)."""
         aligner = self.choice.aligner
         batch, keys = self._to_device(batch, step)
+        aligner.begin(step)
+        if layers := aligner.averaged_layers(step):
+            given = self.config.flow, batch, keys, layers
+            batch = replace(batch, averaged=averaged_states(self.engine.module, self.ema, *given))
         if self.graphs is None:
             losses, clips = self.losses(self.engine, batch, keys, step)
             total = sum(losses.values())
@@ -107,15 +112,9 @@ class Run:
         """Return the losses, means over the micro-batch, and each clip's flow loss (B,). keys (2, B): of the draws and
         the noise of each clip."""
         flow, aligner = self.config.flow, self.choice.aligner
-        draws = training_draws(flow, batch.condition.lengths, keys[0])
-        condition = replace(
-            batch.condition,
-            reference=reference_around(batch.mel, draws.hidden),
-            keep_tokens=draws.keep_tokens,
-            keep_reference=draws.keep_reference,
-        )
+        draws, condition = draw_condition(flow, batch, keys[0])
         x_t, target = flow_mix(batch.mel, draws.t, keys[1], flow.sigma)
-        out = model(x_t, draws.t, condition, capture=aligner.layers(step), pooled=True)
+        out = model(x_t, draws.t, condition, capture=aligner.layers(step), pooled=aligner.pools(step))
         losses = aligner.losses(out.hidden, batch, draws.t, draws.keep_tokens, step)
         counted = counted_frames(flow, draws.hidden, batch.condition.lengths)
         clips = training_loss(flow, out.v, target, counted, draws.t)

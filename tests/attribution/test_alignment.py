@@ -1,12 +1,15 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from agrepa_fast.alignment.heads import AlignmentHeads, BitcProjections
-from agrepa_fast.alignment.objectives import alignment_loss, bitc_loss
+from agrepa_fast.alignment.bitc import BitcProjections, bitc_loss
+from agrepa_fast.alignment.heads import AlignmentHeads
+from agrepa_fast.alignment.losses import alignment_loss
+from agrepa_fast.alignment.pooled import Pooled
 from agrepa_fast.attribution.selection import LayerSelection, unmeasured_selection
 from agrepa_fast.config import AlignConfig
 from agrepa_fast.errors import UserError
@@ -19,17 +22,21 @@ WIDTHS = (32,) * 4
 
 
 def heads(seed: int = 0) -> AlignmentHeads:
-    return AlignmentHeads(SELECTION, WIDTHS, DIMS, seed)
+    return AlignmentHeads(Pooled(), SELECTION, WIDTHS, DIMS, seed)
 
 
 def teachers(rows: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(rows, dim) for name, dim in DIMS.items()}
 
 
+def loss_of(heads, hidden, teacher, domain, t):
+    return alignment_loss(Pooled(), heads, hidden, SimpleNamespace(teacher=teacher, domain=domain), t)
+
+
 def test_loss_by_hand():
     made, hidden = heads(), {layer: torch.randn(4, 32) for layer in (1, 2, 3)}
     teacher, domain = teachers(4), torch.tensor([0, 1, 0, 1])
-    mean, loss = alignment_loss(made, hidden, teacher, domain, torch.rand(4))
+    mean, loss = loss_of(made, hidden, teacher, domain, torch.rand(4))
     torch.testing.assert_close(mean, loss.mean())
     assert not loss.requires_grad
     for row in range(4):
@@ -45,7 +52,7 @@ def test_loss_by_hand():
 def test_gradients_reach_the_selected_layers_and_their_blocks_only(model):
     mel, condition = small_batch()
     out = model(mel, torch.full((3,), 0.5), condition, capture=(1, 2, 3), pooled=True)
-    alignment_loss(heads(), out.hidden, teachers(3), torch.tensor([0, 1, 0]), torch.rand(3))[0].backward()
+    loss_of(heads(), out.hidden, teachers(3), torch.tensor([0, 1, 0]), torch.rand(3))[0].backward()
     reached = [
         block.ffn.fc1.weight.grad is not None and bool(block.ffn.fc1.weight.grad.any()) for block in model.blocks
     ]
@@ -56,7 +63,7 @@ def test_an_absent_domain_gives_exact_zeros():
     made, hidden = heads(), {layer: torch.randn(4, 32, requires_grad=True) for layer in (1, 2, 3)}
     teacher = teachers(4)
     teacher["audio"] = torch.zeros(4, 7)
-    alignment_loss(made, hidden, teacher, torch.zeros(4, dtype=torch.long), torch.rand(4))[0].backward()
+    loss_of(made, hidden, teacher, torch.zeros(4, dtype=torch.long), torch.rand(4))[0].backward()
     for name, parameter in made.named_parameters():
         assert parameter.grad is not None
         assert bool(parameter.grad.any()) == ("speech" in name)
@@ -69,7 +76,7 @@ def test_heads_depend_on_seed_and_name_alone():
     torch.manual_seed(2)
     b = heads()
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-    other = AlignmentHeads(LayerSelection("fixed:3", {"speech": (3,)}, {"speech": (1.0,)}), WIDTHS, DIMS, 0)
+    other = AlignmentHeads(Pooled(), LayerSelection("fixed:3", {"speech": (3,)}, {"speech": (1.0,)}), WIDTHS, DIMS, 0)
     assert torch.equal(other.heads["speech_L3"][0].weight, a.heads["speech_L3"][0].weight)
     assert not torch.equal(a.heads["speech_L1"][0].weight, a.heads["speech_L3"][0].weight)
     assert not torch.equal(heads(seed=1).heads["speech_L1"][0].weight, a.heads["speech_L1"][0].weight)
@@ -118,12 +125,12 @@ def test_weights_that_differ_by_time_are_those_of_each_clips_time():
         weights_at={"speech": ((1.0, 0.0), (0.5, 0.5)), "audio": ((1.0,), (2.0,))},
     )
     made, hidden, teacher = (
-        AlignmentHeads(by_time, WIDTHS, DIMS, 0),
+        AlignmentHeads(Pooled(), by_time, WIDTHS, DIMS, 0),
         {k: torch.randn(4, 32) for k in (1, 2, 3)},
         teachers(4),
     )
     domain, t = torch.tensor([0, 1, 0, 1]), torch.tensor([0.1, 0.3, 0.5, 0.9])
-    _, losses = alignment_loss(made, hidden, teacher, domain, t)
+    _, losses = loss_of(made, hidden, teacher, domain, t)
     wanted = {0: {1: 1.0, 3: 0.0}, 1: {2: 1.25}, 2: {1: 0.625, 3: 0.375}, 3: {2: 2.0}}  # clip -> layer -> lambda
     for row, weights in wanted.items():
         name, expected = ("speech", "audio")[domain[row]], 0

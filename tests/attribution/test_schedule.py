@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -265,6 +266,19 @@ class TestHeads:
         self.train(made, range(2, 4))
         assert torch.equal(head, before[0])
         assert not torch.equal(projection, before[1])
+
+    def test_the_weight_of_a_step_is_that_since_the_first_choice_also_after_another(self, monkeypatch):
+        made, other = (self.aligner(monkeypatch, "align.decay=linear", "align.stop=20") for _ in range(2))
+        made.select(replace(self.selection((1,), (2,)), step=4))
+        made.select(replace(self.selection((1,), (3,)), step=10))
+        other.load_state_dict(deepcopy(made.state_dict()))
+        losses = []
+        for aligner in (made, other):
+            for step in (4, 12):
+                aligner.begin(step)
+                losses.append(aligner.losses(self.hidden(), self.batch(), torch.ones(4), None, step)["align_loss"])
+        assert torch.equal(0.5 * losses[0], losses[1])
+        assert losses[:2] == losses[2:]
 
 
 @pytest.mark.parametrize(

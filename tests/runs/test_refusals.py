@@ -98,6 +98,8 @@ class TestRefusals:
             (("--resume", "latest", "run.dir=nowhere"), "holds no run"),
             (("data.hop_length=300",), "hop_length=256"),
             (("data.audio_teacher=package:whisper-base",), "prepared with data.audio_teacher=openai/whisper-large-v3"),
+            (("align.objective=frames",), "one vector per clip of speech: prepare with data.teacher_rate"),
+            (("align.objective=sra", "align.strategy=deep"), "align.strategy=deep takes the last"),
             (("eval.vocoder=package:hifigan",), "eval.vocoder"),
             (("eval.vocoder=grifin-lim",), "did you mean 'griffin-lim'"),
         ],

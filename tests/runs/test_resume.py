@@ -17,6 +17,7 @@ from agrepa_fast.training.run import Run
 from ..ranks import run_training
 from ..testing import assert_same_curve, metrics
 
+FALLING = ("align.objective=sra", "align.decay=linear")
 PENDING_CHOICE = ("align.refresh=2", "train.steps=7", "align.choice=soft", "probe.pool=3")
 
 
@@ -27,6 +28,7 @@ PENDING_CHOICE = ("align.refresh=2", "train.steps=7", "align.choice=soft", "prob
         (2, 2, (2, 3), ()),  # while the probe that decides is under way, and after the choice
         (3, 2, (3,), ()),
         (2, 2, (4,), PENDING_CHOICE),  # a second choice is under way
+        (2, 2, (3,), FALLING),  # averaged weights take part, and the weight falls
         (2, 1, (3,), ("model.dropout=0.2",)),  # the state of the random generator comes back, too
     ],
 )

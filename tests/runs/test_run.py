@@ -77,6 +77,9 @@ def test_a_step_by_hand(overrides, index, tmp_path):
     losses = {"align_loss": torch.tensor(2.0), "bitc_loss": torch.tensor(1.0)}
     aligner = SimpleNamespace(
         layers=lambda step: (),
+        pools=lambda step: True,
+        begin=lambda step: None,
+        averaged_layers=lambda step: (),
         losses=lambda *args: given.append(args) or dict(losses),
         reduce=lambda: torch.tensor(0.0),
     )

@@ -132,9 +132,10 @@ def test_config_prints_what_a_run_would_use(run, tmp_path, capsys):
     assert "steps: 7" in capsys.readouterr().out
 
 
-def test_the_configuration_page_is_that_of_the_code(capsys):
-    main(["config", "--reference"])
-    assert capsys.readouterr().out == (ROOT / "docs/configuration.md").read_text()
+@pytest.mark.parametrize(("option", "page"), [("--reference", "configuration.md"), ("--objectives", "objectives.md")])
+def test_the_pages_of_settings_and_objectives_are_those_of_the_code(option, page, capsys):
+    main(["config", option])
+    assert capsys.readouterr().out == (ROOT / "docs" / page).read_text()
 
 
 @pytest.mark.parametrize(
