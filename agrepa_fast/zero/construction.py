@@ -57,9 +57,19 @@ def partitioner(ds_config: dict) -> Callable[[nn.Module], nn.Module]:
             for parameter in part.parameters():  # buffers keep their type: positions are no bf16
                 parameter.data = parameter.data.to(dtype)
             deepspeed.zero.Init(module=part, config_dict_or_path=ds_config, dtype=dtype)
+        for parameter in part.parameters():
+            _clear_padding(parameter)
         return part
 
     return partition
+
+
+def _clear_padding(parameter: nn.Parameter) -> None:
+    """Zero this rank's partition beyond the end of the parameter, where the ranks do not divide it. DeepSpeed leaves
+    there what the memory held, and every norm of the masters counts it."""
+    partition = parameter.ds_tensor.data
+    end = parameter.ds_numel - partition.numel() * dist.get_rank(parameter.ds_process_group)
+    partition[max(0, end) :].zero_()
 
 
 def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
