@@ -4,7 +4,6 @@ Importing torch and DeepSpeed takes seconds, forking a process that has done so 
 with the tests or with each other: DeepSpeed's globals, signal handlers, random states and locks end with the process.
 """
 
-import contextlib
 import functools
 import itertools
 import multiprocessing
@@ -16,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ _SHARED = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICE
 
 
 _ports = itertools.count()
+_reserved: deque[socket.socket] = deque(maxlen=64)  # more than a worker has groups at a time
 
 
 @dataclass
@@ -41,13 +42,19 @@ class Ended:
 
 def free_port() -> str:
     """A port below those that the system gives to connections, and of this worker alone: nothing takes it before its
-    use."""
+    use. It stays reserved against the other test runs on this machine, which count through the same ports."""
     first = 10_000 + 2_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 8)
     while True:
         port = first + (os.getpid() + next(_ports)) % 2_000
-        with socket.socket() as probe, contextlib.suppress(OSError):
+        probe = socket.socket()
+        try:
             probe.bind(("127.0.0.1", port))
-            return str(port)
+        except OSError:
+            probe.close()
+            continue
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the ranks' store may listen beside it
+        _reserved.append(probe)
+        return str(port)
 
 
 def rank_environments(ranks: int) -> list[dict[str, str]]:
@@ -110,8 +117,7 @@ def _run_rank(function: Callable, arguments: tuple, folder: Path, environment: d
 def call_on_ranks(ranks: int, function: Callable, *arguments: object) -> list:
     """The results of `function(*arguments)` on every rank, called inside a process group."""
     ended = fork_ranks(ranks, _inside_a_group, function, arguments)
-    failed = [rank.output[-4000:] for rank in ended if rank.code]  # of all: the first to print may only miss another
-    assert not failed, "\n".join(failed)
+    assert not any(rank.code for rank in ended), endings(ended)
     return [rank.value for rank in ended]
 
 
@@ -136,9 +142,14 @@ def train(ranks: int, *arguments: str, cwd: Path, plant: Callable[[], object] | 
 def run_training(ranks: int, *arguments: str, cwd: Path, wanted: int = 0, plant: Callable | None = None) -> str:
     """Train as `train` does, check every rank's exit code, return rank 0's output."""
     ended = train(ranks, *arguments, cwd=cwd, plant=plant)
-    for rank in ended:
-        assert rank.code == wanted, rank.output[-4000:]
+    assert all(rank.code == wanted for rank in ended), endings(ended)
     return ended[0].output
+
+
+def endings(ended: list[Ended]) -> str:
+    """The exit code and the output of every rank: one that fails may only miss another, and one that was killed prints
+    nothing."""
+    return "\n".join(f"rank {n} ended with {rank.code}\n{rank.output[-4000:]}" for n, rank in enumerate(ended))
 
 
 def _train(arguments: list[str], plant: Callable | None) -> None:

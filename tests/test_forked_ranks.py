@@ -1,6 +1,8 @@
 """Forked ranks (ranks.py) leave nothing behind for the next ones."""
 
+import itertools
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -49,3 +51,16 @@ def test_a_rank_that_fails_or_hangs_ends_alone(monkeypatch):
 def test_a_failure_is_shown_with_the_rank_s_output():
     with pytest.raises(AssertionError, match="RuntimeError: on purpose"):
         ranks.call_on_ranks(2, fail)
+
+
+def test_two_runs_of_the_tests_never_share_a_port(monkeypatch):
+    """A group whose store has ranks of another loses one of its own ranks, and reports a reset connection."""
+    monkeypatch.setattr(ranks, "_ports", itertools.count(7))
+    first = ranks.free_port()
+    monkeypatch.setattr(ranks, "_ports", itertools.count(7))
+    assert ranks.free_port() != first
+    with socket.socket() as store:
+        store.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        store.bind(("127.0.0.1", int(first)))
+        store.listen()
+        socket.create_connection(store.getsockname()).close()
