@@ -1,6 +1,5 @@
-"""The training program: `deepspeed agrepa_fast/train.py --ds_config zero2.json`, or `agrepa train`.
-
-Warm up, measure every layer (FoG-A), choose the layers, align them, and show why they were chosen.
+"""Train: warm up, measure every layer (FoG-A), choose the layers, align them, and
+show the evidence. The deepspeed launcher runs this file, and so does agrepa.
 """
 
 import sys

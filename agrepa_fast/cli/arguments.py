@@ -1,21 +1,29 @@
 """Helpers of all commands: they add a command and its arguments, and check the types of arguments."""
 
 import argparse
+import textwrap
 from pathlib import Path
 
 from ..errors import UserError
 from ..files import local_path
 
+OVERRIDES = "[section.field=value ...]"
 
-def add_command(commands, name: str, about: str, example: str) -> argparse.ArgumentParser:
-    """Add a command or an action. example: what a user types, shown below its options."""
-    return commands.add_parser(
+
+def add_command(commands, name: str, about: str, example: str, usage: str = "") -> argparse.ArgumentParser:
+    """Add a command or an action. Its help fits 80 columns and 24 lines. example: a line that a user types, shown below
+    the options. usage: the arguments, as the first line shows them."""
+    command = commands.add_parser(
         name,
+        usage=f"%(prog)s {usage}".rstrip(),
         help=about,
-        description=about,
+        description=textwrap.fill(about, 78),
         epilog=f"example: {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
+    command.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    return command
 
 
 def add_checkpoint(
@@ -23,8 +31,15 @@ def add_checkpoint(
 ) -> None:
     command.add_argument("checkpoint", type=a_path, help=about, **options)
     command.add_argument("--live", action="store_true", help="the live weights instead of their moving average")
-    command.add_argument("--out", type=a_path, help="folder to write to (default: beside the run's checkpoints)")
-    command.add_argument("overrides", nargs="*", metavar="section.field=value")
+    command.add_argument("--out", type=a_path, help="folder to write to (default: beside checkpoints/)")
+    add_overrides(command)
+
+
+def add_overrides(
+    command: argparse.ArgumentParser, metavar: str = "section.field=value", about: str = argparse.SUPPRESS
+) -> None:
+    """Add the overrides of settings. Without `about` the usage line alone names them."""
+    command.add_argument("overrides", nargs="*", metavar=metavar, help=about)
 
 
 def a_count(text: str) -> int:

@@ -4,21 +4,22 @@ import argparse
 
 from ..config import DOMAINS
 from ..errors import UserError
-from .arguments import a_count, a_path, add_checkpoint, add_command
+from .arguments import OVERRIDES, a_count, a_path, add_checkpoint, add_command
 
 
 def add_sample(commands) -> None:
-    example = "agrepa sample runs/demo-20261123-210000-3f9a2b --clips 4 flow.guidance=2"
-    sample = add_command(commands, "sample", "sample validation clips and write wavs", example)
+    example = "agrepa sample runs/mine --clips 4 flow.guidance=2"
+    about = "sample validation clips and write wavs"
+    sample = add_command(commands, "sample", about, example, f"[options] checkpoint {OVERRIDES}")
     sample.add_argument("--clips", type=a_count, default=2, help="clips per domain (default: 2)")
     add_checkpoint(sample)
     sample.set_defaults(command=_sample)
 
 
 def add_evaluate(commands) -> None:
-    about = "sample all validation clips and measure words, opinion, speaker and distances, with intervals"
-    example = "agrepa evaluate runs/demo-20261123-210000-3f9a2b metrics.only=[wer,mmd,mel]"
-    evaluate = add_command(commands, "evaluate", about, example)
+    about = "measure words, opinion, speaker and distances of samples"
+    example = "agrepa evaluate runs/mine metrics.only=[wer,mmd,mel]"
+    evaluate = add_command(commands, "evaluate", about, example, f"[options] checkpoint {OVERRIDES}")
     evaluate.add_argument("--domain", choices=DOMAINS, help="of a folder; of a run one domain alone (default: all)")
     evaluate.add_argument(
         "--reference",
@@ -38,7 +39,8 @@ def add_evaluate(commands) -> None:
 
 def add_export(commands) -> None:
     about = "write the weights of a checkpoint as safetensors and yaml"
-    export = add_command(commands, "export", about, "agrepa export runs/demo-20261123-210000-3f9a2b --out exports/demo")
+    example = "agrepa export runs/mine --out exports/mine"
+    export = add_command(commands, "export", about, example, "checkpoint --out PATH [options]")
     export.add_argument("checkpoint", type=a_path, help="runs/<run>, or one of its checkpoints")
     export.add_argument("--live", action="store_true", help="the live weights instead of their moving average")
     export.add_argument("--upstream", action="store_true", help="one file, as the package of the model reads it")

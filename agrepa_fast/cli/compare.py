@@ -5,16 +5,16 @@ import re
 from pathlib import Path
 
 from ..errors import UserError
-from .arguments import a_count, a_path, add_command
+from .arguments import a_count, a_path, add_command, add_overrides
 
 _COMMA = re.compile(r",(?![0-9 ])")  # not those of fixed:4,8,12
 _TRAINING = ("strategies", "seeds", "preset", "warmup", "ds_config", "ranks", "dry_run")
 
 
 def add_compare(commands) -> None:
-    about = "train strategies with several seeds from one warm-up per seed, evaluate and compare; or compare runs"
-    example = "agrepa compare --strategies none,shallow,foga --seeds 0,1,2 --out runs/compare train.steps=600"
-    compare = add_command(commands, "compare", about, example)
+    about = "train and evaluate strategies with several seeds; compare runs"
+    example = "agrepa compare --strategies none,shallow,foga train.steps=600"
+    compare = add_command(commands, "compare", about, example, "[options] [RUN ... or section.field=value ...]")
     compare.add_argument(
         "--strategies",
         action="append",
@@ -23,13 +23,14 @@ def add_compare(commands) -> None:
     )
     compare.add_argument("--seeds", type=_seeds, metavar="N,N,…", help="of run.seed (default: 0,1,2)")
     compare.add_argument("--preset", help="preset or yaml file of the runs (default: demo)")
-    compare.add_argument("--warmup", type=a_count, metavar="STEPS", help="default: probe.warmup_steps")
+    about = "of the one warm-up per seed (default: probe.warmup_steps)"
+    compare.add_argument("--warmup", type=a_count, metavar="STEPS", help=about)
     compare.add_argument("--ds_config", metavar="FILE", help="default: zero2.json")
     compare.add_argument("--ranks", type=a_count, metavar="N", help="default: as many as deepspeed's launcher finds")
     compare.add_argument("--dry-run", action="store_true", default=None, help="print the plan alone")
     compare.add_argument("--baseline", metavar="S", help="default: the first strategy")
     compare.add_argument("--out", type=a_path, default=Path("runs/compare"), help="folder (default: runs/compare)")
-    compare.add_argument("overrides", nargs="*", metavar="RUN or section.field=value")
+    add_overrides(compare, "RUN or section.field=value")
     compare.set_defaults(command=_compare)
 
 

@@ -4,23 +4,24 @@ import argparse
 
 from ..config_file import config_reference, config_yaml, load_config
 from ..files import local_path
-from .arguments import add_command
+from .arguments import OVERRIDES, add_command, add_overrides
 
 
 def add_config(commands) -> None:
-    about = "print the resolved configuration of a preset, a yaml file or a run"
-    config = add_command(commands, "config", about, "agrepa config agrepa-a train.batch_clips=256 > mine.yaml")
+    about = "print the resolved configuration of a preset, file or run"
+    example = "agrepa config agrepa-a train.batch_clips=256 > mine.yaml"
+    config = add_command(commands, "config", about, example, f"[options] [preset] {OVERRIDES}")
     config.add_argument(
         "preset", nargs="?", default="demo", help="a preset, a yaml file or a run's folder (default: demo)"
     )
     config.add_argument("--reference", action="store_true", help="print every setting and its meaning, as markdown")
     config.add_argument("--objectives", action="store_true", help="print the alignment objectives, as markdown")
-    config.add_argument("overrides", nargs="*", metavar="section.field=value")
+    add_overrides(config)
     config.set_defaults(command=_config)
 
 
 def add_doctor(commands) -> None:
-    about = "say what is installed, which backend would run and what is missing"
+    about = "report installed and missing packages, and the backend"
     add_command(commands, "doctor", about, "agrepa doctor").set_defaults(command=_doctor)
 
 

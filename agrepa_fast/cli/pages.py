@@ -7,15 +7,17 @@ from .arguments import a_count, a_path, add_command
 
 
 def add_report(commands) -> None:
-    about = "write report.html of a finished run or evaluation: tables, curves, and players for its clips, in one file"
-    report = add_command(commands, "report", about, "agrepa report runs/demo-20261123-210000-3f9a2b")
+    about = "write report.html of a run or an evaluation, in one file"
+    report = add_command(commands, "report", about, "agrepa report runs/mine", "folder")
     report.add_argument("folder", type=a_path, help="runs/<run>, or its evaluate-…")
     report.set_defaults(command=_report)
 
 
 def add_listen(commands) -> None:
-    about = "make a blind listening test as one page, and say what listeners' ratings of it mean"
-    listen = add_command(commands, "listen", about, "agrepa listen runs/a runs/b --out page --kind pairwise")
+    about = "make a blind listening test as one page; evaluate its ratings"
+    listen = add_command(
+        commands, "listen", about, "agrepa listen runs/a runs/b --out page --kind pairwise", "[options] [RUN ...]"
+    )
     listen.add_argument(
         "systems",
         nargs="*",

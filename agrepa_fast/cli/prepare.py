@@ -8,7 +8,7 @@ from ..config_file import check_used, load_config
 from ..errors import UserError
 from ..files import check_writable
 from ..tokenizers.vq_config import VqFitConfig
-from .arguments import a_location, a_path, add_command
+from .arguments import a_location, a_path, add_command, add_overrides
 
 SOURCES = {  # of `agrepa prepare`: what it does, and what its path is called
     "demo": ("fetch the demo corpus and prepare it", None),
@@ -22,18 +22,19 @@ SOURCES = {  # of `agrepa prepare`: what it does, and what its path is called
 
 def add_prepare(commands) -> None:
     example = "agrepa prepare folder ~/recordings --domain speech --out data/mine"
-    prepare = add_command(
-        commands, "prepare", "make shards of recordings, on one rank or under deepspeed or torchrun", example
-    )
+    about = "make shards of recordings, on one rank or several"
+    prepare = add_command(commands, "prepare", about, example, "(source ... | --verify PATH)")
     prepare.add_argument(
         "--verify", type=a_location, metavar="PATH", help="read a folder of shards and check all of it"
     )
     prepare.set_defaults(command=_prepare)
-    kinds = prepare.add_subparsers(dest="kind", metavar="source")
+    kinds = prepare.add_subparsers(dest="kind", metavar="source", prog=prepare.prog)
     for name, (about, path) in SOURCES.items():
-        domain = " --domain speech" if name in ("folder", "webdataset", "hf") else ""
-        where = "" if name == "demo" else f" {path}{domain} --out data/mine"
-        kind = add_command(kinds, name, about, f"agrepa prepare {name}{where} data.max_seconds=8")
+        domain = "--domain speech " if name in ("folder", "webdataset", "hf") else ""
+        needed = f"{path} {domain}--out data/mine " if path else ""
+        usage = needed.replace("speech", "DOMAIN").replace("data/mine", "OUT")
+        example = f"agrepa prepare {name} {needed or 'data.max_seconds=8'}".rstrip()
+        kind = add_command(kinds, name, about, example, f"{usage}[options]")
         if path:
             kind.add_argument("path", type=a_path if path == "PATH" else a_location, metavar=path)
         if domain:
@@ -47,16 +48,15 @@ def add_prepare(commands) -> None:
         kind.add_argument("--out", required=required, type=a_location, help="folder of the shards (demo: data.path)")
         kind.add_argument("--add-teacher", metavar="SPEC", help="add this teacher's targets to the shards in --out")
         kind.add_argument("--add-speaker", metavar="SPEC", help="likewise, vectors of voices: campplus:FILE.onnx")
-        kind.add_argument("overrides", nargs="*", metavar="data.field=value")
+        add_overrides(kind, "data.field=value", "settings of the features, targets and shards")
 
 
 def add_tokens(commands) -> None:
-    tokens = commands.add_parser("tokens", help="fit a tokenizer").add_subparsers(
-        dest="kind", required=True, metavar="action"
-    )
+    example = "agrepa tokens fit wavs --teacher ~/hubert@9 --out data/vq.safetensors"
+    tokens = add_command(commands, "tokens", "fit a tokenizer", example, "fit ...")
+    kinds = tokens.add_subparsers(dest="kind", required=True, metavar="fit", prog=tokens.prog)
     about = "fit a RepCodec-style vector quantiser; data.*_tokens=vq:FILE then uses it"
-    example = "agrepa tokens fit ~/recordings --teacher package:whisper-base --out data/tokens.safetensors"
-    fit = add_command(tokens, "fit", about, example)
+    fit = add_command(kinds, "fit", about, example, "path --teacher SPEC --out FILE [options]")
     fit.add_argument("path", type=a_path, help="folder of recordings")
     fit.add_argument("--out", type=a_path, required=True, metavar="FILE", help="the .safetensors file to write")
     for field in dataclasses.fields(VqFitConfig):

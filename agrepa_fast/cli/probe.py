@@ -6,45 +6,43 @@ from pathlib import Path
 from ..config import MEASURES, RECIPES
 from ..errors import UserError, nearest
 from ..files import check_writable
-from .arguments import add_checkpoint, add_command
+from .arguments import OVERRIDES, add_checkpoint, add_command
 
 MODEL_OPTIONS = {  # of `agrepa probe --model`
-    "--row-arguments": "arguments of a block that have a row per clip",
-    "--state": "the argument that a block updates, if its shape does not tell",
-    "--velocity": "the field of the model's output that is the velocity, if it cannot be told",
+    "--row-arguments": "arguments with a row per clip",
+    "--state": "the argument that a block updates",
+    "--velocity": "the velocity's field in the output",
 }
 MODEL_FLAGS = {
-    "--per-call": "a layer is one call of a block, where blocks run several times",
-    "--verify": "compare every layer with a forward of its own, not four of them",
-    "--traceback": "show an error of the model's code whole",
+    "--per-call": "a layer is one call of a block",
+    "--verify": "compare all layers with plain forwards",
+    "--traceback": "show errors of the model's code whole",
 }
 PROBE_MEASURES = tuple(measure for measure in MEASURES if measure != "gradnorm")  # gradnorm needs a training step
 
 
 def add_probe(commands) -> None:
-    about = "measure what each layer contributes to the velocity, and what it stores of the teacher"
-    probe = add_command(commands, "probe", about, "agrepa probe runs/demo-20261123-210000-3f9a2b --measures foga,cka")
+    about = "measure what layers contribute to the velocity and store"
+    usage = f"[options] [RUN|CHECKPOINT|EXPORT] {OVERRIDES}"
+    probe = add_command(commands, "probe", about, "agrepa probe runs/mine --measures foga,cka", usage)
     probe.add_argument(
         "--measures",
         type=_measures,
         metavar="M,M,…",
-        help=f"of {', '.join(PROBE_MEASURES)}; the first of them in this order chooses the layers. Default: foga and "
-        "the storage measures that the checkpoint allows",
+        help=f"of {', '.join(PROBE_MEASURES)} (default: those possible, but not foga-vjp); the first chooses layers",
     )
-    probe.add_argument(
-        "--recipe", default="corrected", choices=RECIPES, help="official: the released code's foga and lasp"
-    )
-    probe.add_argument("--model", metavar="MODULE:FACTORY", help="probe any model: FACTORY() returns (model, inputs)")
-    probe.add_argument("--blocks", metavar="PATH", help="its blocks: transformer.blocks, or layers.*.attn,layers.*.ff")
-    probe.add_argument(
-        "--kind", default="block", choices=("block", "branch"), help="branch: attention and FFN of every block apart"
-    )
+    about = "corrected (default), or official: as the released code"
+    probe.add_argument("--recipe", default="corrected", choices=RECIPES, metavar="NAME", help=about)
+    probe.add_argument("--model", metavar="MODULE:FACTORY", help="probe any model: FACTORY() is (model, inputs)")
+    probe.add_argument("--blocks", metavar="PATH", help="its blocks: layers, or layers.*.attn,layers.*.ff")
+    about = "block (default), or branch: attention and FFN apart"
+    probe.add_argument("--kind", default="block", choices=("block", "branch"), metavar="NAME", help=about)
     for name, about in MODEL_OPTIONS.items():
         options = {"nargs": "*"} if name == "--row-arguments" else {}
         probe.add_argument(name, metavar="NAME", help=f"with --model: {about}", **options)
     for name, about in MODEL_FLAGS.items():
         probe.add_argument(name, action="store_true", help=f"with --model: {about}")
-    add_checkpoint(probe, nargs="?")  # --model stands in for it
+    add_checkpoint(probe, about=argparse.SUPPRESS, nargs="?")  # --model stands in for it
     probe.set_defaults(command=_probe)
 
 

@@ -17,6 +17,9 @@ from agrepa_fast.config_file import load_config
 from ..ranks import ROOT, run_training
 from ..testing import write_small_shards
 
+COMMANDS = ["train", "prepare", "tokens", "probe", "sample", "evaluate", "compare", "listen", "report", "export"]
+COMMANDS += ["config", "doctor"]
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
@@ -138,18 +141,27 @@ def test_the_pages_of_settings_and_objectives_are_those_of_the_code(option, page
     assert capsys.readouterr().out == (ROOT / "docs" / page).read_text()
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["train", "prepare", "tokens fit", "probe", "sample", "export", "report", "listen", "config", "doctor"]
-    + [f"prepare {source}" for source in SOURCES],
-)
+@pytest.mark.parametrize("command", [*COMMANDS, "tokens fit", *(f"prepare {source}" for source in SOURCES)])
 def test_help_fits_a_screen_and_has_an_example(command, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
+    """A terminal of 80 columns and 24 lines, its prompt included."""
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         main([*command.split(), "--help"])
-    out = capsys.readouterr().out
-    assert out.count("\n") <= 40
-    assert f"example: agrepa {command}" in out or "example: deepspeed" in out
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 24
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith(f"usage: agrepa {command}")
+    assert lines[-1].startswith((f"example: agrepa {command}", "example: deepspeed"))
+
+
+def test_the_list_of_commands_is_complete(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 24
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines if line[:4] == "    " and line[4] != " "] == COMMANDS
 
 
 def test_report(run, tmp_path, capsys):
