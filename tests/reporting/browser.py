@@ -8,10 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.common.by import By
-from selenium.webdriver.support.wait import WebDriverWait
+
+try:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.wait import WebDriverWait
+except ModuleNotFoundError:
+    webdriver = None
 
 REQUIRED = "AGREPA_TESTS_NEED_CHROMIUM"  # set in CI: there a missing browser is a failure
 _FLAGS = (  # root has no sandbox, and the browser must not call home
@@ -23,7 +28,7 @@ _FLAGS = (  # root has no sandbox, and the browser must not call home
 class Page:
     """A page in the browser."""
 
-    def __init__(self, driver: webdriver.Chrome):
+    def __init__(self, driver: "webdriver.Chrome"):
         self.driver = driver
 
     def open(self, path: Path, query: str = "") -> None:
@@ -54,7 +59,8 @@ class Page:
         self.driver.find_element(By.CSS_SELECTOR, selector).send_keys(text)
 
     def press(self, key: str) -> None:
-        self.type("body", key)
+        """Press a key: a character, or a name of selenium's Keys such as ARROW_RIGHT."""
+        self.type("body", getattr(Keys, key, key))
 
     def complaints(self) -> list[str]:
         """Errors and warnings of the console since the last call."""
@@ -77,8 +83,10 @@ class Page:
 def open_browser(folder: Path) -> Iterator[Page]:
     """Yield a browser with an empty profile in `folder`/profile; it saves downloads into `folder`."""
     programs = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
-    if missing := [name for name, place in programs.items() if place is None]:
-        reason = f"no {' and no '.join(missing)}: apt-get install chromium chromium-driver"
+    missing = [name for name, place in programs.items() if place is None]
+    if missing or webdriver is None:
+        apt = f"no {' and no '.join(missing)}: apt-get install chromium chromium-driver"
+        reason = apt if missing else "no selenium: pip install 'agrepa_fast[test]'"
         if REQUIRED in os.environ:
             pytest.fail(reason)
         pytest.skip(reason)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from selenium.webdriver.common.keys import Keys
 
 from agrepa_fast.errors import UserError
 from agrepa_fast.reporting.page import document
@@ -70,7 +69,7 @@ def test_its_players_play_and_switch_at_the_same_position(run, page):
     assert page.run("return document.querySelectorAll('audio')[0].paused")
     left, taken_up = page.run("return [...document.querySelectorAll('audio')].map((audio) => audio.currentTime)")[:2]
     assert 0.3 < left < taken_up + 0.05 < left + 8, "the clock of one audio is not exactly that of the other"
-    page.press(Keys.ARROW_DOWN)
+    page.press("ARROW_DOWN")
     assert page.run(STOPPED), "another clip is in use"
     page.press(" ")
     page.wait(PLAYING, 3, 0.0)
@@ -79,7 +78,7 @@ def test_its_players_play_and_switch_at_the_same_position(run, page):
     page.click(".mel", 4)  # in its middle
     page.wait(PLAYING, 4, SECONDS / 2 - 0.1)
     for _ in range(int(SECONDS)):
-        page.press(Keys.ARROW_RIGHT)  # by half a second
+        page.press("ARROW_RIGHT")  # by half a second
     assert page.run(STOPPED), "it is at its end"
     assert page.run("return document.querySelectorAll('.playing').length") == 0
     page.press("1")
