@@ -57,7 +57,7 @@ _TIMES = re.compile(rf"uniform|logit_normal(?::(-?{_DECIMAL}),({_DECIMAL}))?")
 
 @section("run.")
 class RunConfig:
-    """Where a run is written, and what makes it reproducible."""
+    """The place of a run, and the seed that makes it reproducible."""
 
     dir: str | None = setting(None, "folder; null: runs/<preset>-<date-time>-<part of run.id>", resume=True, path=True)
     id: str | None = setting(None, "made when a run begins; a resume takes only checkpoints that carry it")
@@ -244,7 +244,7 @@ class AlignConfig:
 
 @section("train.")
 class TrainConfig:
-    """Optimisation. Steps are optimizer steps, whatever the number of ranks and of accumulated micro-batches."""
+    """Optimisation. Steps are optimizer steps, for any number of ranks and of accumulated micro-batches."""
 
     steps: Count = setting(500_000, "optimizer steps", resume=True)
     start_from: str | None = setting(

@@ -14,7 +14,7 @@ from .text_yaml import dump, parse
 
 _SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
 
-# Settings of earlier versions: the value that this version always has, if there is one, and what to do instead.
+# Settings of earlier versions: the value that this version always has, if there is one, and the replacement.
 _REMOVED: dict[str, tuple[Callable[[dict], object], str]] = {
     "data.win_length": (lambda data: data.get("n_fft", 1024), "windows are data.n_fft samples long"),
     "data.f_min": (lambda data: 0.0, "mel bands start at 0 Hz"),
@@ -211,7 +211,7 @@ def _same(value: object, implied: object) -> bool:
 
 
 def config_reference() -> str:
-    """Return docs/configuration.md: every setting with its default, what it takes and what it means."""
+    """Return docs/configuration.md: every setting with its default, its allowed values and its meaning."""
     lines = [_REFERENCE_HEAD]
     for part in dataclasses.fields(Config):
         cls = part.default_factory

@@ -91,7 +91,7 @@ class LoadingConfig:
     """Where shards are read from, and how."""
 
     path: str = setting(
-        "data/demo", "folder of shards, or its URL: http(s)://, s3://, what fsspec reads", resume=True, path=True
+        "data/demo", "folder of shards, or its URL: http(s)://, s3://, any of fsspec's", resume=True, path=True
     )
     text: str | None = setting(None, "ids of transcripts: bytes, chars:FILE, pinyin:FILE or package:f5; null: no text")
     speech_share: Share = setting(0.5, "share of speech among the clips, if both domains are there")

@@ -1,4 +1,4 @@
-"""`agrepa doctor`: say what is installed, which backend would run, what is missing and how to get it."""
+"""`agrepa doctor`: report installed packages, the backend that would run, and commands that install what is missing."""
 
 import importlib.metadata
 import os
@@ -80,7 +80,7 @@ def _cache() -> list[tuple[str, str, str]]:
 
 
 def _requirements() -> tuple[list[Requirement], list[Requirement]]:
-    """Return what setup.py requires, and what it offers as extras for users, without those of the tests."""
+    """Return the requirements of setup.py, and its extras for users, without those of the tests."""
     try:
         stated = importlib.metadata.requires("agrepa_fast") or []
     except importlib.metadata.PackageNotFoundError as error:

@@ -32,8 +32,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an error in one line: of an OSError the file and the reason, and what to set if there is no
-    folder for temporary files."""
+    """Return the message of an error in one line: of an OSError the file and the reason, and the variable to set if
+    there is no folder for temporary files."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror is not None:
         places = [str(place) for place in (error.filename, error.filename2) if place is not None]

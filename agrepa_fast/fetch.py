@@ -41,7 +41,7 @@ def cache_dir() -> Path:
 
 
 def check_home_cache() -> None:
-    """Raise UserError if there is no home folder for packages that keep what they download in ~/.cache: they would make
+    """Raise UserError if there is no home folder for packages that keep their downloads in ~/.cache: they would make
     a folder called ~ in the working directory. Call it before they download."""
     if not any(os.environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")):
         local_path("~/.cache")

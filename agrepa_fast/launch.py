@@ -65,7 +65,7 @@ def complete_launch_environment() -> int:
 
 
 def launched_rank() -> int:
-    """Return the rank of this process before it has joined the others: what the launcher's variables say, 0 if they
+    """Return the rank of this process before it has joined the others: the one in the launcher's variables, 0 if they
     say nothing. Call it to print a line once."""
     place, rank = _place_by_launcher(), os.environ.get("RANK", "")
     known = place is not None or "WORLD_SIZE" in os.environ  # RANK alone may be left over from a pod or a script
@@ -150,7 +150,7 @@ def _free_port() -> str:
 
 
 def end_process(code: int) -> None:
-    """End this process at once, without Python's finalization and what is registered with atexit."""
+    """End this process at once, without Python's finalization and the functions registered with atexit."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

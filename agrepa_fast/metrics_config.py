@@ -1,4 +1,4 @@
-"""The settings of metrics.*: what `agrepa evaluate` measures, and with whose models."""
+"""The settings of metrics.*: the measures of `agrepa evaluate`, and the models that they use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ METRICS = ("wer", "mos", "mmd", "fad", "similarity", "mel")
 
 @section("metrics.")
 class MetricsConfig:
-    """What `agrepa evaluate` measures. No run depends on it."""
+    """The measures of `agrepa evaluate`. No run depends on them."""
 
     only: Annotated[list[Literal[METRICS]], Field(min_length=1)] = setting(list(METRICS), "metrics", resume=True)
     clips: Count | None = setting(None, "validation clips per domain; null: all", resume=True)

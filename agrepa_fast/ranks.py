@@ -61,14 +61,14 @@ class Ranks:
         self._agree(None, failure)
 
     def from_rank_0(self, make: Callable[[], Any]) -> Any:
-        """Return what `make` returns on rank 0, which alone calls it. Raises UserError on all if `make` does."""
+        """Return the result of `make` on rank 0, which alone calls it. Raises UserError on all if `make` does."""
         made = []
         self.on_rank_0(lambda: made.append(make()))
         return made[0] if self.world == 1 else self._broadcast(made[0] if made else None)
 
     def load_on_every_rank(self, name: str, load: Callable[[str], Any]) -> Any:
-        """Return load(this rank's device). Rank 0 goes first, and the others find in the cache what it has fetched.
-        Raises UserError unless the `identity` of what was loaded is the same on all."""
+        """Return load(this rank's device). Rank 0 goes first, and the others find its downloads in the cache.
+        Raises UserError unless all have loaded the same `identity`."""
         device = str(local_device())
         loaded = load(device) if self.rank == 0 else None
         self.all_gather(None)
@@ -84,7 +84,7 @@ class Ranks:
         return items[self.rank :: self.world]
 
     def join_parts(self, parts: list[list]) -> list:
-        """Return the results in the order of the items. parts: what every rank made of its part_of them."""
+        """Return the results in the order of the items. parts: every rank's results for its part_of them."""
         items = [None] * sum(map(len, parts))
         for rank, part in enumerate(parts):
             items[rank :: self.world] = part
@@ -223,7 +223,7 @@ def on_rank_0(action: Callable[[], object]) -> None:
 
 
 def from_rank_0(make: Callable[[], Any]) -> Any:
-    """Return on every rank what `make` returns on rank 0. Raises UserError on all if it does. A collective call."""
+    """Return the result of `make` on rank 0, on every rank. Raises UserError on all if it does. A collective call."""
     return _training_ranks().from_rank_0(make)
 
 

@@ -4,7 +4,7 @@
     class TrainConfig:
         steps: Count = setting(500_000, "optimizer steps")
 
-pydantic checks the values; a value that fails gives one line that names the setting, the value and what is allowed.
+pydantic checks the values; a value that fails gives one line that names the setting, the value and the allowed values.
 A text stands for a number or a truth value where one is wanted, and for itself where a text is wanted.
 """
 
@@ -25,7 +25,7 @@ from .errors import UserError, nearest
 from .files import local_path
 
 Count = Annotated[int, Field(ge=1)]
-Size = Annotated[int, Field(ge=1, le=2**20)]  # of what is held in memory
+Size = Annotated[int, Field(ge=1, le=2**20)]  # of tensors in memory
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -60,8 +60,8 @@ def setting(default: object, meaning: str, *, resume: bool = False, path: bool =
 
 
 def section(prefix: str) -> Callable[[type], type]:
-    """Make a frozen dataclass of a class of settings. prefix: what its settings are called by in messages, `train.` for
-    one. Creating an object raises UserError for a value of the wrong type or out of bounds."""
+    """Make a frozen dataclass of a class of settings. prefix: of the settings' names in messages, such as `train.`.
+    Creating an object raises UserError for a value of the wrong type or out of bounds."""
 
     def decorate(cls: type) -> type:
         cls = dataclass(cls, frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -189,7 +189,7 @@ def _item(hint: object) -> object:
 
 
 def allowed(cls: type, name: str) -> str:
-    """Return what a setting takes, in words: "at least 1", "erf or tanh", "in [0, 1)", "true or false"."""
+    """Return the values that a setting takes, in words: "at least 1", "erf or tanh", "in [0, 1)", "true or false"."""
     hint = _hints(cls)[name]
     return _allowed(hint).replace("must not be", "not").replace("must be ", "") or _kind(hint)
 
@@ -206,7 +206,7 @@ def _kind(hint: object) -> str:
 
 
 def _line(cls: type, prefix: str, error: ValidationError, values: dict[str, object]) -> str:
-    """Return the message for the first error. values: what the section was created with, as messages show it."""
+    """Return the message for the first error. values: those of the section, as messages show them."""
     first = error.errors()[0]
     name = str(first["loc"][0])
     if name not in setting_names(cls):

@@ -1,4 +1,4 @@
-"""YAML whose scalars stay texts: the types of the settings decide what they mean."""
+"""YAML whose scalars stay texts: the types of the settings decide their meaning."""
 
 import re
 from typing import ClassVar

@@ -13,7 +13,7 @@ RESAMPLES = 2000  # of the clips, for bootstrap probabilities
 
 
 class BatchScores(NamedTuple):
-    """Scores of one batch of C clips, still on its device: nothing has waited for them."""
+    """Scores of one batch of C clips, on the batch's device, whose work may still be under way."""
 
     values: torch.Tensor  # (L, C, times, draws)
     floor: torch.Tensor  # (C,) as in LayerScores

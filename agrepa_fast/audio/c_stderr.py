@@ -1,4 +1,4 @@
-"""Mute what C libraries print on stderr, without touching Python's."""
+"""Mute the output of C libraries on stderr, without touching Python's."""
 
 import ctypes
 import platform

@@ -46,7 +46,7 @@ def load_checkpoint(path: Path, checkpoints: Checkpoints, engine, ema: Ema, choi
 
 def _check_settings(path: Path, config: Config) -> None:
     for name, saved, value in settings_that_differ(load_config(path / "config.yaml"), config):
-        what = "another architecture: " if name.startswith("model.") else ""
+        kind = "another architecture: " if name.startswith("model.") else ""
         raise UserError(
-            f"{path}: {what}{name} is {saved} there and {value} in this run: leave it as it was, or start a new run"
+            f"{path}: {kind}{name} is {saved} there and {value} in this run: leave it as it was, or start a new run"
         )

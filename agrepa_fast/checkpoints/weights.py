@@ -40,8 +40,8 @@ def load_model(path: str | Path, *, live: bool = False) -> tuple[Backbone, Confi
 def load_weights(model: Backbone, weights: Path, source: str) -> None:
     """Fill the model from a safetensors file, one weight at a time, partitioned or not. Every rank must call it.
 
-    source: names what the model was made from. Raises UserError naming the first weight whose shape differs, and for a
-    file that is no whole safetensors file.
+    source: the run or configuration that the model was made from, as a message names it. Raises UserError naming the
+    first weight whose shape differs, and for a file that is no whole safetensors file.
     """
     with open_tensors(weights, _REMEDY) as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

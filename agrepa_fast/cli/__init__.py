@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     print_any_name()
     # deepspeed's launcher passes the rank as an argument, too.
     argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank=")]
-    if argv[:1] == ["train"]:  # train.py has its own arguments: it is also what the deepspeed launcher runs
+    if argv[:1] == ["train"]:  # train.py has its own arguments: the deepspeed launcher runs it, too
         from ..train import run_process
 
         run_process(argv[1:])
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _close_stdout() -> None:
-    """Drop what could not be written, on a full disk for one: Python would try again at exit, and fail."""
+    """Drop the output that could not be written, on a full disk for one: Python would try again at exit, and fail."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -59,7 +59,9 @@ def _listen(args: argparse.Namespace) -> None:
         print(make_test(args.systems, args.out, **({"kind": "mos", "seed": 0, "clips": 20} | making)))
         return
     if args.ratings is None or args.answers is None:
-        raise UserError("--ratings FOLDER and --answers FILE belong together: the answers say what was rated")
+        raise UserError(
+            "--ratings FOLDER and --answers FILE belong together: the answers name the systems that were rated"
+        )
     if unused := [*map(str, args.systems), *(f"--{name}" for name in making)]:
         raise UserError(f"{', '.join(unused)}: without effect with --ratings")
     from ..reporting.listen.results import print_results, rate, write_results

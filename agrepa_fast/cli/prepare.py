@@ -10,7 +10,7 @@ from ..files import check_writable
 from ..tokenizers.vq_config import VqFitConfig
 from .arguments import a_location, a_path, add_command, add_overrides
 
-SOURCES = {  # of `agrepa prepare`: what it does, and what its path is called
+SOURCES = {  # of `agrepa prepare`: the help, and the name of the path
     "demo": ("fetch the demo corpus and prepare it", None),
     "folder": ("prepare a folder of recordings: wav, flac, mp3, ogg, opus, m4a and more", "PATH"),
     "librispeech": ("prepare LibriSpeech, or one subset of it", "PATH"),

@@ -59,7 +59,7 @@ def _probe(args: argparse.Namespace) -> None:
     if args.out is not None or args.model is not None:
         out = args.out or Path("probe")
         check_writable(out, "--out")
-        read_csv(out / "attribution.csv")  # what it cannot be appended to is refused before the work, too
+        read_csv(out / "attribution.csv")  # a file that rows cannot be appended to is refused before the work
     from ..probing.measure import ProbeRequest
     from ..reporting.probe import probe_checkpoint
 

@@ -140,7 +140,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 class _Shard:
-    """A shard; `inside` is its path inside the source. What it holds beside recordings is added to `passed_over`."""
+    """A shard; `inside` is its path inside the source. Its other members are added to `passed_over`."""
 
     def __init__(self, path: Path, inside: str, domain: str, passed_over: list[PassedOver]):
         self.path, self.inside, self.domain, self.passed_over = path, inside, domain, passed_over

@@ -4,7 +4,7 @@ Neither ranks, nor accumulated micro-batches, nor loader processes change it. It
 run resumes anywhere, on any number of ranks, by opening the shards of one batch. The promises:
 
 * Within a domain and length bucket no clip comes twice before every clip came once.
-* A global batch has clips of one bucket, and the same number of them whenever that bucket's turn comes: what the budget
+* A global batch has clips of one bucket, and the same number of them at each turn of that bucket: as many as the budget
   allows.
 * Over a cycle of steps all buckets of a domain keep in step, and the domains' clips are mixed by data.speech_share, in
   every bucket by the clips that each domain has there.
@@ -39,7 +39,7 @@ class BatchPlan:
     """The global batches of a run.
 
     Either `clips` is the size of every batch, or `budget` bounds its cost (train.batch_frames): a clip of F frames
-    costs F + attention_cost * F^2 frames. fixed_shapes: batches are padded to their bucket, whatever is in them;
+    costs F + attention_cost * F^2 frames. fixed_shapes: batches are padded to their bucket's length;
     always so if there are several buckets or a budget, or if all clips are as long as their bucket. Raises UserError if
     a batch would have fewer than `least` clips.
     """

@@ -1,11 +1,11 @@
-"""Clips with a transcript of their own: what models that take text train on. The transcript of a clip that is a part of
+"""Clips with a transcript of their own: models that take text train on them. The transcript of a clip that is a part of
 its recording is that of the whole recording, and most general audio has none."""
 
 from collections.abc import Iterable, Mapping
 
 
 def transcribed(described: Iterable[Mapping]) -> dict:
-    """Return the facts of a shard for index.json, from what `<key>.json` says of its clips, in their order: `frames`,
+    """Return the facts of a shard for index.json, from the `<key>.json` of its clips, in their order: `frames`,
     the mel frames of the clips with a transcript of their own, and `mask`, a hexadecimal number whose bit n is 1 if
     clip n is one of them."""
     mask = frames = 0

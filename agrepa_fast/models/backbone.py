@@ -50,15 +50,15 @@ class Layer(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """A velocity model v(x_t, t, condition). A subclass writes `layers` and `velocity`, and sets what else differs.
+    """A velocity model v(x_t, t, condition). A subclass writes `layers` and `velocity`, and sets other attributes.
 
     kind: "block" if a layer's parts contain their residual sum; "branch" if their outputs are added outside of them.
     row_arguments, state: arguments of the parts with a row per clip, and the one that is handed on from block to block,
     as in multi_gate; None: found by their size and in a first forward.
     condition_width, condition_tap: channels of the token condition, layer 0, which BiT-C and LASP need, and the module
     whose output (N, T, condition_width) it is; None: the model has none.
-    needs: what `velocity` reads of a condition beyond tokens and reference: "text", "speaker". The class is then called
-    with text_vocab, the number of text ids, or speaker_dim, channels of the speaker's vector.
+    needs: the fields of a condition that `velocity` reads beyond tokens and reference: "text", "speaker". The class is
+    then called with text_vocab, the number of text ids, or speaker_dim, channels of the speaker's vector.
     upstream, upstream_suffix: the package that the model comes from, with its version and its weights' licence, for the
     line of train.start_from; and how the names of its weight files end.
     attention_cost: FLOPs of a pair of frames over those of a frame, for train.batch_frames; set by the builder.
@@ -66,7 +66,7 @@ class Backbone(nn.Module):
     prediction: "velocity", or "x" if `velocity` returns the clean mel, from which `forward` computes the velocity; set
     by make_model (flow.prediction).
     replayable: the velocity is a function of weights, arguments and PyTorch's random state alone, so training replays
-    CUDA graphs of it by default; a graph would repeat what Python chose when it was captured.
+    CUDA graphs of it by default; a graph would repeat the choices that Python made at its capture.
     """
 
     kind = "block"

@@ -33,7 +33,7 @@ class Condition:
 
     @property
     def once(self) -> "Condition":
-        """Return the conditions without their copies, for what need not be computed for every row."""
+        """Return the conditions without their copies, for computations that are the same for every copy."""
         return self if self.copies == 1 else replace(self[: self.lengths.shape[0] // self.copies], copies=1)
 
     @property

@@ -80,7 +80,7 @@ class _LookAhead(nn.Module):
         self.conv2 = nn.Conv1d(inner, dim, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x (C, S, D), zero in the padding, plus what the next tokens add."""
+        """Return x (C, S, D), zero in the padding, plus the contribution of the next tokens."""
         y = F.pad(x.transpose(1, 2), (0, self.conv1.kernel_size[0] - 1))
         y = F.pad(F.leaky_relu(self.conv1(y)), (self.conv2.kernel_size[0] - 1, 0))
         return x + self.conv2(y).transpose(1, 2)

@@ -46,7 +46,7 @@ _ESTIMATOR = {
 
 
 class _UNetFlow(CosyVoice):
-    """What both have: an encoder, and a 1-D U-Net whose stages are a ResNet block and transformer blocks."""
+    """The common part of both: an encoder, and a 1-D U-Net whose stages are a ResNet block and transformer blocks."""
 
     def __init__(self, sizes: dict[str, Any], estimator: type, n_mels: int, settings: dict, layers: str, padding: str):
         super().__init__(**sizes)
@@ -96,8 +96,8 @@ class CosyVoice1(_UNetFlow):
     """Tokens are stretched to each clip's frames, whatever their rate; the U-Net halves its time once.
 
     n_mels, vocab, speaker_dim: of the shards. width: of token embeddings and encoder. encoder, estimator: keywords of
-    the package's ConformerEncoder and ConditionalDecoder, over those of the release. layers: what a layer is, "stages"
-    of the U-Net or their transformer "blocks". padding: "strict": it changes no clip; "upstream": the package's own.
+    the package's ConformerEncoder and ConditionalDecoder, over those of the release. layers: "stages" of the
+    U-Net or their transformer "blocks". padding: "strict": it changes no clip; "upstream": the package's own.
     """
 
     version = "CosyVoice 1"

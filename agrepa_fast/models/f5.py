@@ -85,7 +85,7 @@ class F5(Backbone):
         }
 
     def to_upstream(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return what their load_checkpoint and their trainer's EMA load strictly."""
+        """Return the state that their load_checkpoint and their trainer's EMA load strictly."""
         return {f"ema_model.{name}": tensor for name, tensor in state.items()} | _EMA_STATE
 
     @property

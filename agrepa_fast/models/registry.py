@@ -54,7 +54,7 @@ def _other_model(config: ModelConfig) -> Backbone:
 
 
 def _sizes(config: ModelConfig, needs: Collection[str]) -> dict[str, object]:
-    """Return what the class is called with besides its options."""
+    """Return the arguments of the class besides its options."""
     values: dict[str, object] = {"n_mels": config.n_mels, "vocab": config.vocab}
     if "text" in needs:
         check(config.text_vocab, "it takes text: set data.text, or a preset that does")

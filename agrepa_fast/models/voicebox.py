@@ -96,13 +96,13 @@ class Voicebox(Backbone):
 
     def from_upstream(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Take the weights of a VoiceBox, or of the ConditionalFlowMatcherWrapper around one, as its trainer saves it.
-        What else the wrapper holds makes tokens and mels."""
+        The rest of the wrapper makes tokens and mels."""
         wrapped = {name.removeprefix("voicebox."): x for name, x in state.items() if name.startswith("voicebox.")}
         return {name: x for name, x in (wrapped or state).items() if not name.startswith("audio_enc_dec.")}
 
     def to_upstream(self, state: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-        """Return what ConditionalFlowMatcherWrapper.load loads strictly, and its trainer saves. Raises UserError for a
-        form that the package lacks."""
+        """Return the state that ConditionalFlowMatcherWrapper.load loads strictly, and its trainer saves. Raises
+        UserError for a form that the package lacks."""
         if not self.is_packages:
             raise UserError(
                 "voicebox-pytorch's VoiceBox has no skips, ALiBi, time token or plain FFN, nor attention without "

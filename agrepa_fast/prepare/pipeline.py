@@ -115,8 +115,8 @@ def _prepare_domain(
 
 
 def _account(job: Job, recordings: list[Recording], left_out: dict[str, LeftOut], source: Source | None) -> str:
-    """Write what has not been taken into skipped.csv, and print the recordings among it. Returns the line that counts
-    it, on rank 0. Raises UserError if it is too much. Every rank must call it."""
+    """List the files that were not taken in skipped.csv, and print the recordings among them. Returns the line that
+    counts them, on rank 0. Raises UserError if they are too many. Every rank must call it."""
     counts = [""]
 
     def account() -> None:

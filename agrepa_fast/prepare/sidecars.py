@@ -119,7 +119,7 @@ class _NewTeacher:
         self.name = target_name(self.encoder, self.data.teacher_rate)
 
     def compute(self, clips: list["_ShardClip"], waves: list[np.ndarray]) -> Iterable[np.ndarray | str]:
-        """Return what a sidecar holds of each clip, or the reason why there is nothing."""
+        """Return each clip's entry in a sidecar, or the reason why it has none."""
         for clip, frames in zip(clips, teacher_frames(self.encoder, waves), strict=True):
             bad = isinstance(frames, str)
             yield frames if bad else stored_target(frames, clip.seconds, self.data.teacher_rate)

@@ -1,6 +1,6 @@
 """skipped.csv beside the shards: everything that preparation has seen and not taken, with its reason.
 
-It is written whole, before index.json, from what the stages of a domain have found, so that interruptions and ranks do
+It is written whole, before index.json, from the findings of a domain's stages, so that interruptions and ranks do
 not change it. Nothing reads it but its users.
 """
 

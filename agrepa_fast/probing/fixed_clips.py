@@ -123,11 +123,11 @@ def measure_chunks(
     forward leaves the others waiting for its partitions.
     """
     partitioned = getattr(model, "partitioned", False)
-    survivable = (ValueError,) if partitioned else (ValueError, torch.OutOfMemoryError)
+    handled = (ValueError,) if partitioned else (ValueError, torch.OutOfMemoryError)
     failure = None
     for chunk in clips.chunks(label):
         try:
             measure(chunk)
-        except survivable as error:
+        except handled as error:
             failure = failure or str(error)
     return failure

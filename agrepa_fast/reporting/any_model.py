@@ -69,7 +69,7 @@ def probe_any_model(request: ModelRequest, out: Path) -> None:
 
 
 def _built(factory: str) -> tuple[nn.Module, Mapping]:
-    """Return what the factory returns. Modules are found from the current folder."""
+    """Return the factory's model and inputs. Modules are found from the current folder."""
     module, _, name = factory.partition(":")
     sys.path.insert(0, "")
     make_torchaudio_importable()  # transformers imports it

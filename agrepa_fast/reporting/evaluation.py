@@ -86,7 +86,7 @@ def _check_texts(clips: Sequence[Clip], index: Index, only: Sequence[str]) -> No
 
 
 def _made(opened: OpenedCheckpoint, vocoder: Vocoder, live: bool) -> dict:
-    """Return what the wavs depend on besides the clips."""
+    """Return the settings, weights and versions that the wavs depend on, besides the clips."""
     flow = opened.config.flow
     return {
         "weights": file_sha256(weights_file(opened.path, live)),

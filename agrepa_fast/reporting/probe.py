@@ -29,7 +29,7 @@ def probe_checkpoint(
     opened = open_checkpoint(checkpoint, overrides, live=live, uses=("data", "flow", "probe", "align"))
     out = out or opened.beside("probe" if request.kind == "block" else "probe-branch")
     check_writable(out, "--out")
-    read_csv(out / "attribution.csv")  # what it cannot be appended to is refused before the work, too
+    read_csv(out / "attribution.csv")  # a file that rows cannot be appended to is refused before the work
     try:
         projections, step = load_projections(opened.path), step_of(opened.path)
         measured = measure_model(opened.model, opened.index, opened.config, opened.device, request, projections, step)

@@ -114,7 +114,7 @@ def _clips(folder: Path, summary: dict) -> list[Section]:
     if not recorded:
         return []
     clips = clips_within_budget(recorded, _CLIPS)
-    about = f"Validation clips through {summary['vocoder']}: truth, and what the averaged weights sample"
+    about = f"Validation clips through {summary['vocoder']}: truths, and samples of the averaged weights"
     if any("codes" in one.files for one in recorded):
         about += "; codes: the mean mel of each token, all that tokens alone say"
     return [Section("Clips", f"{about}.{count_shown(clips, recorded)}", clips=clips)]

@@ -66,7 +66,7 @@ def split_layer(spec: str) -> tuple[str, int | None]:
     if not at or local_path(spec).is_dir():
         return spec, None
     if not base or not re.fullmatch("[1-9][0-9]*", layer):
-        raise UserError(f"teacher {spec!r}: what follows @ is a layer, counted from 1, such as {base or 'NAME'}@4")
+        raise UserError(f"teacher {spec!r}: a layer follows @, counted from 1, such as {base or 'NAME'}@4")
     return base, int(layer)
 
 

@@ -6,7 +6,7 @@ from ..errors import UserError
 
 
 def open_session(title: str, path: Path, extra: str):
-    """Return the session of an ONNX file. Raises UserError for a file that is none, and, beginning with `title` and
+    """Return the session of an ONNX file. Raises UserError for a file of another kind, and, beginning with `title` and
     naming the `extra` to install, without onnxruntime."""
     try:
         import onnxruntime

@@ -55,7 +55,7 @@ class GraphedLosses:
     one set of gradients, as large as the weights.
 
     Captured or not, all gradients reach the engine by the same operation of the autograd graph, hence in the same
-    order: DeepSpeed reduces them in that order, and ranks may differ in what they have captured.
+    order: DeepSpeed reduces them in that order, and ranks may have captured different shapes.
     """
 
     def __init__(

@@ -54,8 +54,8 @@ def peak_flops(train: TrainConfig, device: torch.device) -> float | None:
 
 
 def flop_counter(model: Backbone, context: RunContext) -> Callable[[Sequence[int]], float]:
-    """Return a function from the clips' lengths in frames to the FLOPs of their forward and backward: AudioDiT's
-    formula, or for another model what its forwards of three lengths need. Every rank must call it."""
+    """Return a function from the clips' lengths in frames to the FLOPs of their forward and backward: by
+    AudioDiT's formula, or by forwards of three lengths for another model. Every rank must call it."""
     if context.config.model.backbone == "audio_dit":
         return lambda lengths: step_flops(context.config.model, lengths)
     flops = forward_flops(model, context.index, context.device)
@@ -63,7 +63,7 @@ def flop_counter(model: Backbone, context: RunContext) -> Callable[[Sequence[int
 
 
 class ForwardFlops(NamedTuple):
-    """FLOPs of a forward: those of a clip, whatever its length, of each frame, and of each pair of frames."""
+    """FLOPs of a forward: those of a clip of any length, of each frame, and of each pair of frames."""
 
     clip: float
     frame: float

@@ -136,7 +136,7 @@ class Metrics:
             sys.stdout.flush()  # in a file, too, an error comes after it
 
     def close(self) -> None:
-        """Close what `open` has opened."""
+        """Close the files that `open` has opened."""
         for opened in (self._bar, self._file, self._board, self._tracker):
             if opened is not None:
                 opened.close()

@@ -16,10 +16,10 @@ _CLIPS, _FRAMES, _ROUNDS = 4, 200, 3
 
 
 def choose_precision(config: Config, ds_values: dict, device: torch.device, resumed: bool) -> tuple[Config, str | None]:
-    """Return the settings with what `auto` takes, and a line that says so; None if nothing was to choose.
+    """Return the settings with the precision that `auto` stands for, and a line that names it; None if it was set.
 
     bf16 is taken on a CPU with instructions for it, if forward and backward of a block run GAIN times as fast. A run
-    that is resumed, a narrow model, a user's model, and a ds_config that decides, keep what they had. Every rank must
+    that is resumed, a narrow model, a user's model, and a ds_config that decides, keep their precision. Every rank must
     call it: the speed is rank 0's. Weights and random states stay as they are.
     """
     decided = ds_values.get("bf16", {}).get("enabled", "auto") != "auto"

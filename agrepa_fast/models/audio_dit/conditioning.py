@@ -33,7 +33,7 @@ class TokenCondition(nn.Module):
 
     With `extra_vocab` (topology B; the paper interleaves t1, b1, t2, b2, … and embeds, concatenates and projects each
     pair) a second id goes with every token: [embedding | extra embedding] projected 2 dim -> dim. The projection starts
-    as [identity | 0], so that the model starts as topology A and takes from the second token what helps; the second
+    as [identity | 0], so that the model starts as topology A and learns to use the second token; the second
     table itself starts random, since a zero one beside zero weights would never get a gradient.
     """
 

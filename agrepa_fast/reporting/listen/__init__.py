@@ -1,1 +1,1 @@
-"""Blind listening tests: a page that listeners rate clips on, and what their ratings say."""
+"""Blind listening tests: a page that listeners rate clips on, and the evaluation of their ratings."""

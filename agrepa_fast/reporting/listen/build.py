@@ -1,4 +1,4 @@
-"""agrepa listen RUN RUN …: a blind test as one page, and answers.json, which says what is behind its clips."""
+"""agrepa listen RUN RUN …: a blind test as one page, and answers.json, which names the system of each clip."""
 
 import hashlib
 import hmac

@@ -17,8 +17,8 @@ _SAME = "same"
 
 
 class Test(NamedTuple):
-    """What is behind the clips of a page. trials: id -> its stimuli; stimuli: id -> (clip, system, truth or anchor);
-    clips: clip -> domain."""
+    """The systems behind the clips of a page. trials: id -> its stimuli; stimuli: id -> (clip, system, truth or
+    anchor); clips: clip -> domain."""
 
     id: str
     kind: str

@@ -43,8 +43,8 @@ class Results(NamedTuple):
 
 
 def rate(ratings: Path, answers: Path) -> Results:
-    """Return what the listeners of a folder say of the test of an answers.json. Raises UserError for damaged files, and
-    if no listener is left."""
+    """Return the results of the ratings in a folder, for the test of an answers.json. Raises UserError for damaged
+    files, and if no listener is left."""
     test = read_answers(answers)
     listeners = read_ratings(ratings, test)
     names = [listener.name for listener in listeners]

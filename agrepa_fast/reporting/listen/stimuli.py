@@ -29,7 +29,7 @@ def read_waves(files: Mapping[str, Path]) -> tuple[dict[str, np.ndarray], int]:
 
 
 def low_passed(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Return the anchor of a wave: what is below 3.5 kHz, without delay."""
+    """Return the anchor of a wave: its part below 3.5 kHz, without delay."""
     from scipy.signal import fftconvolve, firwin
 
     taps = firwin(2 * int(_TAPS * rate / 2) + 1, ANCHOR_HZ, fs=rate)

@@ -1,4 +1,4 @@
-"""What a report says, and the one file that it is rendered into."""
+"""The content of a report, and the one file that it is rendered into."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
