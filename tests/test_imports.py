@@ -73,6 +73,23 @@ def test_kernels_import_nothing_of_the_package():
     assert [(name, target) for name in names for target, _ in imported(name) if room(target) != "kernels"] == []
 
 
+def test_zero_alone_knows_deepspeed_s_insides():
+    """Elsewhere nothing imports deepspeed, or reads a private attribute of an engine or of a partitioned parameter."""
+    found = []
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())) if room(name) != "zero" else ():
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            inside = any(name.split(".")[0] == "deepspeed" for name in names)
+            if isinstance(node, ast.Attribute):
+                owner = ast.unparse(node.value).rpartition(".")[2]
+                private = node.attr[0] == "_" and owner in ("engine", "optimizer")
+                inside = private or (node.attr.startswith("ds_") and node.attr != "ds_config")
+            if inside:
+                found.append(f"{name}, line {node.lineno}: {ast.unparse(node)}")
+    assert found == []
+
+
 def test_no_module_imports_itself_through_others():
     graph = {name: {target for target, _ in imported(name)} for name in MODULES}
     while leaves := [name for name, targets in graph.items() if not targets & graph.keys()]:

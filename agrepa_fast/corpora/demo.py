@@ -5,7 +5,6 @@ other versions and in other folders, too. Debian 12 and 13 and Ubuntu 24.04 have
 """
 
 import gzip
-import hashlib
 import math
 import re
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from ..config import DataConfig
 from ..errors import UserError
 from ..fetch import cache_dir, fetch_apt
+from ..files import file_sha256
 from .recordings import PassedOver, Recording, Source, key_characters, too_many_bad
 
 MANIFEST = Path(__file__).with_name("demo_recordings.txt")
@@ -124,7 +124,7 @@ def _find_recordings(package: DemoPackage, root: Path) -> dict[str, Path | None]
     wanted = read_manifest()[package.name]
     files: dict[str, Path] = {}
     for path in sorted(root.rglob(f"*{package.suffix}")):
-        files.setdefault(hashlib.sha256(path.read_bytes()).hexdigest()[:_DIGITS], path)
+        files.setdefault(file_sha256(path)[:_DIGITS], path)
     found = {name: files.get(digits) for name, digits in wanted.items()}
     missing = [name for name, file in found.items() if file is None]
     if missing:
