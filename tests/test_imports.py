@@ -1,6 +1,7 @@
 """The tree of docs/architecture.md: imports run one way, and files stay small."""
 
 import ast
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +59,13 @@ def floor(name: str) -> int:
     if room(name) == "kernels":
         return -1
     return len(FLOORS) - FLOORS.index(room(name)) if room(name) in FLOORS else 0
+
+
+def test_every_room_has_a_floor_and_is_in_the_picture():
+    folders = {path.parent.name for path in (ROOT / PACKAGE).glob("*/__init__.py")}
+    assert folders - set(FLOORS) == set()
+    rooms = runpy.run_path(str(ROOT / "docs/figures.py"))["ROOMS"]
+    assert list(rooms) == [*FLOORS, "ground floor", "kernels"]
 
 
 @pytest.mark.parametrize("name", sorted(MODULES.keys() - {PACKAGE}))
