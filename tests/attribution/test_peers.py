@@ -213,7 +213,7 @@ def layers():
 
 
 def test_agrepa_probe_of_any_model(tmp_path, monkeypatch, capsys):
-    """As a person types it, with factories in the current folder, against leaving out one block after the other."""
+    """As a user types it, with factories in the current folder, against leaving out one block after the other."""
     (tmp_path / "mine.py").write_text(FACTORIES)
     monkeypatch.chdir(tmp_path)
     main(["probe", "--model", "mine:audio", "--blocks", "transformer_blocks", "--out", "audio"])

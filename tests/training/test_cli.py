@@ -1,4 +1,4 @@
-"""probe, sample, doctor and prepare as a person types them."""
+"""probe, sample, doctor and prepare as a user types them."""
 
 import csv
 import json
