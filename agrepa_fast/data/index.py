@@ -81,8 +81,8 @@ class Index:
     @cached_property
     def domains(self) -> tuple[str, ...]:
         """The domains that are prepared, of a model that takes text those with transcripts."""
-        there = (domain for domain in DOMAINS if domain in self.content["domains"])
-        return tuple(domain for domain in there if self.text is None or self.clips("train", domain))
+        prepared = (domain for domain in DOMAINS if domain in self.content["domains"])
+        return tuple(domain for domain in prepared if self.text is None or self.clips("train", domain))
 
     @property
     def features(self) -> dict:

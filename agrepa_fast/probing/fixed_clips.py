@@ -13,6 +13,7 @@ from ..attribution.points import probe_condition
 from ..config import DOMAINS, Config
 from ..data.batch import Batch, collate
 from ..data.index import Index
+from ..data.layout import ceil_div
 from ..data.reading import fixed_clips
 from ..data.samples import Sample
 from ..errors import UserError
@@ -66,11 +67,11 @@ class FixedClips:
         return list(self._make_chunks())
 
     def _make_chunks(self) -> Iterator[Chunk]:
-        share, size = -(-len(self) // self.world), self.config.probe.chunk
+        share, size = ceil_div(len(self), self.world), self.config.probe.chunk
         rows, shape, padded = share, {}, None
         if self.one_shape:
-            count = -(-share // size)
-            size = -(-share // count)  # as even as possible: filled-up rows are computed for nothing
+            count = ceil_div(share, size)
+            size = ceil_div(share, count)  # as even as possible: filled-up rows are computed for nothing
             rows = count * size
             shape["frames"] = max(sample.frames for sample in self.samples)
             shape["tokens"] = max(len(sample.tokens) for sample in self.samples)

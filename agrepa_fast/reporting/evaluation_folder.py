@@ -120,16 +120,16 @@ def _clip_of(utterance: Utterance) -> Clip:
 
 
 def _pairs(recordings: Sequence[Recording], reference: Path, domain: str) -> dict[str, Recording]:
-    """Return name -> the true recording of the same path below `reference`, whatever its suffix."""
-    there = {str(Path(r.source).with_suffix("")): r for r in folder_recordings(reference, domain)}
-    missing = [r.source for r in recordings if str(Path(r.source).with_suffix("")) not in there]
+    """Return name -> the true recording of the same path below `reference`, with any suffix."""
+    truths = {str(Path(r.source).with_suffix("")): r for r in folder_recordings(reference, domain)}
+    missing = [r.source for r in recordings if str(Path(r.source).with_suffix("")) not in truths]
     if missing:
         named = ", ".join(missing[:3])
         raise UserError(
             f"--reference {reference}: {len(missing)} of {len(recordings)} recordings have no partner: {named}; give "
             "every one its own, by its name"
         )
-    return {r.name: there[str(Path(r.source).with_suffix(""))] for r in recordings}
+    return {r.name: truths[str(Path(r.source).with_suffix(""))] for r in recordings}
 
 
 def _clip(recording: Recording, domain: str, truth: Recording | None) -> Clip:

@@ -164,9 +164,9 @@ def fit_to_shards(config: Config, index: Index) -> Config:
             "model.speaker_dim out"
         )
     if config.model.extra_vocab not in (None, index.extra_vocab):
-        there = "no second tokens" if index.extra_vocab is None else f"{index.extra_vocab} of them"
+        have = "no second tokens" if index.extra_vocab is None else f"{index.extra_vocab} of them"
         raise UserError(
-            f"model.extra_vocab={config.model.extra_vocab}, but the shards in {index.folder} have {there}: "
+            f"model.extra_vocab={config.model.extra_vocab}, but the shards in {index.folder} have {have}: "
             f"set model.extra_vocab={'null' if index.extra_vocab is None else index.extra_vocab}"
         )
     sizes = {"n_mels": index.n_mels, "vocab": index.vocab, "text_vocab": text, "speaker_dim": index.speaker_dim}
