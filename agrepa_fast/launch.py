@@ -42,7 +42,7 @@ def complete_launch_environment() -> int:
     on_its_own = "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1"
     if on_its_own and (place is None or place.world == 1):
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
         return 1
     rank = _number("RANK", place and place.rank)
     world = _number("WORLD_SIZE", place and place.world)
@@ -50,7 +50,7 @@ def complete_launch_environment() -> int:
         raise LocalError(f"RANK={rank} with WORLD_SIZE={world}: ranks are numbered from 0 to WORLD_SIZE - 1")
     if world == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", _free_port())
+        os.environ.setdefault("MASTER_PORT", free_port())
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise LocalError(
@@ -143,7 +143,8 @@ def _local_rank(rank: int, world: int, place: _Place | None) -> int | None:
     return rank if on_this_machine else None
 
 
-def _free_port() -> str:
+def free_port() -> str:
+    """Return a port of this machine that nothing uses at present."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..checkpoints.find import complete_checkpoints
 from ..errors import UserError
 from ..files import write_atomically
+from ..launch import free_port
 
 _ATTEMPTS = 2
 _TRAIN = Path(__file__).parents[1] / "train.py"
@@ -183,7 +184,9 @@ def _run(job: Job) -> bool:
     signals: list[int] = []
     with _log(job).open("ab") as log:
         # A session of its own: Ctrl-C would end its ranks at once, SIGTERM lets them save.
-        process = subprocess.Popen(_command(job), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            _with_port(_command(job)), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
         def hand_on(number: int, _frame: object) -> None:
             signals.append(number)
@@ -207,6 +210,13 @@ def _command(job: Job) -> tuple[str, ...]:
         shutil.rmtree(job.folder)  # it ended before its first checkpoint
         return job.command
     return (*job.command, "--resume", "latest")
+
+
+def _with_port(command: tuple[str, ...]) -> tuple[str, ...]:
+    """Return a command whose ranks meet at a free port, if it is DeepSpeed's launcher: its own choice is always 29500,
+    which another run may use."""
+    launcher, *rest = command
+    return (launcher, "--master_port", free_port(), *rest) if Path(launcher).name == "deepspeed" else command
 
 
 def _log(job: Job) -> Path:

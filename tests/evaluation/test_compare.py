@@ -249,6 +249,21 @@ def test_jobs_run_once_and_a_failed_one_is_tried_once_more(tmp_path):
     assert (tmp_path / "count").read_text() == "x"
 
 
+def test_each_launch_has_a_free_port(tmp_path):
+    launcher = tmp_path / "deepspeed"
+    launcher.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said; mkdir -p $4; touch $4/summary.json\n')
+    launcher.chmod(0o755)
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        assert not run_jobs(
+            [Job(name, (str(launcher), "train.py", str(folder)), folder, folder / "summary.json", 1)], print
+        )
+    ports = [line.split()[1] for line in (tmp_path / "said").read_text().splitlines()]
+    assert all(line.startswith("--master_port ") for line in (tmp_path / "said").read_text().splitlines())
+    assert len({*ports}) == 2
+    assert "29500" not in ports
+
+
 def test_what_needs_a_failed_job_is_not_run(tmp_path):
     warmup = job(tmp_path, "warmup", "raise SystemExit(1)")
     branch = job(tmp_path, "branch", WRITE)
