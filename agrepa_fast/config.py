@@ -255,9 +255,13 @@ class TrainConfig:
         None, "instead: the cost per optimizer step, the sum over clips of frames + c frames^2, c the cost of attention"
     )
     accumulation: Size = setting(1, "micro-batches per optimizer step", resume=True)
-    lr: Positive = setting(1e-4, "peak learning rate of AdamW")
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw", "muon: for the layers' weight matrices, and AdamW for all other parameters"
+    )
+    lr: Positive = setting(1e-4, "peak learning rate, of Muon and AdamW alike: their updates have the same RMS")
     betas: Annotated[list[ShareBelowOne], Field(min_length=2, max_length=2)] = setting([0.9, 0.999], "of AdamW")
-    weight_decay: NotNegative = setting(0.01, "of AdamW, on every parameter")
+    momentum: ShareBelowOne = setting(0.95, "of Muon")
+    weight_decay: NotNegative = setting(0.01, "of weights; biases, norms and embeddings do not decay")
     warmup_steps: Whole = setting(1000, "linear warm-up of the learning rate")
     lr_decay: Literal["cosine", "linear"] = setting("cosine", "of the learning rate, after the warm-up")
     final_lr: float = setting(0.1, "share of lr that the decay ends at")

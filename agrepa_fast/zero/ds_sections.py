@@ -126,11 +126,17 @@ def _add(wanted: dict[str, tuple[str, object]], settings: dict[str, object], sec
 
 def _optimizer(content: object) -> tuple[dict[str, object], str]:
     kind, params = _typed(content, "optimizer")
+    if str(kind).lower() == "muon":
+        raise UserError(
+            'ds_config "optimizer": remove it and set train.optimizer=muon, whose train.lr is that of AdamW: '
+            "DeepSpeed's Muon scales updates in another way"
+        )
     if str(kind).lower() not in ("adam", "adamw"):  # DeepSpeed's Adam decays as AdamW does
-        raise UserError(f'ds_config "optimizer": remove it, this engine trains with AdamW, not {kind}')
+        raise UserError(f'ds_config "optimizer": remove it, this engine trains with AdamW or Muon, not {kind}')
     _check_names("optimizer", params, (*_ADAMW_TAKEN, *_ADAMW_FIXED, *_ADAMW_IGNORED))
     _check_fixed("optimizer", params, _ADAMW_FIXED)
-    return {name: params[name] for name in _ADAMW_TAKEN if params.get(name, "auto") != "auto"}, ""
+    taken = {name: params[name] for name in _ADAMW_TAKEN if params.get(name, "auto") != "auto"}
+    return {"optimizer": "adamw"} | taken, ""
 
 
 def _scheduler(content: object) -> tuple[dict[str, object], str]:

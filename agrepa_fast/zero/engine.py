@@ -7,7 +7,7 @@ from ..config import Config
 from ..lr_schedule import lr_factor
 from .lean_step import compute_norm_in_fp32, detach_fragments, skip_overflow_pass, update_all_weights_at_once
 from .masters import masters
-from .optimizers import build_optimizer, clips_in_optimizer
+from .optimizers import RuledOptimizer, build_optimizer, clips_in_optimizer
 from .refusals import deepspeed_refusals
 
 
@@ -15,7 +15,10 @@ def build_engine(model: nn.Module, config: Config, ds_config: dict):
     """Return the DeepSpeed engine around `model`, with the run's optimizer and schedule. ds_config: resolved. Raises
     UserError for what DeepSpeed refuses."""
     import deepspeed
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+    if RuledOptimizer not in ZERO_SUPPORTED_OPTIMIZERS:  # its updates read no more than a master and its gradient
+        ZERO_SUPPORTED_OPTIMIZERS.append(RuledOptimizer)
     optimizer = build_optimizer(model, config.train, ds_config)
     if clips_in_optimizer(ds_config):
         ds_config = ds_config | {"gradient_clipping": 0.0}
@@ -23,6 +26,7 @@ def build_engine(model: nn.Module, config: Config, ds_config: dict):
     with deepspeed_refusals(ds_config):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
         masters(engine)  # an optimizer of DeepSpeed's that keeps its masters elsewhere is refused here
+    optimizer.attach(engine)
     detach_fragments(engine)
     skip_overflow_pass(engine)
     compute_norm_in_fp32(engine)

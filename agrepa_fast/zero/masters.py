@@ -1,6 +1,7 @@
 """DeepSpeed's fp32 master weights, at every ZeRO stage."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,41 @@ def master_parameters(engine) -> list[torch.Tensor]:
     if engine.bfloat16_enabled():
         return [weights for group in optimizer.fp32_groups for weights in group]
     return [parameter for _, parameter in trained_parameters(engine.module)]
+
+
+class Piece(NamedTuple):
+    """A run of elements of a parameter in a master. number: of the parameter among `trained_parameters`. start: in the
+    elements of the whole parameter. at: in those of the master."""
+
+    number: int
+    start: int
+    numel: int
+    at: int = 0
+
+
+def master_pieces(engine) -> list[list[Piece]]:
+    """Return the pieces in each of `master_parameters`, in the order of their places."""
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    parameters = [parameter for _, parameter in trained_parameters(engine.module)]
+    if stage == 0:
+        return [[Piece(number, 0, parameter.numel())] for number, parameter in enumerate(parameters)]
+    found: dict[int, list[Piece]] = {}
+    if stage == 3:
+        for number, parameter in enumerate(parameters):
+            master, at, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = size * dist.get_rank(parameter.ds_process_group)
+            numel = max(0, min(size, parameter.ds_numel - start))  # the last ranks' parts may be padding
+            found.setdefault(master, []).append(Piece(number, start, numel, at))
+    else:
+        numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
+        for master, group in enumerate(optimizer.bit16_groups):
+            for parameter in group:
+                if (mapping := parameter._hp_mapping) is not None:  # some of it is on this rank
+                    part, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    piece = Piece(numbers[id(parameter)], part.start, part.numel, place.start)
+                    found.setdefault(master, []).append(piece)
+    kept = [[piece for piece in found.get(n, []) if piece.numel] for n in range(len(master_parameters(engine)))]
+    return [sorted(pieces, key=lambda piece: piece.at) for pieces in kept]
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -27,7 +27,7 @@ from .masters import (
     write_masters,
     write_untrained,
 )
-from .optimizers import optimizer_inside, set_step
+from .optimizers import optimizer_inside
 from .state_files import tensors_only
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -52,8 +52,7 @@ def load_recut(engine, path: Path, stage: int, counters: dict, say: Callable[[st
     write_untrained(engine.module, weights)
     optimizer = optimizer_inside(engine)
     for number, parameter in enumerate(master_parameters(engine)):
-        optimizer.state[parameter].update({key: parts[key][number] for key in MOMENTS})
-        set_step(optimizer, parameter, counters["updates"])
+        optimizer.set_state(parameter, {key: parts[key][number] for key in MOMENTS}, counters["updates"])
     publish_masters(engine)
     for name in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, name, counters[name])
@@ -64,17 +63,22 @@ def load_recut(engine, path: Path, stage: int, counters: dict, say: Callable[[st
 
 def _whole_moments(engine, path: Path, stage: int, say) -> Callable[[str, str], torch.Tensor]:
     """Return a function (parameter's name, exp_avg or exp_avg_sq) -> the whole moment."""
-    if stage == 0:  # already whole, in the model's order
+    shapes = {name: whole_shape(parameter) for name, parameter in engine.module.named_parameters()}
+    if stage == 0:  # already whole, in the model's order; Muon's matrices have no exp_avg_sq
         file = path / "mp_rank_00_model_states.pt"
         saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["optimizer"]
         states = saved.get("optimizer_state_dict", saved)["state"]
         numbers = {name: number for number, (name, _) in enumerate(trained_parameters(engine.module))}
-        return lambda name, key: states[numbers[name]][key]
+
+        def find(name: str, key: str) -> torch.Tensor:
+            state = states[numbers[name]]
+            return state[key] if key in state else torch.zeros(shapes[name])
+
+        return find
     folder = path / FOLDER
     if not folder.is_dir():
         say(f"{path}: converting the optimizer's state for other ranks or another ZeRO stage")
     on_rank_0(lambda: folder.is_dir() or _convert(path, folder))
-    shapes = {name: whole_shape(parameter) for name, parameter in engine.module.named_parameters()}
 
     def read(name: str, key: str) -> torch.Tensor:
         value = torch.load(folder / "zero" / name / f"{key}.pt", map_location="cpu", weights_only=True)

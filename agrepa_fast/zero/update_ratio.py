@@ -6,7 +6,7 @@ import torch
 
 from ..ranks import all_sum
 from .masters import masters
-from .optimizers import optimizer_inside
+from .optimizers import RuledOptimizer, optimizer_inside
 
 _CHUNK = 1 << 24  # elements per chunk: bounds the memory that the norms take beside the weights
 
@@ -18,29 +18,32 @@ def weight_norm(engine) -> torch.Tensor:
 
 
 def update_ratio(engine, lr: float) -> torch.Tensor:
-    """Return the norm of AdamW's last update over the norm of the weights before it, 0-dim. lr: of that update. Every
-    rank must call it.
+    """Return the norm of the last update over the norm of the weights before it, 0-dim. lr: of that update. Every rank
+    must call it.
 
-    It is computed from the moments, so that no copy of the weights is kept through a step.
+    For AdamW it is computed from the moments, so that no copy of the weights is kept through a step. Muon keeps its own
+    sums: the iterations would have to be run again.
     """
-    updates, weights = [], []
-    for update, before in _updates(optimizer_inside(engine), lr):
-        updates.append(update.square().sum())
-        weights.append(before.square().sum())
+    optimizer = optimizer_inside(engine)
+    pairs = [(update.square().sum(), before.square().sum()) for update, before in _updates(optimizer, lr)]
+    pairs += [share.squares for share in optimizer.shares if share.squares is not None]
+    updates, weights = zip(*pairs, strict=True)
     return (_global(engine, updates) / _global(engine, weights)).sqrt()
 
 
-def _updates(optimizer: torch.optim.AdamW, lr: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (update, weights before it) for every chunk of this rank's masters."""
+def _updates(optimizer: RuledOptimizer, lr: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield (update, weights before it) for every chunk of this rank's masters that AdamW updates."""
     options = optimizer.defaults
-    (beta1, beta2), eps, decay = options["betas"], options["eps"], lr * options["weight_decay"]
-    for weights, state in optimizer.state.items():
+    (beta1, beta2), eps = options["betas"], options["eps"]
+    for master, state in optimizer.state.items():
         steps = state["step"].double()  # on a GPU, maybe: nothing waits for it
-        flat = (tensor.detach().flatten().split(_CHUNK) for tensor in (weights, state["exp_avg"], state["exp_avg_sq"]))
-        for after, mean, square in zip(*flat, strict=True):
-            direction = mean / (1 - beta1**steps) / ((square / (1 - beta2**steps)).sqrt() + eps)
-            before = (after + lr * direction) / (1 - decay)
-            yield lr * direction + decay * before, before
+        for kind, decay in (("decayed", lr * options["weight_decay"]), ("plain", 0.0)):
+            cut = (optimizer.cut(kind, [master], name) for name in ("weights", "exp_avg", "exp_avg_sq"))
+            for parts in zip(*cut, strict=True):
+                for after, mean, square in zip(*(part.split(_CHUNK) for part in parts), strict=True):
+                    direction = mean / (1 - beta1**steps) / ((square / (1 - beta2**steps)).sqrt() + eps)
+                    before = (after + lr * direction) / (1 - decay)
+                    yield lr * direction + decay * before, before
 
 
 def _global(engine, squares: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -3,11 +3,7 @@
 import pytest
 import torch
 
-from agrepa_fast.config import TrainConfig
-from agrepa_fast.zero import optimizers
-
 from ..ranks import call_on_ranks
-from ..testing import small_model
 from .deepspeed_on_ranks import graphs_of_fragments, throughput_timers, updates, updates_at_stage_0
 
 
@@ -45,21 +41,3 @@ def test_stage_0_in_bf16_updates_as_deepspeed_does_by_fewer_operations(preset, t
     for mine, other in zip(ours["weights"], theirs["weights"], strict=True):
         torch.testing.assert_close(mine, other, atol=2e-5, rtol=0)
     assert ours["operations"] < theirs["operations"] / 2
-
-
-@pytest.mark.parametrize(
-    ("device", "zero", "fused"),
-    [
-        ("cuda", {"stage": 2}, True),
-        ("cuda", {"stage": 0}, True),
-        ("cuda", {"stage": 2, "offload_optimizer": {"device": "cpu"}}, True),
-        ("cpu", {"stage": 2, "offload_optimizer": {"device": "cpu"}}, True),
-        ("cpu", {"stage": 2}, None),
-    ],
-)
-def test_adamw_is_one_kernel_where_its_state_is_on_a_gpu_or_offloaded(device, zero, fused, monkeypatch):
-    monkeypatch.setattr(optimizers, "local_device", lambda: torch.device(device))
-    for bf16 in (True, False):
-        ds_config = {"zero_optimization": zero, "bf16": {"enabled": bf16}}
-        optimizer = optimizers.build_optimizer(small_model(1), TrainConfig(), ds_config)
-        assert optimizer.defaults["fused"] is fused

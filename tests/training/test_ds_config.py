@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,7 +33,8 @@ def test_adamw_and_its_schedule_become_settings_of_the_run():
     assert (train.lr, train.betas, train.weight_decay) == (3e-4, [0.9, 0.95], 0.1)
     assert (train.steps, train.warmup_steps, train.final_lr) == (900, 50, 0.05)
     assert lines == [
-        'ds_config "optimizer": taken as train.lr=0.0003, train.betas=[0.9, 0.95], train.weight_decay=0.1',
+        'ds_config "optimizer": taken as train.optimizer=adamw, train.lr=0.0003, train.betas=[0.9, 0.95], '
+        "train.weight_decay=0.1",
         'ds_config "scheduler": taken as train.steps=900, train.warmup_steps=50, train.final_lr=0.05, '
         "train.lr_decay=cosine",
     ]
@@ -44,8 +46,10 @@ def test_auto_and_what_is_not_given_stay_the_run_s():
     values |= warmup("WarmupLR", warmup_max_lr="auto", warmup_num_steps="auto")
     _, train, lines = adopt_sections(values, ours)
     assert (train.lr, train.warmup_steps, train.final_lr) == (2e-3, 7, 1.0)
-    assert lines == ['ds_config "scheduler": taken as train.final_lr=1.0']
-    assert adopt_sections({"optimizer": {"type": "AdamW"}}, ours) == ({}, ours, [])
+    adamw = 'ds_config "optimizer": taken as train.optimizer=adamw'
+    assert lines == [adamw, 'ds_config "scheduler": taken as train.final_lr=1.0']
+    assert adopt_sections({"optimizer": {"type": "AdamW"}}, ours) == ({}, ours, [adamw])
+    assert adopt_sections({"optimizer": {"type": "AdamW"}}, replace(ours, optimizer="muon")) == ({}, ours, [adamw])
 
 
 @pytest.mark.parametrize("section", [COSINE, warmup("WarmupLR", warmup_max_lr=2e-3, warmup_num_steps=50)])
@@ -82,7 +86,8 @@ def test_the_command_line_may_say_the_same_and_nothing_else():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"optimizer": {"type": "Lamb"}}, 'optimizer": remove it, this engine trains with AdamW, not Lamb'),
+        ({"optimizer": {"type": "Lamb"}}, 'optimizer": remove it, this engine trains with AdamW or Muon, not Lamb'),
+        ({"optimizer": {"type": "Muon"}}, 'optimizer": remove it and set train.optimizer=muon, '),
         ({"optimizer": {"type": "AdamW", "params": {"eps": 1e-6}}}, "eps=1e-06: this engine has eps=1e-08"),
         ({"optimizer": {"type": "AdamW", "params": {"learning_rate": 1}}}, "learning_rate is unknown: "),
         ({"optimizer": "AdamW"}, "an object is wanted"),

@@ -7,7 +7,7 @@ from .waits_on_ranks import CASES, count_planted, count_waits
 
 VALID = "deepspeed.runtime.utils is_invalid_grad_norm: item"  # whether the global norm is finite
 STEP = {  # per stage and precision, what one optimizer step waits for
-    (0, "fp32"): {"agrepa_fast.zero.optimizers step: item": 1},
+    (0, "fp32"): {"agrepa_fast.zero.optimizers _clip: item": 1},
     (0, "bf16"): {"agrepa_fast.zero.lean_step step: item": 1},
     (1, "bf16"): {VALID: 2},  # the second directly follows the first, in the clipping
     (2, "fp32"): {VALID: 2},

@@ -1,0 +1,55 @@
+"""The update rule of each parameter: Muon for the hidden matrices of the layers, AdamW for all others."""
+
+from typing import NamedTuple
+
+import torch.nn as nn
+
+from ..models.backbone import Backbone
+from .construction import whole_shape
+
+_FUSED = {"qkv": 3, "kv": 2}  # in the name of a layer: the matrices in its weight, one below the other
+_MODULATIONS = ("modulation", "adaln", "norm")  # in the name of a layer, or of the module that holds it
+
+
+class Rule(NamedTuple):
+    """decays: whether train.weight_decay applies. matrices: the number of matrices of equal shape, one below the other,
+    that Muon updates; 0: AdamW updates the parameter."""
+
+    decays: bool
+    matrices: int = 0
+
+
+def adamw_rules(model: nn.Module) -> dict[nn.Parameter, Rule]:
+    """Return the rule of every parameter under AdamW. Weights with two dimensions or more decay, except embeddings;
+    biases, norms and other vectors do not."""
+    embeddings = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    return {p: Rule(len(whole_shape(p)) > 1 and p not in embeddings) for p in model.parameters()}
+
+
+def muon_rules(model: Backbone) -> dict[nn.Parameter, Rule]:
+    """Return the rule of every parameter under Muon, which takes the weights of all nn.Linear in the model's layers,
+    except modulations, and the fused weight of nn.MultiheadAttention. Queries, keys and values that share one weight
+    are matrices of their own.
+
+    A modulation maps one vector per clip to scales, shifts and gates. Its gradient has at most as many directions as
+    the batch has clips, and orthogonalisation would give the weakest of them the length of the strongest.
+    """
+    rules, names = adamw_rules(model), {module: name for name, module in model.named_modules()}
+    for module in (module for layer in model.layers for part in layer.parts for module in part.modules()):
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            rules[module.in_proj_weight] = Rule(True, 3)
+        elif isinstance(module, nn.Linear) and not _modulates(names[module], model):
+            rules[module.weight] = Rule(True, _matrices(names[module], whole_shape(module.weight)[0]))
+    return rules
+
+
+def _modulates(name: str, model: nn.Module) -> bool:
+    holder, _, own = name.rpartition(".")
+    words = (own, holder.rpartition(".")[2], type(model.get_submodule(holder)).__name__)
+    return any(part in word.lower() for word in words for part in _MODULATIONS)
+
+
+def _matrices(name: str, rows: int) -> int:
+    own = name.rpartition(".")[2].lower()
+    count = next((count for part, count in _FUSED.items() if part in own), 1)
+    return count if rows % count == 0 else 1
