@@ -8,13 +8,13 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
 from agrepa_fast.tensor_files import save_tensors
-from agrepa_fast.zero.gradients import make_gradient_nan
 from agrepa_fast.zero.masters import full_weights, masters, trained_parameters
 from agrepa_fast.zero.recut import load_recut
 from agrepa_fast.zero.state_files import load_engine, save_engine, step_counters
 from agrepa_fast.zero.update_ratio import update_ratio
 
 from .in_process import ds_values, make_run, state
+from .nonfinite_on_ranks import Spoilt
 
 SETTINGS = ("train.lr=0.01", "train.warmup_steps=0", "train.weight_decay=0.1", "train.clip_norm=0.3")
 STEPS = 4
@@ -51,13 +51,8 @@ def follow(preset: str, folder: Path, stage: int, optimizer: str, *overrides: st
     ratios = update_ratio(engine, rates[-1]).item(), (squares[0] / squares[1]).sqrt().item()
     after, kept = full_weights(engine), state(run)
 
-    def spoilt_step() -> None:
-        last = dist.get_rank() == dist.get_world_size() - 1
-        make_gradient_nan(engine, unless_finite=torch.tensor(torch.nan if last else 0.0))
-        step()
-
-    engine.step = spoilt_step
-    run.step(batches, STEPS)
+    engine.step = step
+    run.step(Spoilt(batches, 0), STEPS)  # on the last rank
     same = all(torch.equal(kept[name], now) for name, now in state(run).items())
     facts = {"losses": losses, "ratios": ratios, "skipped": same and not engine.was_step_applied()}
     if dist.get_rank() == 0:
@@ -68,7 +63,7 @@ def follow(preset: str, folder: Path, stage: int, optimizer: str, *overrides: st
 def by_torch(found: dict, matrices: dict[str, int], undecayed: set[str]) -> dict[str, torch.Tensor]:
     """Return the weights after the same gradients by torch.optim's Muon, for the named weights as so many matrices, and
     AdamW for the rest."""
-    whole = {name: torch.nn.Parameter(weight.clone()) for name, weight in found["before"].items()}
+    whole = {name: torch.nn.Parameter(found["before"][name].clone()) for name in found["gradients"][0]}
     parts = {name: [torch.nn.Parameter(p.clone()) for p in whole[name].chunk(n)] for name, n in matrices.items()}
     rest = {name: p for name, p in whole.items() if name not in parts}
     plain = [p for name, p in rest.items() if name in undecayed]

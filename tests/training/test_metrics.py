@@ -118,8 +118,8 @@ def test_a_run_writes_them_and_a_trace_of_the_steps_asked_for(preset, tmp_path):
     assert summary["clips_per_s_median"] == statistics.median(rate for _, rate in series["train/clips_per_s"])
     (trace,) = (run / "profile").iterdir()
     names = [event["name"] for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
-    for name in ("AdamW", "RuledOptimizer"):  # BiT-C's and the model's, once a step
-        assert sum(name == f"Optimizer.step#{name}.step" for name in names) == 2
+    for optimizer in ("AdamW", "RuledOptimizer"):  # BiT-C's and the model's, once a step
+        assert names.count(f"Optimizer.step#{optimizer}.step") == 2
 
 
 def test_wandb_is_asked_for_by_name_and_missed_in_one_line(tmp_path, monkeypatch):
