@@ -63,15 +63,15 @@ def count_waits(preset: str, folder: Path, cases: list[tuple[int, str]] = CASES)
 
 def count_planted(preset: str, folder: Path) -> dict[tuple, dict[str, Counter]]:
     """count_waits of a step and a probe that read a number of their own each."""
-    flow_loss, velocity_change = training.flow_loss, variants.velocity_change
+    training_loss, velocity_change = training.training_loss, variants.velocity_change
 
     def reading_loss(*given):
-        loss = flow_loss(*given)
+        loss = training_loss(*given)
         assert loss.sum().item() >= 0
         return loss
 
     def reading_change(v, *given):
         return velocity_change(v[:, v[0, :, 0, 0] == v[0, :, 0, 0]], *given)
 
-    training.flow_loss, variants.velocity_change = reading_loss, reading_change
+    training.training_loss, variants.velocity_change = reading_loss, reading_change
     return count_waits(preset, folder, [(2, "fp32")])
