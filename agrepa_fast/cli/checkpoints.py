@@ -31,7 +31,7 @@ def add_evaluate(commands) -> None:
         "--list",
         type=a_path,
         metavar="FILE",
-        help="what a folder's recordings are to say: F5-TTS's or seed-tts-eval's list, or a folder of LibriSpeech",
+        help="texts of the samples: F5-TTS's or seed-tts-eval's list, or a folder of LibriSpeech",
     )
     add_checkpoint(evaluate, about="runs/<run>, a checkpoint, an export, or a folder of recordings")
     evaluate.set_defaults(command=_evaluate)
@@ -58,14 +58,19 @@ def _evaluate(args: argparse.Namespace) -> None:
     from ..ranks import launched
     from ..reporting.evaluation import evaluate_checkpoint
     from ..reporting.evaluation_folder import evaluate_folder
+    from ..reporting.evaluation_list import evaluate_list
 
     path = args.checkpoint
+    if args.list is not None and args.domain == "audio":
+        raise UserError(f"--domain audio: {args.list} is a list of speech")
     with launched("agrepa evaluate") as ranks:
         if not path.is_dir() or (path / "config.yaml").is_file() or path.parent.name == "checkpoints":
+            if args.list is not None:
+                options = {"live": args.live, "listed": args.list, "reference": args.reference, "out": args.out}
+                evaluate_list(path, args.overrides, ranks, **options)
+                return
             if args.reference is not None:
                 raise UserError(f"--reference: {path} has its truths in the shards; it is for a folder of recordings")
-            if args.list is not None:
-                raise UserError(f"--list: {path} is sampled from its shards; it is for a folder of recordings")
             domains = args.domain and [args.domain]
             evaluate_checkpoint(path, args.overrides, ranks, live=args.live, domains=domains, out=args.out)
             return

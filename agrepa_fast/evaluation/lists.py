@@ -1,4 +1,4 @@
-"""Lists of utterances that published benchmarks measure: what is to be said, in whose voice, and the true recording.
+"""Lists of the utterances of published benchmarks: texts to say, prompts with the voices, and true recordings.
 
 read_list(Path("librispeech_pc_test_clean_cross_sentence.lst"), Path("LibriSpeech/test-clean"))   # F5-TTS's
 read_list(Path("seedtts_testset/en/meta.lst"), None)                                              # seed-tts-eval's
@@ -22,14 +22,20 @@ _FORMATS = (
 
 
 class Utterance(NamedTuple):
-    """An utterance of a list. key: what a benchmark calls its sample, <key>.wav; prompt: the recording whose voice it
-    has, and prompt_text what is said there; truth: a recording of the text. None and "" if the list has none."""
+    """An utterance of a list.
+
+    key          name of its sample: <key>.wav
+    prompt       recording of the voice to have, None if the list has none, with its transcript prompt_text
+    truth        recording of the text, None if there is none
+    lead         characters before the text, besides the usual space, for a model that reads prompt_text first
+    """
 
     key: str
     text: str
     prompt: Path | None
     prompt_text: str
     truth: Path | None
+    lead: str = ""
 
 
 def read_list(path: Path, recordings: Path | None) -> list[Utterance]:
@@ -87,7 +93,7 @@ def _f5(line: str, recordings: Path) -> Utterance:
         if (found := _LIBRISPEECH.fullmatch(name)) is None:
             raise ValueError(f"{name!r} is no utterance of LibriSpeech, as 61-70968-0000 is")
         files.append(recordings / found[1] / found[2] / f"{name}.flac")
-    return Utterance(key, text.strip(), files[0], prompt_text.strip(), files[1])
+    return Utterance(key, text.strip(), files[0], prompt_text.strip(), files[1], lead=" ")
 
 
 def _seed_tts(line: str, root: Path) -> Utterance:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..audio.vocoder import Vocoder
@@ -107,11 +108,16 @@ class Synthesis:
         return kept.read_bytes()
 
     def _vocode(self, mel: torch.Tensor) -> bytes:
-        import soundfile
+        return wav_content(self.vocoder(mel).numpy(), self.vocoder.sample_rate)
 
-        content = io.BytesIO()
-        soundfile.write(content, self.vocoder(mel).numpy(), self.vocoder.sample_rate, format="WAV", subtype="PCM_16")
-        return content.getvalue()
+
+def wav_content(wave: np.ndarray, rate: int) -> bytes:
+    """Return the file of a wave (samples,) in [-1, 1], 16 bits per sample."""
+    import soundfile
+
+    content = io.BytesIO()
+    soundfile.write(content, wave, rate, format="WAV", subtype="PCM_16")
+    return content.getvalue()
 
 
 def prefix_frames(lengths: torch.Tensor, flow: FlowConfig) -> torch.Tensor:

@@ -25,7 +25,7 @@ from .evaluation_table import print_results, results_markdown
 from .opened import OpenedCheckpoint, open_checkpoint
 from .report import write_report
 
-_USES = ("data", "flow", "eval.vocoder", "metrics")
+USES = ("data", "flow", "eval.vocoder", "metrics")
 
 
 def evaluate_checkpoint(
@@ -43,7 +43,7 @@ def evaluate_checkpoint(
     domains: those to evaluate; None for all of the shards. out: None for a folder beside the checkpoints. Raises
     UserError for settings, shards or a folder that do not fit.
     """
-    opened = open_checkpoint(checkpoint, overrides, live=live, uses=_USES)
+    opened = open_checkpoint(checkpoint, overrides, live=live, uses=USES)
     out = out or opened.beside("evaluate")
     ranks.on_rank_0(lambda: check_writable(out, "--out"))
     metrics, index = opened.config.metrics, opened.index
@@ -55,7 +55,7 @@ def evaluate_checkpoint(
     lock = FolderLock(out, "choose another --out")
     ranks.on_rank_0(lock.acquire)
     try:
-        made = _made(opened, vocoder, live)
+        made = made_with(opened, vocoder, live)
         manifest = ranks.from_rank_0(lambda: write_manifest(clips, made, out / "manifest.json"))
         wavs = _synthesize(opened, vocoder, samples, clips, out / "wavs", ranks)
         judges = Judges(metrics, ranks)
@@ -85,7 +85,7 @@ def _check_texts(clips: Sequence[Clip], index: Index, only: Sequence[str]) -> No
         )
 
 
-def _made(opened: OpenedCheckpoint, vocoder: Vocoder, live: bool) -> dict:
+def made_with(opened: OpenedCheckpoint, vocoder: Vocoder, live: bool) -> dict:
     """Return the settings, weights and versions that the wavs depend on, besides the clips."""
     flow = opened.config.flow
     return {

@@ -1,7 +1,7 @@
 """`agrepa evaluate FOLDER`: recordings from anybody's model, with the true ones beside them if they are there."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ import soundfile
 from ..config_file import check_used, load_config
 from ..corpora.folder import folder_recordings
 from ..corpora.recordings import Recording
+from ..data.index import Index
 from ..errors import UserError
 from ..evaluation.evaluate import Judges
 from ..evaluation.lists import Utterance, read_list
@@ -17,17 +18,22 @@ from ..evaluation.manifest import Clip
 from ..evaluation.results import write_manifest
 from ..evaluation.synthesis import Wav
 from ..files import FolderLock, check_writable, file_sha256
+from ..metrics_config import MetricsConfig
 from ..ranks import Ranks
-from .evaluation import measure, write_results
+from .evaluation import circular_models, measure, write_results
 
 
-class _Material(NamedTuple):
-    """What is measured. wavs: with those that a list has and the folder lacks; prompts: of a list's wavs; unlisted:
-    recordings of the folder that the list lacks."""
+class Material(NamedTuple):
+    """The wavs of an evaluation, those without a file among them. prompts: of a list's wavs; unlisted: recordings of
+    the folder that the list lacks."""
 
     wavs: list[Wav]
     prompts: Sequence[Wav] = ()
     unlisted: Sequence[str] = ()
+
+    @property
+    def clips(self) -> list[Clip]:
+        return list(dict.fromkeys(wav.clip for wav in self.wavs))
 
 
 def evaluate_folder(
@@ -55,44 +61,54 @@ def evaluate_folder(
     ranks.on_rank_0(lambda: check_writable(out, "--out"))
     made = {"folder": str(folder), "reference": str(reference), "vocoder": "none", "flow": None}
     if listed is not None:
-        if domain == "audio":
-            raise UserError(f"--domain audio: {listed} is a list of speech")
         made["list"] = str(listed)
         material = _listed(folder, listed, ranks.from_rank_0(lambda: read_list(listed, reference)))
     else:
         material = _recorded(folder, reference, domain)
-    wavs = material.wavs
-    lengths = {wav: _length(wav.path) for wav in wavs}
-    if listed is None and len(rates := {rate for _, rate in lengths.values()} - {0}) > 1:
-        raise UserError(f"{folder}: rates of {' and '.join(map(str, sorted(rates)))} Hz: resample all to one rate")
+        _check_rates(folder, material.wavs)
     lock = FolderLock(out, "choose another --out")
     ranks.on_rank_0(lock.acquire)
     try:
-        clips = list(dict.fromkeys(wav.clip for wav in wavs))
-        manifest = ranks.from_rank_0(lambda: write_manifest(clips, made, out / "manifest.json"))
-        judges = Judges(config.metrics, ranks, material.prompts)
-        measured = measure(judges, wavs, lambda wav: lengths[wav][0], None, out)
-        facts = {"manifest": manifest, **made, **measured, "circular": {}}
-        facts["missing"] = [f"{wav.row}/{wav.path.name}" for wav in wavs if not wav.path.is_file()]
-        facts["unlisted"] = list(material.unlisted)
-        facts["files"] = {
-            row: {wav.clip.key: str(wav.path) for wav in wavs if wav.row == row} for row in ("truth", "sample")
-        }
-        ranks.on_rank_0(lambda: write_results(facts, len(wavs), out))
+        measure_material(material, made, config.metrics, ranks, out)
     finally:
         lock.release()
 
 
-def _recorded(folder: Path, reference: Path | None, domain: str) -> _Material:
+def measure_material(
+    material: Material,
+    made: Mapping[str, object],
+    metrics: MetricsConfig,
+    ranks: Ranks,
+    out: Path,
+    teachers: Index | None = None,
+) -> None:
+    """Write manifest, clips and results of wavs that are there. made: the settings that they depend on; teachers:
+    shards of a run, whose teachers are marked if they are metric models, too. Every rank must call it."""
+    wavs = material.wavs
+    manifest = ranks.from_rank_0(lambda: write_manifest(material.clips, made, out / "manifest.json"))
+    judges = Judges(metrics, ranks, material.prompts)
+    measured = measure(judges, wavs, lambda wav: _length(wav.path)[0], None, out)
+    facts = {"manifest": manifest, **made, **measured}
+    facts["circular"] = circular_models(judges.models, teachers) if teachers else {}
+    facts["missing"] = [f"{wav.row}/{wav.path.name}" for wav in wavs if not wav.path.is_file()]
+    facts["unlisted"] = list(material.unlisted)
+    facts["files"] = {
+        row: {wav.clip.key: str(wav.path.absolute()) for wav in wavs if wav.row == row and wav.clip.draw == 0}
+        for row in ("truth", "sample")
+    }
+    ranks.on_rank_0(lambda: write_results(facts, len(wavs), out))
+
+
+def _recorded(folder: Path, reference: Path | None, domain: str) -> Material:
     """Return the recordings of a folder, with the truths of the same names."""
     recordings = folder_recordings(folder, domain)
     truths = _pairs(recordings, reference, domain) if reference is not None else {}
     clips = {r.name: _clip(r, domain, truths.get(r.name)) for r in recordings}
     wavs = [Wav("truth", clips[name], Path(truth.path)) for name, truth in truths.items()]
-    return _Material([*wavs, *(Wav("sample", clips[r.name], Path(r.path)) for r in recordings)])
+    return Material([*wavs, *(Wav("sample", clips[r.name], Path(r.path)) for r in recordings)])
 
 
-def _listed(folder: Path, listed: Path, utterances: Sequence[Utterance]) -> _Material:
+def _listed(folder: Path, listed: Path, utterances: Sequence[Utterance]) -> Material:
     """Return the utterances of a list with the recordings <utterance>.wav of a folder, or of another suffix. Raises
     UserError if it has none of them."""
     recordings = folder_recordings(folder, "speech")
@@ -102,21 +118,29 @@ def _listed(folder: Path, listed: Path, utterances: Sequence[Utterance]) -> _Mat
             f"{folder} has no recording of the {len(utterances)} utterances in {listed}: the first would be "
             f"{utterances[0].key}.wav, and {recordings[0].source} is there"
         )
-    clips = {u.key: _clip_of(u) for u in utterances}
-    truths = [Wav("truth", clips[u.key], u.truth) for u in utterances if u.truth]
-    samples = [
-        Wav("sample", clip, Path(taken[key].path) if key in taken else folder / f"{key}.wav")
-        for key, clip in clips.items()
-    ]
-    prompts = [Wav("prompt", clips[u.key], u.prompt) for u in utterances if u.prompt]
+    files = {key: Path(recording.path) for key, recording in taken.items()}
     used = {recording.source for recording in taken.values()}
-    return _Material(truths + samples, prompts, [r.source for r in recordings if r.source not in used])
+    unlisted = [r.source for r in recordings if r.source not in used]
+    clips = [(clip_of(u), u) for u in utterances]
+    return listed_material(clips, lambda clip: files.get(clip.key, folder / f"{clip.key}.wav"), unlisted)
 
 
-def _clip_of(utterance: Utterance) -> Clip:
+def listed_material(
+    clips: Sequence[tuple[Clip, Utterance]], sample: Callable[[Clip], Path], unlisted: Sequence[str] = ()
+) -> Material:
+    """Return the truths, samples and prompts of utterances. sample: where the sample of a clip is, or would be."""
+    first = [(clip, utterance) for clip, utterance in clips if clip.draw == 0]
+    wavs = [Wav("truth", clip, utterance.truth) for clip, utterance in first if utterance.truth]
+    wavs += [Wav("sample", clip, sample(clip)) for clip, _ in clips]
+    return Material(wavs, [Wav("prompt", clip, u.prompt) for clip, u in first if u.prompt], unlisted)
+
+
+def clip_of(utterance: Utterance, draw: int = 0) -> Clip:
     """Return the clip of an utterance, which its text and the contents of its recordings make."""
     files = [file_sha256(file) for file in (utterance.truth, utterance.prompt) if file]
-    return Clip("speech", utterance.key, 0, 0, utterance.text, hashlib.sha256("".join(files).encode()).hexdigest()[:16])
+    return Clip(
+        "speech", utterance.key, draw, 0, utterance.text, hashlib.sha256("".join(files).encode()).hexdigest()[:16]
+    )
 
 
 def _pairs(recordings: Sequence[Recording], reference: Path, domain: str) -> dict[str, Recording]:
@@ -135,6 +159,11 @@ def _pairs(recordings: Sequence[Recording], reference: Path, domain: str) -> dic
 def _clip(recording: Recording, domain: str, truth: Recording | None) -> Clip:
     text = recording.text or (truth.text if truth else "")
     return Clip(domain, recording.name, 0, 0, text, file_sha256(Path(truth.path))[:16] if truth else "")
+
+
+def _check_rates(folder: Path, wavs: Sequence[Wav]) -> None:
+    if len(rates := {_length(wav.path)[1] for wav in wavs} - {0}) > 1:
+        raise UserError(f"{folder}: rates of {' and '.join(map(str, sorted(rates)))} Hz: resample all to one rate")
 
 
 def _length(path: Path) -> tuple[float, int]:

@@ -89,11 +89,9 @@ def recorded_clips(evaluations: Mapping[str, tuple[Path, Sequence[Mapping]]], re
 
 def _wav(folder: Path, results: Mapping, row: Mapping) -> Path | None:
     """Return the recording of a row of clips.csv, None if it is no longer there."""
-    if (folder / "wavs").is_dir():
-        path = folder / "wavs" / row["row"] / f"{row['key']}.wav"
-    else:  # of `agrepa evaluate FOLDER`
-        path = Path(results.get("files", {}).get(row["row"], {}).get(row["key"], ""))
-    return path if path.is_file() else None
+    elsewhere = results.get("files", {}).get(row["row"], {}).get(row["key"], "")  # of `agrepa evaluate FOLDER`
+    places = (folder / "wavs" / row["row"] / f"{row['key']}.wav", Path(elsewhere))
+    return next((path for path in places if path.is_file()), None)
 
 
 def _notes(row: Mapping) -> list[str]:

@@ -1,19 +1,29 @@
 """The lists of published benchmarks: what is read, what is refused, and agrepa evaluate on them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch
+from safetensors.torch import save_file
 
+from agrepa_fast.audio.mel import LogMel
+from agrepa_fast.audio.waves import decode
 from agrepa_fast.cli import main
+from agrepa_fast.config import Config
+from agrepa_fast.config_file import load_config, save_config
 from agrepa_fast.errors import UserError
-from agrepa_fast.evaluation import evaluate
+from agrepa_fast.evaluation import evaluate, prompted
 from agrepa_fast.evaluation.lists import Utterance, read_list
+from agrepa_fast.evaluation.prompted import count_frames, spoken
 from agrepa_fast.evaluation.recogniser import Heard
 from agrepa_fast.evaluation.selftest import SelfTest
+from agrepa_fast.models.registry import make_model
 
+from ..testing import CODES, write_small_shards
 from .conftest import Model, clips
 
 F5 = "1-2-0001\t2.5\tA prompt.\t3-4-0005\t4.1\tIt's late, isn't it?\n1-2-0001\t2.5\tA prompt.\t3-4-0006\t4\tFifty.\n"
@@ -49,8 +59,8 @@ def librispeech(tmp_path) -> Path:
 def test_f5_s_list_of_librispeech_pc(tmp_path, librispeech, change):
     prompt = librispeech / "1/2/1-2-0001.flac"
     assert read_list(write_list(tmp_path / "x.lst", change(F5 + "\n")), librispeech) == [
-        Utterance("3-4-0005", "It's late, isn't it?", prompt, "A prompt.", librispeech / "3/4/3-4-0005.flac"),
-        Utterance("3-4-0006", "Fifty.", prompt, "A prompt.", librispeech / "3/4/3-4-0006.flac"),
+        Utterance("3-4-0005", "It's late, isn't it?", prompt, "A prompt.", librispeech / "3/4/3-4-0005.flac", " "),
+        Utterance("3-4-0006", "Fifty.", prompt, "A prompt.", librispeech / "3/4/3-4-0006.flac", " "),
     ]
 
 
@@ -198,7 +208,7 @@ def test_what_does_not_fit_a_list_is_refused(tmp_path, librispeech, listeners, c
         ([mine, "--list", file, "--domain", "audio"], "is a list of speech"),
         ([mine, "--list", file, "--reference", librispeech], "the first would be 3-4-0005.wav, and a.wav is there"),
         ([mine, "--list", tmp_path / "none"], "cannot be read"),
-        ([tmp_path / "none", "--list", file], "it is for a folder of recordings"),
+        ([tmp_path / "none", "--list", file], "is no checkpoint"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(["evaluate", *map(str, arguments)])
@@ -206,3 +216,91 @@ def test_what_does_not_fit_a_list_is_refused(tmp_path, librispeech, listeners, c
         assert ended.value.code == 2, arguments
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_frames_are_the_prompts_by_bytes_of_text():
+    said = Utterance("a", "Go on", None, "Hi.", None)
+    assert spoken(said) == ("Hi. ", "Go on")
+    assert count_frames(said, 100, 9) == 100 + 125  # 5 bytes after 4
+    assert count_frames(said._replace(lead=" "), 100, 10) == 100 + 150
+    assert spoken(said._replace(prompt_text="\u4f60\u597d\u3002")) == ("\u4f60\u597d\u3002", "Go on")
+    assert count_frames(said._replace(prompt_text="\u4f60\u597d\u3002"), 100, 8) == 100 + 55  # 5 after 9
+    assert count_frames(said, 3, 9) == 10  # as many as ids, and one more
+
+
+@pytest.fixture
+def export(tmp_path) -> Path:
+    """An export of F5-TTS with random weights, which reads bytes."""
+    preset = write_small_shards(tmp_path / "shards", texts=True)
+    options = "{dim: 16, depth: 1, heads: 1, dim_head: 16, text_dim: 8, conv_layers: 1}"
+    model = ("model.backbone=f5", f"model.options={options}", f"model.vocab={2 * CODES}", "model.text_vocab=256")
+    others = ("model.n_mels=8", "data.text=bytes", "data.speaker=campplus:none", "flow.steps=2", "flow.sigma=1")
+    config = load_config(preset, (*model, *others, "eval.vocoder=griffin-lim"))
+    folder = tmp_path / "export"
+    folder.mkdir()
+    save_file(make_model(config.model).state_dict(), folder / "model.safetensors")
+    save_config(config, folder / "config.yaml")
+    (folder / "export.json").write_text(json.dumps({"step": 0, "weights": "averaged"}))
+    return folder
+
+
+def mel_of(path: Path, config: Config, gain: float) -> torch.Tensor:
+    return torch.from_numpy(LogMel(config.data)(decode(path, path.name)[0] * np.float32(gain)))
+
+
+def test_a_run_says_the_utterances_of_a_list_after_their_prompts(tmp_path, export, librispeech, calls, monkeypatch):
+    file, out, config = write_list(tmp_path / "x.lst", F5), tmp_path / "out", load_config(export / "config.yaml")
+    quiet = librispeech / "1/2/1-2-0001.flac"
+    soundfile.write(quiet, 0.05 * np.sin(np.arange(8000) / 5), 16000)
+    gain = 0.1 / (0.05 / np.sqrt(2))
+    conditions = []
+
+    def sample(model, condition, keys, flow):
+        conditions.append(condition)
+        return sampled(model, condition, keys, flow)
+
+    sampled = prompted.sample
+    monkeypatch.setattr(prompted, "sample", sample)
+    command = ["evaluate", str(export), "--list", str(file), "--reference", str(librispeech), "--out", str(out)]
+    main(command)
+    prompt = mel_of(quiet, config, gain)
+    assert len(conditions) == 2
+    for condition, text in zip(conditions, ("It's late, isn't it?", "Fifty."), strict=True):
+        frames = len(prompt) + int(len(prompt) / len("A prompt. ") * len(f" {text}"))
+        assert condition.lengths.tolist() == [frames]
+        assert bytes(condition.text[0].tolist()).decode() == f"A prompt.  {text}"
+        assert condition.reference.shape == (1, frames, 8)
+        assert not condition.reference[0, len(prompt) :].any()
+        given, stored = condition.reference[0, : len(prompt)], conditions[0].reference[0, : len(prompt)]
+        assert torch.equal(given, stored)
+        assert np.corrcoef(given.flatten(), prompt.flatten())[0, 1] > 0.999
+        key = "3-4-0005" if "late" in text else "3-4-0006"
+        length = soundfile.info(out / "wavs" / "sample" / f"{key}.wav").frames
+        assert abs(length - (frames - len(prompt)) * config.data.hop_length) <= config.data.hop_length
+    results = json.loads((out / "results.json").read_text())
+    assert results["rows"].keys() == {"truth", "sample"}
+    assert results["rows"]["sample"]["speech"].keys() >= {"wer", "mos", "similarity", "similarity_prompt"}
+    assert (results["step"], results["missing"]) == (0, [])
+    assert (out / "report.html").read_text().count("<audio") == 4
+    content = {path: path.read_bytes() for path in (out / "wavs" / "sample").iterdir()}
+    next(iter(content)).unlink()
+    main(command)
+    assert len(conditions) == 3
+    assert {path: path.read_bytes() for path in content} == content
+    shutil.rmtree(out)
+    main([*command, "metrics.clips=1", "metrics.draws=2", "metrics.only=[wer]"])
+    assert len({path.read_bytes() for path in (out / "wavs" / "sample").iterdir()}) == 2
+
+
+def test_what_a_run_cannot_say_is_refused(tmp_path, export, librispeech, calls, capsys):
+    file = write_list(tmp_path / "x.lst", F5)
+    soundfile.write(librispeech / "1/2/1-2-0001.flac", np.zeros(8000), 16000)
+    for arguments, message in (
+        (["--list", librispeech], "has no prompts to sample from"),
+        (["--list", file, "--reference", librispeech], "1-2-0001.flac is silent"),
+        (["--list", file, "--reference", librispeech, "model.backbone=audio_dit"], "cannot be overridden"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["evaluate", str(export), "--out", str(tmp_path / "out"), *map(str, arguments)])
+        assert ended.value.code == 2, arguments
+        assert message in capsys.readouterr().err.splitlines()[-1]  # below the bar
