@@ -4,6 +4,7 @@ a folder."""
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import socket
 import tempfile
@@ -11,7 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, ClassVar, Self, TextIO
+from typing import Any, BinaryIO, ClassVar, Self, TextIO
 from weakref import WeakValueDictionary
 
 from .errors import UserError
@@ -35,6 +36,15 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """Return the content of a JSON file. Raises UserError for a file that is damaged, which ends with `remedy`, and for
+    one that cannot be read."""
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from error
 
 
 def check_readable(path: Path) -> None:
@@ -72,10 +82,10 @@ def file_sha256(path: Path) -> str:
 
 
 def write_atomically(path: Path, content: bytes | str, *, durable: bool = True) -> None:
-    """Write a file so that a crash, of the process or of the machine, leaves its old content or all of the new. See
-    replace_file for `durable`."""
+    """Write a file so that a crash, of the process or of the machine, leaves its old content or all of the new. A text
+    becomes UTF-8, with the bytes of file names that are not UTF-8 escaped. See replace_file for `durable`."""
     with replace_file(path, durable=durable) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 def append_text(path: Path, text: str) -> str | None:

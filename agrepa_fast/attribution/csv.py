@@ -43,16 +43,15 @@ def read_csv(path: Path) -> list[dict]:
     """Return the rows of an attribution.csv, [] if it does not exist. Raises UserError for a file of another kind."""
     if not path.is_file():
         return []
-    rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
-    for row in rows:
-        try:
-            int(row["step"])
-            float(row["score"])
-            whole = row.keys() == set(COLUMNS) and None not in row.values()
-        except (KeyError, TypeError, ValueError):
-            whole = False
-        if not whole:
-            raise UserError(f"{path} is no attribution.csv of this version: move it away, or choose another folder")
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+        whole = all(row.keys() == set(COLUMNS) and None not in row.values() for row in rows)
+        for row in rows if whole else ():
+            int(row["step"]), float(row["score"])
+    except (ValueError, csv.Error):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is no attribution.csv of this version: move it away, or choose another folder")
     return rows
 
 

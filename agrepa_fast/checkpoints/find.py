@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import read_text
+from ..files import read_json
 
 MARKER = "checkpoint.json"
 EXPORT = "export.json"
 POINTERS = ("latest", "best")  # files that name a checkpoint
+REMEDY = "take another checkpoint, or export it again"  # of a damaged marker or export.json
 
 
 def read_marker(path: Path) -> dict | None:
@@ -26,7 +27,8 @@ def read_marker(path: Path) -> dict | None:
         return None
     except OSError as error:
         raise UserError(f"{path / MARKER} cannot be read: {error.strerror}") from error
-    whole = isinstance(facts, dict) and facts.keys() >= {"saved", "step"} and isinstance(facts.get("files"), dict)
+    kinds = {"saved": int | float, "step": int, "files": dict}
+    whole = isinstance(facts, dict) and all(isinstance(facts.get(name), kind) for name, kind in kinds.items())
     return facts if whole else None
 
 
@@ -105,15 +107,7 @@ def step_of(path: Path) -> int:
 
 def read_facts(file: Path, name: str) -> Any:
     """Return one entry of a marker or of an export.json. Raises UserError if the file or the entry cannot be read."""
-    facts = read_json(file)
+    facts = read_json(file, REMEDY)
     if not isinstance(facts, dict) or name not in facts:
-        raise UserError(f"{file} is damaged (no {name!r}): take another checkpoint, or export it again")
+        raise UserError(f"{file} is damaged (no {name!r}): {REMEDY}")
     return facts[name]
-
-
-def read_json(file: Path) -> Any:
-    """Return the content of a JSON file of a checkpoint or an export. Raises UserError if it cannot be read."""
-    try:
-        return json.loads(read_text(file))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged ({error}): take another checkpoint, or export it again") from error

@@ -14,11 +14,11 @@ import torch
 from ..config import Config
 from ..config_file import load_config, save_config
 from ..errors import UserError
-from ..files import check_writable, write_atomically
+from ..files import check_writable, read_json, write_atomically
 from ..models.backbone import Backbone
 from ..models.registry import make_model
 from ..tensor_files import open_tensors
-from .find import EXPORT, read_facts, read_json, resolve_checkpoint, step_of
+from .find import EXPORT, REMEDY, read_facts, resolve_checkpoint, step_of
 
 _REMEDY = "take it from another checkpoint"
 
@@ -102,7 +102,7 @@ def export(path: Path, out: Path, *, live: bool = False) -> None:
     facts = {"step": step_of(path), "weights": "live" if live else "averaged"}
     for name in ("shards", "selection"):
         file = path / f"{name}.json"
-        facts[name] = read_json(file) if file.is_file() else None
+        facts[name] = read_json(file, REMEDY) if file.is_file() else None
     out.mkdir(parents=True, exist_ok=True)
     try:
         shutil.copyfile(weights_file(path, live), out / "model.safetensors")

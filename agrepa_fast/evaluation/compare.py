@@ -5,7 +5,6 @@ paired jackknife, with the seeds of an arm averaged within a clip. Over seeds: w
 t interval of the seeds' own differences, and exact sign flips, corrected by Holm over the arms.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +17,7 @@ import numpy as np
 from ..errors import UserError
 from .aggregate import CLIP_METRICS, GROUPS, SEED, SET_METRICS, SetDistances, clip_difference
 from .intervals import Interval, holm, jackknife, mean_interval, sign_flip
-from .results import read_clips
+from .stored import read_clips, read_embeddings, read_results
 
 ROW = "sample"
 
@@ -35,7 +34,7 @@ class Evaluated:
 
     @cached_property
     def results(self) -> dict:
-        return json.loads((self.folder / "results.json").read_text())
+        return read_results(self.folder / "results.json")
 
     @cached_property
     def clips(self) -> list[dict]:
@@ -43,21 +42,35 @@ class Evaluated:
 
     @cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
-        file = self.folder / "embeddings.npz"
-        if not file.is_file():
-            return {}
-        with np.load(file, allow_pickle=False) as stored:
-            return dict(stored)
+        return read_embeddings(self.folder / "embeddings.npz")
 
     def of_domain(self, domain: str) -> list[dict]:
         return [row for row in self.clips if row["domain"] == domain]
 
-    def embeddings(self, domain: str) -> np.ndarray | None:
-        return self._arrays.get(f"{domain}/{ROW}")
+    def embeddings(self, domain: str) -> dict[str, np.ndarray]:
+        """Return key -> embedding (dim,) of the clips of a domain that have one."""
+        vectors, keys = self._array(domain, ROW), self._arrays.get(f"{domain}/{ROW}/keys")
+        if keys is None:  # written before keys were: every clip had a vector then, or the numbers differ
+            keys = np.array(sorted({row["key"] for row in self.of_domain(domain)}))
+        if len(keys) != len(vectors) or vectors.shape[1:] != self._array(domain, "reference").shape[1:]:
+            raise self._unlike(f"{domain}/{ROW}")
+        return dict(zip(keys.tolist(), vectors, strict=True))
 
-    def distances(self, domain: str) -> SetDistances | None:
-        reference = self._arrays.get(f"{domain}/reference")
-        return None if reference is None or len(reference) < 2 else SetDistances(reference)
+    def distances(self, domain: str) -> SetDistances:
+        return SetDistances(self._array(domain, "reference"))
+
+    def _array(self, domain: str, name: str) -> np.ndarray:
+        """Return a matrix that results.json has a distance of."""
+        found = self._arrays.get(f"{domain}/{name}", ())
+        if len(found) < 2:
+            raise self._unlike(f"{domain}/{name}")
+        return found
+
+    def _unlike(self, name: str) -> UserError:
+        return UserError(
+            f"{self.folder}: {name} in embeddings.npz does not belong to results.json and clips.csv: run agrepa "
+            "evaluate again with another --out"
+        )
 
 
 class Difference(NamedTuple):
@@ -126,7 +139,8 @@ def _of_arm(label: str, pairs: Sequence[tuple[Evaluated, Evaluated]], confidence
                 found.append(Difference(label, domain, metric, clips, *_over_seeds(of_seeds, confidence)))
         for metric in SET_METRICS:
             if all(metric in run.results["rows"][ROW].get(domain, {}) for pair in pairs for run in pair):
-                clips = _set_difference(domain, metric, pairs, confidence)
+                if (clips := _set_difference(domain, metric, pairs, confidence)) is None:
+                    continue
                 of_seeds = [_value(a, domain, metric) - _value(b, domain, metric) for a, b in pairs]
                 found.append(Difference(label, domain, metric, clips, *_over_seeds(of_seeds, confidence)))
     if all(run.loss is not None for pair in pairs for run in pair):
@@ -146,22 +160,28 @@ def _over_seeds(
     without an interval."""
     if len(values) < 2 and not alone:
         return None, None
-    return mean_interval(np.array(values), confidence), (sign_flip(values) if len(values) > 1 else None)
+    tested = len(values) > 1 and np.isfinite(values).all()  # the loss of a run that diverged is nan
+    return mean_interval(np.array(values), confidence), (sign_flip(values) if tested else None)
 
 
 def _set_difference(
     domain: str, metric: str, pairs: Sequence[tuple[Evaluated, Evaluated]], confidence: float
-) -> Interval:
-    """Return the mean over seeds of the distances' differences, jackknifed over the clips of all at once."""
+) -> Interval | None:
+    """Return the mean over seeds of the distances' differences, jackknifed over the clips of all at once: those that
+    have an embedding in all runs. None if fewer than two have."""
     distances = pairs[0][0].distances(domain)
-    matrices = [(a.embeddings(domain), b.embeddings(domain)) for a, b in pairs]
+    embedded = [[run.embeddings(domain) for run in pair] for pair in pairs]
+    shared = sorted(set.intersection(*(set(of_run) for pair in embedded for of_run in pair)))
+    if len(shared) < 2:
+        return None
+    matrices = [[np.array([of_run[key] for key in shared]) for of_run in pair] for pair in embedded]
 
     def statistic(places: np.ndarray) -> float:
         return float(
             np.mean([distances.value(metric, a[places]) - distances.value(metric, b[places]) for a, b in matrices])
         )
 
-    return jackknife(len(matrices[0][0]), statistic, GROUPS, confidence, SEED)
+    return jackknife(len(shared), statistic, GROUPS, confidence, SEED)
 
 
 def _corrected(found: Sequence[Difference]) -> list[Difference]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..files import replace_file, write_atomically
+from ..files import read_json, replace_file, write_atomically
 from .aggregate import CLIP_METRICS, SET_METRICS, SetDistances, clip_interval
 from .intervals import Interval
 from .manifest import Clip, manifest_hash
@@ -22,7 +22,6 @@ from .synthesis import Wav
 COUNTS = ("words", "errors", "sub", "del", "ins", "chars", "char_errors", "heard_words", "heard_errors")
 SCORES = ("logprob", "mos", "dnsmos_sig", "dnsmos_bak", "dnsmos_ovrl", "similarity", "similarity_prompt", "mel_l1")
 FIELDS = ("row", "domain", "key", "draw", "seconds", *COUNTS, "understood", *SCORES, "text", "heard", "sha256")
-_TYPES = dict.fromkeys((*COUNTS, "draw"), int) | dict.fromkeys((*SCORES, "seconds"), float)
 
 
 def clip_rows(
@@ -48,20 +47,6 @@ def write_clips(rows: Sequence[dict], file: Path) -> None:
     writer.writeheader()
     writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
     write_atomically(file, text.getvalue())
-
-
-def read_clips(file: Path) -> list[dict]:
-    """Return the rows that write_clips wrote."""
-    with file.open(newline="") as stream:
-        return [{name: _parsed(name, text) for name, text in row.items()} for row in csv.DictReader(stream)]
-
-
-def _parsed(name: str, text: str) -> object:
-    if name in ("text", "heard"):
-        return text
-    if text == "":
-        return None
-    return text == "True" if name == "understood" else _TYPES.get(name, str)(text)
 
 
 def summarise(
@@ -92,8 +77,13 @@ def summarise(
 def write_embeddings(
     embeddings: Mapping[str, Figures], references: Mapping[str, np.ndarray], rows: Sequence[str], file: Path
 ) -> None:
-    """Write the matrices that distances are of: "<domain>/<row>" and "<domain>/reference"."""
-    arrays = {f"{domain}/{row}": embedding_matrix(part, row) for domain, part in embeddings.items() for row in rows}
+    """Write the matrices that distances are of: "<domain>/<row>" and "<domain>/reference"; and the clips that the rows
+    of a matrix are of, "<domain>/<row>/keys"."""
+    arrays = {}
+    for domain, part in embeddings.items():
+        for row in rows:
+            arrays[f"{domain}/{row}"] = embedding_matrix(part, row)
+            arrays[f"{domain}/{row}/keys"] = np.array(list(_embedded(part, row)), str)
     arrays |= {f"{domain}/reference": reference for domain, reference in references.items()}
     with replace_file(file) as stream:
         np.savez(stream, **arrays)
@@ -101,11 +91,16 @@ def write_embeddings(
 
 def embedding_matrix(figures: Figures, row: str) -> np.ndarray:
     """Return the embeddings (clips, dim) of a row, by key; draws of a clip are averaged."""
+    return np.array([np.mean(vectors, axis=0) for vectors in _embedded(figures, row).values()])
+
+
+def _embedded(figures: Figures, row: str) -> dict[str, list]:
+    """Return key -> vectors of its draws, by key, of the clips of a row that have some."""
     of_clip: dict[str, list] = {}
     for wav, figure in figures.items():
         if wav.row == row and "vector" in figure:
             of_clip.setdefault(wav.clip.key, []).append(figure["vector"])
-    return np.array([np.mean(of_clip[key], axis=0) for key in sorted(of_clip)])
+    return dict(sorted(of_clip.items()))
 
 
 def _entry(interval: Interval, unit: str) -> dict[str, Any]:
@@ -120,10 +115,8 @@ def write_manifest(clips: Sequence[Clip], made: Mapping[str, object], file: Path
     UserError if the folder holds another evaluation."""
     content = {"manifest": manifest_hash(clips), "made": dict(made), "clips": [asdict(clip) for clip in clips]}
     if file.is_file():
-        try:
-            there = json.loads(file.read_text())
-        except ValueError:
-            there = {}
+        there = read_json(file, "choose another --out")
+        there = there if isinstance(there, dict) else {}
         for name in ("manifest", "made"):
             if there.get(name) != json.loads(json.dumps(content[name])):
                 raise UserError(

@@ -38,8 +38,8 @@ def plot_curves(files: Mapping[tuple[str, int], Path], path: Path) -> None:
     axes = figure.subplots()
     labels = list(dict.fromkeys(label for label, _ in files))
     for (label, _seed), file in files.items():
-        if file.is_file():
-            steps, values = zip(*read_metrics(file)["val/flow_loss"], strict=True)
+        if file.is_file() and (points := read_metrics(file).get("val/flow_loss")):
+            steps, values = zip(*points, strict=True)
             colour = f"C{labels.index(label)}"
             known = label in [line.get_label() for line in axes.lines]
             axes.plot(steps, values, color=colour, alpha=0.8, label=None if known else label)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..evaluation.results import read_clips
+from ..evaluation.stored import read_clips
 from .clip_rows import clips_within_budget, count_shown
 from .comparison_tables import Comparison, Grid, differences_to_baseline, selections, values
 from .evaluation_report import recorded_clips

@@ -1,11 +1,11 @@
 """The tables of a comparison: layers that were chosen, values, and differences to the baseline."""
 
-import json
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import NamedTuple
 
 from ..evaluation.compare import ROW, Difference, Evaluated, agreement
+from ..evaluation.stored import read_layers
 
 
 class Comparison(NamedTuple):
@@ -54,8 +54,7 @@ def selections(comparison: Comparison) -> Grid:
     """Return the layers that each run aligned, and how far the seeds of a strategy agree."""
     rows, chosen = [], {}
     for run in comparison.runs:
-        file, named = run.folder.parent / "selection.json", "none"
-        layers = json.loads(file.read_text())["layers"] if file.is_file() else {}
+        layers, named = read_layers(run.folder.parent), "none"
         if layers:
             chosen.setdefault(run.label, []).append(layers)
             named = "; ".join(f"{d} {' '.join(f'L{number}' for number in layers[d])}" for d in layers)

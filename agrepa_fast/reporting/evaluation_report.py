@@ -1,12 +1,10 @@
 """report.html of an evaluation."""
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from ..evaluation.results import read_clips
-from ..files import read_text
+from ..evaluation.stored import read_clips, read_results
 from .clip_rows import Recorded, clips_within_budget, count_shown
 from .evaluation_table import footnotes, results_table
 from .page.document import Document, Section, Table
@@ -18,7 +16,7 @@ ROWS = ("truth", "codes", "sample")  # from left to right
 def evaluation_report(folder: Path) -> Document:
     """Return the report of a folder that `agrepa evaluate` wrote. Raises UserError for files that are missing or
     damaged."""
-    results = json.loads(read_text(folder / "results.json"))
+    results = read_results(folder / "results.json")
     rows = read_clips(folder / "clips.csv")
     about = " ".join(f"{line[0].upper()}{line[1:]}." for line in footnotes(results))
     sections = [Section("Results", about, result_tables(results)), *_clips(folder, results, rows)]

@@ -17,7 +17,7 @@ def write_report(folder: Path) -> Path:
         if (folder / file).is_file():
             try:
                 document = report(folder)
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
                 raise UserError(
                     f"{folder}: its files do not belong together ({type(error).__name__}: {error}); write them again"
                 ) from error

@@ -1,12 +1,11 @@
 """report.html of a training run."""
 
-import json
 import re
 from pathlib import Path
 
 from ..attribution.csv import read_csv
 from ..attribution.selection import LayerSelection
-from ..files import read_text
+from ..files import read_json, read_text
 from ..training.metrics import read_metrics
 from .clip_rows import Recorded, clips_within_budget, count_shown
 from .layer_tables import layer_tables
@@ -23,12 +22,13 @@ _PLOTS = {
     "layer_time": "Contribution over flow time",
 }
 _WIDE = ("store_contribute",)
+_REMEDY = "train the run again"  # its checkpoints are whole
 
 
 def run_report(folder: Path) -> Document:
     """Return the report of a run's folder whose summary.json has been written. Raises UserError for files that are
     missing or damaged."""
-    summary = json.loads(read_text(folder / "summary.json"))
+    summary = read_json(folder / "summary.json", _REMEDY)
     selection = _selection(folder)
     sections = [
         _layers(folder, summary, selection),
@@ -43,7 +43,7 @@ def run_report(folder: Path) -> Document:
 
 def _selection(folder: Path) -> LayerSelection | None:
     path = folder / "selection.json"
-    return LayerSelection.from_dict(json.loads(read_text(path))) if path.is_file() else None
+    return LayerSelection.from_dict(read_json(path, _REMEDY)) if path.is_file() else None
 
 
 def _facts(summary: dict) -> dict[str, str]:

@@ -157,13 +157,14 @@ def _drop_later_steps(path: Path, step: int) -> None:
 
 
 def _read_lines(path: Path) -> Iterator[dict]:
-    """Yield the lines of a metrics.jsonl, without those that a kill, a full disk or a crash of the machine cut."""
+    """Yield the lines of a metrics.jsonl, without those that a kill, a full disk or a crash of the machine cut, and
+    that somebody else wrote."""
     for text in path.read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and abs(line["step"]) < 2**63:
             yield line
 
 
@@ -173,5 +174,6 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     for values in _read_lines(path):
         step = values.pop("step")
         for name, value in values.items():
-            series[name].append((step, value))
+            if isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63):
+                series[name].append((step, value))
     return dict(series)

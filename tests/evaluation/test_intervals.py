@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from agrepa_fast.evaluation.distances import frechet
 from agrepa_fast.evaluation.intervals import (
@@ -95,5 +96,8 @@ def test_p_values():
     assert sign_flip([1, 2, 3]) == 0.25  # 2 of 8 patterns
     assert sign_flip([1, -1]) == 1
     assert sign_flip([0.5] * 6) == 2 / 64
+    many = np.random.default_rng(1).normal(0, 1, 40)  # 2^40 patterns would not fit into memory
+    assert sign_flip(many) == pytest.approx(scipy.stats.norm.sf(abs(many.sum()) / np.linalg.norm(many)) * 2, abs=0.01)
+    assert sign_flip([0.5] * 40) < 1e-4
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0]

@@ -30,8 +30,8 @@ def write_evaluation(folder: Path, name: str, clips: list[str]) -> Path:
     write_recordings(evaluated / "wavs" / "sample", [*clips, f"{clips[0]}~2"], level=0.01 * len(name))
     (folder / name / "config.yaml").touch()
     (evaluated / "results.json").write_text("{}")
-    rows = [f"{'speech' if number % 2 else 'audio'},{clip}" for number, clip in enumerate(clips)]
-    (evaluated / "clips.csv").write_text("\n".join(["domain,key", *rows]))
+    rows = [f"sample,{'speech' if number % 2 else 'audio'},{clip},0" for number, clip in enumerate(clips)]
+    (evaluated / "clips.csv").write_text("\n".join(["row,domain,key,draw", *rows]))
     return folder / name
 
 

@@ -127,7 +127,18 @@ def test_what_is_written_may_be_read_by_whom_the_umask_says(baseline, tmp_path):
 class TestDamage:
     """Content that a disk, an editor or somebody else has changed: one line, before any work."""
 
-    @pytest.mark.parametrize("marker", ["", "[]", "{}", "null", '{"files": [], "saved": 1, "step": 5}', "\udcff"])
+    @pytest.mark.parametrize(
+        "marker",
+        [
+            "",
+            "[]",
+            "{}",
+            "null",
+            '{"files": [], "saved": 1, "step": 5}',
+            '{"files": {}, "saved": "x", "step": 5}',
+            "\udcff",
+        ],
+    )
     def test_a_marker(self, marker, baseline, tmp_path, capsys):
         copy = self.copy(baseline, tmp_path)
         (copy / "checkpoint.json").write_bytes(marker.encode(errors="surrogateescape"))

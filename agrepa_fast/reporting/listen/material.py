@@ -1,7 +1,5 @@
 """The recordings of a listening test: of each system and of the truth, in folders with equal file names."""
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +8,8 @@ import numpy as np
 
 from ...audio.waves import SOUNDFILE_SUFFIXES, decode
 from ...errors import UserError
-from ...files import file_sha256, read_text
+from ...evaluation.stored import read_clips
+from ...files import file_sha256
 
 TRUTH, ANCHOR = "truth", "anchor"  # the hidden reference, and the truth without its high frequencies
 
@@ -77,9 +76,9 @@ def _read_system(path: Path) -> _System:
         raise UserError(f"{folder} is an evaluation of recordings elsewhere: name their folder, and --truth FOLDER")
     truth, samples = (_recordings(folder / "wavs" / row) for row in ("truth", "sample"))
     drawn_first = {clip: file for clip, file in samples.items() if clip in truth}
-    rows = csv.DictReader(io.StringIO(read_text(folder / "clips.csv"), newline=""))
+    domains = {row["key"]: row["domain"] for row in read_clips(folder / "clips.csv")}
     run = folder.resolve().parent if folder.name.startswith("evaluate") else folder.resolve()
-    return _System(run.name, drawn_first, truth, {row["key"]: row["domain"] for row in rows})
+    return _System(run.name, drawn_first, truth, domains)
 
 
 def _recordings(folder: Path) -> dict[str, Path]:

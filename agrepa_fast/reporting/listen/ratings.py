@@ -1,6 +1,5 @@
 """Listeners' answers, read and checked against answers.json."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...errors import UserError
-from ...files import read_text
+from ...files import read_json
 from .build import FORMAT, KINDS
 from .material import ANCHOR, TRUTH
 
@@ -41,7 +40,7 @@ class Listener(NamedTuple):
 
 def read_answers(path: Path) -> Test:
     """Return the test of an answers.json. Raises UserError for any other file."""
-    values = _read_json(path)
+    values = _read_object(path)
     try:
         if values["format"] != FORMAT or values["kind"] not in KINDS:
             raise ValueError(f"format {values['format']!r}")
@@ -74,18 +73,15 @@ def read_ratings(folder: Path, test: Test) -> list[Listener]:
     return sorted(listeners)
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+def _read_object(path: Path) -> dict:
+    values = read_json(path, "ask for it again")
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: it holds no object")
     return values
 
 
 def _read_listener(path: Path, test: Test) -> Listener:
-    values = _read_json(path)
+    values = _read_object(path)
     if values.get("format") != RATINGS_FORMAT:
         raise UserError(f"{path} holds no ratings of a listening test")
     if values.get("test") != test.id:
