@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..checkpoints.find import complete_checkpoints
 from ..errors import UserError
-from ..files import write_atomically
+from ..files import read_json, write_atomically
 from ..launch import free_port
 
 _ATTEMPTS = 2
@@ -82,11 +82,14 @@ class Experiment:
     def run_folder(self, arm: Arm, seed: int) -> Path:
         return self.out / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', arm.label)}-seed{seed}"
 
+    def warmup_folder(self, seed: int) -> Path:
+        return self.out / f"warmup-seed{seed}"
+
     def jobs(self) -> list[Job]:
         """Return all jobs in the order of their running."""
         jobs = []
         for seed in self.seeds:
-            warmup = self.out / f"warmup-seed{seed}"
+            warmup = self.warmup_folder(seed)
             # A constant rate: its decay would end with the warm-up, and begin again in the branch.
             settings = ("align.strategy=none", f"train.steps={self.warmup}", "train.final_lr=1.0")
             jobs.append(self._train(f"warm-up, seed {seed}", warmup, seed, self.warmup, (), settings))
@@ -134,20 +137,26 @@ def training_job(name: str, folder: Path, arguments: Sequence[str], steps: int, 
 
 
 def write_plan(jobs: Sequence[Job], file: Path) -> None:
-    """Write the jobs, unless they are there. Raises UserError if the folder holds another comparison."""
+    """Write the jobs, unless they are there. Raises UserError if the folder holds another comparison, or runs of none:
+    what has no checkpoint yet would be removed."""
     content = [{"name": job.name, "command": list(job.command), "folder": str(job.folder)} for job in jobs]
     if file.is_file():
-        there = json.loads(file.read_text())
+        there = read_json(file, "choose another --out")
         if there != content:
             raise UserError(
                 f"{file.parent} holds another comparison ({_difference(there, content)}): choose another --out"
             )
         return
+    for job in jobs:
+        if job.folder.exists():
+            raise UserError(f"{job.folder} is there, and not of this comparison: choose another --out")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(content, indent=1) + "\n")
 
 
-def _difference(there: list[dict], content: list[dict]) -> str:
+def _difference(there: object, content: list[dict]) -> str:
+    if not isinstance(there, list) or not all(isinstance(old, dict) and "command" in old for old in there):
+        return "its plan.json is damaged"
     for old, new in zip(there, content, strict=False):
         for a, b in zip(old["command"], new["command"], strict=False):
             if a != b:

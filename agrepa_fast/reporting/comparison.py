@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
@@ -12,13 +11,17 @@ from ..config_file import load_config
 from ..errors import UserError
 from ..evaluation.compare import ROW, Difference, Evaluated, check_comparable, differences
 from ..evaluation.jobs import Arm, Experiment, Job, run_jobs, write_plan
+from ..evaluation.stored import read_loss
 from ..files import FolderLock, write_atomically
+from ..zero.ds_config import find_ds_config
 from .comparison_plots import plot_curves, plot_forest
 from .comparison_report import comparison_document, report_markdown
 from .comparison_tables import Comparison, value_rows
+from .opened import check_out
 from .page.document import write_document
 
 _CHOSEN = ("val/flow_loss", "mmd", "mos", "wer_truth_capped", "mel_l1", "similarity")  # forest plots
+_LONGEST = 200  # characters of a label; a name in a folder has at most 255 bytes
 
 
 def compare_strategies(
@@ -45,6 +48,7 @@ def compare_strategies(
     _print_plan(experiment, jobs)
     if dry_run:
         return
+    check_out(out)
     with FolderLock(out, "choose another --out"):
         write_plan(jobs, out / "plan.json")
         failed = run_jobs(jobs, print)
@@ -74,12 +78,15 @@ def compare_runs(folders: Sequence[Path], *, out: Path, baseline: str | None) ->
                 )
     if len(labels) < 2:
         raise UserError(f"all runs have align.strategy={labels[0]}: there is nothing to compare")
+    check_out(out)
     with FolderLock(out, "choose another --out"):
         write_comparison(runs, _baseline(baseline, labels), out, {}, [])
 
 
 def _experiment(strategies, seeds, overrides, preset, warmup, out, ds_config, ranks) -> Experiment:
     arms = tuple(Arm.parse(text) for text in strategies)
+    if not all(arm.label for arm in arms):
+        raise UserError("--strategies: an arm is a strategy or LABEL:section.field=value, and one has no label")
     for name, values in (("--strategies", [arm.label for arm in arms]), ("--seeds", list(seeds))):
         if repeated := [value for value in values if values.count(value) > 1]:
             raise UserError(f"{name}: {repeated[0]} twice")
@@ -94,15 +101,32 @@ def _experiment(strategies, seeds, overrides, preset, warmup, out, ds_config, ra
     warmup = config.probe.warmup_steps if warmup is None else warmup
     if not 0 < warmup < config.train.steps:
         raise UserError(f"--warmup {warmup}: must leave steps of train.steps={config.train.steps} for the branches")
+    find_ds_config(ds_config)
     steps = config.train.steps - warmup
     for arm in arms:  # so that no arm is refused after hours of training
         probe = ("probe.start_step=1", "probe.warmup_steps=1") if arm.strategy in MEASURED else ()
         load_config(
             preset, [*training, f"align.strategy={arm.strategy}", f"train.steps={steps}", *probe, *arm.overrides]
         )
-    return Experiment(
+    experiment = Experiment(
         arms, tuple(seeds), preset, warmup, steps, out, ds_config, ranks, training, metrics, frozenset(MEASURED)
     )
+    _check_folders(experiment)
+    return experiment
+
+
+def _check_folders(experiment: Experiment) -> None:
+    """Raise UserError if two arms would have one folder, whose runs the second would take for its own, or one that no
+    file system makes."""
+    taken = {experiment.warmup_folder(0): "the warm-up"}
+    for arm in experiment.arms:
+        other = taken.setdefault(experiment.run_folder(arm, 0), arm.label)
+        if other != arm.label:
+            raise UserError(
+                f"--strategies: {arm.label!r} and {other} would share a folder: give one a label of other letters"
+            )
+        if len(arm.label) > _LONGEST:
+            raise UserError(f"--strategies: {arm.label[:40]}… is no name of a folder: give it a shorter label")
 
 
 def _baseline(given: str | None, labels: Sequence[str]) -> str:
@@ -147,9 +171,8 @@ def _evaluated(folder: Path, label: str | None) -> Evaluated:
     run = found[0].parent if found[0] == folder else folder
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is no run (no config.yaml): its strategy and seed are unknown")
-    config, summary = load_config(run / "config.yaml"), run / "summary.json"
-    loss = json.loads(summary.read_text())["val/flow_loss"]["ema"] if summary.is_file() else None
-    return Evaluated(label or config.align.strategy, config.run.seed, found[0], loss)
+    config = load_config(run / "config.yaml")
+    return Evaluated(label or config.align.strategy, config.run.seed, found[0], read_loss(run))
 
 
 def write_comparison(
@@ -158,13 +181,13 @@ def write_comparison(
     """Write compare.csv, differences.csv, report.md, report.html and plots/, and print the report."""
     check_comparable(runs)
     found = differences(runs, baseline, runs[0].results["confidence"])
-    write_atomically(out / "compare.csv", _csv(_VALUES, value_rows(runs)))
-    write_atomically(out / "differences.csv", _csv(_DIFFERENCES, [_difference_row(one, baseline) for one in found]))
     comparison = Comparison(runs, found, baseline, settings, [job.name for job in failed])
-    report = report_markdown(comparison)
-    write_atomically(out / "report.md", report)
+    report = report_markdown(comparison)  # reads all files, so that a damaged one leaves no half of a result
     plots = out / "plots"
     plots.mkdir(exist_ok=True)
+    write_atomically(out / "compare.csv", _csv(_VALUES, value_rows(runs)))
+    write_atomically(out / "differences.csv", _csv(_DIFFERENCES, [_difference_row(one, baseline) for one in found]))
+    write_atomically(out / "report.md", report)
     for metric in _CHOSEN:
         part = [one for one in found if one.metric == metric]
         if part:

@@ -13,7 +13,16 @@ from ..config_file import check_used, load_config
 from ..data.index import Index
 from ..data.matching import matching_index
 from ..errors import UserError
+from ..files import check_writable
 from ..models.backbone import Backbone
+
+
+def check_out(out: Path) -> None:
+    """Raise UserError unless an evaluation or a comparison may be written into a folder: that of a run has files of the
+    same names."""
+    if (out / "config.yaml").exists():
+        raise UserError(f"--out {out} holds a run or an export: choose another folder")
+    check_writable(out, "--out")
 
 
 class OpenedCheckpoint(NamedTuple):

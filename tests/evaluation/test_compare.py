@@ -17,7 +17,8 @@ from agrepa_fast.errors import UserError
 from agrepa_fast.evaluation.aggregate import SetDistances
 from agrepa_fast.evaluation.compare import Evaluated, agreement, check_comparable, differences
 from agrepa_fast.evaluation.jobs import Arm, Experiment, Job, run_jobs, write_plan
-from agrepa_fast.evaluation.results import FIELDS, clip_rows, read_clips, summarise, write_clips
+from agrepa_fast.evaluation.results import FIELDS, clip_rows, summarise, write_clips
+from agrepa_fast.evaluation.stored import read_clips
 
 from ..ranks import ROOT
 from ..reporting.listening import write_recordings
@@ -148,9 +149,10 @@ def test_runs_are_compared_by_strategy_and_seed(tmp_path, capsys):
         ([folders[0], str(tmp_path)], "holds no evaluation"),
         ([folders[0], "train.steps=3"], "without effect but with --strategies"),
         ([folders[0], folders[2], "--baseline", "deep"], "there are foga, none"),
+        ([folders[0], folders[2], "--out", folders[2]], "holds a run or an export: choose another folder"),
     ):
         with pytest.raises(SystemExit) as ended:
-            main(["compare", *bad, "--out", str(tmp_path / "other")])
+            main(["compare", "--out", str(tmp_path / "other"), *bad])
         assert ended.value.code == 2
         assert message in capsys.readouterr().err
 
@@ -167,6 +169,12 @@ def test_runs_are_compared_by_strategy_and_seed(tmp_path, capsys):
         (["--strategies", "none,foga", "runs/a"], "name runs or --strategies"),
         (["--strategies", "none,foga", "run.seed=3"], "run.seed=3: `agrepa compare` sets it itself"),
         (["--strategies", "none,foga", "--strategies", "k:align.kk=2"], "align.kk"),
+        (["--strategies", "a b:align.k=1", "--strategies", "a-b:align.k=2"], "'a-b' and a b would share a folder"),
+        (["--strategies", "none", "--strategies", "warmup:align.k=1"], "'warmup' and the warm-up would share a folder"),
+        (["--strategies", "none", "--strategies", ":align.k=1"], "one has no label"),
+        (["--strategies", ","], "one has no label"),
+        (["--strategies", "none", "--strategies", "x" * 300 + ":align.k=1"], "give it a shorter label"),
+        (["--strategies", "none,foga", "--ds_config", "nope.json"], "nope.json"),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused_before_anything_is_trained(arguments, message, tmp_path, capsys):
@@ -317,3 +325,23 @@ def test_another_plan_in_the_same_folder_is_refused(tmp_path):
     longer = Experiment(experiment.arms, (0,), "demo", 20, 40, tmp_path, "zero2.json", None)
     with pytest.raises(UserError, match=r"train\.steps=30, now train\.steps=40.*choose another --out"):
         write_plan(longer.jobs(), tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null", '[{"name": "x"}]', "[" * 100_000])
+def test_a_damaged_plan_is_refused(content, tmp_path):
+    jobs = Experiment((Arm("none", "none"),), (0,), "demo", 20, 30, tmp_path, "zero2.json", None).jobs()
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(UserError, match=r"plan.json is damaged.*choose another --out"):
+        write_plan(jobs, tmp_path / "plan.json")
+
+
+def test_a_folder_of_somebody_else_in_the_place_of_a_run_is_not_removed(tmp_path):
+    """A run without a checkpoint is begun again, in an empty folder."""
+    jobs = Experiment((Arm("none", "none"),), (0,), "demo", 20, 30, tmp_path, "zero2.json", None).jobs()
+    mine = tmp_path / "none-seed0" / "thesis.tex"
+    mine.parent.mkdir()
+    mine.touch()
+    with pytest.raises(UserError, match="none-seed0 is there, and not of this comparison: choose another --out"):
+        write_plan(jobs, tmp_path / "plan.json")
+    assert mine.exists()
+    assert not (tmp_path / "plan.json").exists()
