@@ -22,6 +22,7 @@ MORE_SUFFIXES = (
     *(".wave", ".weba", ".wma", ".wv", ".3gp", ".avi", ".flv", ".mkv", ".mov", ".mp4", ".webm"),
 )
 AUDIO_SUFFIXES = (*SOUNDFILE_SUFFIXES, *MORE_SUFFIXES)
+MAX_PEAK = 10.0  # mixes reach 2 or 3, integers stored as floats hundreds
 _WITHOUT_HEADER = {".g722": "g722", ".gsm": "gsm"}  # FFmpeg's names
 # Bounds of the resampling kernel: 44101 -> 22050 Hz taken exactly would need 4 GB, 2039 -> 22050 Hz 1.4 GB.
 _MAX_RATIO_TERM = 2048
@@ -63,6 +64,14 @@ def decode(
     if empty:
         return empty
     raise UserError(f"{name}: cannot be decoded ({'; '.join(reasons)}); remove it or convert it to wav")
+
+
+def wave_fault(wave: np.ndarray) -> str:
+    """Return why a wave cannot be used: samples that are not finite, or far outside of [-1, 1]. "" if it can be."""
+    if not np.isfinite(wave).all():
+        return "not finite"
+    peak = float(np.abs(wave).max(initial=0))
+    return f"peak {peak:.5g}, not in [-1, 1]: integers stored as floats, or damaged" if peak > MAX_PEAK else ""
 
 
 def _check_file(path: str | Path, name: str) -> None:

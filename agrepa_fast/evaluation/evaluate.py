@@ -5,6 +5,7 @@ Every rank judges its part of the wavs, and all ranks get the figures of all.
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from tqdm import tqdm
 
 from ..audio.vocoder import Vocoder
-from ..audio.waves import decode
+from ..audio.waves import decode, wave_fault
 from ..data.samples import Sample
+from ..errors import UserError
 from ..fetch import cache_dir
 from ..files import file_sha256, write_atomically
 from ..metrics_config import MetricsConfig
@@ -30,6 +32,7 @@ from .speaker import load_speaker, similarity
 from .synthesis import Wav
 from .words import character_errors, load_normaliser, word_errors
 
+_SHORTEST = 0.1  # seconds of a clip of a self-test; networks fail on less
 UNDERSTOOD = -1.0  # mean log-probability of heard tokens; a recogniser that invents text is below
 
 
@@ -74,12 +77,12 @@ class Judges:
     def _test(self, kind: str, model: Any, gauge_of: Callable, truths: Sequence[Wav]) -> SelfTest:
         """Return the self-test of a model on the truths. It is kept in the user's cache: for a recogniser it takes as
         long as a tenth of an evaluation."""
-        sounds = [_read(wav) for wav in truths]
+        sounds = _usable(truths)
         gauge = gauge_of(model, sounds)
         asked = {**model.identity, "clips": [self._sha256(wav.path) for wav in truths], "bounds": gauge[1:]}
         kept = ScoreCache(cache_dir() / "self-tests", kind, asked)
-        if kept.file("test").is_file():
-            return SelfTest(**json.loads(kept.file("test").read_text()))
+        if (before := kept.read("test")) is not None:
+            return SelfTest(**before)
         test = self_test(gauge, sounds)
         write_atomically(kept.file("test"), json.dumps(test._asdict()), durable=False)
         return test
@@ -154,6 +157,17 @@ def _embed(model) -> Judge:
 
 def _read(wav: Wav) -> tuple[np.ndarray, int]:
     return decode(wav.path, wav.path.name)
+
+
+def _usable(wavs: Sequence[Wav]) -> list[Sound]:
+    """Return the sounds of the wavs that a model can judge; the others are named when they are judged."""
+    sounds = []
+    for wav in wavs:
+        with suppress(UserError):
+            wave, rate = _read(wav)
+            if len(wave) >= _SHORTEST * rate > 0 and not wave_fault(wave):
+                sounds.append((wave, rate))
+    return sounds
 
 
 def _vocoded(sample: Sample, vocoder: Vocoder) -> tuple[np.ndarray, int]:

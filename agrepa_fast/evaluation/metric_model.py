@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from ..audio.waves import resample
+from ..audio.waves import resample, wave_fault
 from ..errors import UserError, nearest
 from ..teachers.base import weights_sha256
 
@@ -13,12 +13,12 @@ HUB = "a folder saved with save_pretrained, or a name on the model hub, which ne
 
 
 def wave_at(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
-    """Return a wave (samples,) float32 at `to_rate` Hz. Raises ValueError for one that is empty, not 1-D, or not finite
-    throughout: no model can judge it."""
+    """Return a wave (samples,) float32 at `to_rate` Hz. Raises ValueError for one that is empty, not 1-D, not finite
+    throughout, or far outside of [-1, 1]: no model can judge it."""
     if wave.ndim != 1 or len(wave) == 0:
         raise ValueError(f"wave of shape {wave.shape}: (samples,) with at least one sample is wanted")
-    if not np.isfinite(wave).all():
-        raise ValueError(f"wave with {np.count_nonzero(~np.isfinite(wave))} of {len(wave)} samples not finite")
+    if fault := wave_fault(wave):
+        raise ValueError(f"wave: {fault}")
     return resample(np.ascontiguousarray(wave, dtype=np.float32), from_rate, to_rate)
 
 

@@ -32,19 +32,29 @@ class ScoreCache:
     def file(self, key: str) -> Path:
         return self.folder / f"{key}.json"
 
+    def read(self, key: str) -> dict[str, Any] | None:
+        """Return what is kept under a key; None if there is nothing, or a crash of the machine has cut it."""
+        try:
+            return json.loads(self.file(key).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+
     def judge(self, key: str, read: Callable[[], tuple[np.ndarray, int]], judge: Judge) -> dict[str, object]:
-        """Let a model judge a wave, unless it has, and keep the figures, or the reason why it raised. Return them.
+        """Let a model judge a wave, unless it has, and keep the figures. Return them, or the reason why it raised.
 
         key: the hash of what `read` returns. Want of memory is no fault of a wave and is raised."""
-        if (file := self.file(key)).is_file():
-            return json.loads(file.read_text())
+        if (before := self.read(key)) is not None:
+            return before
         try:
             figures = judge(*read())
+            if not all(np.isfinite(value).all() for value in figures.values() if isinstance(value, float | list)):
+                raise ValueError("what it says is not finite")
         except UserError as error:  # no recording that can be read
             figures = {FAILED: str(error)}
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of a model that is not ours
             figures = {FAILED: f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-        write_atomically(file, json.dumps(figures), durable=False)
+        if FAILED not in figures:  # the reason may be of this process, such as a device that failed
+            write_atomically(self.file(key), json.dumps(figures), durable=False)
         return figures

@@ -66,7 +66,7 @@ class Synthesis:
         wavs = {(wav.row, wav.clip): wav.path for wav in self.wavs(clips)}
         for batch in ranks.part_of(batches_by_length(clips)):
             paths = [wavs[row, clip] for row in ROWS for clip in batch if (row, clip) in wavs]
-            if not all(path.is_file() for path in paths):
+            if not all(map(_is_whole, paths)):
                 for row, clip, mel, truth in self._mels(batch, [of_clip[c.domain, c.key] for c in batch]):
                     if (row, clip) in wavs:
                         self._write(wavs[row, clip], mel, truth)
@@ -102,7 +102,7 @@ class Synthesis:
             return self._vocode(mel)
         made = f"{self.vocoder.name} {self.vocoder.sample_rate}".encode() + mel.numpy().tobytes()
         kept = cache_dir() / "wavs" / f"{hashlib.sha256(made).hexdigest()[:32]}.wav"
-        if not kept.is_file():
+        if not _has_content(kept):
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(kept, self._vocode(mel), durable=False)
         return kept.read_bytes()
@@ -118,6 +118,21 @@ def wav_content(wave: np.ndarray, rate: int) -> bytes:
     content = io.BytesIO()
     soundfile.write(content, wave, rate, format="WAV", subtype="PCM_16")
     return content.getvalue()
+
+
+def _is_whole(wav: Path) -> bool:
+    """Return whether a wav is there, and beside it, but for truth, the distance of its mel. A crash of the machine may
+    leave either without content."""
+    if wav.parent.name != "truth":
+        try:
+            float(json.loads(wav.with_suffix(".json").read_bytes())["mel_l1"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+    return _has_content(wav)
+
+
+def _has_content(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0
 
 
 def prefix_frames(lengths: torch.Tensor, flow: FlowConfig) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..audio.mel import LogMel
-from ..audio.waves import SilentError, resample
+from ..audio.waves import SilentError, resample, wave_fault
 from ..config import DataConfig
 from ..corpora.recordings import Recording
 from ..data_config import MelConfig, values_of
@@ -18,7 +18,6 @@ from .passes import read_ahead
 from .skipped import BAD, LONG, SHORT, SILENT, LeftOut
 
 _MIN_PEAK = 1e-4  # a recording that stays below is silent
-MAX_PEAK = 10.0  # mixes reach 2 or 3, integers stored as floats hundreds
 
 
 @dataclass(frozen=True)
@@ -123,12 +122,10 @@ def _fault(wave: np.ndarray, rate: int, data: DataConfig, log_mel: LogMel) -> Le
         return LeftOut(BAD, "no samples: the file is empty, or its header says so")
     if seconds < max(data.min_seconds, log_mel.min_samples / data.sample_rate):
         return LeftOut(SHORT, f"{seconds:.2f} s are shorter than data.min_seconds={data.min_seconds}")
-    if not np.isfinite(wave).all():
-        return LeftOut(BAD, "not finite")
+    if fault := wave_fault(wave):
+        return LeftOut(BAD, fault)
     if (peak := float(np.abs(wave).max())) < _MIN_PEAK:
         return LeftOut(SILENT, f"silent, peak {peak:.0e}")
-    if peak > MAX_PEAK:
-        return LeftOut(BAD, f"peak {peak:.5g}, not in [-1, 1]: integers stored as floats, or damaged")
     return None
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..audio.waves import wave_fault
 from ..config import DataConfig
 from ..corpora.folder import list_folder
 from ..corpora.recordings import MAX_BAD_SHARE, Recording, Source, count_kinds, too_many_bad
@@ -22,7 +23,7 @@ from ..files import FolderLock, write_atomically
 from ..tokenizers.vq import FORMAT, VqTokenizer, codec_bytes
 from ..tokenizers.vq_config import VqFitConfig
 from ..tokenizers.vq_fit import FitFrames, fit_codec, lost_variance
-from .decode import MAX_PEAK, cut_wave
+from .decode import cut_wave
 from .job import digest
 from .passes import BATCH, BatchPass
 from .split import name_hash
@@ -118,8 +119,8 @@ def _wave(recording: Recording, data: DataConfig, rate: int) -> np.ndarray | Use
         wave = cut_wave(recording, data, rate)
     except UserError as error:
         return error
-    usable = len(wave) > 0 and np.isfinite(wave).all() and np.abs(wave).max() <= MAX_PEAK
-    return wave if usable else UserError(f"{recording.source}: empty, not finite, or far outside of [-1, 1]")
+    fault = wave_fault(wave) if len(wave) else "no samples"
+    return UserError(f"{recording.source}: {fault}") if fault else wave
 
 
 def _frames(teacher, batch: list[Recording], waves: list[np.ndarray | UserError]) -> list[np.ndarray]:

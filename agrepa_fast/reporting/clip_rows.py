@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..audio.waves import decode
+from ..audio.waves import decode, wave_fault
 from ..errors import UserError
 from .page.document import Clip, Version
 from .page.media import log_mel, mel_uri, mp3_uri
@@ -47,8 +47,8 @@ def _clip(recorded: Recorded) -> Clip:
         except UserError as error:
             faults.append(f"{name}: {error}")
             continue
-        if len(wave) == 0:
-            faults.append(f"{name}: {path.name} is empty")
+        if fault := wave_fault(wave) if len(wave) else "it is empty":
+            faults.append(f"{name}: {path.name}: {fault}")
             continue
         mel = log_mel(wave, rate)
         scale = mel if scale is None else scale

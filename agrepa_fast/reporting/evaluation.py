@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,11 @@ from ..evaluation.evaluate import Figures, Judges, similarities, word_figures
 from ..evaluation.manifest import Clip, clips_of, evaluated_samples
 from ..evaluation.results import clip_rows, summarise, write_clips, write_embeddings, write_manifest
 from ..evaluation.synthesis import Synthesis, Wav
-from ..files import FolderLock, check_writable, file_sha256, write_atomically
+from ..files import FolderLock, file_sha256, write_atomically
 from ..launch import local_device
 from ..ranks import Ranks
 from .evaluation_table import print_results, results_markdown
-from .opened import OpenedCheckpoint, open_checkpoint
+from .opened import OpenedCheckpoint, check_out, open_checkpoint
 from .report import write_report
 
 USES = ("data", "flow", "eval.vocoder", "metrics")
@@ -45,7 +46,7 @@ def evaluate_checkpoint(
     """
     opened = open_checkpoint(checkpoint, overrides, live=live, uses=USES)
     out = out or opened.beside("evaluate")
-    ranks.on_rank_0(lambda: check_writable(out, "--out"))
+    ranks.on_rank_0(lambda: check_out(out))
     metrics, index = opened.config.metrics, opened.index
     domains = _domains(index, domains)
     samples = evaluated_samples(index, metrics, domains)
@@ -139,7 +140,7 @@ def measure(
     are none, and no distances then.
     """
     metrics, speech = judges.metrics, [wav for wav in wavs if wav.clip.domain == "speech"]
-    figures: list[Figures] = [_mel_distances(wavs)] if "mel" in metrics.only else []
+    figures: list[Figures] = [_mel_distances(wavs, judges.failed)] if "mel" in metrics.only and reference else []
     if "wer" in metrics.only and speech:
         heard, normalise = judges.words(speech)
         figures.append(word_figures(heard, normalise))
@@ -167,10 +168,18 @@ def measure(
     }
 
 
-def _mel_distances(wavs: Sequence[Wav]) -> Figures:
-    """Return the distances that the synthesis wrote; wavs of others have none."""
-    files = {wav: wav.path.with_suffix(".json") for wav in wavs if wav.row != "truth"}
-    return {wav: json.loads(file.read_text()) for wav, file in files.items() if file.is_file()}
+def _mel_distances(wavs: Sequence[Wav], failed: dict[str, str]) -> Figures:
+    """Return the distances that the synthesis wrote; wavs of others have none. Add those of a model that diverged to
+    `failed`."""
+    figures: Figures = {}
+    for wav in wavs:
+        file = wav.path.with_suffix(".json")
+        if wav.row != "truth" and file.is_file():
+            figures[wav] = json.loads(file.read_text())
+            if not isfinite(figures[wav]["mel_l1"]):
+                failed[f"{wav.row}/{wav.path.name}: mel"] = "the model's mel is not finite"
+                del figures[wav]
+    return figures
 
 
 def circular_models(models: Mapping[str, object], index: Index) -> dict[str, str]:

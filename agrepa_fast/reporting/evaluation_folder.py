@@ -5,11 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import soundfile
-
+from ..audio.waves import decode
 from ..config_file import check_used, load_config
-from ..corpora.folder import folder_recordings
-from ..corpora.recordings import Recording
+from ..corpora.folder import folder_recordings, list_folder
+from ..corpora.recordings import Recording, count_kinds
 from ..data.index import Index
 from ..errors import UserError
 from ..evaluation.evaluate import Judges
@@ -17,10 +16,13 @@ from ..evaluation.lists import Utterance, read_list
 from ..evaluation.manifest import Clip
 from ..evaluation.results import write_manifest
 from ..evaluation.synthesis import Wav
-from ..files import FolderLock, check_writable, file_sha256
+from ..files import FolderLock, file_sha256
 from ..metrics_config import MetricsConfig
 from ..ranks import Ranks
 from .evaluation import circular_models, measure, write_results
+from .opened import check_out
+
+_OF_SPEECH = {"wer", "mos", "similarity"}  # metrics without shards
 
 
 class Material(NamedTuple):
@@ -57,14 +59,25 @@ def evaluate_folder(
         raise UserError("--domain is needed for a folder of recordings: speech or audio")
     config = load_config("demo", overrides)
     check_used(overrides, ("metrics",))
+    if domain == "audio" and listed is not None:
+        raise UserError(f"--domain audio: {listed} is a list of speech")
+    if domain == "audio" or not _OF_SPEECH & set(config.metrics.only):
+        raise UserError(
+            f"{folder}: a folder of recordings is measured by {', '.join(sorted(_OF_SPEECH))}, all of them of speech: "
+            "--domain speech, or name a run, whose shards have what the other metrics compare with"
+        )
     out = out or folder.parent / f"evaluate-{folder.name}"
-    ranks.on_rank_0(lambda: check_writable(out, "--out"))
+    ranks.on_rank_0(lambda: check_out(out))
+    recordings, passed_over = list_folder(folder, domain or "speech")
+    if passed_over and ranks.rank == 0:
+        kinds = count_kinds(entry.kind for entry in passed_over)
+        print(f"{folder}: {len(recordings)} recordings; not taken: {kinds}")
     made = {"folder": str(folder), "reference": str(reference), "vocoder": "none", "flow": None}
     if listed is not None:
         made["list"] = str(listed)
-        material = _listed(folder, listed, ranks.from_rank_0(lambda: read_list(listed, reference)))
+        material = _listed(recordings, folder, listed, ranks.from_rank_0(lambda: read_list(listed, reference)))
     else:
-        material = _recorded(folder, reference, domain)
+        material = _recorded(recordings, reference, domain)
         _check_rates(folder, material.wavs)
     lock = FolderLock(out, "choose another --out")
     ranks.on_rank_0(lock.acquire)
@@ -99,20 +112,18 @@ def measure_material(
     ranks.on_rank_0(lambda: write_results(facts, len(wavs), out))
 
 
-def _recorded(folder: Path, reference: Path | None, domain: str) -> Material:
+def _recorded(recordings: Sequence[Recording], reference: Path | None, domain: str) -> Material:
     """Return the recordings of a folder, with the truths of the same names."""
-    recordings = folder_recordings(folder, domain)
     truths = _pairs(recordings, reference, domain) if reference is not None else {}
     clips = {r.name: _clip(r, domain, truths.get(r.name)) for r in recordings}
     wavs = [Wav("truth", clips[name], Path(truth.path)) for name, truth in truths.items()]
     return Material([*wavs, *(Wav("sample", clips[r.name], Path(r.path)) for r in recordings)])
 
 
-def _listed(folder: Path, listed: Path, utterances: Sequence[Utterance]) -> Material:
+def _listed(recordings: Sequence[Recording], folder: Path, listed: Path, utterances: Sequence[Utterance]) -> Material:
     """Return the utterances of a list with the recordings <utterance>.wav of a folder, or of another suffix. Raises
     UserError if it has none of them."""
-    recordings = folder_recordings(folder, "speech")
-    there = {str(Path(r.source).with_suffix("")): r for r in recordings}
+    there = _by_name(recordings, folder)
     if not (taken := {u.key: there[u.key] for u in utterances if u.key in there}):
         raise UserError(
             f"{folder} has no recording of the {len(utterances)} utterances in {listed}: the first would be "
@@ -145,7 +156,7 @@ def clip_of(utterance: Utterance, draw: int = 0) -> Clip:
 
 def _pairs(recordings: Sequence[Recording], reference: Path, domain: str) -> dict[str, Recording]:
     """Return name -> the true recording of the same path below `reference`, with any suffix."""
-    truths = {str(Path(r.source).with_suffix("")): r for r in folder_recordings(reference, domain)}
+    truths = _by_name(folder_recordings(reference, domain), f"--reference {reference}")
     missing = [r.source for r in recordings if str(Path(r.source).with_suffix("")) not in truths]
     if missing:
         named = ", ".join(missing[:3])
@@ -154,6 +165,16 @@ def _pairs(recordings: Sequence[Recording], reference: Path, domain: str) -> dic
             "every one its own, by its name"
         )
     return {r.name: truths[str(Path(r.source).with_suffix(""))] for r in recordings}
+
+
+def _by_name(recordings: Sequence[Recording], where: object) -> dict[str, Recording]:
+    """Return path without suffix -> recording. Raises UserError if two have one name."""
+    found: dict[str, Recording] = {}
+    for recording in recordings:
+        first = found.setdefault(str(Path(recording.source).with_suffix("")), recording)
+        if first is not recording:
+            raise UserError(f"{where}: {first.source} and {recording.source} have one name: keep one")
+    return found
 
 
 def _clip(recording: Recording, domain: str, truth: Recording | None) -> Clip:
@@ -167,9 +188,9 @@ def _check_rates(folder: Path, wavs: Sequence[Wav]) -> None:
 
 
 def _length(path: Path) -> tuple[float, int]:
-    """Return seconds and the rate in Hz; 0 and 0 for a file that is no recording, which the metrics name."""
+    """Return seconds and the rate in Hz; 0 and 0 for a file that cannot be decoded, which the metrics name."""
     try:
-        facts = soundfile.info(path)
-    except soundfile.LibsndfileError:
+        wave, rate = decode(path, path.name)  # a header may lack the length
+    except UserError:
         return 0.0, 0
-    return facts.duration, facts.samplerate
+    return len(wave) / rate if rate else 0.0, rate

@@ -94,4 +94,4 @@ def print_results(results: Mapping) -> None:
     console.width = max(console.width, Console(width=1000).measure(table).maximum)  # a cut number would be another
     console.print(table)
     for line in footnotes(results):
-        console.print(line, style="dim", highlight=False)
+        console.print(line, style="dim", highlight=False, markup=False)  # with names of files

@@ -189,6 +189,7 @@ def test_what_does_not_fit_is_refused_in_one_line(run, tmp_path, calls, capsys):
         ([str(run), "--out", str(out), *FLAGS, "flow.guidance=1"], "holds an evaluation of other samples"),
         ([str(run), "--out", str(out), *FLAGS, "train.lr=1"], "train.lr has no effect here"),
         ([str(run), "--reference", str(tmp_path)], "has its truths in the shards"),
+        ([str(run), "--out", str(run), *FLAGS], "holds a run or an export: choose another folder"),
         ([str(run), "metrics.only=[bleu]"], "metrics.only"),
         ([str(tmp_path / "none")], "is no checkpoint"),
         ([str(tmp_path)], "--domain is needed"),

@@ -90,6 +90,21 @@ def test_the_wavs_are_the_same_on_two_ranks_and_after_an_interruption(baseline, 
     assert resumed.contents() == one.contents()
 
 
+def test_files_that_a_crash_of_the_machine_has_emptied_are_made_again(baseline, tmp_path, monkeypatch):
+    monkeypatch.setenv("AGREPA_CACHE", str(tmp_path / "cache"))
+    made = Made(baseline, tmp_path / "wavs")
+    made.run()
+    whole = made.contents()
+    of_row = {row: sorted((tmp_path / "wavs" / row).iterdir()) for row in ("truth", "sample", "codes")}
+    emptied = [of_row["truth"][0], of_row["sample"][0], of_row["sample"][3], *(tmp_path / "cache" / "wavs").iterdir()]
+    for path in emptied:
+        path.write_bytes(b"")
+    of_row["codes"][2].unlink()  # a .json
+    assert {path.suffix for path in (*emptied, of_row["codes"][2])} == {".wav", ".json"}
+    made.run()
+    assert made.contents() == whole
+
+
 def test_noise_belongs_to_the_clip_and_not_to_its_place(baseline, tmp_path):
     made, turned = Made(baseline, tmp_path / "made"), Made(baseline, tmp_path / "turned")
     made.run()
@@ -142,6 +157,10 @@ def test_another_evaluation_in_the_same_folder_is_refused(tmp_path):
         write_manifest(clips[1:], made, file)
     with pytest.raises(UserError, match=r"of other samples \(weights 1 and 2\): choose another --out"):
         write_manifest(clips, made | {"weights": "2"}, file)
+    for content in ("", "[]", "null", "{}", "[" * 100_000, '{"manifest": 7, "made": []}'):
+        file.write_text(content)
+        with pytest.raises(UserError, match=r"choose another --out"):
+            write_manifest(clips, made, file)
 
 
 def test_texts_of_cut_clips_are_left_out(baseline, tmp_path):

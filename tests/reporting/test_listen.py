@@ -1,6 +1,7 @@
 """agrepa listen: blind pages, honest listeners, known results."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from agrepa_fast.audio.waves import decode, import_torchaudio
 from agrepa_fast.cli import main
+from agrepa_fast.errors import UserError
 from agrepa_fast.reporting.listen import build
 from agrepa_fast.reporting.listen.build import make_test
 from agrepa_fast.reporting.listen.results import rate
@@ -255,3 +257,45 @@ class TestRefusals:
         write_ratings(ratings / "x.json", answers, "one", lambda clip, system: 6 - SCORES[system])
         assert "no listener is left (one: references" in refused("--ratings", ratings, "--answers", file)
         assert not (tmp_path / "page/results.json").exists()
+
+
+def test_names_that_are_not_utf_8_are_blind_clips_like_others(tmp_path):
+    clips = ["a", os.fsdecode(b"stra\xdfe")]
+    ours, truth = (write_recordings(tmp_path / name, ["a", "b"]) for name in ("ours", "truth"))
+    for folder in (ours, truth):
+        (folder / "b.wav").rename(folder / f"{clips[1]}.wav")
+    make_test([ours], tmp_path / "page", "mos", 0, 2, truth=truth)
+    answers = json.loads((tmp_path / "page/answers.json").read_text())
+    assert sorted(answers["clips"]) == clips
+    assert len(sounds_of(tmp_path / "page/listen.html")) == 6
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(np.nan, "not finite"), (np.inf, "not finite"), (1e4, r"peak 10000, not in \[-1, 1\]")]
+)
+def test_a_recording_with_samples_of_no_sound_is_refused_by_name(value, said, tmp_path):
+    ours, truth = (write_recordings(tmp_path / name, ["a", "b"]) for name in ("ours", "truth"))
+    wave, rate_hz = soundfile.read(ours / "b.wav", dtype="float32")
+    wave[9] = value
+    soundfile.write(ours / "b.wav", wave, rate_hz, subtype="FLOAT")
+    with pytest.raises(UserError, match=rf"ours/b.wav: {said}"):
+        make_test([ours], tmp_path / "page", "mos", 0, 2, truth=truth)
+    assert not (tmp_path / "page").exists()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"manifest": "m"}'])
+def test_results_of_an_evaluation_are_not_replaced(content, tmp_path, capsys):
+    page, answers = make_small_test(tmp_path)
+    (tmp_path / "ratings").mkdir()
+    write_ratings(tmp_path / "ratings" / "a.json", answers, "a", by_system)
+    command = ["listen", "--ratings", str(tmp_path / "ratings"), "--answers", str(page.with_name("answers.json"))]
+    main(command)
+    main(command)  # its own are
+    other = tmp_path / "evaluate" / "results.json"
+    other.parent.mkdir()
+    other.write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--out", str(other.parent)])
+    assert ended.value.code == 2
+    assert "results.json" in capsys.readouterr().err
+    assert other.read_text() == content

@@ -117,4 +117,4 @@ def _trials(
 
 
 def _id(key: bytes, *parts: str) -> str:
-    return hmac.new(key, "\0".join(parts).encode(), "sha256").hexdigest()[:16]
+    return hmac.new(key, "\0".join(parts).encode(errors="surrogatepass"), "sha256").hexdigest()[:16]

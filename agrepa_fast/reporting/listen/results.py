@@ -12,13 +12,14 @@ import numpy as np
 from ...errors import UserError
 from ...evaluation.crossed import crossed_interval
 from ...evaluation.intervals import Interval
-from ...files import check_writable, write_atomically
+from ...files import check_writable, read_json, write_atomically
 from .material import ANCHOR, TRUTH
 from .ratings import Test, preferences, read_answers, read_ratings, scores
 from .screening import RULE, screened
 
 RESULTS = "results.json"
 _CONFIDENCE = 0.95
+_ELSEWHERE = "choose another --out"
 
 
 class Figure(NamedTuple):
@@ -80,7 +81,12 @@ def _figures(test: Test, kept: np.ndarray, tables: dict[tuple[str, str], np.ndar
 
 
 def write_results(results: Results, folder: Path) -> Path:
-    """Write results.json into a folder and return its path."""
+    """Write results.json into a folder and return its path. Raises UserError if it would replace that of an
+    evaluation."""
+    path = folder / RESULTS
+    before = read_json(path, _ELSEWHERE) if path.exists() else {"test": ""}
+    if not isinstance(before, dict) or "test" not in before:
+        raise UserError(f"{path} holds other results: {_ELSEWHERE}")
     check_writable(folder, "--out")
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -100,8 +106,8 @@ def write_results(results: Results, folder: Path) -> Path:
         "opinions": [plain(figure) for figure in results.opinions],
         "differences" if results.opinions else "preferences": [plain(figure) for figure in results.compared],
     }
-    write_atomically(folder / RESULTS, json.dumps(content, indent=1) + "\n")
-    return folder / RESULTS
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    return path
 
 
 def _is_nan(value: object) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...audio.waves import decode, resample
+from ...audio.waves import decode, resample, wave_fault
 from ...errors import UserError
 
 LOUDNESS = -23.0  # LUFS (EBU R 128)
@@ -17,10 +17,12 @@ _TAPS = 0.02  # seconds of the anchor's filter
 
 def read_waves(files: Mapping[str, Path]) -> tuple[dict[str, np.ndarray], int]:
     """Return name -> wave (samples,), all at the highest of the recordings' rates, and that rate. Raises UserError for
-    a recording that cannot be read, is shorter than 0.4 s or has no room for the anchor."""
+    a recording that cannot be read or used, is shorter than 0.4 s or has no room for the anchor."""
     decoded = {name: decode(path, str(path)) for name, path in files.items()}
     highest = max(rate for _, rate in decoded.values())
     for name, (wave, rate) in decoded.items():
+        if fault := wave_fault(wave):
+            raise UserError(f"{files[name]}: {fault}; leave it out")
         if len(wave) < _SHORTEST * rate:
             raise UserError(f"{files[name]} has {len(wave) / rate:.2f} s: a loudness needs {_SHORTEST} s; leave it out")
     if highest <= 2 * ANCHOR_HZ:

@@ -99,7 +99,7 @@ def write_page(path: Path, template: str, folders: Sequence[str] = ("page",), **
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    content = environment.get_template(template).render(**values).encode()
+    content = environment.get_template(template).render(**values).encode(errors="backslashreplace")
     if len(content) > LIMIT:
         raise UserError(f"{path} would have {len(content) / 1e6:.1f} MB, above {LIMIT / 1e6:.0f}: show fewer clips")
     write_atomically(path, content)
