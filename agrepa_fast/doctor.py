@@ -30,6 +30,7 @@ USES = {  # of packages that are optional
 def report() -> None:
     """Print the table. Exit with code 1 if a required package is missing or too old."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     required, optional = _requirements()
@@ -58,7 +59,7 @@ def report() -> None:
         "" if isa else "install a C++ compiler (apt-get install g++), then pip install -e . again",
     )
     for row in _cache():
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     shards = Path(load_config("demo").data.path)
     prepared = (shards / "index.json").is_file()
     table.add_row("demo shards", str(shards) if prepared else "not prepared", "" if prepared else "agrepa prepare demo")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import check_readable, check_writable, replace_file
 from ..models.backbone import Backbone
 from ..tensor_files import open_tensors
@@ -50,8 +50,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(
             f"{path} holds Python objects, which could run code: save its state dict alone, as .safetensors"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"{path} is no whole file of torch.save ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # of torch and pickle, for bytes that torch.save did not write
+        reason = one_line(error)[:160]
+        raise UserError(f"{path} is no whole file of torch.save ({reason}): download it again") from error
     content = next((content[name] for name in _INSIDE if isinstance(content, dict) and name in content), content)
     if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"{path} holds no weights by name")
@@ -63,13 +64,13 @@ def export_upstream(checkpoint: Path, out: Path, *, live: bool = False) -> None:
     exists, cannot be written or has another suffix than that package's files; nothing is written then."""
     if out.exists():
         raise UserError(f"--out {out} exists: choose a new file")
+    check_writable(out.parent, "--out")
     model, _ = load_model(checkpoint, live=live)
     if model.prediction == "x":
         raise UserError("--upstream: models of other packages predict the velocity, and this one the clean mel (x)")
     content = model.to_upstream(dict(model.state_dict()))
     if out.suffix != model.upstream_suffix:
         raise UserError(f"--out {out}: {type(model).__name__}'s package reads {model.upstream_suffix} files")
-    check_writable(out.parent, "--out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(out) as file:
         if out.suffix in _PICKLED:

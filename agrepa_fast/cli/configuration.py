@@ -3,6 +3,7 @@
 import argparse
 
 from ..config_file import config_reference, config_yaml, load_config
+from ..errors import UserError
 from ..files import local_path
 from .arguments import OVERRIDES, add_command, add_overrides
 
@@ -26,6 +27,9 @@ def add_doctor(commands) -> None:
 
 
 def _config(args: argparse.Namespace) -> None:
+    pages = [name for name in ("--reference", "--objectives") if getattr(args, name.strip("-"))]
+    if pages and (args.preset != "demo" or args.overrides):
+        raise UserError(f"{args.preset}: without effect with {pages[0]}, which prints a page of all")
     if "=" in args.preset:  # overrides of the default preset
         args.preset, args.overrides = "demo", [args.preset, *args.overrides]
     if args.objectives:

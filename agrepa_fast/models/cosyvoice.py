@@ -73,8 +73,8 @@ class CosyVoice(Backbone):
             if _VERSIONS[version] in name and version != self.version:
                 raise UserError(f"{name} is a weight of {version}, and the model is {self.version}")
         table = state.get("input_embedding.weight")
-        if table is None:
-            raise UserError(f"no weights of {self.version}: input_embedding.weight is missing")
+        if table is None or table.ndim != 2:
+            raise UserError(f"no weights of {self.version}: input_embedding.weight is missing, or no matrix")
         if len(table) != self.codes:
             raise UserError(
                 f"input_embedding.weight has {len(table)} token ids, and the shards data.codebook={self.codes}: "

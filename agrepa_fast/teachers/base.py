@@ -116,7 +116,7 @@ def in_one_line(error: Exception) -> str:
     how to let it, and is replaced."""
     if isinstance(error, UnpicklingError):
         return "a pickle that is cut off or holds more than tensors"
-    return " ".join(str(error).split())[:160]
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def move_to(module: torch.nn.Module, device: str | torch.device, dtype: str) -> torch.dtype:

@@ -37,7 +37,6 @@ SECONDS = 10.0  # that one file may take
 MEMORY = 1024  # MiB by which one worker may grow
 STARTING = 120.0  # seconds until a worker answers
 FORMATS = ("wav", "flac", "mp3", "ogg", "opus", "aiff", "m4a", "aac", "webm", "wma", "tar")
-_KINDS = ("bit", "byte", "field", "field", "cut", "remove", "repeat", "zeros", "noise", "other", "checksum")
 _KINDS = ("bit", "byte", "field", "field", "cut", "remove", "repeat", "zeros", "noise", "other")
 _EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
 

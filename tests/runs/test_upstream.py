@@ -1,6 +1,7 @@
 """Weight files of other packages, in and out."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,23 @@ def test_other_files_are_refused(tmp_path, capsys, content, message):
     assert "theirs.pt" in str(refused.value)
     assert "\n" not in str(refused.value)
     assert "stranger" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle"])
+def test_no_bytes_are_a_traceback(zipped, tmp_path):
+    torch.save({"model": {"a": torch.ones(9), "b": torch.zeros(2, 3)}}, tmp_path / "whole.pt", None, None, zipped)
+    whole, draw, refused = (tmp_path / "whole.pt").read_bytes(), random.Random(0), 0
+    for _ in range(300):
+        content = bytearray(whole)
+        for _ in range(draw.randint(1, 4)):
+            place, length = draw.randrange(len(content) + 1), draw.choice((1, 4, 100))
+            content[place : place + length] = draw.choice((b"", bytes(length), draw.randbytes(length)))
+        (tmp_path / "damaged.pt").write_bytes(content)
+        try:
+            assert read_tensors(tmp_path / "damaged.pt")
+        except UserError:
+            refused += 1
+    assert refused > 50
 
 
 def test_weights_of_another_model_are_refused_by_key(tmp_path):

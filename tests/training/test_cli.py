@@ -139,6 +139,11 @@ def test_config_prints_what_a_run_would_use(run, tmp_path, capsys):
 def test_the_pages_of_settings_and_objectives_are_those_of_the_code(option, page, capsys):
     main(["config", option])
     assert capsys.readouterr().out == (ROOT / "docs" / page).read_text()
+    for ignored in ("agrepa-a", "train.steps=7"):
+        with pytest.raises(SystemExit) as ended:
+            main(["config", option, ignored])
+        assert ended.value.code == 2
+        assert f"{ignored}: without effect with {option}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "tokens fit", *(f"prepare {source}" for source in SOURCES)])
