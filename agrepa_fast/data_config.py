@@ -27,7 +27,7 @@ class MelConfig:
     max_seconds: Period = setting(10.0, "recordings are cut once, in prepare, never later")
     long: Literal["cut", "skip"] = setting("cut", "longer recordings: cut, or left out, because their text is longer")
     min_seconds: Positive = setting(0.5, "shorter recordings are skipped")
-    sample_rate: Count = setting(24000, "Hz")
+    sample_rate: Size = setting(24000, "Hz")
     n_fft: Size = setting(1024, "samples of a window and of its Fourier transform")
     hop_length: Size = setting(256, "samples between mel frames")
     n_mels: Size = setting(100, "mel bands, from 0 Hz on")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import socket
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ def read_text(path: Path) -> str:
     """Return the text of a UTF-8 file, without its byte order mark. Raises UserError, in one line, for another encoding
     and for a file that cannot be read."""
     try:
+        _refuse_pipe(path)
         return path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
@@ -51,9 +53,17 @@ def check_readable(path: Path) -> None:
     """Raise UserError if a file cannot be opened, with the system's reason: other packages call every such file
     missing."""
     try:
+        _refuse_pipe(path)
         path.open("rb").close()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _refuse_pipe(path: Path) -> None:
+    """Raise OSError for a pipe, a socket or a device, which may be read without end."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
 
 
 def check_writable(folder: Path, name: str) -> None:

@@ -112,11 +112,13 @@ class Synthesis:
 
 
 def wav_content(wave: np.ndarray, rate: int) -> bytes:
-    """Return the file of a wave (samples,) in [-1, 1], 16 bits per sample."""
+    """Return the file of a wave (samples,) in [-1, 1], 16 bits per sample; floats if it is not finite, which 16 bits
+    would hide from the metric models."""
     import soundfile
 
     content = io.BytesIO()
-    soundfile.write(content, wave, rate, format="WAV", subtype="PCM_16")
+    subtype = "PCM_16" if np.isfinite(wave).all() else "FLOAT"
+    soundfile.write(content, wave, rate, format="WAV", subtype=subtype)
     return content.getvalue()
 
 

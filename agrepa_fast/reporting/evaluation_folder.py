@@ -59,8 +59,6 @@ def evaluate_folder(
         raise UserError("--domain is needed for a folder of recordings: speech or audio")
     config = load_config("demo", overrides)
     check_used(overrides, ("metrics",))
-    if domain == "audio" and listed is not None:
-        raise UserError(f"--domain audio: {listed} is a list of speech")
     if domain == "audio" or not _OF_SPEECH & set(config.metrics.only):
         raise UserError(
             f"{folder}: a folder of recordings is measured by {', '.join(sorted(_OF_SPEECH))}, all of them of speech: "

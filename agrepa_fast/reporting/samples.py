@@ -53,6 +53,8 @@ def write_samples(
         log_mels["codes"] = torch.from_numpy(code_mels[tokens_of_frames(own, length)])
         for kind, log_mel in log_mels.items():
             name = f"{domain}-{count[domain]}-{kind}"
+            if not log_mel.isfinite().all():
+                print(f"{name}: the mel is not finite: its wav says nothing")
             _write_wav(folder / f"{name}.wav", vocoder(log_mel).numpy(), vocoder.sample_rate)
             names.append(f"{name}.wav")
             if kind != "codes":

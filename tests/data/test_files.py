@@ -220,11 +220,14 @@ class TestPlaces:
         assert cache_dir() == Path.cwd() / "relative"
 
     def test_a_file_that_cannot_be_read_is_named_with_the_reason(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
         for read in (read_text, check_readable):
             with pytest.raises(UserError, match=r"nothing cannot be read: No such file"):
                 read(tmp_path / "nothing")
             with pytest.raises(UserError, match=r"cannot be read: Is a directory"):
                 read(tmp_path)
+            with pytest.raises(UserError, match=r"pipe cannot be read: no regular file"):
+                read(tmp_path / "pipe")  # opened, it would wait for a writer
 
 
 def test_a_log_that_cannot_be_written_costs_a_line(tmp_path):

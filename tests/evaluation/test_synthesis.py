@@ -10,6 +10,7 @@ import torch
 
 from agrepa_fast import load_model
 from agrepa_fast.audio.vocoder import Vocoder
+from agrepa_fast.audio.waves import decode, wave_fault
 from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
 from agrepa_fast.evaluation import synthesis
@@ -19,6 +20,7 @@ from agrepa_fast.evaluation.synthesis import Synthesis, prefix_frames
 from agrepa_fast.metrics_config import MetricsConfig
 from agrepa_fast.models.audio_dit.conditioning import valid_frames
 from agrepa_fast.ranks import ALONE, Ranks
+from agrepa_fast.reporting.evaluation import _mel_distances
 
 from ..data.test_prepare_ranks import run_threads
 
@@ -90,8 +92,7 @@ def test_the_wavs_are_the_same_on_two_ranks_and_after_an_interruption(baseline, 
     assert resumed.contents() == one.contents()
 
 
-def test_files_that_a_crash_of_the_machine_has_emptied_are_made_again(baseline, tmp_path, monkeypatch):
-    monkeypatch.setenv("AGREPA_CACHE", str(tmp_path / "cache"))
+def test_files_that_a_crash_of_the_machine_has_emptied_are_made_again(baseline, tmp_path):
     made = Made(baseline, tmp_path / "wavs")
     made.run()
     whole = made.contents()
@@ -103,6 +104,16 @@ def test_files_that_a_crash_of_the_machine_has_emptied_are_made_again(baseline, 
     assert {path.suffix for path in (*emptied, of_row["codes"][2])} == {".wav", ".json"}
     made.run()
     assert made.contents() == whole
+
+
+def test_a_model_that_diverged_is_named_and_never_judged(baseline, tmp_path, monkeypatch):
+    made, sample = Made(baseline, tmp_path / "wavs"), synthesis.sample
+    monkeypatch.setattr(synthesis, "sample", lambda *arguments: sample(*arguments) * float("nan"))
+    wavs, failed = made.run().wavs(made.clips), {}
+    assert {wav.row for wav in _mel_distances(wavs, failed)} == {"codes"}
+    samples = [wav.path for wav in wavs if wav.row == "sample"]
+    assert failed.keys() == {f"sample/{path.name}: mel" for path in samples}
+    assert {wave_fault(decode(path, path.name)[0]) for path in samples} == {"not finite"}
 
 
 def test_noise_belongs_to_the_clip_and_not_to_its_place(baseline, tmp_path):

@@ -66,6 +66,7 @@ def test_another_backbone_leaves_out_the_sizes_of_the_presets_own(tmp_path):
         ("probe.times=[0.0]", "between 0 and 1"),
         ("probe.warmup_steps=400", "leaves no step to align"),
         ("data.f_max=12000.0", "at most half"),
+        ("data.sample_rate=2147483647", "must be from 1 to 1048576"),
         ("train.betas=[0.9,1.5]", "2 values, each in [0, 1)"),
         ("train.betas=[0.9]", "2 values"),
         ("train.steps=2.5", "a whole number is wanted"),
