@@ -15,6 +15,7 @@ from agrepa_fast.cli import main
 from agrepa_fast.errors import UserError
 from agrepa_fast.reporting.listen import build
 from agrepa_fast.reporting.listen.build import make_test
+from agrepa_fast.reporting.listen.ratings import read_answers
 from agrepa_fast.reporting.listen.results import rate
 from agrepa_fast.reporting.listen.screening import screened
 
@@ -299,3 +300,32 @@ def test_results_of_an_evaluation_are_not_replaced(content, tmp_path, capsys):
     assert ended.value.code == 2
     assert "results.json" in capsys.readouterr().err
     assert other.read_text() == content
+
+
+@pytest.mark.parametrize("kind", ["mos", "pairwise"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda answers: answers.update(kind="abx"),
+        lambda answers: answers.update(systems=None),
+        lambda answers: answers.update(trials=[]),
+        lambda answers: answers.pop("test"),
+        lambda answers: answers["clips"].update(clip0=None),
+        lambda answers: answers["clips"].pop("clip0"),
+        lambda answers: answers["stimuli"].popitem(),
+        lambda answers: answers["trials"].popitem(),
+        lambda answers: answers["trials"].update(more=next(iter(answers["trials"].values()))),
+        lambda answers: next(iter(answers["trials"].values())).append("more"),
+        lambda answers: next(iter(answers["trials"].values())).clear(),
+        lambda answers: answers["trials"].update({next(iter(answers["trials"])): None}),
+    ],
+    ids=range(12),
+)
+def test_answers_that_were_changed_are_refused(change, kind, tmp_path):
+    page, answers = make_small_test(tmp_path, kind)
+    path = page.with_name("answers.json")
+    read_answers(path)
+    change(answers)
+    path.write_text(json.dumps(answers))
+    with pytest.raises(UserError, match=r"is no answers.json of agrepa listen"):
+        read_answers(path)

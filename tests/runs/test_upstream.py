@@ -108,7 +108,8 @@ def test_other_files_are_refused(tmp_path, capsys, content, message):
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle"])
 def test_no_bytes_are_a_traceback(zipped, tmp_path):
-    torch.save({"model": {"a": torch.ones(9), "b": torch.zeros(2, 3)}}, tmp_path / "whole.pt", None, None, zipped)
+    content = {"model": {"a": torch.ones(9), "b": torch.zeros(2, 3)}}
+    torch.save(content, tmp_path / "whole.pt", _use_new_zipfile_serialization=zipped)
     whole, draw, refused = (tmp_path / "whole.pt").read_bytes(), random.Random(0), 0
     for _ in range(300):
         content = bytearray(whole)

@@ -111,9 +111,13 @@ def _trials(
     listener."""
     if kind == "mos":
         return {_id(key, "trial", id_): [id_] for id_ in ids.values()}
-    pairs = [*combinations([*systems, TRUTH], 2), (TRUTH, ANCHOR)]
-    both = [sorted((ids[clip, one], ids[clip, other])) for clip in clips for one, other in pairs]
+    both = [sorted((ids[clip, one], ids[clip, other])) for clip in clips for one, other in rated_pairs(systems)]
     return {_id(key, "trial", *pair): pair for pair in both}
+
+
+def rated_pairs(systems: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the pairs of a pairwise test that each clip is rated in."""
+    return [*combinations([*systems, TRUTH], 2), (TRUTH, ANCHOR)]
 
 
 def _id(key: bytes, *parts: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...errors import UserError
 from ...files import read_json
-from .build import FORMAT, KINDS
+from .build import FORMAT, KINDS, rated_pairs
 from .material import ANCHOR, TRUTH
 
 RATINGS_FORMAT = "agrepa ratings 1"  # as listen.js writes it
@@ -46,13 +46,25 @@ def read_answers(path: Path) -> Test:
             raise ValueError(f"format {values['format']!r}")
         stimuli = {id_: (one["clip"], one["system"]) for id_, one in values["stimuli"].items()}
         known = {(clip, name) for clip in values["clips"] for name in (*values["systems"], TRUTH, ANCHOR)}
-        if set(stimuli.values()) != known or any(
-            id_ not in stimuli for pair in values["trials"].values() for id_ in pair
+        rated = [tuple(sorted(trial)) for trial in values["trials"].values()]
+        if (
+            set(stimuli.values()) != known
+            or any(not isinstance(domain, str) for domain in values["clips"].values())
+            or sorted(rated) != sorted(_expected(values["kind"], stimuli, [*values["systems"]]))
         ):
             raise ValueError("its clips and trials do not belong together")
         return Test(values["test"], values["kind"], [*values["systems"]], values["clips"], stimuli, values["trials"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is no answers.json of agrepa listen ({type(error).__name__}: {error})") from error
+
+
+def _expected(kind: str, stimuli: dict[str, tuple[str, str]], systems: list[str]) -> list[tuple[str, ...]]:
+    """Return the ids of each trial that a test has, as build.py makes them."""
+    if kind == "mos":
+        return [(id_,) for id_ in stimuli]
+    ids = {stimulus: id_ for id_, stimulus in stimuli.items()}
+    clips = {clip for clip, _ in stimuli.values()}
+    return [tuple(sorted((ids[clip, one], ids[clip, other]))) for clip in clips for one, other in rated_pairs(systems)]
 
 
 def read_ratings(folder: Path, test: Test) -> list[Listener]:
