@@ -10,12 +10,12 @@ from ..errors import UserError
 from ..evaluation.lists import read_list
 from ..evaluation.prompted import PromptedSynthesis
 from ..evaluation.results import write_manifest
-from ..files import FolderLock, check_writable
+from ..files import FolderLock
 from ..launch import local_device
 from ..ranks import Ranks
 from .evaluation import USES, made_with
 from .evaluation_folder import clip_of, listed_material, measure_material
-from .opened import open_checkpoint
+from .opened import check_out, open_checkpoint
 
 
 def evaluate_list(
@@ -40,7 +40,7 @@ def evaluate_list(
             f"--list: model.backbone={backbone} is not sampled from texts, f5 is: give a folder of samples instead"
         )
     out = out or opened.beside(f"evaluate-{listed.stem}")
-    ranks.on_rank_0(lambda: check_writable(out, "--out"))
+    ranks.on_rank_0(lambda: check_out(out))
     metrics = opened.config.metrics
     utterances = ranks.from_rank_0(lambda: read_list(listed, reference))[: metrics.clips]
     if any(utterance.prompt is None for utterance in utterances):

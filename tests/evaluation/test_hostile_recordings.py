@@ -101,6 +101,14 @@ def test_what_is_no_recording_is_counted(folder, capsys):
     assert sorted(kinds) == ["1 x file without a suffix", "1 x link", "1 x no regular file"]
 
 
+@pytest.mark.parametrize("content", ['{"text": "mine"}', "[1]", "{"])
+def test_json_files_beside_recordings_are_not_read(content, folder):
+    """Those of a synthesis hold distances of mels."""
+    (folder / "a.json").write_text(content)
+    main(["evaluate", str(folder), "--domain", "speech", "--out", "out", "metrics.only=[mos,mel]"])
+    assert {row["text"] for row in read_clips(Path("out", "clips.csv"))} == {""}
+
+
 def test_all_waves_bad_is_no_traceback(folder):
     for path in folder.iterdir():
         write(path, np.full(RATE, np.nan))
