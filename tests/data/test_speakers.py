@@ -5,10 +5,8 @@ import shutil
 import sys
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
 
 from agrepa_fast.audio.waves import decode, resample
 from agrepa_fast.checkpoints.shard_facts import shard_hash
@@ -27,6 +25,9 @@ from agrepa_fast.torchaudio_import import import_torchaudio
 from .test_prepare import contents, read_all, settings, tone, write_corpus
 from .test_prepare_ranks import run_threads
 
+onnx = pytest.importorskip("onnx", reason="pip install 'agrepa_fast[s3]'")
+pytest.importorskip("onnxruntime", reason="pip install 'agrepa_fast[speaker]'")
+
 DIM = 192
 WEIGHT = np.random.default_rng(0).normal(size=(80, DIM)).astype(np.float32) / 9
 
@@ -34,14 +35,14 @@ WEIGHT = np.random.default_rng(0).normal(size=(80, DIM)).astype(np.float32) / 9
 def write_model(path, weight=WEIGHT):
     """mels (1, frames, 80) -> (1, 192): the mean over time of tanh(mels W)."""
     nodes = [
-        helper.make_node("MatMul", ["input", "weight"], ["product"]),
-        helper.make_node("Tanh", ["product"], ["bounded"]),
-        helper.make_node("ReduceMean", ["bounded"], ["output"], axes=[1], keepdims=0),
+        onnx.helper.make_node("MatMul", ["input", "weight"], ["product"]),
+        onnx.helper.make_node("Tanh", ["product"], ["bounded"]),
+        onnx.helper.make_node("ReduceMean", ["bounded"], ["output"], axes=[1], keepdims=0),
     ]
-    given = helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, "frames", len(weight)])
-    made = helper.make_tensor_value_info("output", TensorProto.FLOAT, [1, weight.shape[1]])
-    graph = helper.make_graph(nodes, "voice", [given], [made], [numpy_helper.from_array(weight, "weight")])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+    given = onnx.helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, [1, "frames", len(weight)])
+    made = onnx.helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, [1, weight.shape[1]])
+    graph = onnx.helper.make_graph(nodes, "voice", [given], [made], [onnx.numpy_helper.from_array(weight, "weight")])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8), path)
     return path
 
 

@@ -56,6 +56,7 @@ def test_identity(scorer):
 )
 def test_dnsmos_gives_the_package_s_own_scores(samples, expected):
     """speechmos 0.0.1.1."""
+    pytest.importorskip("onnxruntime", reason="pip install 'agrepa_fast[dnsmos]'")
     scorer = load_mos("package:dnsmos")
     assert scorer.names == ("dnsmos_sig", "dnsmos_bak", "dnsmos_ovrl")
     assert tuple(scorer.identity) == ("spec", "sha256", "licence", "version")

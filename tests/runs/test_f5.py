@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,12 @@ from agrepa_fast import cli, load_model
 from agrepa_fast.attribution.csv import read_csv
 from agrepa_fast.config_file import load_config
 
+from ..attribution.test_peers import INSTALL
 from ..ranks import run_training
 from ..testing import assert_same_curve, metrics, write_small_shards
+
+if find_spec("f5_tts") is None:
+    pytest.skip(INSTALL, allow_module_level=True)
 
 SIZES = {"dim": 32, "heads": 2, "dim_head": 16, "dropout": 0.0, "ff_mult": 2}
 NETWORKS = {
