@@ -16,8 +16,10 @@ from agrepa_fast.zero.rules import Rule, muon_rules
 from ..ranks import call_on_ranks
 from .optimizers_on_ranks import by_torch, follow_all, resume, save_and_go_on
 
-CASES = [(stage, optimizer, ()) for optimizer in ("adamw", "muon") for stage in range(4)]
-CASES += [(0, "muon", ("train.precision=bf16",)), (2, "muon", ("train.precision=bf16",))]
+TWO = [(stage, optimizer, ()) for optimizer in ("adamw", "muon") for stage in range(4)]
+TWO += [(0, "muon", ("train.precision=bf16",)), (2, "muon", ("train.precision=bf16",))]
+ONE = [(0, "adamw", ()), (0, "muon", ()), (3, "muon", ())]
+CASES = [(ranks, case) for ranks, cases in ((1, ONE), (2, TWO)) for case in cases]
 MATRICES = {"attn.qkv.weight": 3, "attn.out.weight": 1, "ffn.fc1.weight": 1, "ffn.fc2.weight": 1}
 
 
@@ -25,14 +27,13 @@ MATRICES = {"attn.qkv.weight": 3, "attn.out.weight": 1, "ffn.fc1.weight": 1, "ff
 def followed(preset, tmp_path_factory) -> dict:
     """What each rank saw, by ranks and case."""
     found = {}
-    for ranks in (1, 2):
-        everywhere = call_on_ranks(ranks, follow_all, str(preset), tmp_path_factory.mktemp("followed"), CASES)
-        found |= {(ranks, case): seen for case, *seen in zip(CASES, *everywhere, strict=True)}
+    for ranks, cases in ((1, ONE), (2, TWO)):
+        everywhere = call_on_ranks(ranks, follow_all, str(preset), tmp_path_factory.mktemp("followed"), cases)
+        found |= {(ranks, case): seen for case, *seen in zip(cases, *everywhere, strict=True)}
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("ranks", "case"), CASES, ids=str)
 def test_weights_are_those_of_torchs_optimizers(ranks, case, followed, monkeypatch):
     """torch's Muon iterates in bf16; on a CPU ours does so in fp32, and the cast is left out here."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
@@ -50,13 +51,12 @@ def test_weights_are_those_of_torchs_optimizers(ranks, case, followed, monkeypat
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_curves_are_the_same_on_any_ranks_at_any_stage(optimizer, followed):
     curves = {key: seen[0]["losses"] for key, seen in followed.items() if key[1][1:] == (optimizer, ())}
-    assert len(curves) == 8
+    assert len(curves) == (5 if optimizer == "adamw" else 6)
     for case, losses in curves.items():
         assert losses == pytest.approx(curves[1, (0, optimizer, ())], rel=1e-5), case
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("ranks", "case"), CASES, ids=str)
 def test_update_ratio_and_a_step_that_is_not_finite(ranks, case, followed):
     for found in followed[ranks, case]:
         assert found["ratios"][0] == pytest.approx(found["ratios"][1], rel=1e-3)
