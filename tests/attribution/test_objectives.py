@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from agrepa_fast import config
 from agrepa_fast.alignment.heads import AlignmentHeads
@@ -19,7 +20,7 @@ from agrepa_fast.attribution.selection import LayerSelection
 from agrepa_fast.config_file import load_config
 from agrepa_fast.data.batch import TeacherFrames
 from agrepa_fast.errors import UserError
-from agrepa_fast.kernels import align_loss_sum
+from agrepa_fast.kernels import align_loss_sum, force_backend
 from agrepa_fast.seeds import derive_seed
 
 DIMS = {"speech": 5, "audio": 7}
@@ -176,6 +177,16 @@ def test_an_absent_domain_gives_exact_zeros(name):
     (of_audio,) = {*made.selection.layers["audio"]} - {*made.selection.layers["speech"]}
     assert torch.equal(hidden[of_audio].grad, torch.zeros_like(hidden[of_audio]))
     assert hidden[1].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_products_of_a_head_are_those_that_the_page_of_objectives_counts(name):
+    """Two FLOPs per row and weight in the forward, four in the backward; fused operations have the same products."""
+    objective, made, hidden, batch = case(name)
+    with force_backend("reference"), FlopCounterMode(display=False) as counter:
+        alignment_loss(objective, made, hidden, batch, torch.rand(4), next_layer)[0].backward()
+    rows = len(LENGTHS) if objective.tap == "pooled" else len(LENGTHS) * FRAMES
+    assert counter.get_total_flops() == 6 * rows * sum(p.numel() for p in made.parameters() if p.ndim > 1)
 
 
 def test_states_of_another_time_resolution_are_stretched():
