@@ -2,21 +2,27 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from agrepa_fast.alignment.registry import OBJECTIVES
 
-from ..ranks import call_on_ranks
-from ..testing import write_small_shards
+from ..ranks import call_on_ranks, run_training
+from ..testing import TEACHER_DIMS, metrics, write_small_shards
 from .objectives_on_ranks import curves
 
 STAGES = dict.fromkeys(OBJECTIVES, (2,)) | {"sra": (0, 2, 3)}  # sra swaps the averaged weights in and out
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def preset(tmp_path_factory) -> str:
+    """Shards with the teacher's frames, some more than mel frames."""
+    return str(write_small_shards(tmp_path_factory.mktemp("frames") / "shards", teacher_rate=200.0))
+
+
+@pytest.fixture(scope="module")
+def found(preset, tmp_path_factory):
     """(objective, stage) -> what one rank alone saw at stage 0, and each of two ranks."""
     folder = tmp_path_factory.mktemp("objectives")
-    preset = str(write_small_shards(folder / "shards", teacher_rate=200.0))
     (alone,) = call_on_ranks(1, curves, preset, folder / "alone", dict.fromkeys(OBJECTIVES, (0,)))
     return alone, call_on_ranks(2, curves, preset, folder / "two", STAGES)
 
@@ -35,3 +41,18 @@ def test_two_ranks_train_as_one_at_every_stage(name, found):
         for ours, theirs in zip(first["losses"], wanted["losses"], strict=True):
             for loss in ("train/loss", "train/align_loss", "train/flow_loss"):
                 assert ours[loss] == pytest.approx(theirs[loss], rel=1e-5, abs=1e-7), (stage, loss)
+
+
+def test_a_run_reads_the_teachers_frames_and_saves_their_heads(preset, tmp_path):
+    options = (
+        "align.objective=frames",
+        "align.strategy=shallow",
+        "train.steps=1",
+        "train.val_every=9",
+        "probe.clips=1",
+    )
+    run_training(1, "--preset", preset, f"run.dir={tmp_path}/run", *options, cwd=tmp_path)
+    assert metrics(tmp_path / "run")[1]["train/align_loss"] > 0
+    heads = load_file(tmp_path / "run/checkpoints/step00000001/heads.safetensors")
+    assert heads["heads.speech_L1.0.weight"].shape == (64, 32)
+    assert heads["heads.audio_L2.4.weight"].shape == (TEACHER_DIMS["audio"], 64)
