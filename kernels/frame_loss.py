@@ -76,7 +76,7 @@ def _compute(
     rows, dtype = clips * frames, layers[0][0].dtype
     flat, limits = hidden.reshape(rows, width), lengths.long()
     counts, valid = limits.clamp(min=1), valid_frames(limits, frames).view(-1, 1)
-    inside = _inside(limits, frames, context)
+    inside = _inside(clips, frames, context, flat.device)
     coefficient = (row_weights.float() / counts).unsqueeze(0)
     distance = flat.new_empty((1, rows), dtype=torch.float32)
     dhidden = torch.zeros_like(flat)
@@ -109,15 +109,15 @@ def _compute(
     return distance.view(clips, frames).sum(1) / counts, dhidden, sums
 
 
-def _inside(limits: torch.Tensor, frames: int, context: int) -> torch.Tensor:
-    """Return (2 context + 1, N T, 1) bool: whether each neighbour of a frame, the earliest first, is in its clip."""
-    place = torch.arange(frames, device=limits.device)
-    shifted = [place + shift for shift in range(-context, context + 1)]
-    return torch.stack([((p >= 0) & (p < limits[:, None])).view(-1, 1) for p in shifted])
+def _inside(clips: int, frames: int, context: int, device: torch.device) -> torch.Tensor:
+    """Return (2 context + 1, N T, 1) bool: whether each neighbour of a frame, the earliest first, is in its row."""
+    place = torch.arange(frames, device=device)
+    shifted = torch.stack([place + shift for shift in range(-context, context + 1)])
+    return ((shifted >= 0) & (shifted < frames)).repeat(1, clips).unsqueeze(-1)
 
 
 def _neighbours(x: torch.Tensor, lead: int, rows: int, inside: torch.Tensor, context: int) -> torch.Tensor:
-    """Return (rows, (2 context + 1) D): each frame of x from `lead` on between its neighbours, zero beyond its clip."""
+    """Return (rows, (2 context + 1) D): each frame of x from `lead` on between its neighbours, zero beyond its row."""
     if not context:
         return x
     padded = F.pad(x, (0, 0, context - lead, context))  # of the first and the last chunk

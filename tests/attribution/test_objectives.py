@@ -255,7 +255,7 @@ class Mine(Objective):
 
     def loss(self, head, tap, target, mask, t):
         distance = 1 - F.cosine_similarity(head(tap), target.unsqueeze(1), dim=-1)
-        return (1 + t) * torch.where(mask, distance, 0).sum(1) / mask.sum(1).clamp(min=1)
+        return t + (1 + t) * torch.where(mask, distance, 0).sum(1) / mask.sum(1).clamp(min=1)
 
 class Padded(Mine):
     def loss(self, head, tap, target, mask, t):
@@ -302,7 +302,7 @@ def test_a_users_objective_counts_frames_and_clips_as_ours_do(theirs):
         for layer, weight in zip(LAYERS[name], SELECTION.weights[name], strict=True):
             z = made.of(name, layer)(hidden[layer][row, :length])
             distance = 1 - F.cosine_similarity(z, batch.teacher[name][row][None], dim=-1)
-            wanted[row] = wanted[row] + weight * (1 + t[row]) * distance.mean()
+            wanted[row] = wanted[row] + weight * (t[row] + (1 + t[row]) * distance.mean())
     torch.testing.assert_close(losses, wanted.detach())
     leaves = [*made.parameters(), hidden[1], hidden[2], hidden[3]]
     ours, naive = torch.autograd.grad(mean, leaves), torch.autograd.grad(wanted.mean(), leaves)

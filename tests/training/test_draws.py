@@ -37,7 +37,7 @@ def test_averaged_states_are_of_the_average_nearer_to_the_data_for_the_steps_noi
         for row in range(3):  # the time of each clip is its own draw: find it
             later = torch.linspace(0, LATER, 401)
             place, speed = x_t[row] + later[:, None, None] * velocity[row], draws.t[row] + later
-            rows = condition[row : row + 1].map(lambda x: x.expand(401, *x.shape[1:]))
+            rows = condition[row : row + 1].map(lambda x: x.expand(401, *x.shape[1:]).contiguous())
             errors = (averaged(place, speed, rows, capture=(4,)).hidden[4] - found[4][row]).abs().amax((1, 2))
             spread = (near[4][row] - far[4][row]).abs().max()
             assert errors.min() < 0.01 * spread
