@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from agrepa_fast.config import FlowConfig
-from agrepa_fast.kernels import flow_mix
+from agrepa_fast.kernels import flow_mix, philox_uniform
 from agrepa_fast.seeds import clip_keys
 from agrepa_fast.training.draws import LATER, averaged_states, draw_condition
 from agrepa_fast.zero.ema import Ema
@@ -32,13 +32,11 @@ def test_averaged_states_are_of_the_average_nearer_to_the_data_for_the_steps_noi
 
     draws, condition = draw_condition(flow, batch, keys[0])
     x_t, velocity = flow_mix(mel, draws.t, keys[1], flow.sigma)
+    later = LATER * philox_uniform(~keys[0], 1)[:, 0]
+    assert 0 <= later.min() < later.max() <= 0.2
+    t = (draws.t + later).clamp(max=1)
+    x = x_t + (t - draws.t)[:, None, None] * velocity  # further on the same path
     with torch.no_grad():
-        near, far = (averaged(x_t + d * velocity, draws.t + d, condition, capture=(2, 4)).hidden for d in (0, LATER))
-        for row in range(3):  # the time of each clip is its own draw: find it
-            later = torch.linspace(0, LATER, 401)
-            place, speed = x_t[row] + later[:, None, None] * velocity[row], draws.t[row] + later
-            rows = condition[row : row + 1].map(lambda x: x.expand(401, *x.shape[1:]).contiguous())
-            errors = (averaged(place, speed, rows, capture=(4,)).hidden[4] - found[4][row]).abs().amax((1, 2))
-            spread = (near[4][row] - far[4][row]).abs().max()
-            assert errors.min() < 0.01 * spread
-            assert 0 < errors.argmin() < 400
+        wanted = averaged(x, t, condition, capture=(2, 4)).hidden
+    for layer in (2, 4):
+        torch.testing.assert_close(found[layer], wanted[layer], rtol=1e-3, atol=1e-3)
