@@ -29,7 +29,7 @@ def start_from_upstream(model: Backbone, path: Path) -> str:
     Raises UserError for a file that holds more than tensors or is damaged, and names the first weight that the model
     lacks, misses, or has in another shape.
     """
-    if model.prediction == "x":
+    if model.predicts == "x":
         raise UserError(f"train.start_from={path}: its model predicts the velocity: leave flow.prediction=x out")
     state = model.from_upstream(read_tensors(path))
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -66,7 +66,7 @@ def export_upstream(checkpoint: Path, out: Path, *, live: bool = False) -> None:
         raise UserError(f"--out {out} exists: choose a new file")
     check_writable(out.parent, "--out")
     model, _ = load_model(checkpoint, live=live)
-    if model.prediction == "x":
+    if model.predicts == "x":
         raise UserError("--upstream: models of other packages predict the velocity, and this one the clean mel (x)")
     content = model.to_upstream(dict(model.state_dict()))
     if out.suffix != model.upstream_suffix:

@@ -63,7 +63,7 @@ class Backbone(nn.Module):
     line of train.start_from; and how the names of its weight files end.
     attention_cost: FLOPs of a pair of frames over those of a frame, for train.batch_frames; set by the builder.
     partitioned: weights are whole only inside a module's forward (ZeRO-3); set by the engine.
-    prediction: "velocity", or "x" if `velocity` returns the clean mel, from which `forward` computes the velocity; set
+    predicts: "velocity", or "x" if `velocity` returns the clean mel, from which `forward` computes the velocity; set
     by make_model (flow.prediction).
     replayable: the velocity is a function of weights, arguments and PyTorch's random state alone, so training replays
     CUDA graphs of it by default; a graph would repeat the choices that Python made at its capture.
@@ -78,7 +78,7 @@ class Backbone(nn.Module):
     upstream_suffix = ".safetensors"
     attention_cost = 0.0
     partitioned = False
-    prediction = "velocity"
+    predicts = "velocity"
     replayable = False
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class Backbone(nn.Module):
 
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         """Return the velocity (N, T, n_mels) at x_t (N, T, n_mels) and times t (N,), for N conditions; the clean mel if
-        `prediction` is "x". Frames beyond condition.lengths are padding, and must not change those of the clip."""
+        `predicts` is "x". Frames beyond condition.lengths are padding, and must not change those of the clip."""
         raise NotImplementedError(f"{type(self).__name__} has no velocity(x_t, t, condition)")
 
     def forward(
@@ -136,10 +136,10 @@ class Backbone(nn.Module):
     def as_velocity(self, out: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         """Return the velocity (N, T, n_mels) of the network's output `out`, zero in the padding. t (C,) or (C, T).
 
-        With prediction "x" it is (out - x_t) / (1 - t) in fp32 (Li & He 2025, arXiv 2511.13720): on the path
+        If `predicts` is "x", it is (out - x_t) / (1 - t) in fp32 (Li & He 2025, arXiv 2511.13720): on the path
         x_t = (1 - t) sigma eps + t x, the clean mel x gives the target x - sigma eps. 1 - t counts as 1e-4 or more.
         """
-        if self.prediction == "x":
+        if self.predicts == "x":
             left = (1 - t.float()).clamp(min=1e-4).view(len(t), -1, 1)
             out = ((out.float() - x_t.float()).unflatten(0, (-1, len(t))) / left).flatten(0, 1)
         return zero_padding(out, condition.mask_lengths)

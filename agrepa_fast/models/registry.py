@@ -31,7 +31,7 @@ def make_model(
     or made, or if it is no Backbone.
     """
     model = AudioDiT(config, finish) if config.backbone == "audio_dit" else finish(_other_model(config))
-    model.prediction = prediction
+    model.predicts = prediction
     return model
 
 

@@ -243,10 +243,10 @@ def start_from_run(model: Backbone, checkpoint: Path) -> None:
     """Fill the model with the averaged weights of a run's checkpoint or of an export. Every rank must call it. Raises
     UserError if they are those of another architecture or of another flow.prediction."""
     prediction = load_config(checkpoint / "config.yaml").flow.prediction
-    if prediction != model.prediction:
+    if prediction != model.predicts:
         raise UserError(
             f"train.start_from={checkpoint}: its flow.prediction is {prediction}, and this run's is "
-            f"{model.prediction}: set flow.prediction={prediction}"
+            f"{model.predicts}: set flow.prediction={prediction}"
         )
     load_weights(model, weights_file(checkpoint), "this run's")
 

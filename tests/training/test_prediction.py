@@ -33,7 +33,7 @@ FLOW = FlowConfig(prediction="x", steps=7)
 class Oracle(Backbone):
     """Knows the clean mels."""
 
-    prediction = "x"
+    predicts = "x"
 
     def __init__(self, mel: torch.Tensor):
         super().__init__()
@@ -75,9 +75,9 @@ def test_velocity_of_a_prediction_by_hand(make):
     per_frame = torch.linspace(0, 0.9, x_t.shape[1]).expand(3, -1)
     with torch.no_grad():
         for t in (T, per_frame) if make is small_model else (T,):
-            model.prediction = "velocity"
+            model.predicts = "velocity"
             raw = model(rows, t, condition, capture=(1,))
-            model.prediction = "x"
+            model.predicts = "x"
             found = model(rows, t, condition, capture=(1,))
             left = 1 - t.repeat(2, *[1] * (t.ndim - 1)).view(6, -1, 1)
             valid = (torch.arange(x_t.shape[1]) < condition.lengths.repeat(2)[:, None])[..., None]
@@ -97,7 +97,7 @@ def test_loss_and_gradients_are_those_of_jit():
     error = ((mel - x_t) / left - (x - x_t) / left).square().mean(2)
     naive = torch.stack([error[clip, :length].mean() for clip, length in enumerate(condition.lengths.tolist())])
     wanted = gradients(naive.mean())
-    model.prediction = "x"
+    model.predicts = "x"
     loss = training_loss(FLOW, model(x_t, T, condition).v, target, condition.lengths, T)
     torch.testing.assert_close(loss, naive, rtol=1e-4, atol=0)
     torch.testing.assert_close(gradients(loss.mean()), wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
@@ -138,7 +138,7 @@ def test_foga_is_the_change_of_the_velocity_with_a_block_left_out():
         change = (model(x_t, t, condition).v - x).flatten(1).norm(dim=1)
         wanted.append(change / ((x - x_t) * valid).flatten(1).norm(dim=1))
     model.blocks = torch.nn.ModuleList(blocks)
-    model.prediction = "x"
+    model.predicts = "x"
     scores = foga(model, batch, times=(0.6,))
     torch.testing.assert_close(scores.values[:, :, 0, 0], torch.stack(wanted), atol=1e-5, rtol=1e-5)
 
@@ -149,7 +149,7 @@ def curves(preset: str, folder: Path, ways: tuple[tuple[int, str], ...]) -> dict
     for stage, precision in ways:
         settings = ("flow.prediction=x", "flow.times=logit_normal:0.8,1.5", f"train.precision={precision}")
         run, batches = make_run(preset, ds_values(stage), folder / f"{stage}{precision}", *settings)
-        assert run.engine.module.prediction == "x"
+        assert run.engine.module.predicts == "x"
         losses = []
         for step in range(3):
             run.step(batches, step)
@@ -182,7 +182,7 @@ def exported(tmp_path) -> Path:
 
 def test_a_checkpoint_knows_its_prediction(exported):
     model, config = load_model(exported)
-    assert (model.prediction, config.flow.prediction) == ("x", "x")
+    assert (model.predicts, config.flow.prediction) == ("x", "x")
     start_from_run(make_model(config.model, "x"), exported)
     with pytest.raises(
         UserError, match=r"its flow\.prediction is x, and this run's is velocity: set flow\.prediction=x"
@@ -201,6 +201,6 @@ def test_files_of_other_packages_are_refused(exported, tmp_path):
     model = voicebox()
     torch.save({"model": model.to_upstream(dict(model.state_dict()))["model"]}, tmp_path / "theirs.pt")
     start_from_upstream(model, tmp_path / "theirs.pt")
-    model.prediction = "x"
+    model.predicts = "x"
     with pytest.raises(UserError, match=r"theirs\.pt: its model predicts the velocity: leave flow\.prediction=x out"):
         start_from_upstream(model, tmp_path / "theirs.pt")
