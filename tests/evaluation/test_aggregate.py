@@ -128,7 +128,7 @@ def test_figures_belong_to_the_content_of_a_wav_and_to_the_model(tmp_path):
     assert calls == [100, 120, 120]
 
 
-def test_a_wav_that_cannot_be_judged_is_kept_with_the_reason(tmp_path):
+def test_a_wav_that_cannot_be_judged_has_the_reason_and_is_judged_again(tmp_path):
     def raises(wave, rate):
         raise RuntimeError("shapes\ndo not fit")
 
@@ -136,6 +136,6 @@ def test_a_wav_that_cannot_be_judged_is_kept_with_the_reason(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(10), 8000)
     (tmp_path / "b.wav").write_bytes(b"no recording")
     for name, reason in (("a.wav", "RuntimeError: shapes do not fit"), ("b.wav", "b.wav")):
-        sha256 = file_sha256(tmp_path / name)
         assert reason in judged(cache, tmp_path / name, raises)[FAILED]
-        assert json.loads(cache.file(sha256).read_text()).keys() == {FAILED}
+        assert not cache.file(file_sha256(tmp_path / name)).exists()
+    assert judged(cache, tmp_path / "a.wav", lambda wave, rate: {"mos": 3.0}) == {"mos": 3.0}
