@@ -23,6 +23,7 @@ from .evaluation import circular_models, measure, write_results
 from .opened import check_out
 
 _OF_SPEECH = {"wer", "mos", "similarity"}  # metrics without shards
+_USES = tuple(f"metrics.{name}" for name in ("only", "asr", "language", "text", "mos", "speaker", "confidence"))
 
 
 class Material(NamedTuple):
@@ -58,7 +59,7 @@ def evaluate_folder(
     if domain is None and listed is None:
         raise UserError("--domain is needed for a folder of recordings: speech or audio")
     config = load_config("demo", overrides)
-    check_used(overrides, ("metrics",))
+    check_used(overrides, _USES)
     if domain == "audio" or not _OF_SPEECH & set(config.metrics.only):
         raise UserError(
             f"{folder}: a folder of recordings is measured by {', '.join(sorted(_OF_SPEECH))}, all of them of speech: "

@@ -16,6 +16,8 @@ from ..errors import UserError
 from ..files import check_writable
 from ..models.backbone import Backbone
 
+_DRAWN_IN_TRAINING = ("flow.times", "flow.average", "flow.drop_tokens", "flow.drop_reference", "flow.drop_all")
+
 
 def check_out(out: Path) -> None:
     """Raise UserError unless an evaluation or a comparison may be written into a folder: that of a run has files of the
@@ -54,5 +56,7 @@ def open_checkpoint(checkpoint: Path, overrides: Sequence[str], *, live: bool, u
     if config.flow.prediction != saved.flow.prediction:
         raise UserError("flow.prediction is the checkpoint's: it cannot be overridden here")
     check_used(overrides, uses)
+    if drawn := [name for name, _, _ in (text.partition("=") for text in overrides) if name in _DRAWN_IN_TRAINING]:
+        raise UserError(f"{drawn[0]} has no effect here: only training draws by it")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return OpenedCheckpoint(model.to(device), config, matching_index(config.data), path, device)

@@ -194,6 +194,8 @@ def test_what_does_not_fit_is_refused_in_one_line(run, tmp_path, calls, capsys):
         ([str(tmp_path / "none")], "is no checkpoint"),
         ([str(tmp_path)], "--domain is needed"),
         ([str(tmp_path), "--live", "--domain", "speech"], "has no weights"),
+        ([str(tmp_path), "--domain", "speech", "metrics.draws=2"], "metrics.draws has no effect here"),
+        ([str(run), *FLAGS, "flow.times=logit_normal"], "flow.times has no effect here"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(["evaluate", *arguments])

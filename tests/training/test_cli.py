@@ -197,6 +197,7 @@ class TestRefusals:
         assert "train.lr has no effect here: data.* have" in refused(capsys, *source, "train.lr=0.1")
         assert "train.copy_to has no effect here: data.*, flow.*" in refused(capsys, "sample", run, "train.copy_to=x")
         assert "run.dir has no effect here" in refused(capsys, "sample", run, "run.dir=elsewhere")
+        assert "flow.drop_all has no effect here" in refused(capsys, "sample", run, "flow.steps=2", "flow.drop_all=0.5")
         assert "eval.clips has no effect here" in refused(capsys, "probe", run, "eval.clips=2")
         assert "23 speech clips" in refused(capsys, "probe", run, "probe.clips=23")
 
