@@ -20,7 +20,7 @@ OF_LAYERS = ("deeper", "averaged")  # targets that are states of the model
 
 
 class AlignedLayer(NamedTuple):
-    """What an objective gets of one aligned layer, for the clips of a batch. Only those of one domain count."""
+    """The material of one aligned layer for an objective: all clips of a batch, of which those of one domain count."""
 
     head: nn.Module | None
     tap: torch.Tensor  # (N, T, width), or pooled (N, width)

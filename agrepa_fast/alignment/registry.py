@@ -42,8 +42,8 @@ def make_objective(name: str, widths: Sequence[int], teacher_dims: dict[str, int
     try:
         objective = named_object(name)()
         check(isinstance(objective, Objective), "derive it from agrepa_fast.Objective")
-        check(objective.tap in TAPS, f"tap={objective.tap!r} is none of {', '.join(TAPS)}")
-        check(objective.target in TARGETS, f"target={objective.target!r} is none of {', '.join(map(str, TARGETS))}")
+        check(objective.tap in TAPS, f"tap={objective.tap!r}: {', '.join(TAPS)} are known")
+        check(objective.target in TARGETS, f"target={objective.target!r}: {', '.join(map(str, TARGETS))} are known")
         one_vector = objective.target in ("pooled", None)
         check(objective.tap == "frames" or one_vector, f"target={objective.target!r} needs tap='frames'")
         for width in {*widths}:

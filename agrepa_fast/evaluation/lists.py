@@ -26,7 +26,7 @@ class Utterance(NamedTuple):
 
     key          name of its sample: <key>.wav
     prompt       recording of the voice to have, None if the list has none, with its transcript prompt_text
-    truth        recording of the text, None if there is none
+    truth        recording of the text, None if the list names no such file
     lead         characters before the text, besides the usual space, for a model that reads prompt_text first
     """
 

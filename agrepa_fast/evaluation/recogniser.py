@@ -213,7 +213,7 @@ def _prompt(model, tokenizer, language: str, title: str) -> list[int]:
         multilingual = model.config.vocab_size >= _MULTILINGUAL_VOCAB
     languages = [found[1] for found in map(_LANGUAGE.fullmatch, vocabulary) if found] if multilingual else ["en"]
     if language not in languages:
-        raise UserError(f"metrics.language={language} is none of {title}'s languages: {nearest(language, languages)}")
+        raise UserError(f"metrics.language={language}: {title} lacks this language; {nearest(language, languages)}")
     words = ["startoftranscript", *([language, "transcribe"] if multilingual else []), "notimestamps"]
     return [vocabulary[f"<|{word}|>"] for word in words]
 

@@ -108,7 +108,7 @@ def read_clips(file: Path) -> list[dict]:
                 raise ValueError("other columns")
             rows.append({name: _parsed(name, row.get(name, "")) for name in FIELDS})
         if not rows:
-            raise ValueError("there is none")
+            raise ValueError("the file ends before it")
     except (ValueError, csv.Error) as error:
         raise _damaged(file, f"row {len(rows) + 1}: {error}") from error
     return rows

@@ -1,4 +1,4 @@
-"""What a probe costs, counted in block forwards of one clip, and how seldom it must come to cost little."""
+"""The cost of a probe in block forwards of one clip, and the period at which it takes a small share of training."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What a step draws for a micro-batch, and the states of the averaged weights at a cleaner time."""
+"""The random draws of a micro-batch, and the states of the averaged weights at a cleaner time."""
 
 from dataclasses import replace
 

@@ -138,8 +138,8 @@ class RuledOptimizer(torch.optim.AdamW):
         torch._foreach_add_([self.state[master]["step"] for master in masters], 1)
 
     def cut(self, kind: str, masters: Iterable[torch.Tensor], tensors: str) -> list[torch.Tensor]:
-        """Return the flat parts of a kind of all masters' "weights", "grad" (zero where there is none), or of a tensor
-        of their states."""
+        """Return the flat parts of a kind of all masters' "weights", "grad" (zeros for a master without one), or of a
+        tensor of their states."""
         found = []
         for master in masters:
             if kind in self.layouts[master].kinds:

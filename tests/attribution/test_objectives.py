@@ -318,7 +318,7 @@ def test_a_users_objective_counts_frames_and_clips_as_ours_do(theirs):
         ("{}:Gone", "align.objective=their_objective:Gone: AttributeError"),
         ("{}:Plain", "derive it from agrepa_fast.Objective"),
         ("{}:NoLoss", "NoLoss has no loss"),
-        ("{}:Elsewhere", "tap='everything' is none of frames, pooled"),
+        ("{}:Elsewhere", "tap='everything': frames, pooled are known"),
         ("{}:Scalar", r"Scalar.loss returned \(\), not \(3,\)"),
         ("{}:Broken", "their_objective.py:29, in loss: KeyError: 'gone'"),
         ("{}:Padded", "padding changes the loss of a clip"),

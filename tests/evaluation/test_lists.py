@@ -132,13 +132,14 @@ def test_a_list_that_is_not_right_is_refused_with_the_line(tmp_path, librispeech
     assert "\n" not in str(error.value)
 
 
+TEXTS = {0.1: "Its late, isnt it", 0.2: "50", 0.3: "a prompt"}  # by the level of a wave
+
+
 class Listener(Model):
     """Hears a text, and a voice, by the level of a wave."""
 
-    texts = {0.1: "Its late, isnt it", 0.2: "50", 0.3: "a prompt"}  # noqa: RUF012 - never changed
-
     def transcribe(self, wave, rate):
-        return Heard(self.texts[round(float(np.abs(wave).mean()), 1)], -0.1)
+        return Heard(TEXTS[round(float(np.abs(wave).mean()), 1)], -0.1)
 
     def embed(self, wave, rate):
         angle = 2 * float(np.abs(wave).mean())
