@@ -41,7 +41,7 @@ CONTRIBUTION = ("foga", "foga-vjp", "gradnorm")  # measures of what a layer cont
 STORAGE = ("ridge", "cka", "lasp")  # measures of what a layer stores of the teacher
 MEASURES = (*CONTRIBUTION, *STORAGE)
 MEASURED = (*CONTRIBUTION, "lasp")  # strategies that rank layers by a measure
-STRATEGIES = (*MEASURED, "fixed", "shallow", "deep", "random", "none")
+STRATEGIES = (*MEASURED, "fixed", "shallow", "middle", "deep", "random", "none")
 CHOICES = ("hard", "soft")
 OF_LAYERS = ("layersync", "sra")  # objectives that compare a layer with a deeper one
 OBJECTIVES = ("pooled", "frames", "irepa", *OF_LAYERS)
@@ -176,7 +176,9 @@ class AlignConfig:
     deeper: Size | None = setting(
         None, "layersync, sra: a layer is compared with the one so many layers deeper; null: a third of the depth"
     )
-    strategy: str = setting("foga", "foga, foga-vjp, gradnorm, lasp, fixed:4,8,12, shallow, deep, random or none")
+    strategy: str = setting(
+        "foga", "foga, foga-vjp, gradnorm, lasp, fixed:4,8,12, shallow, middle, deep, random or none"
+    )
     k: Size = setting(3, "layers per domain")
     share: ShareAboveZero | None = setting(
         None, "instead of k: the fewest layers that are 90 % sure to carry this share of all scores"

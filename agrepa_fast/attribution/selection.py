@@ -261,8 +261,8 @@ def _weights(scores: torch.Tensor, factors: dict[int, float], weighting: str) ->
 
 
 def unmeasured_selection(align: AlignConfig, depth: int, domains: tuple[str, ...], seed: int) -> LayerSelection:
-    """Return the selection of a strategy without scores: fixed:…, shallow (L1 … Lk), deep (the last k), random, none.
-    Equal weights that sum to 1.
+    """Return the selection of a strategy without scores: fixed:…, shallow (L1 … Lk), middle (the k around the middle,
+    half a layer nearer to L1 if there is no even split), deep (the last k), random, none. Equal weights that sum to 1.
 
     Raises UserError for the strategies that need scores.
     """
@@ -271,10 +271,9 @@ def unmeasured_selection(align: AlignConfig, depth: int, domains: tuple[str, ...
         return LayerSelection("none", {}, {})
     if name == "fixed":
         chosen = dict.fromkeys(domains, align.fixed_layers)
-    elif name == "shallow":
-        chosen = dict.fromkeys(domains, tuple(range(1, align.k + 1)))
-    elif name == "deep":
-        chosen = dict.fromkeys(domains, tuple(range(depth - align.k + 1, depth + 1)))
+    elif name in ("shallow", "middle", "deep"):
+        before = {"shallow": 0, "middle": (depth - align.k) // 2, "deep": depth - align.k}[name]
+        chosen = dict.fromkeys(domains, tuple(range(before + 1, before + align.k + 1)))
     elif name == "random":
         draw = random.Random(f"{seed}/random layers")
         chosen = {domain: tuple(sorted(draw.sample(range(1, depth + 1), align.k))) for domain in domains}

@@ -154,6 +154,16 @@ def test_unmeasured_strategies(strategy, layers):
     assert sum(chosen.weights["audio"]) == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    ("depth", "k", "layers"),
+    [(8, 2, (4, 5)), (7, 3, (3, 4, 5)), (8, 3, (3, 4, 5)), (7, 2, (3, 4)), (7, 1, (4,)), (4, 4, (1, 2, 3, 4))],
+)
+def test_middle_layers_of_even_and_odd_models(depth, k, layers):
+    chosen = unmeasured_selection(AlignConfig(strategy="middle", k=k), depth, ("speech",), seed=0)
+    assert chosen.layers == {"speech": layers}
+    assert layers[0] - 1 in (depth - layers[-1], depth - layers[-1] - 1), "as many layers on each side, or one fewer"
+
+
 def test_random_layers_depend_on_the_seed():
     sets = {
         unmeasured_selection(AlignConfig(strategy="random"), 8, ("speech", "audio"), seed).layers["speech"]
