@@ -158,7 +158,7 @@ def alignment(results: dict) -> Iterator[Row]:
     for name, most in (("pooled", 1.0), ("frames", 4.0)):
         share = 100 * total_s(results["alignment"][name]["fused"]) / took
         yield _limit(f"alignment, {name}, of a step", share, most, " %")
-    yield _goal("alignment, frames, over eager", ratio(results["alignment"]["frames"], "eager", "fused"), 1.6)
+    yield _goal("alignment, frames, over eager", ratio(results["alignment"]["frames"], "eager", "fused"), 1.0)
 
 
 def fuse(results: dict) -> Iterator[Row]:

@@ -12,6 +12,7 @@ KERNEL_TESTS = (
     "qk_norm_rope",
     "linear_gelu",
     "align_loss",
+    "frame_loss",
     "velocity_change",
     "flow_mix",
 )

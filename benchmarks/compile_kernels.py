@@ -39,6 +39,7 @@ from agrepa_fast.kernels import (
     align_loss,
     flow_mix,
     force_backend,
+    frame_loss_sum,
     gated_residual,
     linear_gelu,
     qk_norm_rope,
@@ -107,16 +108,22 @@ def run_linear_gelu(width: int) -> None:
 
 
 def run_align_loss(width: int) -> None:
-    """Run three layers against a teacher of Whisper-large-v3's width; heads are fp32 as in training."""
-    layers, teacher = 3, 1280
+    """Run three layers of agrepa-a's 128 clips against a teacher of Whisper-large-v3's width, fp32 as in training."""
+    layers, clips, teacher = 3, 8 * N, 1280
     heads = [
         leaf(layers, *shape, dtype=torch.float32) for shape in ((width, width), (width,), (teacher, width), (teacher,))
     ]
-    weights, mask = torch.empty(layers), torch.ones(N, dtype=torch.bool)
-    pooled = leaf(layers, N, width, dtype=torch.float32)
-    backward(align_loss(pooled, *heads, torch.empty(N, teacher), weights, mask))
-    frames, lengths = leaf(layers, N, T, width), torch.full((N,), T)
-    backward(align_loss(frames, *heads, torch.empty(N, T, teacher, dtype=torch.bfloat16), weights, mask, lengths))
+    weights, mask = torch.empty(layers), torch.ones(clips, dtype=torch.bool)
+    pooled = leaf(layers, clips, width, dtype=torch.float32)
+    backward(align_loss(pooled, *heads, torch.empty(clips, teacher), weights, mask))
+
+
+def run_frame_loss(width: int) -> None:
+    """Run one layer through REPA's head, in the run's precision as in training."""
+    teacher, inner = 1280, 2 * width
+    layers = [(leaf(o, i), leaf(o)) for i, o in ((width, inner), (inner, inner), (inner, teacher))]
+    lengths, weights = torch.full((N,), T), torch.empty(N)
+    backward(frame_loss_sum(leaf(N, T, width), torch.empty(N, T, teacher), lengths, weights, layers)[0])
 
 
 def run_velocity_change(width: int) -> None:
@@ -136,6 +143,7 @@ CASES: dict[str, Callable[[int], None]] = {
     "qk_norm_rope": run_qk_norm_rope,
     "linear_gelu": run_linear_gelu,
     "align_loss": run_align_loss,
+    "frame_loss": run_frame_loss,
     "velocity_change": run_velocity_change,
     "flow_mix": run_flow_mix,
 }

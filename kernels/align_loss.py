@@ -1,17 +1,16 @@
 """Teacher-projection cosine loss of all aligned layers of one domain: loss_n = sum_k lambda_k (1 - cos(mlp_k(h_kn),
-y_n)); frame-wise, its mean over the clip's frames.
+y_n)), of the time-mean h_kn of each clip.
 
-AG-REPA (arXiv 2603.01006), sec. "AG-REPA"; frame-wise it is REPA's loss (Yu et al. 2025) with the same heads.
+AG-REPA (arXiv 2603.01006), sec. "AG-REPA". frame_loss.py is the loss of single frames.
 
-Dims:     K aligned layers, N rows, T frames, D width, H hidden width of the heads, E teacher width.
-Shapes:   hidden (K, N, D) pooled or (K, N, T, D) frame-wise; w1 (K, H, D), b1 (K, H), w2 (K, E, H), b2 (K, E);
-          teacher (N, E) or (N, T, E), any row strides; weights (K,) or (K, N); mask (N,) bool; lengths (N,), frame-wise
-          only; loss (N,) fp32.
+Dims:     K aligned layers, N rows, D width, H hidden width of the heads, E teacher width.
+Shapes:   hidden (K, N, D); w1 (K, H, D), b1 (K, H), w2 (K, E, H), b2 (K, E); teacher (N, E), any row stride; weights
+          (K,) or (K, N); mask (N,) bool; loss (N,) fp32.
 Numerics: GEMMs in the heads' dtype, even under autocast; GELU, cosine and its gradient in fp32; gradients of the heads
-          summed over chunks in fp32; no atomics, deterministic. Rows with mask False and frames beyond their clip's
-          length give exactly 0 and no gradient, even if hidden states or teacher are not finite there.
-Traffic:  chunks of 4096 projected frames, which stay in the GPU's L2: two GEMMs, one pass that turns the projection
-          into its own gradient, then the chunk's gradients. No tensor of N T E or N T H elements exists.
+          summed over chunks in fp32; no atomics, deterministic. Rows with mask False give exactly 0 and no gradient,
+          even if hidden states or teacher are not finite there.
+Traffic:  chunks of 4096 projected rows, which stay in the GPU's L2: two GEMMs, one pass that turns the projection
+          into its own gradient, then the chunk's gradients.
 
 Training calls align_loss_sum: it knows the rows' weights in the scalar loss, so the forward finishes the gradients.
 align_loss is exact for any gradient of its rows, and computes the chunks again in its backward.
@@ -26,25 +25,19 @@ from . import _native
 from ._backend import backend_of, tl, triton
 from ._launch import TILES, UNSPECIALIZED, launch, tile_settings
 from ._library import Operation, once_differentiable
-from ._rows import CHUNK, ceil_div, check_tensor, valid_frames
+from ._rows import CHUNK, ceil_div, check_tensor
 from ._tiles import store_sums
 from .linear_gelu import gelu_rows, gelu_rows_backward
 
-PROJECTED = 4096  # frames projected at a time, of all heads together
+PROJECTED = 4096  # rows projected at a time, of all heads together
 _TEACHERS = (torch.float32, torch.bfloat16, torch.float16)  # in the order of teacher_row in csrc/cpu/align_loss.cpp
 
 
 def _heads(
     hidden: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor
 ) -> torch.Tensor:
-    flat = hidden.flatten(1, -2)
-    inner = F.gelu(torch.baddbmm(b1.unsqueeze(1), flat, w1.transpose(1, 2)))
-    return torch.baddbmm(b2.unsqueeze(1), inner, w2.transpose(1, 2)).unflatten(1, hidden.shape[1:-1])
-
-
-def _limits(mask: torch.Tensor, lengths: torch.Tensor | None, frames: int) -> torch.Tensor:
-    """Return the number of frames per row that count, (N,) int64."""
-    return torch.where(mask, frames if lengths is None else lengths.long(), 0)
+    inner = F.gelu(torch.baddbmm(b1.unsqueeze(1), hidden, w1.transpose(1, 2)))
+    return torch.baddbmm(b2.unsqueeze(1), inner, w2.transpose(1, 2))
 
 
 def align_loss_ref(
@@ -56,16 +49,12 @@ def align_loss_ref(
     teacher: torch.Tensor,
     weights: torch.Tensor,
     mask: torch.Tensor,
-    lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    frames = hidden.shape[2] if hidden.ndim == 4 else 1
-    limits = _limits(mask, lengths, frames)
-    valid = valid_frames(limits, frames).view(*hidden.shape[1:-1], 1)
+    valid = mask.unsqueeze(-1)
     # Masking the loss alone would not do: 0 times a value that is not finite would reach the gradients as NaN.
     hidden, teacher = torch.where(valid, hidden, 0), torch.where(valid, teacher, 0)
     distance = 1 - F.cosine_similarity(_heads(hidden, w1, b1, w2, b2), teacher.unsqueeze(0), dim=-1)
-    distance = torch.where(valid.squeeze(-1), distance, 0).view(*hidden.shape[:2], frames)
-    return (weights.view(len(weights), -1) * (distance.sum(-1) / limits.clamp(min=1))).sum(0)
+    return (weights.view(len(weights), -1) * torch.where(mask, distance, 0)).sum(0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -175,26 +164,22 @@ def _compute(
     teacher: torch.Tensor,
     weights: torch.Tensor,
     mask: torch.Tensor,
-    lengths: torch.Tensor | None,
     row_weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     """Return the losses of the rows; with row_weights also the gradients of their weighted sum, to hidden, w1, b1, w2
     and b2."""
-    heads, clips, width = hidden.shape[0], hidden.shape[1], hidden.shape[-1]
-    frames = hidden.shape[2] if hidden.ndim == 4 else 1
-    flat, b1, b2 = hidden.reshape(heads, -1, width), b1.contiguous(), b2.contiguous()
-    teacher = teacher.view(clips, frames, -1) if teacher.ndim == 2 else teacher
-    limits = _limits(mask, lengths, frames)
-    counts, valid = limits.clamp(min=1), valid_frames(limits, frames).view(-1, 1)
-    distance = flat.new_empty(flat.shape[:2], dtype=torch.float32)
+    heads, clips, _ = hidden.shape
+    b1, b2 = b1.contiguous(), b2.contiguous()
+    teacher, limits, valid = teacher.unsqueeze(1), mask.long(), mask.unsqueeze(-1)
+    distance = hidden.new_empty((heads, clips), dtype=torch.float32)
     gradients, coefficient = [], None
     if row_weights is not None:
-        coefficient = weights.float().view(heads, -1) * (row_weights.float() / counts)
+        coefficient = weights.float().view(heads, -1) * row_weights.float()
         sums = [p.new_zeros(p.shape, dtype=torch.float32) for p in (w1, b1, w2, b2)]
-        gradients = [flat.new_empty(flat.shape), *sums]
+        gradients = [hidden.new_empty(hidden.shape), *sums]
     with torch.autocast(hidden.device.type, enabled=False):
-        for k, rows in _pieces(heads, flat.shape[1]):
-            h = torch.where(valid[rows], flat[k, rows], 0).to(w1.dtype)
+        for k, rows in _pieces(heads, clips):
+            h = torch.where(valid[rows], hidden[k, rows], 0).to(w1.dtype)
             pre = torch.bmm(h, w1[k].mT)
             inner = pre.new_empty(pre.shape)
             gelu_rows(pre, b1[k], False, inner)
@@ -210,23 +195,22 @@ def _compute(
             db1 += gelu_rows_backward(dpre, pre, b1[k], False, dpre).sum(1)
             _add_product(dw1, dpre, h)
             dhidden[k, rows] = torch.bmm(dpre, w1[k])
-    per_clip = distance.view(heads, clips, frames).sum(-1) / counts
-    losses = (weights.float().view(heads, -1) * per_clip).sum(0)
+    losses = (weights.float().view(heads, -1) * distance).sum(0)
     if coefficient is None:
         return (losses,)
     dhidden, *sums = gradients
-    return losses, dhidden.view(hidden.shape), *(s.to(w1.dtype) for s in sums)
+    return losses, dhidden, *(s.to(w1.dtype) for s in sums)
 
 
-def _losses(hidden: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
+def _losses(hidden: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
     return _compute(hidden, *others, None)[0]
 
 
-def _losses_fake(hidden: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
+def _losses_fake(hidden: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
     return hidden.new_empty(hidden.shape[1], dtype=torch.float32)
 
 
-def _total(hidden: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+def _total(hidden: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
     losses, *gradients = _compute(hidden, *others)
     return (others[-1].float() * losses).sum(), losses, *gradients
 
@@ -237,16 +221,13 @@ def _total_fake(
     b1: torch.Tensor,
     w2: torch.Tensor,
     b2: torch.Tensor,
-    *others: torch.Tensor | None,
+    *others: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     losses = _losses_fake(hidden)
     return losses.new_empty(()), losses, *(x.new_empty(x.shape) for x in (hidden, w1, b1, w2, b2))
 
 
-_INPUTS = (
-    "Tensor hidden, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor teacher, Tensor weights, Tensor mask, "
-    "Tensor? lengths"
-)
+_INPUTS = "Tensor hidden, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor teacher, Tensor weights, Tensor mask"
 _align_loss = Operation(f"align_loss({_INPUTS}) -> Tensor", _losses, _losses_fake)
 _align_loss_sum = Operation(
     f"align_loss_sum({_INPUTS}, Tensor row_weights) -> "
@@ -263,7 +244,7 @@ def _save(ctx, inputs, output) -> None:
 @once_differentiable("align_loss")
 def _differentiate(ctx, dlosses) -> tuple[torch.Tensor | None, ...]:
     _, _, *gradients = _align_loss_sum(*ctx.saved_tensors, dlosses)
-    return *gradients, None, None, None, None
+    return *gradients, None, None, None
 
 
 def _save_gradients(ctx, inputs, output) -> None:
@@ -276,8 +257,8 @@ def _save_gradients(ctx, inputs, output) -> None:
 @once_differentiable("align_loss_sum")
 def _scale_gradients(ctx, dtotal, *_) -> tuple[torch.Tensor | None, ...]:
     if dtotal is None:
-        return (None,) * 10
-    return *(dtotal * gradient for gradient in ctx.saved_tensors), None, None, None, None, None
+        return (None,) * 9
+    return *(dtotal * gradient for gradient in ctx.saved_tensors), None, None, None, None
 
 
 _align_loss.differentiate(_differentiate, _save)
@@ -293,18 +274,15 @@ def _check(
     teacher: torch.Tensor,
     weights: torch.Tensor,
     mask: torch.Tensor,
-    lengths: torch.Tensor | None,
 ) -> None:
-    if hidden.ndim not in (3, 4) or not hidden.is_floating_point():
-        raise ValueError(
-            f"hidden is {hidden.dtype} {tuple(hidden.shape)}, wanted floating point (K, N, D) or (K, N, T, D)"
-        )
-    if hidden.shape[1:-1] != teacher.shape[:-1] or not teacher.is_floating_point():
+    if hidden.ndim != 3 or not hidden.is_floating_point():
+        raise ValueError(f"hidden is {hidden.dtype} {tuple(hidden.shape)}, wanted floating point (K, N, D)")
+    heads, clips, width = hidden.shape
+    if teacher.shape[:-1] != (clips,) or not teacher.is_floating_point():
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and teacher {tuple(teacher.shape)} ({teacher.dtype}) must share rows and "
-            "frames and be floating point"
+            "be floating point"
         )
-    heads, clips, width = hidden.shape[0], hidden.shape[1], hidden.shape[-1]
     check_tensor("teacher", teacher, (*teacher.shape,), hidden)
     check_tensor("w1", w1, (heads, "H", width), hidden)
     check_tensor("b1", b1, (heads, w1.shape[1]), hidden)
@@ -314,16 +292,12 @@ def _check(
     check_tensor("mask", mask, (clips,), hidden)
     if mask.dtype != torch.bool:
         raise ValueError(f"mask is {mask.dtype}, wanted torch.bool")
-    if lengths is not None:
-        check_tensor("lengths", lengths, (clips,), hidden)
-        if hidden.ndim == 3:
-            raise ValueError("lengths with pooled hidden states (K, N, D): they belong to (K, N, T, D)")
     for name, p in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
         if p.dtype != w1.dtype or p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(f"{name} is {p.dtype}, wanted float32, bfloat16 or float64, the same for all of the heads")
 
 
-def _reference(hidden: torch.Tensor, w1: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
+def _reference(hidden: torch.Tensor, w1: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
     """Return align_loss_ref in the operation's dtypes: GEMMs in the heads' dtype, the cosine at least in fp32."""
     b1, w2, b2, teacher, *rest = others
     wide = torch.promote_types(w1.dtype, torch.float32)
@@ -340,18 +314,17 @@ def align_loss(
     teacher: torch.Tensor,
     weights: torch.Tensor,
     mask: torch.Tensor,
-    lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the loss per row (N,), fp32. Hidden states and heads get gradients, teacher and weights do not.
 
     Raises ValueError with the wanted shape, device, stride or dtype if a tensor does not fit.
     """
-    _check(hidden, w1, b1, w2, b2, teacher, weights, mask, lengths)
+    _check(hidden, w1, b1, w2, b2, teacher, weights, mask)
     teacher, weights = teacher.detach(), weights.detach()
     if backend_of(w1) == "reference":
-        return _reference(hidden, w1, b1, w2, b2, teacher, weights, mask, lengths)
+        return _reference(hidden, w1, b1, w2, b2, teacher, weights, mask)
     teacher = teacher if teacher.dtype in _TEACHERS else teacher.float()
-    return _align_loss(hidden, w1, b1, w2, b2, teacher, weights, mask, lengths)
+    return _align_loss(hidden, w1, b1, w2, b2, teacher, weights, mask)
 
 
 def align_loss_sum(
@@ -364,19 +337,18 @@ def align_loss_sum(
     weights: torch.Tensor,
     mask: torch.Tensor,
     row_weights: torch.Tensor,
-    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return sum(row_weights * loss), fp32, and the losses (N,) detached.
 
     The gradients are computed here and only scaled in the backward. They and the errors are those of align_loss;
     row_weights (N,) gets no gradient.
     """
-    _check(hidden, w1, b1, w2, b2, teacher, weights, mask, lengths)
+    _check(hidden, w1, b1, w2, b2, teacher, weights, mask)
     check_tensor("row_weights", row_weights, (hidden.shape[1],), hidden)
     row_weights = row_weights.detach()
     if backend_of(w1) == "reference" or not torch.is_grad_enabled():
-        losses = align_loss(hidden, w1, b1, w2, b2, teacher, weights, mask, lengths)
+        losses = align_loss(hidden, w1, b1, w2, b2, teacher, weights, mask)
         return (row_weights * losses).sum(), losses.detach()
     teacher = teacher.detach() if teacher.dtype in _TEACHERS else teacher.detach().float()
-    total, losses, *_ = _align_loss_sum(hidden, w1, b1, w2, b2, teacher, weights.detach(), mask, lengths, row_weights)
+    total, losses, *_ = _align_loss_sum(hidden, w1, b1, w2, b2, teacher, weights.detach(), mask, row_weights)
     return total, losses

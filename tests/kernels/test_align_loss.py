@@ -11,45 +11,42 @@ from agrepa_fast.kernels.align_loss import align_loss_sum
 
 from .accuracy import DEVICE, assert_as_accurate, assert_repeatable, fused_backends
 
-K, N, T, D, H, E = 2, 5, 4, 6, 7, 3
+K, N, D, H, E = 2, 5, 6, 7, 3
 MODULE = import_module("agrepa_fast.kernels.align_loss")  # the package's attribute of that name is the function
 FP32, BF16, MIXED = DTYPES = [  # of hidden states and heads
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.float32),
 ]
-# (K, N, T, D, H, E), T None for pooled; dtypes
+# (K, N, D, H, E), dtypes
 CASES = [
-    ((1, 16, 1, 8, 40, 65), FP32),  # one frame per clip
-    ((3, 37, None, 24, 40, 130), FP32),  # rows beyond a chunk of 32 in four tiles
-    ((3, 37, None, 24, 40, 130), BF16),
-    ((3, 37, None, 24, 40, 130), MIXED),
-    ((2, 3, 35, 24, 40, 33), FP32),  # clips beyond a chunk
-    ((2, 3, 35, 24, 40, 33), MIXED),
+    ((1, 16, 8, 40, 65), FP32),  # less than a chunk
+    ((3, 37, 24, 40, 130), FP32),  # rows beyond a chunk of 32 in four tiles
+    ((3, 37, 24, 40, 130), BF16),
+    ((3, 37, 24, 40, 130), MIXED),
+    ((2, 105, 24, 40, 33), FP32),  # four chunks
+    ((2, 105, 24, 40, 33), MIXED),
 ]
 
 
-def inputs(k, n, t, d, h, e, dtypes, teacher_dtype=torch.float32):
-    """Return inputs whose rows 1, 4, 7 ... are of another domain, with lengths from 1 to T and a strided teacher."""
+def inputs(k, n, d, h, e, dtypes, teacher_dtype=torch.float32):
+    """Return inputs whose rows 1, 4, 7 ... are of another domain, with a strided teacher."""
     torch.manual_seed(0)
-    frames = () if t is None else (t,)
 
     def draw(*shape, dtype=dtypes[1]):
         return torch.randn(*shape, device=DEVICE).to(dtype)
 
     tensors = {
-        "hidden": draw(k, n, *frames, d, dtype=dtypes[0]),
+        "hidden": draw(k, n, d, dtype=dtypes[0]),
         "w1": draw(k, h, d),
         "b1": draw(k, h),
         "w2": draw(k, e, h),
         "b2": draw(k, e),
-        "teacher": draw(n, *frames, e + 5, dtype=teacher_dtype),
+        "teacher": draw(n, e + 5, dtype=teacher_dtype),
         "weights": torch.rand(k, device=DEVICE),
         "mask": torch.arange(n, device=DEVICE) % 3 != 1,
     }
     tensors["hidden"][:, ::2] *= 3  # rows differ in length
-    if t is not None:
-        tensors["lengths"] = torch.linspace(t, 1, n, device=DEVICE).int()
     return tensors, [torch.randn(n, device=DEVICE)]
 
 
@@ -69,31 +66,31 @@ def test_as_accurate_as_the_reference(shape, dtypes, backend):
 
 @pytest.mark.parametrize("backend", fused_backends())
 @pytest.mark.parametrize("dtypes", DTYPES[:2], ids=str)
-def test_chunks_that_end_within_a_clip_are_as_accurate(dtypes, backend, monkeypatch):
-    """With 40 projected frames at a time, 3 clips of 23 give 40 and 29 per head, and 15 rows two heads, then one."""
+def test_chunks_of_rows_and_of_heads_are_as_accurate(dtypes, backend, monkeypatch):
+    """With 40 projected rows at a time, 69 rows give 40 and 29 per head, and 15 rows two heads, then one."""
     monkeypatch.setattr(MODULE, "PROJECTED", 40)
-    assert_as_accurate(rows, *inputs(2, 3, 23, 24, 40, 33, dtypes), backend)
-    assert_as_accurate(rows, *inputs(3, 15, None, 24, 40, 33, dtypes), backend)
+    assert_as_accurate(rows, *inputs(2, 69, 24, 40, 33, dtypes), backend)
+    assert_as_accurate(rows, *inputs(3, 15, 24, 40, 33, dtypes), backend)
 
 
 @pytest.mark.parametrize("backend", fused_backends())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_teachers_of_any_dtype(dtype, backend):
-    tensors, drows = inputs(2, 3, 13, 6, 9, 33, DTYPES[0], dtype)
+    tensors, drows = inputs(2, 39, 6, 9, 33, DTYPES[0], dtype)
     tensors["teacher"][0] *= 1e-6  # subnormal in fp16
     assert_as_accurate(rows, tensors, drows, backend)
 
 
 @pytest.mark.parametrize("backend", fused_backends())
 def test_repeatable(backend):
-    assert_repeatable(rows, *inputs(2, 3, 13, 6, 9, 33, DTYPES[0]), backend)
+    assert_repeatable(rows, *inputs(2, 39, 6, 9, 33, DTYPES[0]), backend)
 
 
 @pytest.mark.parametrize("backend", fused_backends())
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_the_sums_gradients_are_bitwise_those_of_the_rows(dtypes, backend):
     """row_weights play the rows' gradients; then the sum gets a gradient that scales all of them."""
-    tensors, (drows,) = inputs(2, 3, 13, 6, 9, 33, dtypes)
+    tensors, (drows,) = inputs(2, 39, 6, 9, 33, dtypes)
     tensors = narrowed(**tensors)
     leaves = [tensors[name].requires_grad_() for name in ("hidden", "w1", "b1", "w2", "b2")]
     with force_backend(backend):
@@ -127,7 +124,7 @@ def on_every_backend(test):
 
 
 @on_every_backend
-def test_pooled_is_the_weighted_sum_of_each_heads_distance(backend):
+def test_the_loss_is_the_weighted_sum_of_each_heads_distance(backend):
     modules, stacked = heads()
     hidden, teacher, weights = torch.randn(K, N, D), torch.randn(N, E), torch.tensor([0.7, 0.3])
     wanted = sum(w * (1 - cosine(m(h), teacher)) for w, m, h in zip(weights, modules, hidden, strict=True))
@@ -137,46 +134,26 @@ def test_pooled_is_the_weighted_sum_of_each_heads_distance(backend):
 
 
 @on_every_backend
-def test_frame_wise_averages_the_valid_frames_only(backend):
-    modules, stacked = heads()
-    hidden, teacher, lengths = torch.randn(K, N, T, D), torch.randn(N, T, E), torch.tensor([4, 3, 2, 1, 4])
-    with force_backend(backend):
-        loss = align_loss(hidden, *stacked, teacher, torch.ones(K), torch.ones(N, dtype=torch.bool), lengths)
-    for row, length in enumerate(lengths):
-        wanted = sum(
-            (1 - cosine(m(h[row, :length]), teacher[row, :length])).mean() for m, h in zip(modules, hidden, strict=True)
-        )
-        torch.testing.assert_close(loss[row], wanted)
-
-
-@on_every_backend
 @pytest.mark.parametrize("form", ["rows", "sum"])
-@pytest.mark.parametrize("frames", [False, True])
-def test_what_does_not_count_gives_exact_zeros_whatever_it_holds(frames, form, backend):
+def test_what_does_not_count_gives_exact_zeros_whatever_it_holds(form, backend):
     _, stacked = heads()
     stacked = [s.detach().requires_grad_() for s in stacked]
-    shape = (N, T) if frames else (N,)
-    hidden, teacher = torch.randn(K, *shape, D), torch.randn(*shape, E)
-    mask = torch.tensor([True, False, True, False, True])
-    counts = mask.clone() if not frames else mask[:, None] & (torch.arange(T) < 3)
+    hidden, teacher, counts = torch.randn(K, N, D), torch.randn(N, E), torch.tensor([True, False, True, False, True])
     hidden[:, ~counts], teacher[1], teacher[3] = float("nan"), float("nan"), float("inf")
-    if frames:
-        teacher[:, 3:] = float("nan")
-    lengths = torch.full((N,), 3) if frames else None
     hidden.requires_grad_()
 
     def backward(mask):
         with force_backend(backend):
             if form == "rows":
-                loss = align_loss(hidden, *stacked, teacher, torch.ones(K), mask, lengths)
+                loss = align_loss(hidden, *stacked, teacher, torch.ones(K), mask)
                 loss.sum().backward()
                 return loss
-            loss, each = align_loss_sum(hidden, *stacked, teacher, torch.ones(K), mask, torch.ones(N), lengths)
+            loss, each = align_loss_sum(hidden, *stacked, teacher, torch.ones(K), mask, torch.ones(N))
             loss.backward()
             return each
 
-    loss = backward(mask)
-    assert torch.equal(loss[~mask], torch.zeros(2))
+    loss = backward(counts)
+    assert torch.equal(loss[~counts], torch.zeros(2))
     assert loss.isfinite().all()
     assert torch.equal(hidden.grad[:, ~counts], torch.zeros_like(hidden.grad[:, ~counts]))
     assert (hidden.grad[:, counts] != 0).any(-1).all()
@@ -241,19 +218,18 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("summed", [False, True])
 def test_nothing_of_the_size_of_all_projections_exists(summed, monkeypatch):
     monkeypatch.setattr(MODULE, "PROJECTED", 64)
-    tensors, (drows,) = inputs(2, 4, 150, 4, 40, 40, DTYPES[0])
+    tensors, (drows,) = inputs(2, 600, 4, 40, 40, DTYPES[0])
     tensors = narrowed(**tensors)
     hidden = tensors["hidden"].requires_grad_()
     with force_backend(fused_backends()[-1]), Largest() as largest:
         loss = align_loss_sum(row_weights=drows, **tensors)[0] if summed else align_loss(**tensors)
         loss.sum().backward()
     assert hidden.grad.shape == hidden.shape
-    assert largest.elements < 4 * 150 * 40 / 4, "wanted at most the states, or a chunk of projections"
+    assert largest.elements < 600 * 40 / 4, "wanted at most the states, or a chunk of projections"
 
 
-@pytest.mark.parametrize("frames", [False, True])
-def test_reference_gradients(frames):
-    tensors, _ = inputs(2, 3, 4 if frames else None, 3, 4, 3, (torch.float64, torch.float64), torch.float64)
+def test_reference_gradients():
+    tensors, _ = inputs(2, 3, 3, 4, 3, (torch.float64, torch.float64), torch.float64)
     tensors = narrowed(**tensors)
     names = ["hidden", "w1", "b1", "w2", "b2"]
     others = {name: value.double() if name == "weights" else value for name, value in tensors.items()}
@@ -263,13 +239,12 @@ def test_reference_gradients(frames):
     assert torch.autograd.gradcheck(lambda *a: align_loss(*a, **others), leaves)
 
 
-@pytest.mark.parametrize("frames", [False, True])
-def test_registered_correctly(frames):
-    tensors, _ = inputs(2, 3, 4 if frames else None, 3, 4, 3, DTYPES[0])
+def test_registered_correctly():
+    tensors, _ = inputs(2, 3, 3, 4, 3, DTYPES[0])
     for name in ("hidden", "w1", "b1", "w2", "b2"):
         tensors[name].requires_grad_()
     tensors = {name: value[..., 5:] if name == "teacher" else value for name, value in tensors.items()}
-    arguments = (*tensors.values(),) if frames else (*tensors.values(), None)
+    arguments = (*tensors.values(),)
     torch.library.opcheck(torch.ops.agrepa.align_loss.default, arguments)
     torch.library.opcheck(torch.ops.agrepa.align_loss_sum.default, (*arguments, torch.rand(3, device=DEVICE)))
 
@@ -286,7 +261,6 @@ def test_registered_correctly(frames):
         ({"b2": torch.randn(K, E).double()}, "b2 is torch.float64, wanted float32, bfloat16 or float64, the same"),
         ({"weights": torch.ones(K + 1)}, r"weights is \(3,\), wanted \(2,\)"),
         ({"mask": torch.ones(N)}, r"mask is torch.float32, wanted torch.bool"),
-        ({"lengths": torch.ones(N)}, "lengths with pooled"),
         ({"row_weights": torch.ones(N - 1)}, r"row_weights is \(4,\), wanted \(5,\)"),
         ({"teacher": torch.randn(E, N).T}, "teacher has stride 5"),
     ],

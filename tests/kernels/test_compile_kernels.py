@@ -18,6 +18,7 @@ OPERATIONS = {
     "ada_norm",
     "align_loss",
     "flow_mix",
+    "frame_loss",
     "gated_residual",
     "linear_gelu",
     "qk_norm_rope",
@@ -56,7 +57,7 @@ def kernels(clips, frames):
     compile_kernels.N, compile_kernels.T = clips, frames
     with compile_kernels.recording(90) as launched, compile_kernels.force_backend("triton"):
         with compile_kernels.WithoutProducts():
-            for operation in ("ada_norm", "gated_residual", "qk_norm_rope", "linear_gelu", "align_loss", "flow_mix"):
+            for operation in ("ada_norm", "gated_residual", "qk_norm_rope", "linear_gelu", "align_loss", "frame_loss"):
                 compile_kernels.CASES[operation](1024)
     return sorted(launched)
 
