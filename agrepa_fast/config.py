@@ -97,6 +97,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.backbone != "audio_dit":
             self._refuse_settings_of_audio_dit()
+            check(
+                ":" in self.backbone or self.extra_vocab is None,
+                f"model.extra_vocab: {self.backbone} takes no second token (topology B), AudioDiT does: set it to null",
+            )
             return
         check(not self.options, "model.options are those of another model: set model.backbone, too")
         check(self.padding == "strict", "model.padding=upstream: AudioDiT comes from no other package")

@@ -4,10 +4,10 @@ import torch
 import torch.nn as nn
 
 from ..alignment.objective import OF_LAYERS, Objective
-from ..alignment.registry import OBJECTIVES, check_layers
-from ..config import STRATEGIES, AlignConfig, ModelConfig
-from ..errors import UserError
+from ..alignment.registry import OBJECTIVES
+from ..config import ModelConfig
 from ..training.flops import step_flops
+from .combinations import combinations_table
 
 _CLIPS, _FRAMES, _TEACHER, _HEADS = 16, 938, 1280, 6
 _MODEL = ModelConfig(n_mels=100, vocab=8192)
@@ -17,15 +17,23 @@ _TARGETS = {
     "deeper": "the layer `align.deeper` deeper",
     "averaged": "that layer by the averaged weights, at a cleaner time",
 }
-_SHARDS = {"frames": "with `data.teacher_rate`"}
 _HEAD = """# Alignment objectives
 
 `align.objective` says what an aligned layer is pulled to. Each of them takes the layers and weights of any
-`align.strategy`, with any backbone and topology, but for what the second table names; a run that asks for that ends
-before its first step, in one line. `agrepa config --objectives` prints this page.
+`align.strategy`, with any backbone and topology, but for what the second table names. `agrepa config --objectives`
+prints this page.
 
 "More per step" is counted, not timed: FLOPs of matrix products for 24 x 1024, 16 clips of 10 s, a teacher of 1280
 channels and three layers per domain, over those of the model's own forward and backward."""
+_TOGETHER = """
+## What goes together
+
+Every pair of these went through the checks that begin a run, with shards that have teacher frames, second tokens and
+speaker vectors, and `zero2.json`, unless the pair says otherwise. A refused run ends before its first step, in one line
+with the remedy, and exit code 2. All other pairs go together. LAST is the number of the model's layers, MORE is one
+more, and CHOICE is `probe.warmup_steps`. Layers of several widths, which a backbone of yours may have, are refused by
+`align.strategy=lasp` and by objectives that compare layers.
+"""
 
 
 def objectives_reference() -> str:
@@ -44,24 +52,8 @@ def objectives_reference() -> str:
             f"{_extra(made):.1%}",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| `align.objective` | shards | layers | does not go with |", "|---|---|---|---|"]
-    for name, objective in OBJECTIVES.items():
-        layers = "of one width" if objective.target in OF_LAYERS else "any"
-        cells = (f"`{name}`", _SHARDS.get(objective.target, "any"), layers, _refused(name, objective()))
-        lines.append(f"| {' | '.join(cells)} |")
+    lines += [_TOGETHER, *combinations_table()]
     return "\n".join(lines) + "\n"
-
-
-def _refused(name: str, objective: Objective) -> str:
-    """Return the strategies that are refused beside an objective, of a model of 24 layers."""
-    written = [f"fixed:{_MODEL.depth}" if name == "fixed" else name for name in STRATEGIES]
-    refused = []
-    for strategy in written:
-        try:
-            check_layers(AlignConfig(strategy=strategy, objective=name), objective, [_MODEL.dim] * _MODEL.depth)
-        except UserError:
-            refused.append(f"`align.strategy={strategy}`")
-    return ", ".join(refused) or "nothing"
 
 
 def _head(objective: Objective) -> nn.Module:

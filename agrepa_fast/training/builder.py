@@ -216,15 +216,7 @@ def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> 
 
     torch.manual_seed(config.run.seed)
     model = new_model(config, ds_config, measure)
-    if index.text is not None and "text" not in model.needs:
-        raise UserError(
-            f"data.text={index.text.spec}, but model.backbone={config.model.backbone} takes no text: set data.text=null"
-        )
-    widths = [layer.width for layer in model.layers]
-    config.check_layers(widths, model.condition_width)
-    objective = make_objective(config.align.objective, widths, teacher_dims(index))
-    check_layers(config.align, objective, widths)
-    check_shards(config.align, objective, index)
+    check_together(config, model, index)
     if config.train.start_from is not None and not resume:
         start_from = Path(config.train.start_from)
         if is_upstream_file(start_from):
@@ -237,6 +229,20 @@ def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> 
     code_mels = (torch.from_numpy(index.code_mels()) - index.mel_mean) / index.mel_std
     model.start_from_codes(code_mels, gathered)
     return model
+
+
+def check_together(config: Config, model: Backbone, index: Index) -> None:
+    """Raise UserError if the shards' text, the layers' choice or the objective do not go with the model or the shards.
+    The table of docs/objectives.md comes from this and the checks of settings."""
+    if index.text is not None and "text" not in model.needs:
+        raise UserError(
+            f"data.text={index.text.spec}, but model.backbone={config.model.backbone} takes no text: set data.text=null"
+        )
+    widths = [layer.width for layer in model.layers]
+    config.check_layers(widths, model.condition_width)
+    objective = make_objective(config.align.objective, widths, teacher_dims(index))
+    check_layers(config.align, objective, widths)
+    check_shards(config.align, objective, index)
 
 
 def start_from_run(model: Backbone, checkpoint: Path) -> None:

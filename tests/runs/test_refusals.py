@@ -1,10 +1,23 @@
 """What training refuses: one line, exit code 2, nothing written."""
 
+import re
 import shutil
 
 import pytest
 
-from ..ranks import run_training, start_training, train
+from ..ranks import ROOT, run_training, start_training, train
+
+
+def refused_by_the_page() -> dict[str, set[str]]:
+    """Each value of the last table of docs/objectives.md, and everything that it refuses beside that."""
+    table = (ROOT / "docs/objectives.md").read_text().rpartition("|---|---|\n")[2]
+    cells = [
+        [re.findall(r"`(?:topology [AB], )?([^`]+)`", cell) for cell in line.split("|")] for line in table.splitlines()
+    ]
+    return {value[0]: set(others) for _, value, others, _ in cells}
+
+
+REFUSED = refused_by_the_page()
 
 
 def test_a_fault_that_rank_0_finds_stops_every_rank_with_one_line(preset, tmp_path):
@@ -100,6 +113,7 @@ class TestRefusals:
             (("data.audio_teacher=package:whisper-base",), "prepared with data.audio_teacher=openai/whisper-large-v3"),
             (("align.objective=frames",), "one vector per clip of speech: prepare with data.teacher_rate"),
             (("align.objective=sra", "align.strategy=deep"), "align.strategy=deep takes the last"),
+            (("model.backbone=voicebox", "model.extra_vocab=9"), "voicebox takes no second token"),
             (("eval.vocoder=package:hifigan",), "eval.vocoder"),
             (("eval.vocoder=grifin-lim",), "did you mean 'griffin-lim'"),
         ],
@@ -107,3 +121,34 @@ class TestRefusals:
     def test_a_setting_that_is_wrong(self, arguments, message, preset, tmp_path):
         assert message in self.refused(preset, tmp_path, *arguments)
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [
+            ("align.objective=layersync", "align.strategy=deep"),
+            ("align.objective=irepa", "shards without data.teacher_rate"),
+            ("align.strategy=middle", "align.share=0.5"),
+            ("align.strategy=lasp", "align.bitc_speech=0"),
+            ("model.extra_vocab=1024", "shards without data.extra_tokens"),
+        ],
+    )
+    def test_a_pair_that_the_page_of_objectives_refuses(self, first, second, preset, tmp_path):
+        """The shards of the tests have neither teacher frames nor second tokens."""
+        assert second in REFUSED[first]
+        assert first in REFUSED[second]
+        self.refused(preset, tmp_path, *(setting for setting in (first, second) if " " not in setting))
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("align.objective=layersync", "align.strategy=middle"),
+        ("align.objective=sra", "flow.reference=infill"),
+        ("align.strategy=gradnorm", "flow.prediction=x"),
+    ],
+)
+def test_a_pair_that_the_page_of_objectives_does_not_refuse(first, second, preset, tmp_path):
+    assert second not in REFUSED[first]
+    assert first not in REFUSED[second]
+    run_training(1, "--preset", str(preset), "run.dir=run", first, second, "train.steps=4", cwd=tmp_path)

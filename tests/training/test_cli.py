@@ -138,7 +138,10 @@ def test_config_prints_what_a_run_would_use(run, tmp_path, capsys):
 @pytest.mark.parametrize(("option", "page"), [("--reference", "configuration.md"), ("--objectives", "objectives.md")])
 def test_the_pages_of_settings_and_objectives_are_those_of_the_code(option, page, capsys):
     main(["config", option])
-    assert capsys.readouterr().out == (ROOT / "docs" / page).read_text()
+    printed = capsys.readouterr().out
+    if "Left out, because their packages are not installed" in printed:
+        pytest.skip("the page has models of packages that are not installed")
+    assert printed == (ROOT / "docs" / page).read_text()
     for ignored in ("agrepa-a", "train.steps=7"):
         with pytest.raises(SystemExit) as ended:
             main(["config", option, ignored])
