@@ -42,6 +42,7 @@ class Aligner:
         self.config, self.device, self.report = config, device, report
         self.widths = [layer.width for layer in model.layers]
         self.selection: LayerSelection | None = None
+        self._choices = 0  # how often layers were selected
         self.since: int | None = None  # step of the first choice
         self.heads: AlignmentHeads | None = None
         self.optimizer: torch.optim.AdamW | None = None
@@ -69,6 +70,7 @@ class Aligner:
         """Make the heads of a selection; those of layers that stay keep their weights and optimizer state. Every rank
         must get the same selection."""
         earlier, self.selection, self.heads = self.heads, selection, None
+        self._choices += 1
         self.since = selection.step if self.since is None else self.since
         if selection.all_layers:
             sizes = self.widths, self.target_widths
@@ -104,6 +106,11 @@ class Aligner:
             return condition
         deeper = self._partners() if self.objective.target == "deeper" else ()
         return condition + tuple(sorted({*self.selection.all_layers, *deeper}))
+
+    def variant(self, step: int) -> tuple[int, ...]:
+        """Return numbers that change with everything that a captured step reads besides its batch and its weights: the
+        layers of a step, and the weights lambda of their choice."""
+        return (self._choices, *self.layers(step))
 
     def averaged_layers(self, step: int) -> tuple[int, ...]:
         """Return the layers whose states by the averaged weights, at a cleaner time, a step needs in its batch."""

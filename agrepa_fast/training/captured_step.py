@@ -76,7 +76,7 @@ class GraphedLosses:
     ) -> tuple[torch.Tensor, Losses, torch.Tensor]:
         """Return the sum of compute(batch, keys)'s losses, to differentiate; the losses; each clip's loss.
 
-        keys (2, B) int64. variant: the aligned layers; all graphs are captured again for others. Raises UserError if
+        keys (2, B) int64. variant: Aligner.variant; all graphs are captured again for another. Raises UserError if
         the step cannot be captured, without `survive`.
         """
         parameters = list(self.parameters())

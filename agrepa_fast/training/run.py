@@ -84,7 +84,7 @@ class Run:
             total = sum(losses.values())
         else:
             compute = partial(self.losses, self.engine.module, step=step)
-            total, losses, clips = self.graphs(compute, batch, keys, aligner.layers(step))
+            total, losses, clips = self.graphs(compute, batch, keys, aligner.variant(step))
         self.engine.backward(nan_gradient_unless_finite(batch.weight * total))
         if self.engine.is_gradient_accumulation_boundary():
             self.choice.keep_gradient_norms(lambda: gradient_norms(self.engine, self.engine.module.layers), step)

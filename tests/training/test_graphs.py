@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from agrepa_fast import device
+from agrepa_fast.alignment.aligner import Aligner
+from agrepa_fast.attribution.selection import LayerSelection
 from agrepa_fast.config import TrainConfig
+from agrepa_fast.config_file import load_config
 from agrepa_fast.data.batch import Batch
 from agrepa_fast.data.layout import BatchLayout
 from agrepa_fast.errors import UserError
@@ -144,6 +147,28 @@ def test_other_layers_or_moved_weights_are_captured_again(captures):
     step.model.blocks[1].ffn.fc1.weight.data = 2 * step.model.blocks[1].ffn.fc1.weight.data
     assert_equals_eager(step, graphed, batch(), 2)
     assert len(captures) == 3
+
+
+@pytest.mark.parametrize("objective", ["pooled", "layersync"])
+def test_new_weights_of_the_same_layers_are_captured_again(objective, captures):
+    """As a refresh gives them: heads stay where they are, and layersync has none."""
+    model = small_model(4)
+    config = load_config("demo", [f"align.objective={objective}", "align.strategy=shallow"])
+    aligner = Aligner(config, model, {"speech": 5}, torch.device("cpu"))
+
+    def losses(given: Batch, keys: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        t = philox_uniform(keys[0], 1)[:, 0]
+        out = model(given.mel, t, given.condition, capture=aligner.layers(0), pooled=aligner.pools(0))
+        return aligner.losses(out.hidden, given, t, None, 0), flow_loss(out.v, given.mel, given.condition.lengths)
+
+    graphed = graphs.GraphedLosses(lambda: [*model.parameters(), *aligner.parameters()], 1, lambda line: None)
+    found = []
+    for weights in ((0.9, 0.1), (0.2, 0.8)):
+        aligner.select(LayerSelection("foga", {"speech": (1, 2)}, {"speech": weights}))
+        found.append(graphed(losses, batch(), keys(0), aligner.variant(0))[1]["align_loss"])
+        torch.testing.assert_close(found[-1], losses(batch(), keys(0))[0]["align_loss"].detach())
+    assert len(captures) == 2
+    assert abs(found[0] - found[1]) > 1e-4
 
 
 @pytest.mark.parametrize(("stage", "ranks", "extra"), [(0, 1, ()), (2, 2, ("train.accumulation=2",))])
