@@ -19,6 +19,12 @@ from ..launch import free_port
 
 _ATTEMPTS = 2
 _TRAIN = Path(__file__).parents[1] / "train.py"
+_LAUNCHER = (
+    sys.executable,
+    "-m",
+    "deepspeed.launcher.runner",
+)  # `deepspeed`, also without its script
+_PLACES = {sys.executable: "python", str(_TRAIN): "agrepa_fast/train.py"}  # as a plan names them on every machine
 
 
 @dataclass(frozen=True)
@@ -131,15 +137,17 @@ class Experiment:
 def training_job(name: str, folder: Path, arguments: Sequence[str], steps: int, ranks: int | None = None) -> Job:
     """Return a training into `folder` through DeepSpeed's launcher. arguments: of the training program; of the settings
     with one name, the last counts. ranks: None for as many as the launcher finds."""
-    launcher = [str(Path(sys.executable).with_name("deepspeed"))]
-    launcher += [] if ranks is None else ["--num_gpus", str(ranks)]
+    launcher = [*_LAUNCHER, *([] if ranks is None else ["--num_gpus", str(ranks)])]
     return Job(name, (*launcher, str(_TRAIN), *arguments, f"run.dir={folder}"), folder, folder / "summary.json", steps)
 
 
 def write_plan(jobs: Sequence[Job], file: Path) -> None:
     """Write the jobs, unless they are there. Raises UserError if the folder holds another comparison, or runs of none:
     what has no checkpoint yet would be removed."""
-    content = [{"name": job.name, "command": list(job.command), "folder": str(job.folder)} for job in jobs]
+    content = [
+        {"name": job.name, "command": [_PLACES.get(part, part) for part in job.command], "folder": str(job.folder)}
+        for job in jobs
+    ]
     if file.is_file():
         there = read_json(file, "choose another --out")
         if there != content:
@@ -224,8 +232,10 @@ def _command(job: Job) -> tuple[str, ...]:
 def _with_port(command: tuple[str, ...]) -> tuple[str, ...]:
     """Return a command whose ranks meet at a free port, if it is DeepSpeed's launcher: its own choice is always 29500,
     which another run may use."""
-    launcher, *rest = command
-    return (launcher, "--master_port", free_port(), *rest) if Path(launcher).name == "deepspeed" else command
+    length = len(_LAUNCHER)
+    if command[:length] != _LAUNCHER:
+        return command
+    return (*_LAUNCHER, "--master_port", free_port(), *command[length:])
 
 
 def _log(job: Job) -> Path:

@@ -38,7 +38,7 @@ def compare_strategies(
     dry_run: bool,
 ) -> None:
     """Run `agrepa compare --strategies`: train every strategy with every seed from one warm-up per seed, evaluate, and
-    compare. The same command goes on after an interruption.
+    compare. A signal ends the running job, and what is finished is compared; the same command goes on.
 
     Raises UserError for settings that do not fit, before anything is trained, and if a job failed twice.
     """
@@ -51,16 +51,27 @@ def compare_strategies(
     check_out(out)
     with FolderLock(out, "choose another --out"):
         write_plan(jobs, out / "plan.json")
-        failed = run_jobs(jobs, print)
+        interrupted = None
+        try:
+            failed = run_jobs(jobs, print)
+        except KeyboardInterrupt as signal:
+            interrupted, failed = signal, [job for job in jobs if not job.finished]
         runs = [
             _evaluated(experiment.run_folder(arm, seed), arm.label)
             for seed in seeds
             for arm in experiment.arms
             if (experiment.run_folder(arm, seed) / "evaluate" / "results.json").is_file()
         ]
-        if not any(run.label == baseline for run in runs):
+        shared = {run.seed for run in runs if run.label == baseline}
+        if interrupted is not None:  # a seed without its baseline has nothing to compare with
+            runs = [run for run in runs if run.seed in shared]
+            if len({run.label for run in runs}) < 2:
+                raise interrupted
+        if not shared:
             raise UserError(f"{out}: no run of the baseline {baseline!r} finished: {_names(failed)}")
         write_comparison(runs, baseline, out, _settings(experiment), failed)
+        if interrupted is not None:
+            raise interrupted
     if failed:
         raise UserError(f"{len(failed)} jobs failed twice, their cells are empty: {_names(failed)}")
 

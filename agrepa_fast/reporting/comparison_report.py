@@ -56,7 +56,8 @@ def _facts(comparison: Comparison) -> dict[str, object]:
 def _warnings(comparison: Comparison) -> list[str]:
     circular = comparison.runs[0].results["circular"]
     lines = [f"{kind} is {teacher} and rewards alignment by construction" for kind, teacher in circular.items()]
-    return lines + ([f"failed twice, and missing below: {', '.join(comparison.failed)}"] if comparison.failed else [])
+    missing = f"failed twice or not run, and missing below: {', '.join(comparison.failed)}"
+    return [*lines, missing] if comparison.failed else lines
 
 
 def _markdown(grid: Grid) -> list[str]:

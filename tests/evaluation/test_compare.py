@@ -19,6 +19,7 @@ from agrepa_fast.evaluation.compare import Evaluated, agreement, check_comparabl
 from agrepa_fast.evaluation.jobs import Arm, Experiment, Job, run_jobs, write_plan
 from agrepa_fast.evaluation.results import FIELDS, clip_rows, summarise, write_clips
 from agrepa_fast.evaluation.stored import read_clips
+from agrepa_fast.reporting import comparison
 
 from ..ranks import ROOT
 from ..reporting.listening import write_recordings
@@ -223,7 +224,7 @@ def test_branches_begin_with_the_warm_up_of_their_seed(tmp_path):
         foga.command
     )
     assert "probe.start_step=1" not in none.command
-    assert foga.command[1:3] == ("--num_gpus", "2")
+    assert foga.command[3:5] == ("--num_gpus", "2")
     assert {"align.strategy=none", "train.steps=20", "train.final_lr=1.0"} <= set(jobs["warm-up, seed 7"].command)
     for job, steps in ((foga, 30), (none, 30), (jobs["warm-up, seed 7"], 20)):  # the last of a name counts
         assert [one for one in job.command if one.startswith("train.steps=")][-1] == f"train.steps={steps}"
@@ -257,14 +258,14 @@ def test_jobs_run_once_and_a_failed_one_is_tried_once_more(tmp_path):
     assert (tmp_path / "count").read_text() == "x"
 
 
-def test_each_launch_has_a_free_port(tmp_path):
+def test_each_launch_has_a_free_port(tmp_path, monkeypatch):
     launcher = tmp_path / "deepspeed"
     launcher.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said; mkdir -p $4; touch $4/summary.json\n')
-    launcher.chmod(0o755)
+    monkeypatch.setattr("agrepa_fast.evaluation.jobs._LAUNCHER", ("sh", str(launcher)))
     for name in ("first", "second"):
         folder = tmp_path / name
         assert not run_jobs(
-            [Job(name, (str(launcher), "train.py", str(folder)), folder, folder / "summary.json", 1)], print
+            [Job(name, ("sh", str(launcher), "train.py", str(folder)), folder, folder / "summary.json", 1)], print
         )
     ports = [line.split()[1] for line in (tmp_path / "said").read_text().splitlines()]
     assert all(line.startswith("--master_port ") for line in (tmp_path / "said").read_text().splitlines())
@@ -325,6 +326,44 @@ def test_another_plan_in_the_same_folder_is_refused(tmp_path):
     longer = Experiment(experiment.arms, (0,), "demo", 20, 40, tmp_path, "zero2.json", None)
     with pytest.raises(UserError, match=r"train\.steps=30, now train\.steps=40.*choose another --out"):
         write_plan(longer.jobs(), tmp_path / "plan.json")
+
+
+def test_a_plan_names_no_place_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    experiment = Experiment((Arm("none", "none"),), (0,), "demo", 20, 30, Path("out"), "zero2.json", None)
+    write_plan(experiment.jobs(), Path("out/plan.json"))
+    parts = [part for one in json.loads(Path("out/plan.json").read_text()) for part in one["command"]]
+    assert [part for part in parts if "/" in part and not part.startswith(("out/", "run.dir=out/", "train.start"))] == [
+        *2 * ["agrepa_fast/train.py"],
+    ]
+
+
+def test_a_comparison_that_a_signal_ends_compares_what_is_finished(tmp_path, monkeypatch):
+    """Of two seeds of three arms: seed 0 has two arms, seed 1 has no baseline yet."""
+    finished = {("none", 0), ("shallow", 0), ("shallow", 1)}
+    written = []
+
+    def stop(jobs, say):
+        for label, seed in finished:
+            folder = tmp_path / "out" / f"{label}-seed{seed}" / "evaluate"
+            folder.mkdir(parents=True)
+            (folder / "results.json").touch()
+        raise KeyboardInterrupt
+
+    def evaluated(folder, label):
+        return Evaluated(label, int(folder.name[-1]), folder)
+
+    monkeypatch.setattr(comparison, "run_jobs", stop)
+    monkeypatch.setattr(comparison, "_evaluated", evaluated)
+    monkeypatch.setattr(comparison, "write_comparison", lambda *given: written.append(given))
+    arms = ["none", "shallow", "deep"]
+    given = {"preset": "demo", "warmup": 2, "baseline": None, "ds_config": "zero2.json", "ranks": 1, "dry_run": False}
+    with pytest.raises(KeyboardInterrupt):
+        comparison.compare_strategies(arms, [0, 1], ["train.steps=4"], out=tmp_path / "out", **given)
+    ((runs, baseline, *_, failed),) = written
+    assert [(run.label, run.seed) for run in runs] == [("none", 0), ("shallow", 0)]
+    assert baseline == "none"
+    assert "deep, seed 0" in [job.name for job in failed]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null", '[{"name": "x"}]', "[" * 100_000])
