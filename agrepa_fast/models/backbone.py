@@ -33,6 +33,7 @@ from .condition import Condition
 class Velocity(NamedTuple):
     v: torch.Tensor  # (N, T, n_mels), zero in the padding
     hidden: dict[int, torch.Tensor]  # layer -> its states (N, T', width), or their masked time-mean (N, width)
+    attention: Mapping[int, Sequence[torch.Tensor]] = MappingProxyType({})  # layer -> queries, keys (N, H, T', E)
 
 
 class Layer(NamedTuple):
@@ -67,6 +68,7 @@ class Backbone(nn.Module):
     by make_model (flow.prediction).
     replayable: the velocity is a function of weights, arguments and PyTorch's random state alone, so training replays
     CUDA graphs of it by default; a graph would repeat the choices that Python made at its capture.
+    tells_attention: `forward` can return the queries and keys of layers, as align.objective=haste needs them.
     """
 
     kind = "block"
@@ -80,6 +82,7 @@ class Backbone(nn.Module):
     partitioned = False
     predicts = "velocity"
     replayable = False
+    tells_attention = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,14 +106,16 @@ class Backbone(nn.Module):
         *,
         capture: tuple[int, ...] = (),
         pooled: bool = False,
+        attention: tuple[int, ...] = (),
     ) -> Velocity:
         """Return the velocity at x_t (N, T, n_mels), for times t (C,) and C conditions; row n has condition n mod C.
 
         capture: 1-based layers whose states come back in `hidden`, and 0 for the token condition, averaged over valid
-        frames if pooled. Raises ValueError if the conditions do not divide the rows, if a layer does not exist, and for
-        a velocity of another shape than x_t.
+        frames if pooled. attention: layers whose queries and keys come back in `attention`, of a model that tells them.
+        Raises ValueError if the conditions do not divide the rows, if a layer does not exist, and for a velocity of
+        another shape than x_t.
         """
-        copies = self.check_inputs(x_t, t, condition, capture)
+        copies = self.check_inputs(x_t, t, condition, capture, attention)
         if copies > 1:
             condition = condition.map(lambda tensor: tensor.repeat(copies, *[1] * (tensor.ndim - 1)))
             condition = replace(condition, copies=copies)
@@ -144,7 +149,14 @@ class Backbone(nn.Module):
             out = ((out.float() - x_t.float()).unflatten(0, (-1, len(t))) / left).flatten(0, 1)
         return zero_padding(out, condition.mask_lengths)
 
-    def check_inputs(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition, capture: tuple[int, ...]) -> int:
+    def check_inputs(
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        condition: Condition,
+        capture: tuple[int, ...],
+        attention: tuple[int, ...] = (),
+    ) -> int:
         """Return the number of rows per condition. Raises ValueError as `forward` does."""
         conditions, first = condition.lengths.shape[0], 1 if self.condition_width is None else 0
         if x_t.shape[0] % conditions or t.shape[0] != conditions:
@@ -154,6 +166,10 @@ class Backbone(nn.Module):
         if outside := [layer for layer in capture if not first <= layer <= len(self.layers)]:
             about = ", 0 is the condition" if first == 0 else ""
             raise ValueError(f"capture={outside}: layers are numbered 1 to {len(self.layers)}{about}")
+        if attention and not (self.tells_attention and {*attention} <= {*range(1, len(self.layers) + 1)}):
+            raise ValueError(
+                f"attention={attention}: {type(self).__name__} cannot tell queries and keys of these layers"
+            )
         return x_t.shape[0] // conditions
 
     def _tap(self, number: int, hidden: dict[int, torch.Tensor]) -> RemovableHandle:

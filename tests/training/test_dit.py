@@ -7,6 +7,7 @@ import torch
 from agrepa_fast import AudioDiT
 from agrepa_fast.config import ModelConfig
 from agrepa_fast.flow import flow_loss
+from agrepa_fast.kernels import force_backend
 
 from ..testing import small_batch, small_model
 
@@ -57,6 +58,35 @@ def test_captured_layers_are_block_outputs_numbered_from_one(model):
     pooled = model(mel, torch.full((3,), 0.5), condition, capture=(3,), pooled=True).hidden[3]
     for clip, length in enumerate(condition.lengths.tolist()):
         torch.testing.assert_close(pooled[clip], outputs[2][clip, :length].mean(0))
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_queries_and_keys_are_those_whose_products_are_taken(recompute, backend):
+    """Attention of their softmax is the branch's output; nothing else changes; gradients reach the weights."""
+    model, (mel, condition), t = small_model(qk_norm=True), small_batch(), torch.full((3,), 0.5)
+    for norm in (model.blocks[2].attn.q_norm, model.blocks[2].attn.k_norm):
+        torch.nn.init.uniform_(norm, 0.5, 1.5)
+    if recompute:
+        model.recompute_layers()
+    qkv, outputs = [], []
+    model.blocks[2].attn.qkv.register_forward_hook(lambda *args: qkv.append(args[2]))
+    model.blocks[2].attn.out.register_forward_hook(lambda *args: outputs.append(args[2]))
+    with force_backend(backend):
+        out = model(mel, t, condition, capture=(3,), attention=(1, 3))
+        plain = model(mel, t, condition, capture=(3,))
+        assert list(out.attention) == [1, 3]
+        assert not plain.attention
+        assert torch.equal(out.v, plain.v)
+        assert torch.equal(out.hidden[3], plain.hidden[3])
+        q, k = out.attention[3]
+        gradients = torch.autograd.grad((q * k.flip(0)).sum(), [model.blocks[2].attn.qkv.weight, model.in_x.weight])
+    assert all(gradient.any() for gradient in gradients)
+    v = qkv[0].unflatten(-1, (3, 2, 16))[:, :, 2].transpose(1, 2)
+    for clip, length in enumerate(condition.lengths.tolist()):
+        weights = (q[clip, :, :length] @ k[clip, :, :length].mT / 4).softmax(-1)
+        wanted = model.blocks[2].attn.out((weights @ v[clip, :, :length]).transpose(0, 1).flatten(1))
+        torch.testing.assert_close(outputs[0][clip, :length], wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_one_gemm_for_all_modulations_equals_one_a_block(model):

@@ -25,9 +25,12 @@ class Attention(nn.Module):
         y: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor] | None = None,
         lengths: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        told: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """told: return queries and keys (N, H, T, E), too, as their products are taken."""
         q, k, v = qk_norm_rope(self.qkv(y), self.heads, rope, q_weight=self.q_norm, k_weight=self.k_norm)
-        return self.out(attend(q, k, v, lengths, self.dropout if self.training else 0.0))
+        out = self.out(attend(q, k, v, lengths, self.dropout if self.training else 0.0))
+        return (out, q, k) if told else out
 
 
 class FeedForward(nn.Module):
@@ -102,8 +105,10 @@ class GatedDiTBlock(nn.Module):
         rope: tuple[torch.Tensor, torch.Tensor] | None = None,
         lengths: torch.Tensor | None = None,
         time_sum: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Return x (N, T, D) after the block, and with time_sum also the sum of its valid frames, (N, D) fp32.
+        attention: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Return x (N, T, D) after the block, and with time_sum also the sum of its valid frames, (N, D) fp32, or with
+        attention its queries and keys (N, H, T, E).
 
         cond: (C, D), or (C, T, D) for per-frame time; C divides N and row n has condition n mod C. modulation: the six
         modulations (C, 6, D) or (C, T, 6, D), instead of cond. gate: m, (N,) for the whole block or (N, 2) for
@@ -115,9 +120,15 @@ class GatedDiTBlock(nn.Module):
         scale1, shift1, scale2, shift2, gate1, gate2 = modulation.unbind(-2)
         m1, m2 = self._row_gates(gate, x.shape[0])
 
-        attention = self.attn(ada_norm(x, scale1, shift1), rope, lengths)
-        h = gated_residual(x, attention, gate1, m1, scale=scale2, shift=shift2)
+        given, queries_keys = (ada_norm(x, scale1, shift1), rope, lengths), ()
+        if attention:
+            attended, *queries_keys = self.attn(*given, told=True)
+        else:
+            attended = self.attn(*given)
+        h = gated_residual(x, attended, gate1, m1, scale=scale2, shift=shift2)
         out = gated_residual(h.h, self.ffn(h.y), gate2, m2, lengths=lengths, time_sum=time_sum)
+        if attention:
+            return out.h, *queries_keys
         return (out.h, out.time_sum) if time_sum else out.h
 
     @staticmethod

@@ -28,6 +28,7 @@ class AudioDiT(Backbone):
     row_arguments = ()  # the blocks' other arguments are per condition
     state = 0
     replayable = True
+    tells_attention = True
 
     def __init__(self, config: ModelConfig, finish: Callable[[nn.Module], nn.Module] = lambda part: part):
         super().__init__()
@@ -82,15 +83,17 @@ class AudioDiT(Backbone):
         *,
         capture: tuple[int, ...] = (),
         pooled: bool = False,
+        attention: tuple[int, ...] = (),
     ) -> Velocity:
         """Return the velocity at x_t (N, T, n_mels), for times t (C,) or (C, T) and C conditions; row n has condition
         n mod C.
 
         capture: 1-based layers whose outputs come back in `hidden`, averaged over valid frames if pooled; 0 is the
-        token condition, (C, T, token_dim) or (C, token_dim), zero where a clip's tokens are dropped. Raises ValueError
-        if the conditions do not divide the rows, or if a captured layer does not exist.
+        token condition, (C, T, token_dim) or (C, token_dim), zero where a clip's tokens are dropped. attention: layers
+        whose queries and keys come back; not those that are captured as means. Raises ValueError if the conditions do
+        not divide the rows, or if a layer does not exist.
         """
-        self.check_inputs(x_t, t, condition, capture)
+        self.check_inputs(x_t, t, condition, capture, attention)
         conditions, frames = condition.lengths.shape[0], x_t.shape[1]
         lengths = condition.mask_lengths
         tokens = self.tokens(condition, frames)
@@ -101,7 +104,7 @@ class AudioDiT(Backbone):
         if self.config.position == "rotary_conv":
             rope = rotary_tables(frames, self.config.dim // self.config.heads, x.device)
 
-        hidden = {}
+        hidden, queries_keys = {}, {}
         if 0 in capture:
             hidden[0] = self._time_mean(tokens, condition) if pooled else tokens
         for layer, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=True), start=1):
@@ -109,11 +112,14 @@ class AudioDiT(Backbone):
             if layer in capture and pooled:
                 x, total = self._block(block, x, cond, **options, time_sum=True)
                 hidden[layer] = (total.unflatten(0, (-1, conditions)) / condition.lengths.unsqueeze(1)).flatten(0, 1)
+                continue
+            if layer in attention:
+                x, *queries_keys[layer] = self._block(block, x, cond, **options, attention=True)
             else:
                 x = self._block(block, x, cond, **options)
-                if layer in capture:
-                    hidden[layer] = x
-        return Velocity(self.as_velocity(self.out(self.norm(x)), x_t, t, condition), hidden)
+            if layer in capture:
+                hidden[layer] = x
+        return Velocity(self.as_velocity(self.out(self.norm(x)), x_t, t, condition), hidden, queries_keys)
 
     def _block(self, block: GatedDiTBlock, x: torch.Tensor, cond: torch.Tensor, **options):
         if not (self.training and torch.is_grad_enabled()):
