@@ -44,7 +44,7 @@ MEASURED = (*CONTRIBUTION, "lasp")  # strategies that rank layers by a measure
 STRATEGIES = (*MEASURED, "fixed", "shallow", "middle", "deep", "random", "none")
 CHOICES = ("hard", "soft")
 OF_LAYERS = ("layersync", "sra")  # objectives that compare a layer with a deeper one
-OBJECTIVES = ("pooled", "frames", "irepa", *OF_LAYERS)
+OBJECTIVES = ("pooled", "frames", "irepa", "haste", *OF_LAYERS)
 WEIGHTINGS = ("normalized", "equal", "raw2x")
 RECIPES = ("corrected", "official")
 GELUS = ("erf", "tanh")
@@ -175,7 +175,7 @@ class AlignConfig:
     """Layers that are aligned to the teacher, and how strongly."""
 
     objective: str = setting(
-        "pooled", "pooled, frames, irepa, layersync, sra, or MODULE:CLASS of an Objective of yours"
+        "pooled", "pooled, frames, irepa, haste, layersync, sra, or MODULE:CLASS of an Objective of yours"
     )
     deeper: Size | None = setting(
         None, "layersync, sra: a layer is compared with the one so many layers deeper; null: a third of the depth"

@@ -78,10 +78,17 @@ class TargetConfig:
     audio_teacher: str = setting("openai/whisper-large-v3", "likewise, for audio")
     teacher_precision: Literal["fp32", "fp16"] = setting("fp32", "of the teacher's weights and activations")
     teacher_rate: Positive | None = setting(None, "teacher frames stored per second; null: one mean vector per clip")
+    teacher_attention: Size | None = setting(
+        None, "of so many last layers of the teacher, queries and keys are stored with its frames; null: none"
+    )
     speech_tokens: str = setting("kmeans", "over the teacher's frames, or vq:FILE of `agrepa tokens fit`, or s3:NAME")
     audio_tokens: str = setting("kmeans", "likewise, for audio")
 
     def __post_init__(self) -> None:
+        check(
+            self.teacher_attention is None or self.teacher_rate is not None,
+            f"data.teacher_attention={self.teacher_attention} needs the teacher's frames: set data.teacher_rate=12.5",
+        )
         _check_tokenizer("data.speech_tokens", self.speech_tokens, without="kmeans")
         _check_tokenizer("data.audio_tokens", self.audio_tokens, without="kmeans")
 

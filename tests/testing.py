@@ -79,11 +79,13 @@ def write_small_shards(
     shard_clips: int = 8,
     texts: bool = False,
     teacher_rate: float | None = None,
+    attention: tuple[int, ...] | None = None,
 ) -> Path:
     """Two domains, 22 training and 5 validation clips each of 9 to 25 frames; returns a preset for them. buckets: the
     bounds, in frames and rising, of what training shards hold. extra: with second tokens, topology B. texts: 14 + 4
     clips of speech have a transcript of their own, 5 + 1 that of a longer recording; all have a speaker's vector.
-    teacher_rate: of the teacher's frames; None: its targets are vectors."""
+    teacher_rate: of the teacher's frames; None: its targets are vectors. attention: (layers, 2, heads, width) of the
+    queries and keys stored with its frames."""
     folder.mkdir(parents=True)
     draw, extra_draw = np.random.default_rng(0), np.random.default_rng(1)
     settings = asdict(DataConfig(sample_rate=16000, n_mels=8, f_max=8000.0, codebook=CODES))
@@ -101,6 +103,8 @@ def write_small_shards(
         for sample in (*train, *val) if teacher_rate else ():
             count = max(1, round(sample.seconds * teacher_rate))
             sample.teacher = (sample.teacher + extra_draw.normal(size=(count, dim))).astype(np.float16)
+            if attention:
+                sample.attention = extra_draw.normal(size=(count, *attention)).astype(np.float16)
         for place, sample in enumerate((*train, *val)) if texts and domain == "speech" else ():
             sample.cut, sample.text = place % 4 == 3, "" if place % 8 == 5 else f"say {place}"
         for sample in (*train, *val) if texts else ():
@@ -136,6 +140,7 @@ def write_small_shards(
                     "spec": DataConfig().speech_teacher,
                     "dim": dim,
                     "rate": teacher_rate,
+                    **({"attention": list(attention)} if attention else {}),
                     "identity": {},
                     "mean": np.mean([s.pooled for s in train], axis=0).tolist(),
                     "files": None,

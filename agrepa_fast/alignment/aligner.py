@@ -1,7 +1,8 @@
 """Alignment beside the sharded engine: BiT-C's projections, the heads of the current selection, and their own AdamW."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -112,6 +113,10 @@ class Aligner:
         layers of a step, and the weights lambda of their choice."""
         return (self._choices, *self.layers(step))
 
+    def attention_layers(self, step: int) -> tuple[int, ...]:
+        """Return the layers whose queries and keys the losses of a step need."""
+        return self.selection.all_layers if self.objective.attention and self._aligns(step) else ()
+
     def averaged_layers(self, step: int) -> tuple[int, ...]:
         """Return the layers whose states by the averaged weights, at a cleaner time, a step needs in its batch."""
         return self._partners() if self.objective.target == "averaged" and self._aligns(step) else ()
@@ -133,18 +138,24 @@ class Aligner:
         return self.objective.tap == "pooled" or not self._aligns(step)
 
     def losses(
-        self, hidden: dict[int, torch.Tensor], batch: Batch, t: torch.Tensor, kept: torch.Tensor | None, step: int
+        self,
+        hidden: dict[int, torch.Tensor],
+        batch: Batch,
+        t: torch.Tensor,
+        kept: torch.Tensor | None,
+        step: int,
+        attention: Mapping[int, Sequence[torch.Tensor]] = MappingProxyType({}),
     ) -> dict[str, torch.Tensor]:
         """Return align_loss (alignment times its weight) and bitc_loss, fp32 means over the batch's clips.
 
         The weight is that of the last `begin`. align_loss is zero without a selection, and from align.stop on.
         hidden: states by layer, (N, T, D), or time-means (N, D) if the step `pools`. t, kept: (N,) time of each clip,
-        and whether its tokens are kept; None: all are.
+        and whether its tokens are kept; None: all are. attention: queries and keys of the step's `attention_layers`.
         """
         zero = torch.zeros((), device=self.device)
         losses = {"align_loss": zero, "bitc_loss": zero}
         if self._aligns(step):
-            loss = self.config.align.weight * self._alignment(hidden, batch, t)
+            loss = self.config.align.weight * self._alignment(hidden, batch, t, attention)
             losses["align_loss"] = loss * self._factor if self._varies else loss
         if len(self.bitc):
             weights, condition = self.bitc_weights, hidden[0]
@@ -153,11 +164,11 @@ class Aligner:
             losses["bitc_loss"] = bitc_loss(self.bitc, weights, condition, batch.teacher, batch.domain, kept)
         return losses
 
-    def _alignment(self, hidden: dict[int, torch.Tensor], batch: Batch, t: torch.Tensor) -> torch.Tensor:
+    def _alignment(self, hidden, batch: Batch, t: torch.Tensor, attention) -> torch.Tensor:
         """Return the alignment term. Raises LocalError if a user's objective raises anything."""
         name = self.config.align.objective
         try:
-            return alignment_loss(self.objective, self.heads, hidden, batch, t, self._partner)[0]
+            return alignment_loss(self.objective, self.heads, hidden, batch, t, self._partner, attention)[0]
         except Exception as error:
             if name in OBJECTIVES or isinstance(error, torch.OutOfMemoryError):
                 raise

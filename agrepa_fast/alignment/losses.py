@@ -1,6 +1,7 @@
 """The alignment term of a batch: each clip by its own domain's layers, weights and targets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -11,7 +12,7 @@ from ..kernels import valid_frames
 from ..models.backbone import valid_states
 from ..models.condition import Condition
 from .heads import AlignmentHeads
-from .objective import OF_LAYERS, AlignedLayer, Objective
+from .objective import OF_LAYERS, AlignedLayer, Attention, Objective
 from .stretch import stretch
 
 
@@ -23,6 +24,7 @@ class Clips(Protocol):
     condition: Condition
     teacher: dict[str, torch.Tensor]  # domain -> (N, E), rows of clips of other domains are ignored
     teacher_frames: dict[str, TeacherFrames]  # domain -> frames (N, S, E), likewise, for target "frames"
+    attention: dict[str, torch.Tensor]  # domain -> (N, S, stored layers, 2, H', E'), queries and keys of these frames
     averaged: dict[int, torch.Tensor]  # layer -> its states by averaged weights, for target "averaged"
 
 
@@ -33,12 +35,13 @@ def alignment_loss(
     clips: Clips,
     t: torch.Tensor,
     partner: Callable[[int], int] = lambda layer: layer,
+    attention: Mapping[int, Sequence[torch.Tensor]] = MappingProxyType({}),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mean over clips, fp32, to differentiate, and each clip's loss (N,), detached.
 
     hidden: layer -> its states (N, T', D), or their time-means (N, D), as objective.tap asks; t (N,) flow times.
-    partner: the deeper layer that a layer is compared with. A domain without clips in the batch gives exact zeros and
-    exactly zero gradients.
+    partner: the deeper layer that a layer is compared with. attention: layer -> its queries and keys (N, H, T', E), if
+    the objective takes them. A domain without clips in the batch gives exact zeros and exactly zero gradients.
     """
     number = clips.domain.shape[0]
     mean, losses = (torch.zeros(shape, device=clips.domain.device) for shape in ((), (number,)))
@@ -49,9 +52,9 @@ def alignment_loss(
         aligned = []
         for layer in layers:
             tap = hidden[layer]
-            aligned.append(
-                AlignedLayer(heads.of(name, layer), tap, targets.of(layer, tap), _mask(tap, of_domain, clips))
-            )
+            given = heads.of(name, layer), tap, targets.of(layer, tap), _mask(tap, of_domain, clips)
+            pair = _attention(clips, name, attention[layer], layers, layer) if objective.attention else None
+            aligned.append(AlignedLayer(*given, pair))
         part, of_clips = objective.total(aligned, heads.layer_weights(name, t), t, share)
         mean, losses = mean + part, losses + of_clips
     return mean, losses
@@ -63,6 +66,21 @@ def _mask(states: torch.Tensor, of_domain: torch.Tensor, clips: Clips) -> torch.
         return of_domain
     valid = valid_states(states, clips.condition.lengths, clips.mel.shape[1])
     return valid_frames(torch.where(of_domain, valid, 0), states.shape[1])
+
+
+def _attention(
+    clips: Clips, domain: str, queries_keys: Sequence[torch.Tensor], layers: Sequence[int], layer: int
+) -> Attention:
+    """Return a layer's queries and keys, and those of the teacher's layer that it is compared with.
+
+    The deepest of the domain's aligned layers goes with the teacher's last, and both go up in step; one layer of the
+    teacher goes with several if it has fewer, and its first ones go with none if it has more.
+    """
+    of_teacher = clips.attention[domain]
+    stored, above = of_teacher.shape[2], sum(other > layer for other in layers)
+    place = stored - 1 - above * stored // max(len(layers), stored)
+    lengths = valid_states(queries_keys[0][:, 0], clips.condition.lengths, clips.mel.shape[1])
+    return Attention(*queries_keys, lengths, of_teacher[:, :, place], clips.teacher_frames[domain].counts)
 
 
 class _Targets:

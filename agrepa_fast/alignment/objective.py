@@ -19,6 +19,17 @@ TARGETS = ("pooled", "frames", "deeper", "averaged", None)
 OF_LAYERS = ("deeper", "averaged")  # targets that are states of the model
 
 
+class Attention(NamedTuple):
+    """What an aligned layer attends to, and its teacher. Scores of attention are products of queries and keys, those of
+    the layer over the square root of E."""
+
+    q: torch.Tensor  # (N, H, T, E), behind its norm and rotation
+    k: torch.Tensor
+    lengths: torch.Tensor  # (N,) valid frames of them
+    teacher: torch.Tensor  # (N, S, 2, H', E') queries and keys of the teacher's frames
+    counts: torch.Tensor  # (N,) frames of the teacher; 0 for clips of other domains
+
+
 class AlignedLayer(NamedTuple):
     """The material of one aligned layer for an objective: all clips of a batch, of which those of one domain count."""
 
@@ -26,6 +37,7 @@ class AlignedLayer(NamedTuple):
     tap: torch.Tensor  # (N, T, width), or pooled (N, width)
     target: torch.Tensor | None  # pooled (N, E), or (N, T, E)
     mask: torch.Tensor  # (N, T) bool: frames of these clips, without padding; pooled (N,)
+    attention: Attention | None = None  # of an objective that asks for it
 
 
 class Objective:
@@ -38,11 +50,13 @@ class Objective:
     "deeper": the states of the layer that is align.deeper layers deeper;
     "averaged": that layer's states by the averaged weights, at a cleaner flow time;
     None: nothing.
+    attention: whether it also takes the attention of layer and teacher, which objectives of ours alone can.
     An instance is made without arguments.
     """
 
     tap = "frames"
     target: str | None = "pooled"
+    attention = False
 
     def head(self, width: int, target_width: int) -> nn.Module | None:
         """Return a new head of a layer of `width` channels. Its weights are fp32. They are drawn from PyTorch's random

@@ -11,9 +11,11 @@ from ..config import AlignConfig
 from ..data.index import Index
 from ..errors import UserError
 from ..kernels import valid_frames
+from ..models.backbone import Backbone
 from ..settings import check
 from ..their_code import named_object, their_error
 from .frames import Frames, IRepa
+from .haste import Haste
 from .heads import make_head
 from .layersync import LayerSync
 from .objective import OF_LAYERS, TAPS, TARGETS, AlignedLayer, Objective
@@ -24,6 +26,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "pooled": Pooled,
     "frames": Frames,
     "irepa": IRepa,
+    "haste": Haste,
     "layersync": LayerSync,
     "sra": Sra,
 }
@@ -44,6 +47,7 @@ def make_objective(name: str, widths: Sequence[int], teacher_dims: dict[str, int
         check(isinstance(objective, Objective), "derive it from agrepa_fast.Objective")
         check(objective.tap in TAPS, f"tap={objective.tap!r}: {', '.join(TAPS)} are known")
         check(objective.target in TARGETS, f"target={objective.target!r}: {', '.join(map(str, TARGETS))} are known")
+        check(not objective.attention, "attention=True: objectives of ours alone take attention")
         one_vector = objective.target in ("pooled", None)
         check(objective.tap == "frames" or one_vector, f"target={objective.target!r} needs tap='frames'")
         for width in {*widths}:
@@ -57,6 +61,15 @@ def make_objective(name: str, widths: Sequence[int], teacher_dims: dict[str, int
 def target_widths(objective: Objective, widths: Sequence[int], teacher_dims: dict[str, int]) -> dict[str, int]:
     """Return domain -> width of what its layers are compared with."""
     return dict.fromkeys(teacher_dims, widths[0]) if objective.target in OF_LAYERS else teacher_dims
+
+
+def check_backbone(align: AlignConfig, objective: Objective, backbone: str, model: type[Backbone]) -> None:
+    """Raise UserError if the run's objective takes the attention of layers, and the model cannot tell it."""
+    check(
+        model.tells_attention or not objective.attention,
+        f"align.objective={align.objective} compares attention, and model.backbone={backbone} cannot tell its queries "
+        f"and keys: use audio_dit, or align.objective=frames",
+    )
 
 
 def check_layers(align: AlignConfig, objective: Objective, widths: Sequence[int]) -> None:
@@ -76,6 +89,12 @@ def check_shards(align: AlignConfig, objective: Objective, index: Index) -> None
             index.teacher(domain).rate is not None,
             f"align.objective={align.objective} needs the teacher's frames, and {index.folder} has one vector per clip "
             f"of {domain}: prepare with data.teacher_rate=12.5, or add the teacher at that rate (--add-teacher)",
+        )
+        check(
+            index.teacher(domain).attention is not None or not objective.attention,
+            f"align.objective={align.objective} needs the teacher's queries and keys, and {index.folder} has frames of "
+            f"{domain} without: prepare with data.teacher_attention=1, or add the teacher with it (--add-teacher), and "
+            f"train with it",
         )
 
 

@@ -1,4 +1,5 @@
-"""Frames at another rate: teacher frames, or a layer's states, brought to the frames of an aligned layer."""
+"""Frames at another rate: teacher frames, or a layer's states, brought to the frames of an aligned layer; and means
+over the teacher's frames."""
 
 import torch
 
@@ -18,3 +19,17 @@ def stretch(values: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor, f
     right = torch.minimum(left + 1, last)
     both = (values.gather(1, at.unsqueeze(-1).expand(-1, -1, values.shape[-1])).float() for at in (left, right))
     return torch.lerp(*both, (place - left).unsqueeze(-1))
+
+
+def mean_weights(lengths: torch.Tensor, counts: torch.Tensor, frames: int, parts: int) -> torch.Tensor:
+    """Return (N, parts, frames) fp32: row s of clip n has the weights of the mean over part s of its lengths[n] frames,
+    cut into counts[n] equal parts. It is how preparation pools the teacher's frames, F.interpolate(mode="area") where
+    the parts are whole frames.
+
+    lengths, counts (N,). Rows beyond counts have zeros within lengths, and any finite weights beyond.
+    """
+    wide = (lengths / counts.clamp(min=1)).view(-1, 1, 1)  # frames of a part
+    start = torch.arange(parts, device=lengths.device).view(-1, 1) * wide
+    frame = torch.arange(frames, device=lengths.device)
+    shared = torch.minimum(start + wide, frame + 1) - torch.maximum(start, frame)
+    return shared.clamp(min=0) / wide

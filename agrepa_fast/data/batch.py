@@ -37,6 +37,7 @@ class Batch:
     weight: float = 1.0  # times its mean loss: then the mean over ranks and micro-batches is that over all clips
     faults: tuple[Fault, ...] = ()  # of clips that could not be used and that others replace
     teacher_frames: dict[str, TeacherFrames] = field(default_factory=dict)  # domain -> frames, if they were asked for
+    attention: dict[str, torch.Tensor] = field(default_factory=dict)  # domain -> (B, S, *TeacherInfo.attention) fp16
     averaged: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> states by averaged weights; of a step
 
     def to(self, device: torch.device | str) -> Self:
@@ -62,6 +63,7 @@ class Batch:
             condition=self.condition.map(function),
             teacher={name: function(vectors) for name, vectors in self.teacher.items()},
             teacher_frames={name: TeacherFrames(*map(function, both)) for name, both in self.teacher_frames.items()},
+            attention={name: function(values) for name, values in self.attention.items()},
             averaged={layer: function(states) for layer, states in self.averaged.items()},
         )
 
@@ -127,8 +129,9 @@ class PackedBatch:
             for domain in DOMAINS
             if _frames(domain) in self.fields
         }
-        domain = self.tensor("domain")
-        return Batch(self.keys, domain, mel, condition, teacher, self.places, self.weight, self.faults, frames)
+        attention = {name: self.tensor(_attention(name)) for name in frames if _attention(name) in self.fields}
+        given = self.places, self.weight, self.faults, frames, attention
+        return Batch(self.keys, self.tensor("domain"), mel, condition, teacher, *given)
 
 
 def _frames(domain: str) -> str:
@@ -137,6 +140,10 @@ def _frames(domain: str) -> str:
 
 def _counts(domain: str) -> str:
     return f"{domain} counts"
+
+
+def _attention(domain: str) -> str:
+    return f"{domain} attention"
 
 
 def collate(
@@ -163,11 +170,13 @@ def pack(
     tokens: int = 0,
     text: int = 0,
     teacher_frames: int | None = None,
+    attention: bool = False,
 ) -> PackedBatch:
     """Pad samples to the longest (and at least `frames`, `tokens` and ids of `text`), normalise mels by the index's
     mean and standard deviation, and, with `center`, subtract their mean from teacher vectors.
 
     teacher_frames: add the teacher's frames, padded to at least so many; None: the batch has their means alone.
+    attention: and their queries and keys.
     """
     clips = len(samples)
     frames = max(frames, *(s.frames for s in samples))
@@ -192,6 +201,8 @@ def pack(
         for domain in index.domains:
             sizes[_frames(domain)] = (torch.float16, (clips, longest, index.teacher(domain).dim))
             sizes[_counts(domain)] = (torch.int64, (clips,))
+            if attention:
+                sizes[_attention(domain)] = (torch.float16, (clips, longest, *index.teacher(domain).attention))
     packed = PackedBatch.zeros(sizes, tuple(s.key for s in samples), tuple(places))
     tensors = {name: packed.tensor(name) for name in sizes}
     for row, s in enumerate(samples):
@@ -210,6 +221,8 @@ def pack(
         if teacher_frames is not None:
             tensors[_frames(s.domain)][row, : len(s.teacher)] = torch.from_numpy(s.teacher.astype(np.float32) - mean)
             tensors[_counts(s.domain)][row] = len(s.teacher)
+            if attention:
+                tensors[_attention(s.domain)][row, : len(s.teacher)] = torch.from_numpy(s.attention)
     tensors["token_lengths"].copy_(torch.tensor([len(s.tokens) for s in samples]))
     tensors["lengths"].copy_(torch.tensor([s.frames for s in samples]))
     tensors["domain"].copy_(torch.tensor([DOMAINS.index(s.domain) for s in samples]))

@@ -3,10 +3,10 @@
 Per sample: `<key>.json` (domain, text, labels, frames, seconds, cut, source, licence), `<key>.mel.npy` fp16 (T, n_mels)
 natural-log mel, `<key>.tokens.npy` int32 (S,) ids counted over all domains, for topology B `<key>.tokens2.npy` int32
 (S,), with data.speaker `<key>.speaker.npy` fp32 (dim,), `<key>.<teacher>.npy` fp16, (dim,), the mean of the teacher's
-frames, or (frames, dim). Files `<split>-<domain>-<nnnn>.tar`; a train shard's clips are of one length bucket. A teacher
-that was added later is in `<split>-<domain>-<nnnn>.<teacher>.tar` beside each shard, in its order; speaker vectors that
-were, in `<split>-<domain>-<nnnn>.speaker.tar`. The same features
-give the same bytes. No pickle anywhere.
+frames, or (frames, dim); with data.teacher_attention each frame is followed by its queries and keys, (layers, 2, heads,
+width). Files `<split>-<domain>-<nnnn>.tar`; a train shard's clips are of one length bucket. A teacher that was added
+later is in `<split>-<domain>-<nnnn>.<teacher>.tar` beside each shard, in its order; speaker vectors that were, in
+`<split>-<domain>-<nnnn>.speaker.tar`. The same features give the same bytes. No pickle anywhere.
 """
 
 import json
@@ -65,6 +65,7 @@ class TeacherInfo:
     dim: int
     rate: float | None  # frames per second stored; None: one pooled vector per clip
     mean: np.ndarray  # (dim,) float32, of the train clips' pooled vectors
+    attention: tuple[int, ...] | None  # (layers, 2, heads, width) of the queries and keys stored with a frame
     files: dict[str, dict]  # shard -> file, bytes, sha256 of the sidecar with its clips' targets; {}: the shard itself
 
 
@@ -180,8 +181,9 @@ class Index:
             entries = self.content["domains"][domain]["teachers"]
             name = self.chosen.get(domain, next(iter(entries)))
             entry = entries[name]
-            mean = np.asarray(entry["mean"], np.float32)
-            teachers[domain] = TeacherInfo(name, entry["spec"], entry["dim"], entry["rate"], mean, entry["files"] or {})
+            mean, attention = np.asarray(entry["mean"], np.float32), entry.get("attention")
+            facts = entry["spec"], entry["dim"], entry["rate"], mean, attention and tuple(attention)
+            teachers[domain] = TeacherInfo(name, *facts, entry["files"] or {})
         return teachers
 
     def sidecars(self, shard: Shard) -> list[dict]:
@@ -221,6 +223,11 @@ class Index:
             first, end = self.token_range(domain)
             mels[first:end] = read_code_mels(self.folder / self.content["domains"][domain]["tokens"]["file"])
         return mels
+
+
+def attention_layers(teacher: dict) -> int | None:
+    """Return data.teacher_attention of an index's entry of a teacher."""
+    return teacher["attention"][0] if "attention" in teacher else None
 
 
 def load_index(folder: str | Location, verify: bool = True) -> Index:

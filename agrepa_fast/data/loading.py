@@ -32,9 +32,9 @@ class TrainBatches:
     """This rank's micro-batches in order, from optimizer step `step` on. They do not end, so that no rank runs out of
     batches before the others.
 
-    plan: None for layout.batch_clips clips in every batch. teacher_frames: whether batches hold the teacher's frames
-    beside their means. data.workers processes read the shards and make the batches;
-    `close`, or the end of a `with`, ends them. With a GPU the batches are in pinned memory.
+    plan: None for layout.batch_clips clips in every batch. teacher_frames, attention: whether batches hold the
+    teacher's frames beside their means, and their queries and keys. data.workers processes read the shards and make
+    the batches; `close`, or the end of a `with`, ends them. With a GPU the batches are in pinned memory.
     """
 
     def __init__(
@@ -48,13 +48,14 @@ class TrainBatches:
         step: int = 0,
         plan: BatchPlan | None = None,
         teacher_frames: bool = False,
+        attention: bool = False,
     ):
         if plan is None:
             plan = BatchPlan(index, data.speech_share, seed, clips=layout.batch_clips)
         self._context = _LoaderContext()
         self._batches: Iterator[PackedBatch] = iter(
             DataLoader(
-                _RankBatches(index, plan, layout, center, step, teacher_frames),
+                _RankBatches(index, plan, layout, center, step, teacher_frames, attention),
                 batch_size=None,
                 num_workers=data.workers,
                 pin_memory=torch.cuda.is_available(),
@@ -142,10 +143,17 @@ class _RankBatches(IterableDataset):
     """This rank's micro-batches from a step on; loader process w of W makes every W-th of them."""
 
     def __init__(
-        self, index: Index, plan: BatchPlan, layout: BatchLayout, center: bool, step: int, teacher_frames: bool
+        self,
+        index: Index,
+        plan: BatchPlan,
+        layout: BatchLayout,
+        center: bool,
+        step: int,
+        teacher_frames: bool,
+        attention: bool,
     ):
         self.index, self.plan, self.layout, self.center, self.step = index, plan, layout, center, step
-        self.teacher_frames = teacher_frames
+        self.teacher_frames, self.attention = teacher_frames, attention
 
     def __iter__(self) -> Iterator[PackedBatch]:
         worker = get_worker_info()
@@ -179,5 +187,5 @@ class _RankBatches(IterableDataset):
         if self.teacher_frames:
             shape["teacher_frames"] = self.index.most_teacher_frames(bucket.frames) if plan.fixed_shapes else 0
         ordered = [samples[place] for place in places]
-        packed = pack(ordered, tuple(places), self.index, center=self.center, **shape)
+        packed = pack(ordered, tuple(places), self.index, center=self.center, attention=self.attention, **shape)
         return replace(packed, weight=layout.weight(micro, bucket.clips), faults=tuple(faults))

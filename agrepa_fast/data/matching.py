@@ -10,7 +10,7 @@ from ..data_config import ShardConfig
 from ..domains import DOMAINS
 from ..errors import UserError
 from ..settings import setting_names
-from .index import INDEX, Index, load_index
+from .index import INDEX, Index, attention_layers, load_index
 from .locations import Location, Remote, locate
 from .tars import read_descriptions
 from .text import TextIds, load_text
@@ -34,9 +34,10 @@ def matching_index(data: DataConfig) -> Index:
         specs = {name: teacher["spec"] for name, teacher in entry["teachers"].items()}
         spec = _check(index, data, f"{domain}_teacher", list(dict.fromkeys(specs.values())))
         _check(index, data, f"{domain}_tokens", [entry["tokens"]["spec"]])
-        # Two entries of one teacher differ in their rate; training pools them alike.
-        names = [name for name in specs if specs[name] == spec]
-        names.sort(key=lambda name: entry["teachers"][name]["rate"] != data.teacher_rate)
+        # Two entries of one teacher differ in their rate or attention; training pools them alike.
+        names, wanted = [name for name in specs if specs[name] == spec], (data.teacher_attention, data.teacher_rate)
+        given = {name: (attention_layers(entry["teachers"][name]), entry["teachers"][name]["rate"]) for name in names}
+        names.sort(key=lambda name: [a != b for a, b in zip(given[name], wanted, strict=True)])
         chosen[domain] = names[0]
     index = replace(index, chosen=chosen, normalize=data.normalize)
     return index if data.text is None else _with_text(index, load_text(data.text))

@@ -36,7 +36,8 @@ class ClipError(Exception):
 @dataclass
 class Sample:
     """One clip. mel (T, n_mels) fp16 natural log, T = `frames`; tokens (S,) int32; tokens2 (S,) int32, one for every
-    token, if the shards have them; teacher (dim,) or (frames, dim) fp16, as stored."""
+    token, if the shards have them; teacher (dim,) or (frames, dim) fp16; attention (frames, layers, 2, heads, width)
+    fp16, queries and keys of these frames, if the shards have them."""
 
     key: str
     domain: str
@@ -51,6 +52,7 @@ class Sample:
     tokens: np.ndarray
     teacher: np.ndarray
     tokens2: np.ndarray | None = None
+    attention: np.ndarray | None = None
     speaker: np.ndarray | None = None  # (dim,) fp32, if the shards have them
     text_ids: np.ndarray | None = None  # (N,) int64, if the run takes text; not stored
 
@@ -65,6 +67,15 @@ def pooled(target: np.ndarray) -> np.ndarray:
     return target.astype(np.float32) if target.ndim == 1 else target.mean(axis=0, dtype=np.float32)
 
 
+def split_target(
+    target: np.ndarray, dim: int, attention: tuple[int, ...] | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the frames (frames, dim) of a stored target, and their queries and keys (frames, *attention)."""
+    if attention is None:
+        return target, None
+    return target[:, :dim], target[:, dim:].reshape(len(target), *attention)
+
+
 def sample_members(sample: Sample, teacher: str) -> dict:
     """Return the members of a sample: "__key__", and suffix -> content. teacher: the name of its target."""
     members = {
@@ -77,7 +88,10 @@ def sample_members(sample: Sample, teacher: str) -> dict:
         members["tokens2.npy"] = npy(sample.tokens2)
     if sample.speaker is not None:
         members["speaker.npy"] = npy(sample.speaker)
-    return members | {f"{teacher}.npy": npy(sample.teacher)}
+    target = sample.teacher
+    if sample.attention is not None:
+        target = np.concatenate((target, sample.attention.reshape(len(target), -1)), axis=1)
+    return members | {f"{teacher}.npy": npy(target)}
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -129,13 +143,16 @@ def parse_sample(members: dict, shard: Shard, index: Index) -> Sample:
         if teacher.rate is None:
             check(target.shape == (teacher.dim,), "length", f"{target.shape} is not ({teacher.dim},)")
         else:
-            right = target.shape[1:] == (teacher.dim,) and len(target) > 0
-            check(right, "length", f"{target.shape} is not (frames, {teacher.dim})")
+            width = teacher.dim + (math.prod(teacher.attention) if teacher.attention else 0)
+            right = target.shape[1:] == (width,) and len(target) > 0
+            check(right, "length", f"{target.shape} is not (frames, {width})")
         check(_finite(target), "not_finite", "not finite")
+        target, attention = split_target(target, teacher.dim, teacher.attention)
         member, domain = f"{key}.json", described["domain"]
         check(domain == shard.domain, "corrupt", f"domain {domain!r} in a shard of {shard.domain}")
         described["labels"] = tuple(described["labels"])
-        arrays = {"mel": mel, "tokens": tokens, "tokens2": tokens2, "speaker": speaker, "teacher": target}
+        arrays = {"mel": mel, "tokens": tokens, "tokens2": tokens2, "speaker": speaker}
+        arrays |= {"teacher": target, "attention": attention}
         sample = Sample(key=key, **arrays, **described)
         if index.text is not None:
             sample.text_ids = ids = index.text.encode(sample.text)

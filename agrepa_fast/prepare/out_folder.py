@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..config import DOMAINS, DataConfig
 from ..corpora.recordings import Source
-from ..data.index import INDEX, SCHEMA, Index, load_index, write_index
+from ..data.index import INDEX, SCHEMA, Index, attention_layers, load_index, write_index
 from ..data.matching import known_features
 from ..data_config import ShardConfig, values_of
 from ..errors import UserError
@@ -50,6 +50,7 @@ def _check_targets(out: Path, data: DataConfig, domain: dict, name: str) -> None
     first, setting = next(iter(domain["teachers"].values())), f"{name}_teacher"
     check_setting(out, setting, first["spec"], getattr(data, setting))
     check_setting(out, "teacher_rate", first["rate"], data.teacher_rate)
+    check_setting(out, "teacher_attention", attention_layers(first), data.teacher_attention)
     check_setting(out, "teacher_precision", first["identity"].get("precision"), data.teacher_precision)
     check_tokens(out, data, domain, f"{name}_tokens")
 

@@ -26,6 +26,7 @@ from .roles import domain_roles
 from .skipped import BAD, LeftOut, check_share, count_line, print_left_out, write_skipped
 from .speaker_pass import load_speaker, run_speaker_pass
 from .split import split_clips
+from .targets import attention_shape
 from .teacher_pass import TeacherPass
 from .token_pass import run_token_pass
 from .write import ShardStage
@@ -82,6 +83,7 @@ def _prepare_domain(
     """Run all stages of one domain. `source`: that of the recordings, on rank 0. Returns, on rank 0, the domain's entry
     in the index and those of its shards."""
     teacher = load_teacher(getattr(job.data, f"{job.domain}_teacher"))
+    attention_shape(teacher, job.data)  # refuses a teacher without one before any recording is read
     roles, speaker = domain_roles(job, teacher, load_teacher), load_speaker(job)
     rates = {teacher.sample_rate, *(role.sample_rate for role in roles)}
     if speaker is not None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..config import Config, DataConfig
 from ..corpora.recordings import Recording, Source
-from ..data.index import Index
+from ..data.index import Index, attention_layers
 from ..data.samples import npy, pooled
 from ..data.tars import read_descriptions
 from ..data.writing import write_tar
@@ -27,7 +27,7 @@ from .job import Job, read_record, read_work, work_file, write_work
 from .out_folder import check_setting, finish, locked, read_existing
 from .passes import BatchPass, batches_by_length, compute_each
 from .pipeline import load_teacher_on_every_rank, reading_threads
-from .targets import stored_target, target_name, teacher_entry, teacher_frames
+from .targets import attention_shape, stored_target, target_name, teacher_entry, teacher_frames
 
 
 def add_teacher(
@@ -107,8 +107,9 @@ class _NewTeacher:
 
     def is_in(self, out: Path, domain: dict) -> bool:
         """Return whether a domain has them. Raises UserError if it has those of another precision."""
+        wanted = self.spec, self.data.teacher_rate, self.data.teacher_attention
         for entry in domain["teachers"].values():
-            if (entry["spec"], entry["rate"]) == (self.spec, self.data.teacher_rate):
+            if (entry["spec"], entry["rate"], attention_layers(entry)) == wanted:
                 precision = entry["identity"].get("precision")
                 check_setting(out, "teacher_precision", precision, self.data.teacher_precision)
                 return True
@@ -116,11 +117,13 @@ class _NewTeacher:
 
     def load(self, ranks: Ranks) -> None:
         self.encoder = load_teacher_on_every_rank(self.data, self.spec, ranks)
-        self.name = target_name(self.encoder, self.data.teacher_rate)
+        self.name = target_name(self.encoder, self.data)
+        attention_shape(self.encoder, self.data)  # refuses a teacher without one
 
     def compute(self, clips: list["_ShardClip"], waves: list[np.ndarray]) -> Iterable[np.ndarray | str]:
         """Return each clip's entry in a sidecar, or the reason why it has none."""
-        for clip, frames in zip(clips, teacher_frames(self.encoder, waves), strict=True):
+        of_clips = teacher_frames(self.encoder, waves, self.data.teacher_attention)
+        for clip, frames in zip(clips, of_clips, strict=True):
             bad = isinstance(frames, str)
             yield frames if bad else stored_target(frames, clip.seconds, self.data.teacher_rate)
 
@@ -235,7 +238,7 @@ class _SidecarStage:
         targets = {clip.name: self.targets.result(clip)["target"] for clip in clips}
         path, suffix = self._path(shard), f"{self.new.name}.npy"
         written = write_tar(path, ({"__key__": key, suffix: npy(target)} for key, target in targets.items()))
-        total = sum(pooled(target).astype(np.float64) for target in targets.values())
+        total = sum(pooled(target)[: self.new.encoder.dim].astype(np.float64) for target in targets.values())
         write_work(self._record(shard), entry=json.dumps({"file": path.name, **written}), target=total)
 
     def _path(self, shard: dict) -> Path:

@@ -26,7 +26,8 @@ class TeacherPass:
         self.splits, self.tokenizers = splits, dict(tokenizers)
         used = {role: tokenizer and tokenizer.identity for role, tokenizer in tokenizers.items()}
         files = [clip.file.name for split in SPLITS for clip in splits[split]]
-        inputs = [teacher.name, teacher.identity, used, self.data.codebook, self.data.teacher_rate, files]
+        stored = [self.data.teacher_rate, self.data.teacher_attention]
+        inputs = [teacher.name, teacher.identity, used, self.data.codebook, *stored, files]
         self.folder = job.work_folder("teacher", inputs)
         self._frames = BatchPass(job.pool, job.work_folder("frames", inputs), self._read_waves, self._keep_frames)
         self._of_frames = BatchPass(job.pool, self.folder, self._read_frames, self._encode)
@@ -76,7 +77,8 @@ class TeacherPass:
                     f"{of_clips[0]}, for all of the first {len(of_clips)} {self.job.domain} clips: set another "
                     f"data.{self.job.domain}_teacher"
                 )
-            codebook = Codebook.fit(np.concatenate(usable), self.data.codebook, self.job.domain)
+            states = np.concatenate([frames[:, : self.teacher.dim] for frames in usable])
+            codebook = Codebook.fit(states, self.data.codebook, self.job.domain)
             write_work(file, centroids=codebook.centroids)
         return Codebook(read_work(file)["centroids"])
 
@@ -89,16 +91,17 @@ class TeacherPass:
         return [str(result[REASON]) if REASON in result else result["frames"] for result in results]
 
     def _keep_frames(self, batch: list[Clip], waves: list[np.ndarray]) -> Iterable[dict[str, np.ndarray]]:
-        of_clips = teacher_frames(self.teacher, waves)
+        of_clips = teacher_frames(self.teacher, waves, self.data.teacher_attention)
         return ({REASON if isinstance(frames, str) else "frames": frames} for frames in of_clips)
 
     def _run_and_encode(self, batch: list[Clip], waves: list[np.ndarray]) -> Iterable[dict[str, np.ndarray]]:
-        return self._encode(batch, teacher_frames(self.teacher, waves))
+        return self._encode(batch, teacher_frames(self.teacher, waves, self.data.teacher_attention))
 
     def _encode(self, batch: list[Clip], of_clips: list[np.ndarray | str]) -> Iterable[dict[str, np.ndarray]]:
         for clip, frames in zip(batch, of_clips, strict=True):
             if isinstance(frames, str):
                 yield {REASON: frames}
                 continue
-            ids = {role: tokenizer.encode(frames) for role, tokenizer in self.tokenizers.items()}
+            states = frames[:, : self.teacher.dim]
+            ids = {role: tokenizer.encode(states) for role, tokenizer in self.tokenizers.items()}
             yield {**ids, "target": stored_target(frames, clip.seconds, self.data.teacher_rate)}

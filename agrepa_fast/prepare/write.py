@@ -16,7 +16,7 @@ import numpy as np
 from ..audio.mel import frame_count
 from ..config import DataConfig
 from ..data.index import SPLITS
-from ..data.samples import Sample
+from ..data.samples import Sample, split_target
 from ..data.writing import write_shard
 from ..files import write_atomically
 from ..tokenizers.base import tokens_of_frames
@@ -26,7 +26,7 @@ from .decode import Clip
 from .job import Job, Stage, read_record, read_work, work_file, write_work
 from .passes import BatchPass, read_ahead
 from .roles import TokenRole
-from .targets import target_name, teacher_entry
+from .targets import attention_shape, target_name, teacher_entry
 from .teacher_pass import TeacherPass
 
 
@@ -82,7 +82,8 @@ class ShardStage:
         self.job, self.data, self.domain = job, job.data, job.domain
         self.splits, self.teacher, self.codebook = splits, teacher, codebook
         self.roles, self.passes = {role.name: role for role in roles}, passes
-        self.target = target_name(teacher.teacher, self.data.teacher_rate)
+        self.target = target_name(teacher.teacher, self.data)
+        self.attention = attention_shape(teacher.teacher, self.data)
         self.planned = plan_shards(self.data, self.domain, splits)
         computed_by = [teacher.folder.name, *(tokens.folder.name for tokens in passes.values())]
         layout = [[shard.file, shard.bucket, len(shard.clips)] for shard in self.planned]
@@ -136,6 +137,7 @@ class ShardStage:
         for name, done in self.passes.items():
             computed[name] = done.result(clip)["speaker" if name == "speaker" else "ids"]
         tokens, extra = computed["tokens"], computed.get("tokens2")
+        target, attention = split_target(computed["target"], self.teacher.teacher.dim, self.attention)
         return Sample(
             key=clip.name,
             frames=len(mel),
@@ -145,7 +147,8 @@ class ShardStage:
             tokens=tokens,
             tokens2=None if extra is None else tokens_of_frames(extra, len(tokens)),
             speaker=computed.get("speaker"),
-            teacher=computed["target"],
+            teacher=target,
+            attention=attention,
             **{name: getattr(recording, name) for name in ("domain", "text", "labels", "source", "licence")},
         )
 

@@ -55,6 +55,7 @@ def values() -> tuple[Value, ...]:
         *(Value("reference", f"flow.reference={mode}", (f"flow.reference={mode}",)) for mode in ("prefix", "infill")),
         Value("prediction", "flow.prediction=x", ("flow.prediction=x",)),
         Value("teacher", "shards without data.teacher_rate", lacks="frames"),
+        Value("attention", "shards without data.teacher_attention", lacks="attention"),
         Value("second tokens", "shards without data.extra_tokens", lacks="extra"),
         Value("speaker", "shards without data.speaker", lacks="speaker"),
         Value("ds_config", "--ds_config zero3.json"),
@@ -136,6 +137,7 @@ def _shards(config: Config, lacks: frozenset[str | None] = frozenset()) -> Simpl
     """Return the facts of an index that a run asks for: of shards with everything but what they lack."""
     text = None if config.data.text is None else SimpleNamespace(spec=config.data.text, size=256)
     teacher = SimpleNamespace(dim=_WIDTH, rate=None if "frames" in lacks else 12.5)
+    teacher.attention = None if {"frames", "attention"} & lacks else (1, 2, 20, 64)
     return SimpleNamespace(
         folder=Path(config.data.path),
         n_mels=config.data.n_mels,

@@ -45,6 +45,19 @@ class Teacher(ABC):
         about 1e-5 of their size. Raises ValueError for an empty wave, and for one that is not 1-D.
         """
 
+    def attention_shape(self, layers: int, seconds: float) -> tuple[int, int, int, int]:
+        """Return (layers, 2, heads, width), the queries and keys of a frame in the last `layers` layers that the
+        teacher runs. Raises UserError if it cannot tell them for clips of up to `seconds`."""
+        raise UserError(
+            f"teacher {self.identity['spec']!r} cannot tell its queries and keys: choose a Whisper, or set "
+            f"data.teacher_attention=null"
+        )
+
+    def frames_with_attention(self, waves: list[np.ndarray], layers: int) -> list[np.ndarray]:
+        """Return (frames, dim + product of attention_shape) float32 per wave: its frames, each followed by its queries
+        and keys. Their products over `width` are the scores of attention: queries are scaled already."""
+        raise NotImplementedError(f"{type(self).__name__} cannot tell its queries and keys")
+
     def check_precision(self, spec: str) -> None:
         """Raise UserError if the encoder cannot compute in its precision on its device."""
         # Another length than those measured in fp32: wav2vec2-conformer keeps the rotary factors of the last one.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..errors import UserError
 from .base import Teacher, batches_by_length, check_layer, check_waves, file_name, load_weights, move_to, weights_sha256
 
 _SUBSAMPLING = 2  # mel frames per encoder frame: the stride of conv2
@@ -36,8 +37,29 @@ class WhisperTeacher(Teacher):
         if dtype != "fp32":
             self.check_precision(base)
 
-    @torch.inference_mode()
     def frames(self, waves: list[np.ndarray]) -> list[np.ndarray]:
+        return self._frames(waves, 0)
+
+    def attention_shape(self, layers: int, seconds: float) -> tuple[int, int, int, int]:
+        depth, window = self._layer or len(self._encoder.layers), self._window / self.sample_rate
+        spec = self.identity["spec"]
+        if layers > depth:
+            raise UserError(
+                f"data.teacher_attention={layers}: teacher {spec!r} runs {depth} layers: set at most {depth}"
+            )
+        if seconds > window:
+            raise UserError(
+                f"data.teacher_attention={layers}: teacher {spec!r} attends over {window:g} s, and data.max_seconds is "
+                f"{seconds:g}: set data.max_seconds={window:g}"
+            )
+        attention = self._encoder.layers[0].self_attn
+        return layers, 2, attention.num_heads, attention.head_dim
+
+    def frames_with_attention(self, waves: list[np.ndarray], layers: int) -> list[np.ndarray]:
+        return self._frames(waves, layers)
+
+    @torch.inference_mode()
+    def _frames(self, waves: list[np.ndarray], attention: int) -> list[np.ndarray]:
         check_waves(waves)
         owners, mels = [], []
         for owner, wave in enumerate(waves):
@@ -47,7 +69,8 @@ class WhisperTeacher(Teacher):
         lengths = [mel.shape[1] // _SUBSAMPLING for mel in mels]
         pieces: dict[int, np.ndarray] = {}
         for group in batches_by_length(lengths, self.room):
-            hidden = self._encode([mels[index] for index in group], [lengths[index] for index in group])
+            of_group = [[values[index] for index in group] for values in (mels, lengths)]
+            hidden = self._encode(*of_group, attention)
             for row, index in zip(hidden.float().cpu().numpy(), group, strict=True):
                 pieces[index] = row[: lengths[index]]
         of_wave: list[list[np.ndarray]] = [[] for _ in waves]
@@ -67,8 +90,9 @@ class WhisperTeacher(Teacher):
         )
         return features.input_features[0]
 
-    def _encode(self, mels: list[torch.Tensor], lengths: list[int]) -> torch.Tensor:
-        """Return (B, max(lengths), dim) of log-mels (mels, 2 lengths[b]). Rows beyond their length hold no meaning."""
+    def _encode(self, mels: list[torch.Tensor], lengths: list[int], attention: int) -> torch.Tensor:
+        """Return (B, max(lengths), dim) of log-mels (mels, 2 lengths[b]), with queries and keys of `attention` last
+        layers behind. Rows beyond their length hold no meaning."""
         # Zeros after the end equal the convolutions' own padding. conv1's output there is not zero, but conv2's last
         # frame reads mel frames 2 n - 3 ... 2 n - 1 of an even number 2 n, and never that output.
         longest = max(lengths)
@@ -78,9 +102,13 @@ class WhisperTeacher(Teacher):
         hidden = F.gelu(encoder.conv2(F.gelu(encoder.conv1(batch)))).transpose(1, 2)
         hidden = hidden + encoder.embed_positions.weight[:longest]
         mask = self._attention_mask(lengths, longest)
-        for block in encoder.layers[: self._layer]:
+        blocks, told = encoder.layers[: self._layer], []
+        for number, block in enumerate(blocks):
+            if number >= len(blocks) - attention:
+                y, attend = block.self_attn_layer_norm(hidden), block.self_attn
+                told += [attend.q_proj(y) * attend.scaling, attend.k_proj(y)]
             hidden = block(hidden, mask)
-        return encoder.layer_norm(hidden) if self._layer is None else hidden
+        return torch.cat([encoder.layer_norm(hidden) if self._layer is None else hidden, *told], dim=-1)
 
     def _attention_mask(self, lengths: list[int], longest: int) -> torch.Tensor | None:
         """Return (B, 1, 1, longest) to add to the scores, so that no clip attends beyond its length; None for equal

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..alignment.aligner import Aligner
-from ..alignment.registry import check_layers, check_shards, make_objective
+from ..alignment.registry import check_backbone, check_layers, check_shards, make_objective
 from ..attribution.csv import drop_later_probes
 from ..audio.vocoder import Vocoder, load_vocoder
 from ..checkpoints.find import resolve_checkpoint
@@ -123,8 +123,8 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     for line in (*filter(None, [precision_line]), *lines_before_the_first_step(engine, context, plan, layout)):
         metrics.print(line)
     reading = {"seed": config.run.seed, "center": config.align.center, "step": first_step}
-    reads_frames = aligner.objective.target == "frames"
-    batches = TrainBatches(index, config.data, layout, **reading, plan=plan, teacher_frames=reads_frames)
+    targets = {"teacher_frames": aligner.objective.target == "frames", "attention": aligner.objective.attention}
+    batches = TrainBatches(index, config.data, layout, **reading, plan=plan, **targets)
     return Training(run, batches, checkpoints, clips.validation, vocoder, first_step, lock)
 
 
@@ -241,6 +241,7 @@ def check_together(config: Config, model: Backbone, index: Index) -> None:
     widths = [layer.width for layer in model.layers]
     config.check_layers(widths, model.condition_width)
     objective = make_objective(config.align.objective, widths, teacher_dims(index))
+    check_backbone(config.align, objective, config.model.backbone, type(model))
     check_layers(config.align, objective, widths)
     check_shards(config.align, objective, index)
 

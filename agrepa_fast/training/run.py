@@ -114,8 +114,9 @@ class Run:
         flow, aligner = self.config.flow, self.choice.aligner
         draws, condition = draw_condition(flow, batch, keys[0])
         x_t, target = flow_mix(batch.mel, draws.t, keys[1], flow.sigma)
-        out = model(x_t, draws.t, condition, capture=aligner.layers(step), pooled=aligner.pools(step))
-        losses = aligner.losses(out.hidden, batch, draws.t, draws.keep_tokens, step)
+        taps = {"capture": aligner.layers(step), "pooled": aligner.pools(step)}
+        out = model(x_t, draws.t, condition, **taps, attention=aligner.attention_layers(step))
+        losses = aligner.losses(out.hidden, batch, draws.t, draws.keep_tokens, step, out.attention)
         counted = counted_frames(flow, draws.hidden, batch.condition.lengths)
         clips = training_loss(flow, out.v, target, counted, draws.t)
         losses["flow_loss"] = (clips if flow.average == "clip" else clips * self._frame_weights(counted)).mean()

@@ -21,6 +21,7 @@ from agrepa_fast.config_file import load_config
 from agrepa_fast.data.batch import TeacherFrames
 from agrepa_fast.errors import UserError
 from agrepa_fast.kernels import align_loss_sum, force_backend
+from agrepa_fast.reporting.objectives import attention_flops
 from agrepa_fast.seeds import derive_seed
 
 DIMS = {"speech": 5, "audio": 7}
@@ -28,6 +29,7 @@ WIDTHS = (8, 8, 12, 8)
 LAYERS = {"speech": (1, 3), "audio": (1, 2)}
 SELECTION = LayerSelection("foga", LAYERS, {"speech": (0.75, 0.25), "audio": (0.4, 0.6)})
 SAME_WIDTH = LayerSelection("foga", {"speech": (1,), "audio": (1, 2)}, {"speech": (1.0,), "audio": (0.4, 0.6)})
+ATTENTION = (2, 2, 3, 5)  # layers that the teacher's shards hold, queries and keys, heads, width
 FRAMES, LENGTHS, COUNTS = 11, (11, 4, 1, 7), torch.tensor([6, 2, 1, 3])  # mel frames, teacher frames
 DOMAINS = (0, 1, 0, 1)
 
@@ -36,14 +38,16 @@ def clips(domains=DOMAINS) -> SimpleNamespace:
     """A batch of ragged clips, whose targets are zero in the rows of the other domain, as a loader makes them."""
     torch.manual_seed(1)
     domain, lengths = torch.tensor(domains), torch.tensor(LENGTHS)
-    teacher, frames = {}, {}
+    teacher, frames, attention = {}, {}, {}
     for number, (name, dim) in enumerate(DIMS.items()):
         there = domain == number
         teacher[name] = torch.randn(len(domains), dim) * there[:, None]
         values = torch.randn(len(domains), 6, dim) * there[:, None, None]
         frames[name] = TeacherFrames(values.half(), COUNTS * there)
+        attention[name] = (torch.randn(len(domains), 6, *ATTENTION) * there.view(-1, *[1] * 5)).half()
     rest = {"mel": torch.zeros(len(domains), FRAMES, 2), "condition": SimpleNamespace(lengths=lengths)}
-    return SimpleNamespace(domain=domain, teacher=teacher, teacher_frames=frames, **rest)
+    targets = {"teacher": teacher, "teacher_frames": frames, "attention": attention}
+    return SimpleNamespace(domain=domain, **targets, **rest)
 
 
 def states(pooled: bool) -> dict[int, torch.Tensor]:
@@ -55,6 +59,16 @@ def states(pooled: bool) -> dict[int, torch.Tensor]:
         for hidden in made.values():
             hidden[torch.arange(FRAMES) >= torch.tensor(LENGTHS)[:, None]] = float("nan")
     return {layer: hidden.requires_grad_() for layer, hidden in made.items()}
+
+
+def queries_keys(layers: dict[int, torch.Tensor]) -> dict[int, list[torch.Tensor]]:
+    """Queries and keys (N, 2, T, 4) of these layers; padding is not finite."""
+    torch.manual_seed(3)
+    made = {layer: torch.randn(2, len(LENGTHS), 2, FRAMES, 4) for layer in layers}
+    for both in made.values():
+        padding = torch.arange(FRAMES) >= torch.tensor(LENGTHS)[:, None]
+        both.masked_fill_(padding[:, None, :, None], float("nan"))
+    return {layer: [part.clone().requires_grad_() for part in both] for layer, both in made.items()}
 
 
 def heads_of(objective, widths=DIMS, selection=SELECTION) -> AlignmentHeads:
@@ -117,19 +131,33 @@ def naive_sra(h, head, teacher, frames, length):
     return torch.where(off < 0.05, off.square() / 0.1, off - 0.025).mean()
 
 
+def naive_attention(q, k, teacher):
+    """The cross-entropy of maps over the teacher's frames. q, k (H, T, E) valid frames; teacher (S, 2, H', E')."""
+    total, count, heads = 0, len(teacher), min(len(q), teacher.shape[2])
+    for head in range(heads):
+        # Each frame as `count` equal pieces: T * count pieces, of which every mean takes T.
+        q_mean, k_mean = (x[head].repeat_interleave(count, 0).unflatten(0, (count, -1)).mean(1) for x in (q, k))
+        wanted = (teacher[:, 0, head] @ teacher[:, 1, head].T).softmax(-1)
+        total = total + F.cross_entropy(q_mean @ k_mean.T / q.shape[-1] ** 0.5, wanted)  # a mean over rows
+    return total / heads
+
+
 NAIVE = {
     "pooled": naive_pooled,
     "frames": naive_frames,
     "irepa": naive_irepa,
+    "haste": naive_frames,  # and naive_attention
     "layersync": naive_layersync,
     "sra": naive_sra,
 }
 
 
 def case(name, domains=DOMAINS):
-    """(objective, heads, states of a step, batch): layers compare with the next, whose width is theirs."""
+    """(objective, heads, states of a step, batch): layers compare with the next, whose width is theirs. Queries and
+    keys of the layers are the batch's `told`."""
     objective, batch = OBJECTIVES[name](), clips(domains)
     hidden, batch.averaged = states(objective.tap == "pooled"), states(False)
+    batch.told = queries_keys(hidden) if objective.attention else {}
     if objective.target in ("deeper", "averaged"):
         return objective, heads_of(objective, dict.fromkeys(DIMS, 8), SAME_WIDTH), hidden, batch
     return objective, heads_of(objective), hidden, batch
@@ -153,30 +181,38 @@ def test_losses_and_gradients_are_those_of_each_clip_alone(name):
                 frames = of_model[next_layer(layer)][row].detach()
             h, head, given = hidden[layer][row], made.of(domain, layer), (batch.teacher[domain][row], frames, length)
             each.append(weight * NAIVE[name](h if h.ndim == 1 else h[:length], head, *given))
+            if objective.attention:  # the domain's two layers with the teacher's two
+                place = made.selection.layers[domain].index(layer)
+                teacher = batch.attention[domain][row, : counts[row], place].float()
+                each.append(weight * naive_attention(*(x[row, :, :length] for x in batch.told[layer]), teacher))
         wanted.append(sum(each))
-    mean, losses = alignment_loss(objective, made, hidden, batch, t, next_layer)
+    mean, losses = alignment_loss(objective, made, hidden, batch, t, next_layer, batch.told)
     torch.testing.assert_close(losses, torch.stack(wanted).detach())
     torch.testing.assert_close(mean, losses.mean())
     assert not losses.requires_grad
     leaves = [*made.parameters(), *(hidden[layer] for layer in made.selection.all_layers)]
+    leaves += [part for layer in made.selection.all_layers for part in batch.told.get(layer, ())]
     ours, naive = torch.autograd.grad(mean, leaves), torch.autograd.grad(sum(wanted) / 4, leaves)
     for a, b in zip(ours, naive, strict=True):
         torch.testing.assert_close(a, b)
     others = [states for layer, states in hidden.items() if layer not in made.selection.all_layers]
-    mean = alignment_loss(objective, made, hidden, batch, t, next_layer)[0]
+    mean = alignment_loss(objective, made, hidden, batch, t, next_layer, batch.told)[0]
     assert not any(torch.autograd.grad(mean, [*others, *batch.averaged.values()], allow_unused=True))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_absent_domain_gives_exact_zeros(name):
     objective, made, hidden, batch = case(name, (0, 0, 0, 0))
-    mean, _ = alignment_loss(objective, made, hidden, batch, torch.rand(4), next_layer)
+    mean, _ = alignment_loss(objective, made, hidden, batch, torch.rand(4), next_layer, batch.told)
     mean.backward()
     for head, parameter in made.heads.named_parameters():
         assert bool(parameter.grad.any()) == head.startswith("speech"), head
     (of_audio,) = {*made.selection.layers["audio"]} - {*made.selection.layers["speech"]}
     assert torch.equal(hidden[of_audio].grad, torch.zeros_like(hidden[of_audio]))
     assert hidden[1].grad.isfinite().all()
+    if objective.attention:
+        assert not any(part.grad.any() for part in batch.told[of_audio])
+        assert all(part.grad.isfinite().all() and part.grad.any() for part in batch.told[1])
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -184,9 +220,12 @@ def test_the_products_of_a_head_are_those_that_the_page_of_objectives_counts(nam
     """Two FLOPs per row and weight in the forward, four in the backward; fused operations have the same products."""
     objective, made, hidden, batch = case(name)
     with force_backend("reference"), FlopCounterMode(display=False) as counter:
-        alignment_loss(objective, made, hidden, batch, torch.rand(4), next_layer)[0].backward()
+        alignment_loss(objective, made, hidden, batch, torch.rand(4), next_layer, batch.told)[0].backward()
     rows = len(LENGTHS) if objective.tap == "pooled" else len(LENGTHS) * FRAMES
-    assert counter.get_total_flops() == 6 * rows * sum(p.numel() for p in made.parameters() if p.ndim > 1)
+    counted = 6 * rows * sum(p.numel() for p in made.parameters() if p.ndim > 1)
+    if objective.attention:
+        counted += len(LENGTHS) * sum(map(len, LAYERS.values())) * attention_flops(FRAMES, 6, 2, 4, 5)
+    assert counter.get_total_flops() == counted
 
 
 def test_states_of_another_time_resolution_are_stretched():
@@ -281,6 +320,9 @@ class Plain:
 
 class Elsewhere(Objective):
     tap = "everything"
+
+class Attends(Objective):
+    attention = True
 """
 
 
@@ -319,6 +361,7 @@ def test_a_users_objective_counts_frames_and_clips_as_ours_do(theirs):
         ("{}:Plain", "derive it from agrepa_fast.Objective"),
         ("{}:NoLoss", "NoLoss has no loss"),
         ("{}:Elsewhere", "tap='everything': frames, pooled are known"),
+        ("{}:Attends", "attention=True: objectives of ours alone take attention"),
         ("{}:Scalar", r"Scalar.loss returned \(\), not \(3,\)"),
         ("{}:Broken", "their_objective.py:29, in loss: KeyError: 'gone'"),
         ("{}:Padded", "padding changes the loss of a clip"),

@@ -38,6 +38,7 @@ def cfm_of(ours: F5, form: str, **options) -> torch.nn.Module:
 def our_loss(model: F5, batch: SimpleNamespace, flow: FlowConfig, counted: float) -> torch.Tensor:
     """The flow loss of a training step. counted: frames whose loss counts in a clip, the mean over the batch."""
     aligner = SimpleNamespace(layers=lambda step: (), pools=lambda step: True, losses=lambda *_: {})
+    aligner.attention_layers = aligner.layers
     frames = counted / (sum(flow.infill) / 2)  # of the shards: then the expected count is that of the batch
     run = SimpleNamespace(
         config=SimpleNamespace(flow=flow, data=SimpleNamespace(speech_share=1.0)),

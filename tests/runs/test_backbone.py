@@ -119,6 +119,7 @@ def test_what_is_no_backbone_is_refused_by_name(folder, monkeypatch, backbone, m
         ("align.k=4", "align.k=4 is more than the model's 3 layers"),
         ("align.strategy=fixed:7", "layers are numbered 1 to 3"),
         ("align.strategy=lasp", "align.strategy=lasp"),
+        ("align.objective=haste", "compares attention, and model.backbone=mine:Mine cannot tell its queries and keys"),
         ("train.compile=true", "train.compile compiles AudioDiT's blocks"),
         ("model.dim=64", "model.options.dim"),
     ],

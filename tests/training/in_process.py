@@ -52,8 +52,8 @@ def make_run(preset: str, values: dict, folder: Path, *overrides: str):
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(RunContext(config, index, CPU, rank, world, folder), engine, Ema(engine, 0.5), choice, metrics)
     engine.module.train()
-    reads_frames = aligner.objective.target == "frames"
-    return run, TrainBatches(index, config.data, layout, seed=0, center=True, teacher_frames=reads_frames)
+    targets = {"teacher_frames": aligner.objective.target == "frames", "attention": aligner.objective.attention}
+    return run, TrainBatches(index, config.data, layout, seed=0, center=True, **targets)
 
 
 def state(run: Run) -> dict[str, torch.Tensor]:

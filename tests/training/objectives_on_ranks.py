@@ -14,6 +14,8 @@ def curves(preset: str, folder: Path, stages: dict[str, tuple[int, ...]]) -> dic
     for name, of_objective in stages.items():
         for stage in of_objective:
             options = (f"align.objective={name}", "align.decay=linear", "train.ema_decay=0.5")
+            if stage == 3:
+                options += ("train.activation_checkpointing=true",)
             run, batches = make_run(preset, ds_values(stage), folder / f"{name}{stage}", *options)
             losses = []
             for step in range(3):

@@ -10,13 +10,15 @@ from ..ranks import call_on_ranks, run_training
 from ..testing import TEACHER_DIMS, metrics, write_small_shards
 from .objectives_on_ranks import curves
 
-STAGES = dict.fromkeys(OBJECTIVES, (2,)) | {"sra": (2, 3)}  # sra swaps the averaged weights in and out
+# sra swaps the averaged weights in and out, haste takes queries and keys out of blocks.
+STAGES = dict.fromkeys(OBJECTIVES, (2,)) | {"sra": (2, 3), "haste": (0, 1, 2, 3)}
 
 
 @pytest.fixture(scope="module")
 def preset(tmp_path_factory) -> str:
-    """Shards with the teacher's frames, some more than mel frames."""
-    return str(write_small_shards(tmp_path_factory.mktemp("frames") / "shards", teacher_rate=200.0))
+    """Shards with the teacher's frames, some more than mel frames, and with its attention."""
+    folder = tmp_path_factory.mktemp("frames") / "shards"
+    return str(write_small_shards(folder, teacher_rate=200.0, attention=(1, 2, 3, 4)))
 
 
 @pytest.fixture(scope="module")
