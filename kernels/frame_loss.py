@@ -105,8 +105,8 @@ def _compute(
                     pre = before[number - 1].float()
                     dz = torch.ops.aten.silu_backward(dz.float(), pre).to(dtype)
             _add_to_neighbours(dhidden[first:last], dz, start - first, inside[:, start:end], context)
-    dhidden = torch.where(valid, dhidden, 0).view(hidden.shape)
-    return distance.view(clips, frames).sum(1) / counts, dhidden, sums
+    dhidden.masked_fill_(~valid, 0)  # in place: it is the largest tensor here
+    return distance.view(clips, frames).sum(1) / counts, dhidden.view(hidden.shape), sums
 
 
 def _inside(clips: int, frames: int, context: int, device: torch.device) -> torch.Tensor:
