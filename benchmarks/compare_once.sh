@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# compare_once.sh [SECONDS [OPTION ...]]: compare the selectors on the demo within SECONDS (570), on a machine with one GPU.
+#
+# The machine needs this checkout and either its virtual environment, .venv, with the demo's shards in data/demo (25 MB), or
+# the pack of gpu_once.sh in .gpu_once/. No network, and no model of a metric: what is measured is the validation flow loss
+# and the distance of mels. Seeds follow each other, and in each the baseline and FoG-A come first, so that every run that
+# has finished at the limit has its partner. $OUT (runs/compare_once) gets the report, the tables, and the settings,
+# curves and choices of each run, without weights and sound. OPTION: of `agrepa compare`. WARMUP, STEPS: of a branch's
+# whole training, in the environment.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+seconds=${1:-570}
+shift || true
+out=${OUT:-runs/compare_once} shards=${SHARDS:-data/demo} python=python3
+warmup=${WARMUP:-200} steps=${STEPS:-600}
+mkdir -p "$out"
+work=$(mktemp -d)
+[ -x .venv/bin/python ] && python=.venv/bin/python
+if [ -f .gpu_once/once.tar.gz ]; then
+  tar -xzf .gpu_once/once.tar.gz -C "$work"
+  export PYTHONPATH=$work/site TRITON_CACHE_DIR=$work/triton
+  shards=$work/demo python=python3
+fi
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+
+keep() {
+  cd "$work/compare"
+  cp -f report.md compare.csv differences.csv plan.json "$OLDPWD/$out/" 2>/dev/null || true
+  find . \( -name checkpoints -o -name wavs -o -name samples \) -prune -o -type f -size -1000k -print0 |
+    tar --null -czf "$work/compare.tar.gz" -T -
+  cd "$OLDPWD"
+  mv "$work/compare.tar.gz" "$out/"
+  rm -rf "$work"
+}
+mkdir -p "$work/compare"
+trap keep EXIT
+
+timeout --kill-after=45 $((seconds - 60)) "$python" -m agrepa_fast.cli compare --out "$work/compare" --seeds 0,1,2 \
+  --strategies none,foga,shallow --strategies foga-soft:align.strategy=foga,align.choice=soft \
+  --strategies random,deep,middle,lasp,gradnorm --preset demo --warmup "$warmup" "$@" \
+  data.path="$shards" train.steps="$steps" train.val_every=200 'metrics.only=[mel]' eval.vocoder=griffin-lim 2>&1 |
+  tee "$out/log.txt" || echo "compare_once.sh: stopped at the limit or failed; the table has what had finished"
