@@ -155,7 +155,7 @@ class Aligner:
         zero = torch.zeros((), device=self.device)
         losses = {"align_loss": zero, "bitc_loss": zero}
         if self._aligns(step):
-            loss = self.config.align.weight * self._alignment(hidden, batch, t, attention)
+            loss = self.config.align.weight * self._alignment(self.heads, hidden, batch, t, attention)
             losses["align_loss"] = loss * self._factor if self._varies else loss
         if len(self.bitc):
             weights, condition = self.bitc_weights, hidden[0]
@@ -164,11 +164,29 @@ class Aligner:
             losses["bitc_loss"] = bitc_loss(self.bitc, weights, condition, batch.teacher, batch.domain, kept)
         return losses
 
-    def _alignment(self, hidden, batch: Batch, t: torch.Tensor, attention) -> torch.Tensor:
+    @property
+    def trial_layers(self) -> tuple[int, ...]:
+        """The layers of `trial`: the first K, those of fixed:…, or none."""
+        align = self.config.align
+        if align.strategy == "none":
+            return ()
+        return align.fixed_layers or tuple(range(1, min(align.k, len(self.widths)) + 1))
+
+    def trial(self, hidden, batch: Batch, t: torch.Tensor, attention) -> tuple[torch.Tensor, list[torch.nn.Parameter]]:
+        """Return the alignment term as if `trial_layers` were aligned in every domain, and the parameters of its heads,
+        which nothing else knows. A dry run takes it for the layers that are not chosen yet. Arguments: of `losses`."""
+        layers = self.trial_layers
+        domains = self.target_widths if layers else ()
+        weights = dict.fromkeys(domains, (1.0,) * len(layers))
+        selection = LayerSelection("trial", dict.fromkeys(domains, layers), weights)
+        heads = AlignmentHeads(self.objective, selection, self.widths, self.target_widths, 0).to(self.device)
+        return self._alignment(heads, hidden, batch, t, attention), [*heads.parameters()]
+
+    def _alignment(self, heads: AlignmentHeads, hidden, batch: Batch, t: torch.Tensor, attention) -> torch.Tensor:
         """Return the alignment term. Raises LocalError if a user's objective raises anything."""
         name = self.config.align.objective
         try:
-            return alignment_loss(self.objective, self.heads, hidden, batch, t, self._partner, attention)[0]
+            return alignment_loss(self.objective, heads, hidden, batch, t, self._partner, attention)[0]
         except Exception as error:
             if name in OBJECTIVES or isinstance(error, torch.OutOfMemoryError):
                 raise

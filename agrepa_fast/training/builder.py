@@ -120,7 +120,7 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     shapes = count_shapes(engine.module, config.train, device, zero_stage(ds_config), plan, layout)
     run = Run(context, engine, ema, choice, metrics, started, auto_graphs=shapes)
     run.seconds |= {"prepare": prepared - started, "build": time.perf_counter() - prepared}
-    for line in (*filter(None, [precision_line]), *lines_before_the_first_step(engine, context, plan, layout)):
+    for line in (*filter(None, [precision_line]), *lines_before_the_first_step(engine, context, plan, layout, aligner)):
         metrics.print(line)
     reading = {"seed": config.run.seed, "center": config.align.center, "step": first_step}
     targets = {"teacher_frames": aligner.objective.target == "frames", "attention": aligner.objective.attention}
@@ -271,7 +271,9 @@ def begin(context: RunContext, choice: LayerChoice) -> None:
     choice.start(context.index.domains)
 
 
-def lines_before_the_first_step(engine, context: RunContext, plan: BatchPlan, layout: BatchLayout) -> list[str]:
+def lines_before_the_first_step(
+    engine, context: RunContext, plan: BatchPlan, layout: BatchLayout, aligner: Aligner
+) -> list[str]:
     """Return lines about the batches, the last of them after a dry run of the largest. Every rank must call it.
 
     A CPU without length buckets has no dry run: its batches are as long as their clips, and no error reports that
@@ -283,5 +285,5 @@ def lines_before_the_first_step(engine, context: RunContext, plan: BatchPlan, la
     if crowded := plan.crowding(layout, context.config.data.workers):
         lines.append(crowded)
     if plan.fixed_shapes or context.device.type == "cuda":
-        lines.append(dry_run(engine, context.index, plan, layout, context.device))
+        lines.append(dry_run(engine, context.index, plan, layout, context.device, aligner))
     return lines

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from agrepa_fast.alignment.aligner import Aligner
 from agrepa_fast.config_file import load_config
 from agrepa_fast.data.index import load_index, read_index, write_index
 from agrepa_fast.data.layout import BatchLayout
@@ -21,6 +22,7 @@ from agrepa_fast.data.writing import write_shard
 from agrepa_fast.errors import UserError
 from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.training import dry_run
+from agrepa_fast.training.builder import teacher_dims
 from agrepa_fast.zero.ds_config import resolve_ds_config
 from agrepa_fast.zero.engine import build_engine
 from agrepa_fast.zero.masters import full_weights
@@ -90,7 +92,8 @@ def test_more_faults_than_allowed_stop_all_ranks_with_one_line(shards, tmp_path)
 def train_three_steps(preset: str, stage: int, dry: bool) -> tuple[list[float], str, Callable[[], str]]:
     """The losses, a hash of the weights, and a function that makes one more dry run. dry: make dry runs before the
     first two steps, the second of which finds moments and traces."""
-    config = load_config(preset, ["model.dropout=0.2", "train.batch_frames=100"])
+    objective = ("pooled", "layersync", "sra", "pooled")[stage]
+    config = load_config(preset, ["model.dropout=0.2", "train.batch_frames=100", f"align.objective={objective}"])
     index = read_index(Path(preset).parent)
     config = replace(config, model=replace(config.model, n_mels=index.n_mels, vocab=index.vocab))
     layout, device = BatchLayout(None, 1, dist.get_rank(), dist.get_world_size()), torch.device("cpu")
@@ -98,12 +101,16 @@ def train_three_steps(preset: str, stage: int, dry: bool) -> tuple[list[float], 
     model = AudioDiT(config.model)
     plan = BatchPlan.of(index, config, layout, model.attention_cost)
     engine = build_engine(model, config, resolve_ds_config(ds_values(stage), config.train, layout, device))
+    aligner = Aligner(config, model, teacher_dims(index), device)
+    total, aligned = aligner.objective.total, []
+    aligner.objective.total = lambda layers, *given: aligned.append(len(layers)) or total(layers, *given)
     batches, losses = TrainBatches(index, config.data, layout, seed=0, center=True, plan=plan), []
     for step in range(3):
         if dry and step < 2:
             before = torch.get_rng_state()
-            line = dry_run.dry_run(engine, index, plan, layout, device)
+            line = dry_run.dry_run(engine, index, plan, layout, device, aligner)
             assert line == "dry run: 4 clips of 13 frames a rank and micro-batch, the largest bucket", line
+            assert aligned == 4 * (step + 1) * [config.align.k], "two domains, with padding and without"
             assert torch.equal(before, torch.get_rng_state())
             assert all(p.grad is None or not p.grad.any() for p in engine.module.parameters())
         batch = next(batches)
@@ -114,7 +121,7 @@ def train_three_steps(preset: str, stage: int, dry: bool) -> tuple[list[float], 
         losses.append(loss.item())
     weights = full_weights(engine)
     digest = hashlib.sha256(b"".join(weights[name].numpy().tobytes() for name in sorted(weights))).hexdigest()
-    return losses, digest, lambda: dry_run.dry_run(engine, index, plan, layout, device)
+    return losses, digest, lambda: dry_run.dry_run(engine, index, plan, layout, device, aligner)
 
 
 def train_with_and_without_dry_runs(preset: str) -> None:
