@@ -14,6 +14,7 @@ EXTRAS = {
     "hf": ["datasets>=5,<6"],  # agrepa prepare hf
     "vq": ["vector-quantize-pytorch>=1.32"],  # agrepa tokens fit
     "s3": ["s3tokenizer>=0.3"],  # data.speech_tokens=s3:…
+    "phones": ["pocketsphinx>=5.1,<6"],  # data.speech_tokens=phones
     "cosyvoice": ["diffusers>=0.29,<1", "einops"],  # model.backbone=cosyvoice1 and 2, beside CosyVoice itself
     "f5": ["f5-tts>=1.1,<2"],  # data.text=pinyin:… and package:f5, model.backbone=f5
     "beats": ["speechbrain>=1.1"],  # teachers beats:FILE

@@ -81,7 +81,9 @@ class TargetConfig:
     teacher_attention: Size | None = setting(
         None, "of so many last layers of the teacher, queries and keys are stored with its frames; null: none"
     )
-    speech_tokens: str = setting("kmeans", "over the teacher's frames, or vq:FILE of `agrepa tokens fit`, or s3:NAME")
+    speech_tokens: str = setting(
+        "kmeans", "over the teacher's frames, or vq:FILE of `agrepa tokens fit`, s3:NAME, or phones"
+    )
     audio_tokens: str = setting("kmeans", "likewise, for audio")
 
     def __post_init__(self) -> None:
@@ -89,7 +91,8 @@ class TargetConfig:
             self.teacher_attention is None or self.teacher_rate is not None,
             f"data.teacher_attention={self.teacher_attention} needs the teacher's frames: set data.teacher_rate=12.5",
         )
-        _check_tokenizer("data.speech_tokens", self.speech_tokens, without="kmeans")
+        if self.speech_tokens != "phones":
+            _check_tokenizer("data.speech_tokens", self.speech_tokens, without="kmeans, phones")
         _check_tokenizer("data.audio_tokens", self.audio_tokens, without="kmeans")
 
 
@@ -128,11 +131,15 @@ class DataConfig(LoadingConfig, TargetConfig, ShardConfig):
         ShardConfig.__post_init__(self)
         TargetConfig.__post_init__(self)
         LoadingConfig.__post_init__(self)
+        check(
+            self.long == "skip" or self.speech_tokens != "phones",
+            "data.speech_tokens=phones: set data.long=skip, because transcripts do not fit recordings that are cut",
+        )
 
 
 def _check_tokenizer(name: str, value: str | None, without: str) -> None:
     kind, _, source = (value or "null").partition(":")
-    known = source if kind in ("vq", "s3") else (value or "null") == without
+    known = source if kind in ("vq", "s3") else (value or "null") == without.partition(",")[0]
     check(bool(known), f"{name}={value!r}: {without}, vq:FILE or s3:NAME")
 
 

@@ -20,6 +20,7 @@ USES = {  # of packages that are optional
     "datasets": "agrepa prepare hf",
     "vector-quantize-pytorch": "agrepa tokens fit",
     "s3tokenizer": "S3 tokens: data.speech_tokens=s3:NAME",
+    "pocketsphinx": "phones as tokens: data.speech_tokens=phones",
     "f5-tts": "F5-TTS and E2: model.backbone=f5, and text by data.text=pinyin:FILE or package:f5",
     "onnxruntime": "data.speaker=campplus:FILE.onnx, metrics.mos=package:dnsmos",
     "speechbrain": "BEATs as a teacher: beats:FILE",

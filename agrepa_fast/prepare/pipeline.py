@@ -23,7 +23,7 @@ from .decode import decode_recordings
 from .job import Job, digest
 from .out_folder import finish, locked, read_existing
 from .roles import domain_roles
-from .skipped import BAD, LeftOut, check_share, count_line, print_left_out, write_skipped
+from .skipped import BAD, UNALIGNED, LeftOut, check_share, count_line, print_left_out, write_skipped
 from .speaker_pass import load_speaker, run_speaker_pass
 from .split import split_clips
 from .targets import attention_shape
@@ -97,8 +97,13 @@ def _prepare_domain(
     passes = {role.name: run_token_pass(job, role, splits) for role in roles if role.teacher is not teacher}
     if speaker is not None:
         passes["speaker"] = run_speaker_pass(job, speaker, splits)
-    unusable = [one.gather_unusable(job.ranks) for one in (targets, *passes.values())]
-    late = {name: LeftOut(BAD, reason) for part in unusable for name, reason in part.items()}
+    aligned = {role.name for role in roles if role.spec == "phones"}
+    unusable = {name: one.gather_unusable(job.ranks) for name, one in {"teacher": targets, **passes}.items()}
+    late = {
+        name: LeftOut(UNALIGNED if stage in aligned else BAD, reason)
+        for stage, part in unusable.items()
+        for name, reason in part.items()
+    }
     if late:
         left_out |= late
         counts = _account(job, recordings, left_out, source)

@@ -54,7 +54,7 @@ def domain_roles(job: Job, teacher, load_teacher: Callable[[str], Any]) -> list[
     """Return the roles of a domain whose own teacher is `teacher`. load_teacher(spec) returns another one. Every rank
     must call it.
 
-    Raises UserError for a tokenizer that cannot be loaded, or has another vocabulary than data.codebook (tokens2:
+    Raises UserError for a tokenizer that cannot be loaded, or has more ids than data.codebook (tokens2:
     data.extra_codebook), and for one that was fitted on other weights of its teacher.
     """
     data, setting = job.data, f"{job.domain}_tokens"
@@ -73,7 +73,7 @@ def _role(
     if spec == "kmeans":
         return TokenRole(name, spec, vocab, offset, None, teacher)
     tokenizer = job.ranks.load_on_every_rank(spec, partial(load_tokenizer, spec))
-    if tokenizer.codes != vocab:
+    if tokenizer.codes > vocab:
         both = ", which holds for both domains" if name == "tokens" else ""
         raise UserError(
             f"data.{setting}={spec} has {tokenizer.codes} codes, data.{vocab_setting} is {vocab}: "

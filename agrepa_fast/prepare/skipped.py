@@ -17,6 +17,7 @@ from ..files import write_atomically
 FILE = "skipped.csv"
 BAD = "bad recording"  # the kind that counts against the 2 %; the others are the nature of a corpus
 SHORT, LONG, SILENT = "short recording", "long recording", "silent recording"
+UNALIGNED = "recording without phones"
 _COLUMNS = ("domain", "corpus", "name", "kind", "reason")
 _PRINTED = 20  # recordings of a domain that are printed, too
 
@@ -24,7 +25,7 @@ _PRINTED = 20  # recordings of a domain that are printed, too
 class LeftOut(NamedTuple):
     """Why a recording is not among the clips."""
 
-    kind: str  # BAD, SHORT, LONG or SILENT
+    kind: str  # BAD, SHORT, LONG, SILENT or UNALIGNED
     reason: str
 
 
@@ -75,8 +76,8 @@ def check_share(out: Path, domain: str, left_out: Sequence[PassedOver], total: i
     named = f"{', '.join(map(_named, worst[:3]))}{f' and {len(worst) - 3} more' if len(worst) > 3 else ''}"
     raise UserError(
         f"{len(left_out)} of {total} {domain} recordings cannot be used: {named}, all in {out / FILE}; at most "
-        f"{MAX_BAD_SHARE:.0%} may be bad (short, long and silent ones are not) and at least 2 must be good: repair, "
-        "remove or add some"
+        f"{MAX_BAD_SHARE:.0%} may be bad (short, long and silent ones are not, nor those without phones) and at least "
+        "2 must be good: repair, remove or add some"
     )
 
 

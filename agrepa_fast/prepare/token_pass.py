@@ -19,9 +19,14 @@ def run_token_pass(job: Job, role: TokenRole, splits: dict[str, list[Clip]]) -> 
     def read(batch: list[Clip]) -> list[np.ndarray]:
         return [clip.wave(role.sample_rate) for clip in batch]
 
+    def encode(spoken: list[tuple[np.ndarray, str]]) -> list[np.ndarray | str]:
+        waves, texts = zip(*spoken, strict=True)
+        return role.tokenizer.encode(list(waves), list(texts))
+
     def compute(batch: list[Clip], waves: list[np.ndarray]) -> Iterable[dict[str, np.ndarray]]:
         if role.teacher is None:
-            of_clips = compute_each(f"tokenizer {role.spec}", role.tokenizer.encode, waves)
+            spoken = [(wave, clip.recording.text) for wave, clip in zip(waves, batch, strict=True)]
+            of_clips = compute_each(f"tokenizer {role.spec}", encode, spoken)
         else:
             of_frames = teacher_frames(role.teacher, waves)
             of_clips = (f if isinstance(f, str) else role.tokenizer.encode(f) for f in of_frames)
@@ -32,7 +37,7 @@ def run_token_pass(job: Job, role: TokenRole, splits: dict[str, list[Clip]]) -> 
                 yield {"ids": ids} if len(ids) else {REASON: f"tokenizer {role.spec} gives no tokens"}
 
     clips = [clip for split in SPLITS for clip in splits[split]]
-    folder = job.work_folder(role.name, [role.identity, [clip.file.name for clip in clips]])
+    folder = job.work_folder(role.name, [role.identity, [(clip.file.name, clip.recording.text) for clip in clips]])
     tokens = BatchPass(job.pool, folder, read, compute)
     own = job.ranks.part_of(batches_by_length(clips))
     with job.stage(role.name, sum(map(len, own))) as stage:

@@ -24,7 +24,7 @@ class FrameTokenizer(ABC):
 
 
 class WaveTokenizer(ABC):
-    """Turns waves into ids.
+    """Turns waves, or their transcripts at the times of the wave, into ids.
 
     codes        number of ids
     rate         ids per second
@@ -38,8 +38,9 @@ class WaveTokenizer(ABC):
     identity: dict
 
     @abstractmethod
-    def encode(self, waves: list[np.ndarray]) -> list[np.ndarray]:
-        """Return (S,) int32 per wave (samples,) float32. The ids of a wave do not depend on the others."""
+    def encode(self, waves: list[np.ndarray], texts: list[str]) -> list[np.ndarray | str]:
+        """Return per wave (samples,) float32, with its transcript ("" if there is none), its ids (S,) int32, or why it
+        has none. The ids of a wave do not depend on the others."""
 
 
 def tokens_of_frames(tokens: np.ndarray, frames: int) -> np.ndarray:

@@ -41,7 +41,7 @@ class S3Tokens(WaveTokenizer):
         self.room = _GPU_ROOM if self._device.type == "cuda" else 1
 
     @torch.inference_mode()
-    def encode(self, waves: list[np.ndarray]) -> list[np.ndarray]:
+    def encode(self, waves: list[np.ndarray], texts: list[str]) -> list[np.ndarray | str]:
         import_torchaudio()
         from s3tokenizer import log_mel_spectrogram, padding
 

@@ -118,14 +118,14 @@ def test_s3_gives_the_packages_ids_whatever_else_is_in_the_batch(tmp_path, name,
     save(model, tmp_path / file)
     tokenizer = load_s3(str(tmp_path / file))
     assert (tokenizer.codes, tokenizer.rate, tokenizer.identity["name"]) == (codes, rate, name)
-    ids = tokenizer.encode(waves())
+    ids = tokenizer.encode(waves(), [""] * 3)
     for wave, of_wave in zip(waves(), ids, strict=True):
         assert of_wave.dtype == np.int32
         assert of_wave.tolist() == direct(model, wave)
         assert abs(len(of_wave) - len(wave) / 16000 * rate) <= 1
     assert len(set(np.concatenate(ids).tolist())) >= 8, "the model tells nothing apart: the test would pass for any"
     tokenizer.room = 100_000  # one batch of all, as on a GPU: padding is masked
-    for alone, together in zip(ids, tokenizer.encode(waves()), strict=True):
+    for alone, together in zip(ids, tokenizer.encode(waves(), [""] * 3), strict=True):
         assert (alone != together).mean() <= 0.02
 
 
@@ -133,7 +133,7 @@ def test_s3_takes_clips_shorter_than_a_window_and_longer_than_its_30_s(tmp_path)
     model = s3_model("speech_tokenizer_v1")
     save(model, tmp_path / "s3.safetensors")
     tokenizer = load_s3(str(tmp_path / "s3.safetensors"))
-    short, long = tokenizer.encode([np.ones(100, np.float32) * 0.1, waves((33.0,))[0]])
+    short, long = tokenizer.encode([np.ones(100, np.float32) * 0.1, waves((33.0,))[0]], ["", ""])
     assert len(short) == 1
     assert abs(len(long) - 33 * 50) <= 2
     assert long[:1000].tolist() == direct(model, waves((33.0,))[0])[:1000]

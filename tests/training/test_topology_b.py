@@ -286,9 +286,9 @@ def test_preparation_writes_both_tokens_whatever_teacher_they_are_of(primary, wh
 
 def test_preparation_refuses_what_does_not_fit(whisper, corpus, fitted, tmp_path):
     own = f"vq:{fitted}/own.safetensors"
-    with pytest.raises(UserError, match=r"data\.audio_tokens=vq:.* has 8 codes, data\.codebook is 16: set data\.codeb"):
+    with pytest.raises(UserError, match=r"data\.audio_tokens=vq:.* has 8 codes, data\.codebook is 4: set data\.codeb"):
         prepare_folder(
-            settings(whisper, "data.codebook=16", f"data.audio_tokens={own}"), corpus, "audio", tmp_path / "a"
+            settings(whisper, "data.codebook=4", f"data.audio_tokens={own}"), corpus, "audio", tmp_path / "a"
         )
     with pytest.raises(
         UserError, match=r"data\.extra_tokens=vq:.* data\.extra_codebook is 4: set data\.extra_codebook"
