@@ -43,9 +43,9 @@ is the home folder, and a relative path starts at the working directory, whereve
 file, an option or `AGREPA_CACHE`. Files are UTF-8, with or without a byte order mark. Numbers are finite and fit 32
 bits, seeds 64.
 
-Presets: `demo` and `demo-f5` (minutes on two CPU cores), `agrepa-a` (the paper's 24 x 1024), `agrepa-b` (with a second
-token), `agrepa-xl` (30 x 1664), and [those of other models](models.md). Defaults below are those of a file that sets
-nothing; `agrepa config demo` shows the demo's."""
+Presets: `demo` and `demo-f5` (minutes on two CPU cores), `demo-long` (half an hour), `agrepa-a` (the paper's
+24 x 1024), `agrepa-b` (with a second token), `agrepa-xl` (30 x 1664), and [those of other models](models.md). Defaults
+below are those of a file that sets nothing; `agrepa config demo` shows the demo's."""
 
 
 def preset_names() -> list[str]:

@@ -48,7 +48,7 @@ from .precision import choose_precision
 from .run import Run
 from .tracker import check_tracker, open_tracker
 
-DEMOS = ("demo", "demo-f5")  # presets on the demo corpus
+DEMOS = ("demo", "demo-f5", "demo-long")  # presets on the demo corpus
 
 
 @dataclass
@@ -131,14 +131,15 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
 def prepared_index(config: Config) -> Index:
     """Return the index of the run's shards. The demo's are made if they are missing, for its own presets. Raises
     UserError, on every rank, if the shards do not match data.*. Every rank must call it."""
-    demo = load_config("demo").data.path
+    preset, folder = config.run.preset, Path(config.data.path)
+    makes_shards = preset in DEMOS and config.data.path == load_config(preset).data.path
 
     def prepare_and_check() -> Index:
         load_text(config.data.text)  # may be missing, which the demo's preparation would show after minutes
-        if config.run.preset in DEMOS and config.data.path == demo and not (Path(demo) / "index.json").is_file():
+        if makes_shards and not (folder / "index.json").is_file():
             from ..prepare.pipeline import prepare_demo
 
-            prepare_demo(config, Path(demo))
+            prepare_demo(config, folder)
         return matching_index(config.data)
 
     index = from_rank_0(prepare_and_check)

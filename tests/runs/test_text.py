@@ -87,9 +87,10 @@ def test_the_demos_shards_are_made_if_they_are_missing(preset, tmp_path, monkeyp
     made = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipeline, "prepare_demo", lambda config, out: made.append((config.data.long, out)))
-    with pytest.raises(UserError, match="data/demo is no folder"):  # nothing was made
+    data = load_config(preset).data
+    with pytest.raises(UserError, match=f"{data.path} is no folder"):  # nothing was made
         prepared_index(load_config(preset))
-    assert made == [("cut", Path("data/demo"))]
+    assert made == [(data.long, Path(data.path))]
     find = PathFinder.find_spec
     monkeypatch.setattr(PathFinder, "find_spec", lambda name: None if name == "f5_tts" else find(name))
     with pytest.raises(UserError, match="f5_tts is not installed" if preset == "demo-f5" else "is no folder"):
@@ -97,5 +98,6 @@ def test_the_demos_shards_are_made_if_they_are_missing(preset, tmp_path, monkeyp
 
 
 def test_presets_on_the_demo_share_its_shards():
-    data = [replace(load_config(preset).data, text=None) for preset in DEMOS]
-    assert data[0] == data[1]
+    data = {preset: replace(load_config(preset).data, text=None) for preset in DEMOS}
+    assert data["demo"] == data["demo-f5"]
+    assert len({one.path for one in data.values()}) == len({str(one) for one in data.values()}) == 2
