@@ -80,6 +80,7 @@ def test_a_step_by_hand(overrides, index, tmp_path):
         pools=lambda step: True,
         begin=lambda step: None,
         averaged_layers=lambda step: (),
+        attention_layers=lambda step: (),
         losses=lambda *args: given.append(args) or dict(losses),
         reduce=lambda: torch.tensor(0.0),
     )
@@ -101,10 +102,10 @@ def test_a_step_by_hand(overrides, index, tmp_path):
         assert 0 < (t > 0.95).sum() < 8
         clips *= ((1 - t) / (1 - t).clamp(min=0.05)).square()
     torch.testing.assert_close(engine.loss, clips.mean() + 3)
-    ((_, _, t_of_losses, kept, step_of_losses),) = given
+    ((_, _, t_of_losses, kept, step_of_losses, attention),) = given
     assert t_of_losses is t
     assert torch.equal(kept, draws.keep_tokens)
-    assert step_of_losses == 3
+    assert (step_of_losses, attention) == (3, {})
     assert watched == [3]
 
 
