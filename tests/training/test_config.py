@@ -119,7 +119,7 @@ def test_a_resume_may_change_what_no_number_depends_on():
     differing = settings_that_differ(
         saved, load_config("demo", ["train.lr=1e-3", "data.workers=1", "data.val_share=0.2"])
     )
-    assert differing == [("data.val_share", 0.1, 0.2), ("train.lr", 2e-3, 1e-3)]
+    assert differing == [("data.val_share", 0.1, 0.2), ("train.lr", 4e-3, 1e-3)]
 
 
 def test_unknown_preset_suggests_the_nearest():
