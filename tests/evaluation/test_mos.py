@@ -25,8 +25,9 @@ def scorer():
     [(35_000, 1.6937962), (122_880, 1.7096198), (150_000, 1.7310355)],  # filled up, one window, three
 )
 def test_distillmos_gives_the_package_s_own_scores(scorer, samples, expected):
-    """distillmos 0.9.1 with xls-r-sqa 0.1.0."""
-    assert scorer.score(chirp(samples, 16000), 16000) == {"mos": pytest.approx(expected, abs=2e-5)}
+    """distillmos 0.9.1 with xls-r-sqa 0.1.0. Between a chirp's own frequencies is the rounding of the FFT, which the
+    network's compression lifts: scores of an Intel and an AMD CPU differ by 4e-4."""
+    assert scorer.score(chirp(samples, 16000), 16000) == {"mos": pytest.approx(expected, abs=1e-3)}
 
 
 def test_distillmos_of_speech_and_of_silence(scorer):
