@@ -20,8 +20,8 @@ OF_LAYERS = ("deeper", "averaged")  # targets that are states of the model
 
 
 class Attention(NamedTuple):
-    """What an aligned layer attends to, and its teacher. Scores of attention are products of queries and keys, those of
-    the layer over the square root of E."""
+    """The attention of an aligned layer, and that of its teacher. Scores of attention are products of queries and keys,
+    those of the layer over the square root of E."""
 
     q: torch.Tensor  # (N, H, T, E), behind its norm and rotation
     k: torch.Tensor

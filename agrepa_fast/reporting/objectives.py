@@ -28,7 +28,7 @@ prints this page.
 channels, 20 heads and 12.5 frames a second, and three layers per domain, over those of the model's own forward and
 backward."""
 _TOGETHER = """
-## What goes together
+## Settings that go together
 
 Every pair of these went through the checks that begin a run, with shards that have teacher frames and attention, second
 tokens and speaker vectors, and `zero2.json`, unless the pair says otherwise. A refused run ends before its first step,

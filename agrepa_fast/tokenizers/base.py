@@ -39,8 +39,8 @@ class WaveTokenizer(ABC):
 
     @abstractmethod
     def encode(self, waves: list[np.ndarray], texts: list[str]) -> list[np.ndarray | str]:
-        """Return per wave (samples,) float32, with its transcript ("" if there is none), its ids (S,) int32, or why it
-        has none. The ids of a wave do not depend on the others."""
+        """Return per wave (samples,) float32, with its transcript ("" if it has no transcript), its ids (S,) int32,
+        or the reason why it has no ids. The ids of a wave do not depend on the others."""
 
 
 def tokens_of_frames(tokens: np.ndarray, frames: int) -> np.ndarray:

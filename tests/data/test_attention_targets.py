@@ -120,7 +120,7 @@ def test_queries_and_keys_are_pooled_as_the_frames_that_they_belong_to(whisper, 
 
 
 def test_attention_is_added_to_shards_that_have_none(whisper, corpus, plain, tmp_path):
-    """What is read then is what a preparation with it would have written."""
+    """The frames and attention that are read then are those that a preparation with the setting would have written."""
     out, sources = tmp_path / "shards", lambda: [folder_source(corpus, "speech")]
     out.mkdir()
     for path in plain.folder.iterdir():
