@@ -109,6 +109,24 @@ def test_a_step_by_hand(overrides, index, tmp_path):
     assert watched == [3]
 
 
+def test_graphs_are_asked_for_the_variant_of_the_aligner(index, tmp_path):
+    """Not for its layers alone: a refresh may give the same layers new weights, which a graph keeps."""
+    config, engine, asked = load_config("demo"), Still(), []
+    aligner = SimpleNamespace(
+        begin=lambda step: None,
+        averaged_layers=lambda step: (),
+        layers=lambda step: ("layers",),
+        variant=lambda step: ("layers and weights", step),
+        reduce=lambda: torch.tensor(0.0),
+    )
+    choice = SimpleNamespace(aligner=aligner, keep_gradient_norms=lambda norms, step: None)
+    batch = next(TrainBatches(index, config.data, BatchLayout(16, 2, 0, 1), seed=0, center=True))
+    run = Run(RunContext(config, index, torch.device("cpu"), 0, 1, tmp_path), engine, None, choice, None)
+    run.graphs = lambda *given: asked.append(given[3]) or (torch.tensor(1.0), {}, torch.zeros(16))
+    run.micro_step(batch, step=3)
+    assert asked == [("layers and weights", 3)]
+
+
 @pytest.mark.parametrize(("world", "chunk"), [(1, 10), (3, 3), (4, 2)])
 def test_validation_by_hand_on_ranks_that_do_not_divide_the_clips(world, chunk, index):
     config, model, total = load_config("demo", ["eval.times=[0.3,0.6]", f"probe.chunk={chunk}"]), Still(), 0
