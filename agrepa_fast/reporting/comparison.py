@@ -167,6 +167,7 @@ def _settings(experiment: Experiment) -> dict[str, object]:
         "warm-up steps": experiment.warmup,
         "steps after it": experiment.steps,
         "overrides": " ".join((*experiment.overrides, *experiment.metrics)) or "none",
+        **{arm.label: f"{arm.strategy}, {' '.join(arm.overrides)}" for arm in experiment.arms if arm.overrides},
     }
 
 

@@ -356,13 +356,15 @@ def test_a_comparison_that_a_signal_ends_compares_what_is_finished(tmp_path, mon
     monkeypatch.setattr(comparison, "run_jobs", stop)
     monkeypatch.setattr(comparison, "_evaluated", evaluated)
     monkeypatch.setattr(comparison, "write_comparison", lambda *given: written.append(given))
-    arms = ["none", "shallow", "deep"]
+    arms = ["none", "shallow", "deep:align.strategy=deep,align.k=2"]
     given = {"preset": "demo", "warmup": 2, "baseline": None, "ds_config": "zero2.json", "ranks": 1, "dry_run": False}
     with pytest.raises(KeyboardInterrupt):
         comparison.compare_strategies(arms, [0, 1], ["train.steps=4"], out=tmp_path / "out", **given)
-    ((runs, baseline, *_, failed),) = written
+    ((runs, baseline, _, settings, failed),) = written
     assert [(run.label, run.seed) for run in runs] == [("none", 0), ("shallow", 0)]
     assert baseline == "none"
+    assert settings["deep"] == "deep, align.k=2"  # of an arm with settings of its own
+    assert "none" not in settings
     assert "deep, seed 0" in [job.name for job in failed]
 
 
