@@ -1,5 +1,6 @@
 """CUDA graphs of the training step: on a CPU a stand-in with their rules takes their place, on a GPU they are real."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,14 +8,15 @@ import torch
 
 from agrepa_fast import device
 from agrepa_fast.alignment.aligner import Aligner
+from agrepa_fast.alignment.registry import OBJECTIVES
 from agrepa_fast.attribution.selection import LayerSelection
 from agrepa_fast.config import TrainConfig
 from agrepa_fast.config_file import load_config
-from agrepa_fast.data.batch import Batch
+from agrepa_fast.data.batch import Batch, TeacherFrames
 from agrepa_fast.data.layout import BatchLayout
 from agrepa_fast.errors import UserError
 from agrepa_fast.flow import flow_loss
-from agrepa_fast.kernels import flow_mix, philox_uniform
+from agrepa_fast.kernels import flow_mix, force_backend, philox_uniform
 from agrepa_fast.models.backbone import Backbone
 from agrepa_fast.seeds import clip_keys
 from agrepa_fast.training import captured_step as graphs
@@ -169,6 +171,43 @@ def test_new_weights_of_the_same_layers_are_captured_again(objective, captures):
         torch.testing.assert_close(found[-1], losses(batch(), keys(0))[0]["align_loss"].detach())
     assert len(captures) == 2
     assert abs(found[0] - found[1]) > 1e-4
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_replays_of_every_objective(objective, captures):
+    """Losses and gradients of a second batch, with other targets of every kind, are those without a graph."""
+    model, layers = small_model(4), (1, 2)
+    options = [f"align.objective={objective}", "align.strategy=shallow"]
+    aligner = Aligner(load_config("demo", options), model, {"speech": 5}, torch.device("cpu"))
+    aligner.select(LayerSelection("shallow", {"speech": layers}, {"speech": (0.7, 0.3)}))
+
+    def targets(seed: int) -> Batch:
+        draw = torch.Generator().manual_seed(seed)
+        counts = torch.tensor([6, 0, 2])  # the second clip is not of this domain
+        frames = TeacherFrames(torch.randn(3, 6, 5, generator=draw).half(), counts)
+        attention = torch.randn(3, 6, 2, 2, 3, 5, generator=draw).half()  # two layers, queries and keys, heads, width
+        averaged = {layer: torch.randn(3, 37, 32, generator=draw) for layer in aligner.averaged_layers(0)}
+        given = {"teacher_frames": {"speech": frames}, "attention": {"speech": attention}, "averaged": averaged}
+        return replace(batch(seed=seed), **given)
+
+    def losses(given: Batch, keys: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        t = philox_uniform(keys[0], 1)[:, 0]
+        taps = {"capture": aligner.layers(0), "pooled": aligner.pools(0), "attention": aligner.attention_layers(0)}
+        out = model(given.mel, t, given.condition, **taps)
+        found = aligner.losses(out.hidden, given, t, None, 0, out.attention)
+        return found, flow_loss(out.v, given.mel, given.condition.lengths)
+
+    step = SimpleNamespace(
+        parameters=lambda: [*model.parameters(), *aligner.parameters()], losses=losses, aligns=aligner.variant(0)
+    )
+    graphed = graphs.GraphedLosses(step.parameters, 1, lambda line: None)
+    seen = []
+    for number in range(2):
+        with force_backend("reference"):  # the stand-in sees operators alone, and the frames' loss is none
+            assert_equals_eager(step, graphed, targets(number), number)
+            seen.append(losses(targets(number), keys(number))[0]["align_loss"].item())
+    assert len(captures) == 1
+    assert abs(seen[0] - seen[1]) > 1e-4
 
 
 @pytest.mark.parametrize(("stage", "ranks", "extra"), [(0, 1, ()), (2, 2, ("train.accumulation=2",))])
