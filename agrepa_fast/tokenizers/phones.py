@@ -1,6 +1,6 @@
 """Phones of a clip's transcript, aligned to its wave by PocketSphinx: Voicebox's kind of tokens.
 
-Le et al. 2023, "Voicebox", sec. 3.1. The package brings its acoustic model and the CMU dictionary, both of American
+Le et al. 2023, "Voicebox", sec. 3.2. The package brings its acoustic model and the CMU dictionary, both of American
 English. Voicebox's own aligner is the Montreal Forced Aligner, whose phones also know their place in the word.
 """
 
@@ -69,22 +69,23 @@ class PhoneTokens(WaveTokenizer):
 
     def spoken_words(self, text: str) -> list[str]:
         """Return words of the dictionary that sound as a text. Raises KeyError for a word that has none."""
-        words = []
+        words, acronyms = [], not text.isupper()
         for word in _WORD.findall(text.replace("\u2019", "'")):
-            if not (known := self._known(word)):
+            if not (known := self._known(word, acronyms)):
                 raise KeyError(word)
             words += known
         return words
 
-    def _known(self, word: str) -> list[str]:
+    def _known(self, word: str, acronyms: bool) -> list[str]:
         """Return words of the dictionary that sound as a word: itself, a digit's name, the letters of an acronym, or
-        two that make it up. Numbers of several digits are read in several ways, and have none."""
+        two that make it up. Numbers of several digits are read in several ways, and have none. acronyms: whether
+        capitals mean one; they do not in LibriSpeech, whose texts have no other letters."""
         small = word.lower()
         if len(word) == 1 and word in "0123456789":
             return [_DIGITS[int(word)]]
         if self._decoder.lookup_word(small):
             return [small]
-        if word.isupper() and word.isascii():
+        if acronyms and word.isupper() and word.isascii() and word.isalpha():
             return list(small)
         halves = [(small[:cut], small[cut:]) for cut in range(2, len(small) - 1)]
         both = [pair for pair in halves if all(map(self._decoder.lookup_word, pair))]
