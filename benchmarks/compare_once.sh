@@ -14,6 +14,7 @@ shift || true
 out=${OUT:-runs/compare_once} shards=${SHARDS:-data/demo} python=python3
 warmup=${WARMUP:-200} steps=${STEPS:-600}
 mkdir -p "$out"
+out=$(realpath "$out") # keep() leaves this folder
 work=$(mktemp -d)
 [ -x .venv/bin/python ] && python=.venv/bin/python
 if [ -f .gpu_once/once.tar.gz ]; then
@@ -25,7 +26,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
 keep() {
   cd "$work/compare"
-  cp -f report.md compare.csv differences.csv plan.json "$OLDPWD/$out/" 2>/dev/null || true
+  cp -f report.md compare.csv differences.csv plan.json "$out/" 2>/dev/null || true
   find . \( -name checkpoints -o -name wavs -o -name samples \) -prune -o -type f -size -1000k -print0 |
     tar --null -czf "$work/compare.tar.gz" -T -
   cd "$OLDPWD"
