@@ -1,4 +1,4 @@
-"""How far hard and soft choices of layers move when kernels, seeds, noise or clips change, and nothing that matters.
+"""How far the weights of hard and soft choices move if only kernels, seed, noise or clips change.
 
 python benchmarks/choices.py [--warmups native:0 reference:0 ...] [--out FILE] [section.field=value ...]
 
@@ -27,7 +27,9 @@ from agrepa_fast.config import DOMAINS
 from agrepa_fast.evaluation.jobs import run_jobs, training_job
 
 RUNS = Path("runs/choices")
-STEPS, CLIPS, DRAWS = 200, 16, 2  # of the demo's warm-up; of one set of evidence, per domain; measured, one per set
+STEPS = 200  # of the warm-up
+CLIPS = 16  # per domain in one set of evidence
+DRAWS = 2  # noise draws measured; a set has one
 HALVES = 2  # disjoint sets of clips
 CHANGES = ("noise", "clips", "backend", "seed")
 ALIKE = {  # the parts of (backend, seed, clips, noise) that two sets of evidence share

@@ -86,6 +86,7 @@ def main() -> None:
             run = folder / f"{label}-seed{seed}"
             runs[label].append(run)
             arguments = ("--preset", args.preset, *FLOW_ALONE, *overrides, *arms[label], f"run.seed={seed}")
+            # steps=1: all count alike in the time left
             jobs.append(training_job(f"{label}, seed {seed}", run, arguments, steps=1))
     if failed := run_jobs(jobs, print):
         sys.exit(f"{len(failed)} of {len(jobs)} runs failed, {failed[0].name} first: the same command tries again")

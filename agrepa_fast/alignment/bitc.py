@@ -30,9 +30,10 @@ def bitc_loss(
     domain: torch.Tensor,
     kept: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the mean over clips of 1 - cos(projection of the token condition, teacher), fp32.
+    """Return the mean over all N clips of weight (1 - cos(projection of the token condition, teacher)), 0-dim fp32.
 
     pooled (N, D_tok): time-mean of the token condition; it is layer-normalised. weights: domain -> weight of its clips.
+    teacher: domain -> (N, E). domain (N,): of each clip, an index into DOMAINS.
     kept (N,) bool: clips whose tokens were not dropped; the others add exact zeros.
     """
     normed = F.layer_norm(pooled.float(), pooled.shape[-1:])

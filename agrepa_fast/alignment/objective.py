@@ -122,5 +122,5 @@ def xavier(kind: type[nn.Module], *sizes: int, **options) -> nn.Module:
 
 
 def linear(inputs: int, outputs: int) -> nn.Module:
-    """Return such a linear layer."""
+    """Return a linear layer with Xavier-uniform weights and zero biases."""
     return xavier(nn.Linear, inputs, outputs)

@@ -56,7 +56,8 @@ def split_overrides(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Job:
-    """One command. folder: of its run; done: the file that a finished job has written."""
+    """One command. folder: of the run, or of the evaluation inside it. done: a file that exists once the job has
+    finished. steps: optimizer steps, for the time left; 0 marks an evaluation, which is not resumed."""
 
     name: str
     command: tuple[str, ...]
@@ -142,8 +143,8 @@ def training_job(name: str, folder: Path, arguments: Sequence[str], steps: int, 
 
 
 def write_plan(jobs: Sequence[Job], file: Path) -> None:
-    """Write the jobs, unless they are there. Raises UserError if the folder holds another comparison, or runs of none:
-    what has no checkpoint yet would be removed."""
+    """Write the jobs, unless they are there. Raises UserError if the folder holds another comparison, or a run of
+    no comparison: `run_jobs` would remove it if it has no checkpoint."""
     content = [
         {"name": job.name, "command": [_PLACES.get(part, part) for part in job.command], "folder": str(job.folder)}
         for job in jobs
@@ -173,8 +174,9 @@ def _difference(there: object, content: list[dict]) -> str:
 
 
 def run_jobs(jobs: Sequence[Job], say: Callable[[str], object]) -> list[Job]:
-    """Run the jobs that are not finished, one after the other, and return those that failed twice. An unfinished run
-    goes on from its last checkpoint. A signal ends the running job, which saves, and then raises KeyboardInterrupt."""
+    """Run the jobs that are not finished, one after the other, and return those that failed twice, or that need one
+    that did. An unfinished run goes on from its last checkpoint. A signal ends the running job, which saves, and then
+    raises KeyboardInterrupt."""
     failed: list[Job] = []
     seconds, steps = 0.0, 0
     for number, job in enumerate(jobs, 1):

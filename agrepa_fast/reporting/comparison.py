@@ -40,7 +40,7 @@ def compare_strategies(
     """Run `agrepa compare --strategies`: train every strategy with every seed from one warm-up per seed, evaluate, and
     compare. A signal ends the running job, and what is finished is compared; the same command goes on.
 
-    Raises UserError for settings that do not fit, before anything is trained, and if a job failed twice.
+    Raises UserError for settings that do not fit, before anything is trained, and if a job failed.
     """
     experiment = _experiment(strategies, seeds, overrides, preset, warmup, out, ds_config, ranks)
     jobs, labels = experiment.jobs(), [arm.label for arm in experiment.arms]
@@ -73,7 +73,9 @@ def compare_strategies(
         if interrupted is not None:
             raise interrupted
     if failed:
-        raise UserError(f"{len(failed)} jobs failed twice, their cells are empty: {_names(failed)}")
+        raise UserError(
+            f"{len(failed)} jobs failed twice, or need one that did; their cells are empty: {_names(failed)}"
+        )
 
 
 def compare_runs(folders: Sequence[Path], *, out: Path, baseline: str | None) -> None:

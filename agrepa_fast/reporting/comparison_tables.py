@@ -85,7 +85,7 @@ def values(comparison: Comparison) -> Grid:
 
 
 def differences_to_baseline(comparison: Comparison) -> Grid:
-    """Return the differences with both intervals; ** marks those that both are clear of 0."""
+    """Return the differences with both intervals; ** marks those for which both intervals exclude 0."""
     rows = [
         [
             one.label,
@@ -104,8 +104,8 @@ def differences_to_baseline(comparison: Comparison) -> Grid:
         note = "One seed: the table says nothing of the methods, only of these models."
     else:
         note = (
-            f"** both intervals exclude 0. With {seeds} seeds no p-value can be below {2 / 2**seeds:.3f}. Half of an "
-            "interval is the difference that could have been seen."
+            f"** both intervals exclude 0. With {seeds} seeds no p-value can be below {2 / 2**seeds:.3f}. A true "
+            "difference of half an interval would be seen in about half of such experiments."
         )
     columns = ["strategy", "domain", "metric", "difference", "over clips", "over seeds", "p (Holm)", ""]
     return Grid(columns, rows, note)

@@ -32,9 +32,9 @@ _TOGETHER = """
 
 Every pair of these went through the checks that begin a run, with shards that have teacher frames and attention, second
 tokens and speaker vectors, and `zero2.json`, unless the pair says otherwise. A refused run ends before its first step,
-in one line with the remedy, and exit code 2. All other pairs go together. LAST is the number of the model's layers,
-MORE is one more, and CHOICE is `probe.warmup_steps`. Layers of several widths, which a backbone of yours may have, are
-refused by `align.strategy=lasp` and by objectives that compare layers.
+in one line with the remedy, and exit code 2. All other pairs with the setting of a row go together. LAST is the number
+of the model's layers, MORE is one more, and CHOICE is `probe.warmup_steps`. Layers of several widths, which a backbone
+of yours may have, are refused by `align.strategy=lasp` and by objectives that compare layers.
 """
 
 

@@ -63,7 +63,8 @@ def update_all_weights_at_once(engine) -> None:
 
     @torch.no_grad()
     def step(closure=None) -> bool:
-        """Clip by the global norm and update; leave everything as it is if the norm is not finite. Return whether."""
+        """Clip by the global norm and update. If the norm is not finite, drop the gradients and leave the weights.
+        Return whether the step was skipped."""
         gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
         optimizer._global_grad_norm = norm = _norm(gradients)
         optimizer.overflow = not norm.isfinite()

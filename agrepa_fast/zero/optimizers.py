@@ -31,7 +31,8 @@ def clips_in_optimizer(ds_config: dict) -> bool:
 
 
 class Layout:
-    """The kinds of a master's parts, in the order of its elements. Neighbours of one kind are one part, but Muon's."""
+    """The kinds of a master's parts, in the order of its elements. Neighbouring parts of one kind are merged, except
+    Muon's: one per piece."""
 
     def __init__(self, master: torch.Tensor, pieces: Sequence[Piece], rules: Sequence[Rule]):
         self.sizes: list[int] = []

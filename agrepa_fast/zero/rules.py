@@ -8,7 +8,7 @@ from ..models.backbone import Backbone
 from .construction import whole_shape
 
 _FUSED = {"qkv": 3, "kv": 2}  # in the name of a layer: the matrices in its weight, one below the other
-_MODULATIONS = ("modulation", "adaln", "norm")  # in the name of a layer, or of the module that holds it
+_MODULATIONS = ("modulation", "adaln", "norm")  # in the name of a layer, or in the name or class of its holder
 
 
 class Rule(NamedTuple):
