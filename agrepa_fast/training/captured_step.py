@@ -1,4 +1,5 @@
-"""Forward and backward of a micro-batch as one CUDA graph per batch shape, for ZeRO 0 to 2.
+"""Forward and backward of a micro-batch as one CUDA graph per batch shape, or two: with and without padding. For ZeRO 0
+to 2.
 
 The graph holds the losses and torch.autograd.grad. A replay is one operation of the autograd graph, whose inputs are
 the parameters. So engine.backward gets every gradient through the parameters' own hooks, and DeepSpeed reduces and
@@ -67,6 +68,7 @@ class GraphedLosses:
     ):
         self.parameters, self.limit, self.print_line, self.survive = parameters, limit, print_line, survive
         self._programs = CapturedPrograms()
+        self._shapes: set[tuple] = set()  # of the programs; one with padding and one without may have the same
         self._gradients: _FlatGradients | None = None  # where every step leaves those of the parameters
         self._reached: list[bool] = []  # parameters without a gradient, such as the heads after align.stop, are False
         self._names: tuple[str, ...] = ()  # of the losses
@@ -81,7 +83,7 @@ class GraphedLosses:
         """
         parameters = list(self.parameters())
         if self._programs.drop_stale(parameters, variant):
-            self._gradients = _FlatGradients(parameters)
+            self._gradients, self._shapes = _FlatGradients(parameters), set()
 
         def forward_backward(batch: Batch, keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
             with torch.enable_grad():
@@ -92,19 +94,20 @@ class GraphedLosses:
             return clips.detach(), *(loss.detach() for loss in losses.values())
 
         shape = tuple(tensor.shape for tensor in tensors_of(batch, keys))
-        if shape not in self._programs and len(self._programs) < self.limit:
-            self._capture(shape, forward_backward, batch, keys)
-        if shape in self._programs:
-            clips, *values = self._programs(shape, batch, keys)
+        key = shape, batch.condition.padded  # a program of clips without padding has no masks
+        if key not in self._programs and len(self._shapes | {shape}) <= self.limit:
+            self._capture(key, forward_backward, batch, keys)
+        if key in self._programs:
+            clips, *values = self._programs(key, batch, keys)
         else:
             clips, *values = forward_backward(batch, keys)
         losses = dict(zip(self._names, values, strict=True))
         reached = [parameter for parameter, reached in zip(parameters, self._reached, strict=True) if reached]
         return _Replayed.apply(sum(losses.values()), self._gradients, self._reached, *reached), losses, clips
 
-    def _capture(self, shape: tuple, forward_backward: Callable, batch: Batch, keys: torch.Tensor) -> None:
+    def _capture(self, key: tuple, forward_backward: Callable, batch: Batch, keys: torch.Tensor) -> None:
         try:
-            self._programs.capture(shape, forward_backward, batch, keys)
+            self._programs.capture(key, forward_backward, batch, keys)
         except CaptureError as error:
             if self.survive is None:
                 raise UserError(
@@ -114,9 +117,11 @@ class GraphedLosses:
             self._programs.drop()  # they may hold the memory that was missing
             self.survive(f"the step cannot be captured ({error}): training goes on without CUDA graphs")
             return
+        self._shapes.add(key[0])
+        masks = "" if batch.condition.padded else " without padding"
         self.print_line(
-            f"forward and backward of {tuple(batch.mel.shape)} captured, {len(self._programs)} of at most "
-            f"{self.limit} CUDA graphs"
+            f"forward and backward of {tuple(batch.mel.shape)}{masks} captured, {len(self._shapes)} of at most "
+            f"{self.limit} batch shapes"
         )
 
 

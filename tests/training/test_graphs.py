@@ -46,8 +46,8 @@ def captures(monkeypatch):
     return made
 
 
-def batch(frames=37, seed=1) -> Batch:
-    mel, condition = small_batch((frames, 20, 11), frames, seed)
+def batch(frames=37, seed=1, lengths=(20, 11)) -> Batch:
+    mel, condition = small_batch((frames, *lengths), frames, seed)
     teacher = {"speech": torch.randn(3, 5, generator=torch.Generator().manual_seed(seed))}
     return Batch(("a", "b", "c"), torch.tensor([0, 1, 0]), mel, condition, teacher, (0, 1, 2))
 
@@ -140,6 +140,15 @@ def test_shapes_beyond_the_limit_run_as_they_come(captures):
     assert captures[0] is captures[1]  # one pool
 
 
+def test_clips_without_padding_have_a_graph_of_their_own(captures):
+    """Theirs has no masks. Both are of one shape, and of the limit."""
+    step = Step()
+    graphed = graphs.GraphedLosses(step.parameters, 1, lambda line: None)
+    for number, lengths in enumerate(((37, 37), (20, 11), (37, 37), (20, 11))):
+        assert_equals_eager(step, graphed, batch(seed=number, lengths=lengths), number)
+    assert len(captures) == 2
+
+
 def test_other_layers_or_moved_weights_are_captured_again(captures):
     step = Step()
     graphed = graphs.GraphedLosses(step.parameters, 2, lambda line: None)
@@ -215,7 +224,7 @@ def test_training_with_graphs_gives_the_same_curve(stage, ranks, extra, preset, 
     """DeepSpeed gets every gradient through its own hooks; heads are made amid the run."""
     given = ("--ds_config", f"zero{stage}.json", "--preset", str(preset), "run.dir=run", "train.graphs=1", *extra)
     output = run_training(ranks, *given, cwd=tmp_path, plant=plant_captures)
-    assert output.count("captured, 1 of at most 1 CUDA graphs") == 2  # once with the heads of the layers chosen
+    assert output.count("captured, 1 of at most 1 batch shapes") == 2  # once with the heads of the layers chosen
     assert f"CUDA graphs: 2 captured, {5 * (1 if stage == 0 else 2)} replays" in output
     assert_same_curve(baseline, tmp_path / "run")
 
@@ -260,7 +269,7 @@ def test_graphs_are_the_default_where_shapes_are_few(preset, baseline, tmp_path)
     """One rank captures, the other cannot and runs each step as it comes: gradients are the same, in the same order."""
     given = ("--ds_config", "zero2.json", "--preset", str(preset), "train.accumulation=2")
     output = run_training(2, *given, "run.dir=run", cwd=tmp_path, plant=plant_few_shapes_on_rank_0)
-    assert "captured, 1 of at most 2 CUDA graphs" in output
+    assert "captured, 1 of at most 2 batch shapes" in output
     assert_same_curve(baseline, tmp_path / "run")
     assert "graphs: null" in (tmp_path / "run" / "config.yaml").read_text()  # a resume decides again
 
