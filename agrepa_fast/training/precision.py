@@ -2,10 +2,14 @@
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from ..checkpoints.find import resolve_checkpoint
+from ..checkpoints.upstream import is_upstream_file
 from ..config import Config, ModelConfig
+from ..config_file import load_config
 from ..models.audio_dit.block import GatedDiTBlock
 from ..ranks import from_rank_0
 
@@ -19,7 +23,8 @@ def choose_precision(config: Config, ds_values: dict, device: torch.device, resu
     """Return the settings with the precision that `auto` stands for, and a line that names it; None if it was set.
 
     bf16 is taken on a CPU with instructions for it, if forward and backward of a block run GAIN times as fast. A run
-    that is resumed, a narrow model, a user's model, and a ds_config that decides, keep their precision. Every rank must
+    that is resumed, a narrow model, a user's model, and a ds_config that decides, keep their precision. One that starts
+    from a run takes that run's: two measurements may differ, and branches of one warm-up are compared. Every rank must
     call it: the speed is rank 0's. Weights and random states stay as they are.
     """
     decided = ds_values.get("bf16", {}).get("enabled", "auto") != "auto"
@@ -28,13 +33,23 @@ def choose_precision(config: Config, ds_values: dict, device: torch.device, resu
     instructions = [name for name in _INSTRUCTIONS if torch.cpu.get_capabilities().get(name)]
     if not instructions or config.model.backbone != "audio_dit" or config.model.dim < _NARROW:
         return config, None
-    gain = from_rank_0(lambda: bf16_gain(config.model))
-    precision = "bf16" if gain >= GAIN else "fp32"
-    line = (
-        f"train.precision=auto: {precision}, since bf16 runs at {gain:.2f} x fp32's speed on this processor "
-        f"({instructions[0]}; from {GAIN} x on it is taken)"
-    )
+    precision = _precision_of(config.train.start_from)
+    line = f"train.precision=auto: {precision}, that of train.start_from={config.train.start_from}"
+    if precision == "auto":
+        gain = from_rank_0(lambda: bf16_gain(config.model))
+        precision = "bf16" if gain >= GAIN else "fp32"
+        line = (
+            f"train.precision=auto: {precision}, since bf16 runs at {gain:.2f} x fp32's speed on this processor "
+            f"({instructions[0]}; from {GAIN} x on it is taken)"
+        )
     return replace(config, train=replace(config.train, precision=precision)), line
+
+
+def _precision_of(start_from: str | None) -> str:
+    """Return the precision of a run, a checkpoint or an export; auto for a weight file, and for None."""
+    if start_from is None or is_upstream_file(Path(start_from)):
+        return "auto"
+    return load_config(resolve_checkpoint(Path(start_from)) / "config.yaml").train.precision
 
 
 def bf16_gain(model: ModelConfig) -> float:

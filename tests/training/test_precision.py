@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from agrepa_fast.config import Config, ModelConfig, TrainConfig
+from agrepa_fast.config_file import save_config
 from agrepa_fast.training import precision
 from agrepa_fast.training.precision import bf16_gain, choose_precision
 
@@ -26,8 +27,10 @@ def gain(monkeypatch):
     return set_gain
 
 
-def choose(train="auto", model=WIDE, ds_values=None, device=CPU, resumed=False) -> tuple[str, str | None]:
-    config = Config(model=model, train=TrainConfig(precision=train))
+def choose(
+    train="auto", model=WIDE, ds_values=None, device=CPU, resumed=False, start_from=None
+) -> tuple[str, str | None]:
+    config = Config(model=model, train=TrainConfig(precision=train, start_from=start_from))
     config, line = choose_precision(config, ds_values or {}, device, resumed)
     return config.train.precision, line
 
@@ -53,6 +56,19 @@ def test_what_is_decided_is_not_measured(gain):
     assert choose(ds_values={"bf16": {"enabled": "auto"}})[0] == "bf16"
     gain(2.0, avx512_bf16=False, amx_bf16=False)
     assert choose() == ("auto", None)
+
+
+def test_branches_have_the_precision_of_their_warm_up(gain, tmp_path):
+    """Each would measure for itself, and near the bound they would not agree."""
+    (tmp_path / "export.json").write_text("{}")
+    for value, of_run in ((2.0, "fp32"), (1.0, "bf16")):
+        gain(value)
+        save_config(Config(model=WIDE, train=TrainConfig(precision=of_run)), tmp_path / "config.yaml")
+        taken, line = choose(start_from=str(tmp_path))
+        assert taken == of_run
+        assert line == f"train.precision=auto: {of_run}, that of train.start_from={tmp_path}"
+    save_config(Config(model=WIDE), tmp_path / "config.yaml")  # of a GPU
+    assert choose(start_from=str(tmp_path))[0] == "fp32"
 
 
 def test_the_gain_is_measured_and_changes_no_random_state():
