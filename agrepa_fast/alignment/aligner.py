@@ -192,9 +192,13 @@ class Aligner:
                 raise
             raise LocalError(f"align.objective={name}: {their_error(error)}") from error
 
-    def reduce(self) -> torch.Tensor:
-        """Average the gradients over ranks in one all-reduce, and return their norm, 0-dim on the device. Call it after
-        the last backward of a step, at the same point on every rank."""
+    def reduce(self, step: int) -> torch.Tensor:
+        """Average the gradients of a step over ranks in one all-reduce, and return their norm, 0-dim on the device.
+        Call it after the last backward, at the same point on every rank."""
+        if self._aligns(step):  # a user's objective may not reach the heads of a domain that this rank has no clip of
+            for parameter in self.heads.parameters():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         parameters = self._trained()
         if not parameters:
             return torch.zeros((), device=self.device)

@@ -88,7 +88,7 @@ class Run:
         self.engine.backward(nan_gradient_unless_finite(batch.weight * total))
         if self.engine.is_gradient_accumulation_boundary():
             self.choice.keep_gradient_norms(lambda: gradient_norms(self.engine, self.engine.module.layers), step)
-            make_gradient_nan(self.engine, unless_finite=aligner.reduce())
+            make_gradient_nan(self.engine, unless_finite=aligner.reduce(step))
         self.engine.step()
         return {name: batch.weight * loss.detach() for name, loss in losses.items()}, clips.detach()
 

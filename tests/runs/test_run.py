@@ -82,7 +82,7 @@ def test_a_step_by_hand(overrides, index, tmp_path):
         averaged_layers=lambda step: (),
         attention_layers=lambda step: (),
         losses=lambda *args: given.append(args) or dict(losses),
-        reduce=lambda: torch.tensor(0.0),
+        reduce=lambda step: torch.tensor(0.0),
     )
     choice = SimpleNamespace(aligner=aligner, keep_gradient_norms=lambda norms, step: watched.append(step))
     batch = next(TrainBatches(index, config.data, BatchLayout(16, 2, 0, 1), seed=0, center=True))
@@ -117,7 +117,7 @@ def test_graphs_are_asked_for_the_variant_of_the_aligner(index, tmp_path):
         averaged_layers=lambda step: (),
         layers=lambda step: ("layers",),
         variant=lambda step: ("layers and weights", step),
-        reduce=lambda: torch.tensor(0.0),
+        reduce=lambda step: torch.tensor(0.0),
     )
     choice = SimpleNamespace(aligner=aligner, keep_gradient_norms=lambda norms, step: None)
     batch = next(TrainBatches(index, config.data, BatchLayout(16, 2, 0, 1), seed=0, center=True))
@@ -256,11 +256,31 @@ def test_heads_step_on_the_mean_gradient_clipped_and_scheduled(monkeypatch):
         return clip(parameters, norm)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
-    norm = made.reduce()
+    norm = made.reduce(3)
     made.step(3)
     torch.testing.assert_close(norm, torch.cat([1.5 * gradient.flatten() for gradient in before]).norm())
     assert all(torch.allclose(1.5 * a, b) for a, b in zip(before, after, strict=True))
     assert made.optimizer.param_groups[0]["lr"] == config.align.lr * lr_factor(config.train, 3)
+
+
+def test_ranks_reduce_the_heads_of_domains_that_they_have_no_clip_of(monkeypatch):
+    """A user's objective may skip a domain without clips: the other rank sends those gradients nevertheless."""
+    config = load_config("demo", ["model.dim=8", "model.heads=1"])
+    made = aligner_module.Aligner(config, SIZES, {"speech": 3, "audio": 3}, torch.device("cpu"))
+    made.select(LayerSelection("fixed:1", {"speech": (1,), "audio": (1,)}, {"speech": (1.0,), "audio": (1.0,)}))
+    sent = []
+    monkeypatch.setattr(aligner_module, "all_sum", lambda values: sent.append(values) or values)
+    monkeypatch.setattr(aligner_module.dist, "get_world_size", lambda: 2)
+    parameters = dict(made.heads.named_parameters())
+    for name, parameter in parameters.items():
+        if "speech" in name:
+            parameter.grad = torch.ones_like(parameter)
+    for projection in made.bitc.parameters():
+        projection.grad = torch.zeros_like(projection)
+    norm = made.reduce(0)
+    assert sent[0].numel() == sum(p.numel() for p in made.parameters())
+    speech = sum(p.numel() for name, p in parameters.items() if "speech" in name)
+    assert norm == pytest.approx((speech / 4) ** 0.5)
 
 
 def test_align_weight():
