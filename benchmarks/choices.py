@@ -24,7 +24,7 @@ from _results import print_table, write_json
 from agrepa_fast.attribution.scores import LayerScores
 from agrepa_fast.attribution.selection import select_layers
 from agrepa_fast.config import DOMAINS
-from agrepa_fast.evaluation.jobs import run_jobs, training_job
+from agrepa_fast.evaluation.jobs import run_jobs, training_job, write_plan
 
 RUNS = Path("runs/choices")
 STEPS = 200  # of the warm-up
@@ -45,6 +45,7 @@ def measure(backend: str, seed: str, overrides: list[str]) -> LayerScores:
     folder = RUNS / f"{backend}-seed{seed}"
     settings = ("align.strategy=none", f"train.steps={STEPS}", "train.final_lr=1.0", f"run.seed={seed}", *overrides)
     job = training_job(f"{backend}, seed {seed}", folder, ("--ds_config", "zero2.json", *settings), STEPS)
+    write_plan([job], folder.with_suffix(".json"))
     with mock.patch.dict(os.environ, AGREPA_BACKEND=backend):  # of the two processes
         if run_jobs([job], print):
             raise SystemExit(f"{folder}: the warm-up failed")
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # in a process with a backend of its own
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     args = parser.parse_intermixed_args()
+    RUNS.mkdir(parents=True, exist_ok=True)
     if args.measure is not None:
         measure_run(args.measure)
         return

@@ -18,7 +18,7 @@ from statistics import mean
 
 from _results import RESULTS, print_table, write_json
 
-from agrepa_fast.evaluation.jobs import Job, run_jobs, split_overrides, training_job
+from agrepa_fast.evaluation.jobs import Job, run_jobs, split_overrides, training_job, write_plan
 
 # Arms and overrides may say otherwise.
 FLOW_ALONE = ("align.strategy=none", "align.bitc_speech=0", "align.bitc_audio=0")
@@ -88,6 +88,7 @@ def main() -> None:
             arguments = ("--preset", args.preset, *FLOW_ALONE, *overrides, *arms[label], f"run.seed={seed}")
             # steps=1: all count alike in the time left
             jobs.append(training_job(f"{label}, seed {seed}", run, arguments, steps=1))
+    write_plan(jobs, folder / "plan.json")
     if failed := run_jobs(jobs, print):
         sys.exit(f"{len(failed)} of {len(jobs)} runs failed, {failed[0].name} first: the same command tries again")
 
