@@ -73,6 +73,9 @@ class Evaluated:
         )
 
 
+Pair = tuple[Evaluated, Evaluated]  # a run of an arm and that of the baseline, with one seed
+
+
 class Difference(NamedTuple):
     """An arm minus the baseline. clips, seeds: intervals over them, or None; p: over seeds, by Holm, or None."""
 
@@ -128,17 +131,19 @@ def differences(runs: Sequence[Evaluated], baseline: str, confidence: float) -> 
     return _corrected(found)
 
 
-def _of_arm(label: str, pairs: Sequence[tuple[Evaluated, Evaluated]], confidence: float) -> list[Difference]:
+def _of_arm(label: str, pairs: Sequence[Pair], confidence: float) -> list[Difference]:
     found = []
     for domain in dict.fromkeys(row["domain"] for row in pairs[0][0].clips):
         for metric in CLIP_METRICS:
             one, other = ([row for pair in pairs for row in pair[side].of_domain(domain)] for side in (0, 1))
             clips = clip_difference(metric, one, other, confidence)
             if clips is not None:
-                of_seeds = [_value(a, domain, metric) - _value(b, domain, metric) for a, b in pairs]
+                of_seeds = [
+                    _value(a, domain, metric) - _value(b, domain, metric) for a, b in _with(pairs, domain, metric)
+                ]
                 found.append(Difference(label, domain, metric, clips, *_over_seeds(of_seeds, confidence)))
         for metric in SET_METRICS:
-            if all(metric in run.results["rows"][ROW].get(domain, {}) for pair in pairs for run in pair):
+            if _with(pairs, domain, metric) == list(pairs):
                 if (clips := _set_difference(domain, metric, pairs, confidence)) is None:
                     continue
                 of_seeds = [_value(a, domain, metric) - _value(b, domain, metric) for a, b in pairs]
@@ -147,6 +152,11 @@ def _of_arm(label: str, pairs: Sequence[tuple[Evaluated, Evaluated]], confidence
         losses = [a.loss - b.loss for a, b in pairs]
         found.append(Difference(label, "", "val/flow_loss", None, *_over_seeds(losses, confidence, alone=True)))
     return found
+
+
+def _with(pairs: Sequence[Pair], domain: str, metric: str) -> list[Pair]:
+    """Return the pairs of which both have a metric: that of a run that diverged may be missing."""
+    return [pair for pair in pairs if all(metric in run.results["rows"][ROW].get(domain, {}) for run in pair)]
 
 
 def _value(run: Evaluated, domain: str, metric: str) -> float:
@@ -164,9 +174,7 @@ def _over_seeds(
     return mean_interval(np.array(values), confidence), (sign_flip(values) if tested else None)
 
 
-def _set_difference(
-    domain: str, metric: str, pairs: Sequence[tuple[Evaluated, Evaluated]], confidence: float
-) -> Interval | None:
+def _set_difference(domain: str, metric: str, pairs: Sequence[Pair], confidence: float) -> Interval | None:
     """Return the mean over seeds of the distances' differences, jackknifed over the clips of all at once: those that
     have an embedding in all runs. None if fewer than two have."""
     distances = pairs[0][0].distances(domain)

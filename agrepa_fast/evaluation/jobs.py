@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..checkpoints.find import complete_checkpoints
 from ..errors import UserError
-from ..files import read_json, write_atomically
+from ..files import FolderLock, read_json, write_atomically
 from ..launch import free_port
 
 _ATTEMPTS = 2
@@ -122,7 +122,7 @@ class Experiment:
                         f"evaluate {arm.label}, seed {seed}",
                         (*evaluate, str(out), *self.metrics),
                         out,
-                        out / "results.json",
+                        out / "report.html",  # its last file
                     )
                 )
         return jobs
@@ -176,7 +176,7 @@ def _difference(there: object, content: list[dict]) -> str:
 def run_jobs(jobs: Sequence[Job], say: Callable[[str], object]) -> list[Job]:
     """Run the jobs that are not finished, one after the other, and return those that failed twice, or that need one
     that did. An unfinished run goes on from its last checkpoint. A signal ends the running job, which saves, and then
-    raises KeyboardInterrupt."""
+    raises KeyboardInterrupt. Raises UserError if another process trains in the folder of a job."""
     failed: list[Job] = []
     seconds, steps = 0.0, 0
     for number, job in enumerate(jobs, 1):
@@ -211,7 +211,10 @@ def _run(job: Job) -> bool:
             signals.append(number)
             os.killpg(process.pid, signal.SIGTERM)
 
-        before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        handed_on = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            handed_on.append(signal.SIGHUP)
+        before = {number: signal.signal(number, hand_on) for number in handed_on}
         try:
             code = process.wait()
         finally:
@@ -225,10 +228,11 @@ def _run(job: Job) -> bool:
 def _command(job: Job) -> tuple[str, ...]:
     if not job.steps or not job.folder.exists():
         return job.command
-    if not complete_checkpoints(job.folder / "checkpoints"):
+    with FolderLock(job.folder, "choose another --out"):  # a training that outlived its comparison
+        if complete_checkpoints(job.folder / "checkpoints"):
+            return (*job.command, "--resume", "latest")
         shutil.rmtree(job.folder)  # it ended before its first checkpoint
-        return job.command
-    return (*job.command, "--resume", "latest")
+    return job.command
 
 
 def _with_port(command: tuple[str, ...]) -> tuple[str, ...]:

@@ -57,18 +57,18 @@ def compare_strategies(
         except KeyboardInterrupt as signal:
             interrupted, failed = signal, [job for job in jobs if not job.finished]
         runs = [
-            _evaluated(experiment.run_folder(arm, seed), arm.label)
+            _evaluated(experiment.run_folder(arm, seed) / "evaluate", arm.label)
             for seed in seeds
             for arm in experiment.arms
             if (experiment.run_folder(arm, seed) / "evaluate" / "results.json").is_file()
         ]
         shared = {run.seed for run in runs if run.label == baseline}
-        if interrupted is not None:  # a seed without its baseline has nothing to compare with
-            runs = [run for run in runs if run.seed in shared]
-            if len({run.label for run in runs}) < 2:
-                raise interrupted
-        if not shared:
-            raise UserError(f"{out}: no run of the baseline {baseline!r} finished: {_names(failed)}")
+        runs = [run for run in runs if run.seed in shared]  # a seed without its baseline has nothing to compare with
+        if len({run.label for run in runs}) < 2:
+            raise interrupted or UserError(
+                f"{out}: no run of the baseline {baseline!r} and of another strategy with one seed finished: "
+                f"{_names(failed)}"
+            )
         write_comparison(runs, baseline, out, _settings(experiment), failed)
         if interrupted is not None:
             raise interrupted

@@ -99,6 +99,18 @@ def test_one_seed_says_nothing_of_the_method(tmp_path):
     assert found["val/flow_loss"].value == pytest.approx(0.4)
 
 
+def test_a_seed_whose_run_diverged_has_no_part_in_the_interval_over_seeds(tmp_path):
+    """No clip of it has a MOS."""
+    runs = [evaluated(tmp_path / f"{label}{seed}", label, seed) for label in ("none", "foga") for seed in (0, 1, 2)]
+    del runs[-1].results["rows"]["sample"]["speech"]["mos"]
+    found = {one.metric: one for one in differences(runs, "none", 0.95)}
+    assert found["mos"].seeds.n == 2
+    assert found["mmd"].seeds.n == 3
+    for run in runs[3:]:
+        run.results["rows"]["sample"]["speech"].pop("mos", None)
+    assert {one.metric: one for one in differences(runs, "none", 0.95)}["mos"].seeds is None
+
+
 def test_other_clips_and_other_seeds_are_refused(tmp_path):
     runs = [evaluated(tmp_path / "a", "none", 0), evaluated(tmp_path / "b", "foga", 0, manifest="other")]
     with pytest.raises(UserError, match="were evaluated with other clips"):
@@ -302,7 +314,7 @@ run_jobs(jobs, print)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_the_running_job_save_and_starts_no_other(tmp_path, number):
     command = [sys.executable, "-c", SIGNALLED, str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=ROOT)
@@ -315,6 +327,31 @@ def test_a_signal_lets_the_running_job_save_and_starts_no_other(tmp_path, number
     assert b"KeyboardInterrupt" in process.communicate(timeout=60)[1]
     assert (tmp_path / "long" / "saved").exists()
     assert not (tmp_path / "after").exists()
+
+
+LOCKED = """
+from pathlib import Path
+from agrepa_fast.files import FolderLock
+lock = FolderLock(Path({folder!r}), "").acquire()
+print("locked", flush=True)
+input()
+"""
+
+
+def test_a_run_that_outlived_its_comparison_is_left_alone(tmp_path):
+    """The comparing process was killed, and its training is still in the folder, without a checkpoint."""
+    again = job(tmp_path, "again", WRITE)
+    again.folder.mkdir()
+    (again.folder / "metrics.jsonl").touch()
+    code = LOCKED.format(folder=str(again.folder))
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=-1, stdout=-1, text=True) as alive:
+        assert alive.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=f"again is in use by process {alive.pid} .*, or choose another --out"):
+            run_jobs([again], print)
+        assert (again.folder / "metrics.jsonl").exists()
+        alive.communicate("\n")
+    assert not run_jobs([again], print)
+    assert not (again.folder / "metrics.jsonl").exists()  # begun again
 
 
 def test_another_plan_in_the_same_folder_is_refused(tmp_path):
@@ -351,7 +388,7 @@ def test_a_comparison_that_a_signal_ends_compares_what_is_finished(tmp_path, mon
         raise KeyboardInterrupt
 
     def evaluated(folder, label):
-        return Evaluated(label, int(folder.name[-1]), folder)
+        return Evaluated(label, int(folder.parent.name[-1]), folder)
 
     monkeypatch.setattr(comparison, "run_jobs", stop)
     monkeypatch.setattr(comparison, "_evaluated", evaluated)
