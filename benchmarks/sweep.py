@@ -50,7 +50,8 @@ def summarise(folders: Sequence[Path], goal: float | None) -> dict:
     runs = [read_losses(folder) for folder in folders]
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
     last = [summary["val/flow_loss"]["last"] for summary in summaries]
-    seconds = [summary["seconds"]["train"] / summary["steps"] for summary in summaries]
+    timed = [summary["steps"] - summary["seconds_since_step"] for summary in summaries]
+    seconds = [summary["seconds"]["train"] / steps for summary, steps in zip(summaries, timed, strict=True)]
     reached = [None if goal is None else step_of(run, goal) for run in runs]
     every = None not in reached
     return {

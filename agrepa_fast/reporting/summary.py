@@ -63,6 +63,7 @@ def finish(run: Run, validation_clips: FixedClips, vocoder: Vocoder | None) -> N
         "store_contribute_rank_correlation": correlations,
         "clips_per_s": clips / run.seconds["train"] if clips else None,
         "clips_per_s_median": statistics.median(value for _, value in series["train/clips_per_s"]),
+        "seconds_since_step": run.metrics.first_step,  # above 0: those of a run before it was resumed are not counted
         "seconds": {name: round(value, 1) for name, value in run.seconds.items()},
         "seconds_total": round(time.perf_counter() - run.started, 1),
         "ranks": run.context.world,

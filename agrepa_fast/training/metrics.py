@@ -27,7 +27,7 @@ class Metrics:
 
     def __init__(self, folder: Path, rank: int, world: int, peak_flops: float | None = None):
         self.folder, self.rank, self.world, self.peak_flops = folder, rank, world, peak_flops
-        self.clips = 0  # that this rank has read since `open`
+        self.clips, self.first_step = 0, 0  # that this rank has read since `open`; with which that began
         self._file = self._board = self._tracker = self._bar = None
         self._start_window()
 
@@ -40,6 +40,7 @@ class Metrics:
     def open(self, steps: int, first_step: int, tracker=None) -> None:
         """Open the files and the progress bar of rank 0 for the steps from first_step to `steps`. The lines of later
         steps, which a resumed run writes again, are dropped. tracker: its write(step, values) gets every line, too."""
+        self.first_step = first_step
         if self.rank == 0:
             self._tracker = tracker
             for name in ("metrics.jsonl", "skipped.jsonl"):

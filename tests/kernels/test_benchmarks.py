@@ -19,6 +19,8 @@ import gpu_suite  # noqa: E402
 from _bench import compare  # noqa: E402
 from _decisions import decide  # noqa: E402
 
+from agrepa_fast.errors import UserError  # noqa: E402
+
 QUICK = ["--repeats", "2", "--compiler", "aot_eager"]
 
 
@@ -203,17 +205,24 @@ def test_a_sweep_of_finished_runs(program, tmp_path, monkeypatch):
         "b-seed0": (1.0, 0.5, 0.5),
         "b-seed1": (1.0, 0.3, 0.2),
     }
-    for name, losses in curves.items():
-        folder = tmp_path / "runs/sweep/lr" / name
-        folder.mkdir(parents=True)
-        lines = [{"step": 10 * n, "val/flow_loss": loss} for n, loss in enumerate(losses)]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 20}]))
-        summary = {"val/flow_loss": {"last": losses[-1], "ema": losses[-1]}, "seconds": {"train": 40}, "steps": 20}
-        (folder / "summary.json").write_text(json.dumps(summary))
+
+    def finish(jobs, say) -> list:
+        for job in jobs:
+            losses = curves[job.folder.name]
+            job.folder.mkdir(parents=True)
+            lines = [{"step": 10 * n, "val/flow_loss": loss} for n, loss in enumerate(losses)]
+            lines = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 20}])
+            (job.folder / "metrics.jsonl").write_text(lines)
+            summary = {"val/flow_loss": {"last": losses[-1], "ema": losses[-1]}, "steps": 20}
+            job.done.write_text(json.dumps(summary | {"seconds": {"train": 20}, "seconds_since_step": 10}))  # resumed
+        return []
+
+    monkeypatch.setattr("agrepa_fast.evaluation.jobs.run_jobs", finish)
     arms = ("a:train.lr=1e-3,train.betas=[0.9,0.95]", "b:train.lr=2e-3")
-    program(
-        "sweep.py", "lr", *arms, "--seeds", "0,1", "--goal", "0.4", "--out", tmp_path / "out.json", "train.steps=20"
-    )
+    rest = ("--seeds", "0,1", "--goal", "0.4", "--out", tmp_path / "out.json", "train.steps=20")
+    program("sweep.py", "lr", *arms, *rest)
+    with pytest.raises(UserError, match=r"train.lr=2e-3, now train.lr=4e-3"):
+        program("sweep.py", "lr", arms[0], "b:train.lr=4e-3", *rest)
     a, b = json.loads((tmp_path / "out.json").read_text())["arms"].values()
     assert a["settings"] == ["train.lr=1e-3", "train.betas=[0.9,0.95]"]
     assert a["loss"] == {"10": 0.6, "20": 0.25}

@@ -90,5 +90,6 @@ def test_a_run_says_what_it_took_and_keeps_it(preset, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["precision"] == "bf16"
     output = run_training(2, "--resume", "latest", "run.dir=run", "train.steps=4", cwd=tmp_path)
     assert "train.precision=auto" not in output
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["precision"] == "bf16"
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["precision"], summary["seconds_since_step"]) == ("bf16", 2)
     assert metrics(tmp_path / "run")[4]["val/flow_loss"] > 0
