@@ -179,8 +179,7 @@ class LayerChoice:
         self.aligner.select(selection)
         if not self.refresh:
             self._foga = None  # the choice is final: free the memory of its graphs
-        if self.folder is not None:
-            selection.save(self.folder / "selection.json")
+        self._keep("selection.json", selection.save)
         if before is not None:
             self.report(f"step {step}: {_describe_change(before, selection)}: {description}")
         else:
@@ -220,8 +219,16 @@ class LayerChoice:
         )
 
     def _write(self, scores: LayerScores) -> None:
-        if self.folder is not None:
-            append_csv(self.folder / "attribution.csv", scores)
+        self._keep("attribution.csv", lambda file: append_csv(file, scores))
+
+    def _keep(self, name: str, write: Callable[[Path], object]) -> None:
+        """Write a file of the run's folder, on rank 0. A full disk costs that file, and nothing else."""
+        if self.folder is None:
+            return
+        try:
+            write(self.folder / name)
+        except OSError as error:
+            self.report(f"{name} could not be written ({error.strerror}); training goes on")
 
     def finish(self, step: int) -> dict[str, dict]:
         """Measure what layers contribute and store at the end of a run. Every rank must call it.

@@ -17,6 +17,7 @@ from agrepa_fast.attribution.selection import LayerSelection
 from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
 from agrepa_fast.models.backbone import Layer
+from agrepa_fast.probing import schedule
 
 from ..testing import write_small_shards
 from .choice import DIMS, Choice, small_config
@@ -127,6 +128,18 @@ def test_a_probe_that_fails_costs_nothing(index, tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
     made.model.blocks[1].ffn.fc2.bias.data.zero_()
     assert made.run(range(4, 9)) == [7]
+
+
+def test_a_full_disk_costs_a_probe_s_files_and_no_layer(index, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(schedule, "append_csv", full)
+    monkeypatch.setattr(LayerSelection, "save", full)
+    made = Choice(index, tmp_path)
+    assert made.run(range(1, 9)) == Choice(index, tmp_path / "other").run(range(1, 9)) != []
+    for name in ("attribution.csv", "selection.json"):
+        assert f"{name} could not be written (No space left on device); training goes on" in made.said
 
 
 def test_captures_of_a_probe_are_reported(index, tmp_path, monkeypatch):
