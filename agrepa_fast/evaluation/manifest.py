@@ -46,6 +46,13 @@ def evaluated_samples(index: Index, metrics: MetricsConfig, domains: Sequence[st
         samples += fixed_clips(index, "val", domain, there if metrics.clips is None else metrics.clips)
     if not samples:
         raise UserError(f"{index.folder} has no validation clips: prepare with data.val_share above 0")
+    of_key: dict[str, str] = {}
+    for sample in samples:
+        if of_key.setdefault(sample.key, sample.domain) != sample.domain:  # their wavs would have one name
+            raise UserError(
+                f"{index.folder} has a clip {sample.key} of {of_key[sample.key]} and one of {sample.domain}: evaluate "
+                "the domains apart, with --domain and --out"
+            )
     return samples
 
 

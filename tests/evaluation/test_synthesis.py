@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from agrepa_fast.audio.vocoder import Vocoder
 from agrepa_fast.audio.waves import decode, wave_fault
 from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
-from agrepa_fast.evaluation import synthesis
+from agrepa_fast.evaluation import manifest, synthesis
 from agrepa_fast.evaluation.manifest import Clip, clips_of, evaluated_samples, manifest_hash
 from agrepa_fast.evaluation.results import write_manifest
 from agrepa_fast.evaluation.synthesis import Synthesis, prefix_frames
@@ -52,6 +53,15 @@ class Made:
 
     def contents(self) -> dict[str, bytes]:
         return {str(p.relative_to(self.folder)): p.read_bytes() for p in self.folder.rglob("*.*") if p.is_file()}
+
+
+def test_clips_of_two_domains_with_one_name_are_refused(monkeypatch):
+    """Their wavs would have one name: recordings of two folders may have the same paths inside them."""
+    index = SimpleNamespace(folder="data/mine", clips=lambda split, domain: 1)
+    monkeypatch.setattr(manifest, "fixed_clips", lambda *_: [SimpleNamespace(domain=_[2], key="001-8177")])
+    with pytest.raises(UserError, match=r"clip 001-8177 of speech and one of audio: evaluate the domains apart"):
+        evaluated_samples(index, MetricsConfig(), ("speech", "audio"))
+    assert len(evaluated_samples(index, MetricsConfig(), ("audio",))) == 1
 
 
 def test_every_row_has_its_wavs_and_truth_is_the_truth(baseline, tmp_path):
