@@ -99,7 +99,8 @@ def export(path: Path, out: Path, *, live: bool = False) -> None:
         raise UserError(f"--out {out} is not empty: choose a new folder")
     check_writable(out, "--out")
     _, config = load_model(path, live=live)  # so that nothing is exported that does not load
-    facts = {"step": step_of(path), "weights": "live" if live else "averaged"}
+    of_export = read_facts(path / EXPORT, "weights") if (path / EXPORT).is_file() else None
+    facts = {"step": step_of(path), "weights": of_export or ("live" if live else "averaged")}
     for name in ("shards", "selection"):
         file = path / f"{name}.json"
         facts[name] = read_json(file, REMEDY) if file.is_file() else None

@@ -49,6 +49,8 @@ def test_it_holds_the_averaged_or_the_live_weights(baseline, exported, tmp_path)
     assert weights_file(tmp_path / "live", live=True).parent == tmp_path / "live"
     with pytest.raises(UserError, match="averaged weights: the live ones"):
         load_model(exported, live=True)
+    main(["export", str(tmp_path / "live"), "--out", str(tmp_path / "again")])
+    assert weights_file(tmp_path / "again", live=True).parent == tmp_path / "again"
 
 
 def test_it_says_what_the_weights_were_trained_on(exported, preset):
