@@ -6,7 +6,7 @@ import torch
 
 from ..config import Config
 from ..config_file import load_config, settings_that_differ
-from ..errors import UserError
+from ..errors import LocalError, UserError
 from ..probing.schedule import LayerChoice
 from ..seeds import derive_seed
 from ..zero.ema import Ema
@@ -22,6 +22,10 @@ def load_checkpoint(path: Path, checkpoints: Checkpoints, engine, ema: Ema, choi
     """Continue from a checkpoint of this run, and return its step. Every rank must call it. Raises UserError if the
     checkpoint is another run's, or if its settings or shards are not this run's."""
     config, facts = checkpoints.config, read_marker(path)
+    if facts is None:
+        raise LocalError(
+            f"{path} is not seen by every rank: the run's folder has to be on storage that all nodes share"
+        )
     if facts["run"] != config.run.id:
         raise UserError(
             f"{path} is a checkpoint of another run: --resume takes only the run's own; "

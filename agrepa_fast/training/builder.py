@@ -26,7 +26,7 @@ from ..data.loading import TrainBatches
 from ..data.matching import count_transcribed, matching_index
 from ..data.plan import BatchPlan
 from ..data.text import load_text
-from ..errors import UserError
+from ..errors import LocalError, UserError
 from ..files import FolderLock
 from ..models.backbone import Backbone
 from ..probing.fixed_clips import FixedClips, probe_clips, storage_clips, validation_clips
@@ -143,7 +143,10 @@ def prepared_index(config: Config) -> Index:
         return matching_index(config.data)
 
     index = from_rank_0(prepare_and_check)
-    load_index(index.folder, verify=False)  # on every rank: each may see other files
+    try:
+        load_index(index.folder, verify=False)  # on every rank: each may see other files
+    except UserError as error:
+        raise LocalError(str(error)) from error
     return index
 
 

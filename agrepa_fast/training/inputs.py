@@ -1,5 +1,6 @@
 """Turn the command line of a run into settings."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,9 @@ def _load_run_config(preset: str, overrides: Sequence[str]) -> Config:
     if folders:
         folder = local_path(folders[-1])
     else:
-        runs = sorted(Path("runs").glob(f"{Path(preset).stem}-*/config.yaml"), key=lambda path: path.stat().st_mtime)
+        stem = re.escape(Path(preset).stem)  # demo's are not demo-long's
+        found = [p for p in Path("runs").glob("*/config.yaml") if re.fullmatch(rf"{stem}-\d+-\d+-\w+", p.parent.name)]
+        runs = sorted(found, key=lambda path: path.stat().st_mtime)
         if not runs:
             raise UserError(f"--resume: no run of preset {preset!r} in runs/; name it with run.dir=…")
         folder = runs[-1].parent

@@ -3,11 +3,17 @@
 import os
 import runpy
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from agrepa_fast.checkpoints.load import load_checkpoint
+from agrepa_fast.config_file import load_config, save_config
+from agrepa_fast.errors import LocalError, UserError
 from agrepa_fast.train import main, run_process
+from agrepa_fast.training import builder
+from agrepa_fast.training.inputs import read_inputs
 
 from ..ranks import ROOT
 
@@ -20,6 +26,34 @@ def test_a_script_takes_its_own_folder_off_the_import_path_and_nothing_else(befo
     monkeypatch.setattr(sys, "path", [*before, *others])
     runpy.run_path(f"{FOLDER}/train.py", run_name="script")
     assert sys.path == others
+
+
+def test_a_resume_takes_the_newest_run_of_its_preset(tmp_path, monkeypatch):
+    """`demo-long-…` begins with `demo-`, too."""
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(
+        ("demo-20260101-120000-aaaaaa", "demo-20260102-120000-bbbbbb", "demo-long-20260103-120000-cccccc")
+    ):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        save_config(load_config(name.partition("-2026")[0], [f"train.steps={1000 + number}"]), folder / "config.yaml")
+        os.utime(folder / "config.yaml", (number, number))
+    config, _ = read_inputs("demo", [], "zero2.json", "latest")
+    assert config.train.steps == 1001
+    config, _ = read_inputs("demo-long", [], "zero2.json", "latest")
+    assert config.train.steps == 1002
+    with pytest.raises(UserError, match="no run of preset 'demo-f5'"):
+        read_inputs("demo-f5", [], "zero2.json", "latest")
+
+
+def test_a_rank_that_sees_other_files_says_so(tmp_path, monkeypatch, capsys):
+    """Its line is the only one: rank 0, which sees all, says that another rank ended."""
+    monkeypatch.setattr(builder, "from_rank_0", lambda check: SimpleNamespace(folder=tmp_path / "not here"))
+    with pytest.raises(LocalError, match="not here"):
+        builder.prepared_index(load_config("demo"))
+    checkpoints = SimpleNamespace(config=load_config("demo"))
+    with pytest.raises(LocalError, match="is not seen by every rank"):
+        load_checkpoint(tmp_path / "step1", checkpoints, None, None, None)
 
 
 def test_main_raises_and_a_process_exits_at_once_where_other_ranks_may_wait(capsys, monkeypatch):
