@@ -37,6 +37,9 @@ def matching_index(data: DataConfig) -> Index:
         # Two entries of one teacher differ in their rate or attention; training pools them alike.
         names, wanted = [name for name in specs if specs[name] == spec], (data.teacher_attention, data.teacher_rate)
         given = {name: (attention_layers(entry["teachers"][name]), entry["teachers"][name]["rate"]) for name in names}
+        for place, setting in enumerate(("teacher_attention", "teacher_rate")):
+            if getattr(data, setting) is not None:
+                _check(index, data, setting, list(dict.fromkeys(of_entry[place] for of_entry in given.values())))
         names.sort(key=lambda name: [a != b for a, b in zip(given[name], wanted, strict=True)])
         chosen[domain] = names[0]
     index = replace(index, chosen=chosen, normalize=data.normalize)

@@ -87,6 +87,17 @@ def test_settings_that_are_wrong(values, message):
         load_config("demo", values)
 
 
+@pytest.mark.parametrize("setting", ["data.teacher_rate=25", "data.teacher_attention=1"])
+def test_a_run_that_asks_for_other_frames_is_refused(setting, whisper, plain):
+    """Without a word of them it takes those that are there."""
+    path = f"data.path={plain.folder}"
+    assert matching_index(settings(whisper, path, FRAMES[0]).data).teacher("speech").rate == 12.5
+    name, _, value = setting.partition("=")
+    given = float(value) if "rate" in name else int(value)
+    with pytest.raises(UserError, match=rf"was prepared with {name}=\S+, the run has {given}: set {name}="):
+        matching_index(settings(whisper, path, *FRAMES, setting).data)
+
+
 def test_queries_and_keys_are_pooled_as_the_frames_that_they_belong_to(whisper, corpus, plain, tmp_path):
     index = prepare_folder(settings(whisper, *FRAMES, "data.teacher_attention=2"), corpus, "speech", tmp_path / "both")
     teacher = load_teacher(str(whisper))
