@@ -72,7 +72,10 @@ class WhisperRecogniser(Recogniser):
         self._cache = "cache" if "cache" in parameters else "past_key_values"  # the name in older releases
         self._room = config.max_target_positions - self._prompt.shape[1]
         always, first = settings.suppress_tokens or [], settings.begin_suppress_tokens or []
-        self._never, self._never_first = (torch.tensor(ids, device=device) for ids in (always, [*always, *first]))
+        self._never, self._never_first = (
+            torch.tensor(ids, dtype=torch.long, device=device)
+            for ids in (always, [*always, *first])  # maybe none
+        )
         self.spelling = getattr(tokenizer, "english_spelling_normalizer", None) or {}
 
     @torch.inference_mode()

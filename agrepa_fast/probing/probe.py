@@ -60,7 +60,7 @@ class ClipProbe:
         if measure == "foga-vjp":
             self.probe = FogaVjp(model, points)
         else:
-            self.probe = FogaProbe(model, points, kind=kind, graph=clips.one_shape)
+            self.probe = FogaProbe(model, points, kind=kind, graph=clips.one_shape and model.replayable)
 
     def launch(self, step: int | None = None, *, progress: bool = False) -> PendingScores:
         """Queue a measurement; on a GPU nothing is waited for. Every rank must call it.

@@ -70,8 +70,10 @@ class GraphedLosses:
         self._programs = CapturedPrograms()
         self._shapes: set[tuple] = set()  # of the programs; one with padding and one without may have the same
         self._gradients: _FlatGradients | None = None  # where every step leaves those of the parameters
-        self._reached: list[bool] = []  # parameters without a gradient, such as the heads after align.stop, are False
-        self._names: tuple[str, ...] = ()  # of the losses
+        # Of the last computation in Python: the names of its losses, and False for each parameter that had no gradient,
+        # such as the heads after align.stop. A program's are those of its capture.
+        self._outcome: tuple[tuple[str, ...], list[bool]] = ((), [])
+        self._captured: dict[tuple, tuple[tuple[str, ...], list[bool]]] = {}
 
     def __call__(
         self, compute: Compute, batch: Batch, keys: torch.Tensor, variant: tuple = ()
@@ -89,7 +91,7 @@ class GraphedLosses:
             with torch.enable_grad():
                 losses, clips = compute(batch, keys)
                 gradients = torch.autograd.grad(sum(losses.values()), parameters, allow_unused=True)
-            self._names, self._reached = tuple(losses), [gradient is not None for gradient in gradients]
+            self._outcome = tuple(losses), [gradient is not None for gradient in gradients]
             self._gradients.copy(gradients)
             return clips.detach(), *(loss.detach() for loss in losses.values())
 
@@ -99,11 +101,13 @@ class GraphedLosses:
             self._capture(key, forward_backward, batch, keys)
         if key in self._programs:
             clips, *values = self._programs(key, batch, keys)
+            names, has_gradient = self._captured[key]
         else:
             clips, *values = forward_backward(batch, keys)
-        losses = dict(zip(self._names, values, strict=True))
-        reached = [parameter for parameter, reached in zip(parameters, self._reached, strict=True) if reached]
-        return _Replayed.apply(sum(losses.values()), self._gradients, self._reached, *reached), losses, clips
+            names, has_gradient = self._outcome
+        losses = dict(zip(names, values, strict=True))
+        reached = [parameter for parameter, has in zip(parameters, has_gradient, strict=True) if has]
+        return _Replayed.apply(sum(losses.values()), self._gradients, has_gradient, *reached), losses, clips
 
     def _capture(self, key: tuple, forward_backward: Callable, batch: Batch, keys: torch.Tensor) -> None:
         try:
@@ -118,6 +122,7 @@ class GraphedLosses:
             self.survive(f"the step cannot be captured ({error}): training goes on without CUDA graphs")
             return
         self._shapes.add(key[0])
+        self._captured[key] = self._outcome
         masks = "" if batch.condition.padded else " without padding"
         self.print_line(
             f"forward and backward of {tuple(batch.mel.shape)}{masks} captured, {len(self._shapes)} of at most "

@@ -149,6 +149,10 @@ def test_captures_of_a_probe_are_reported(index, tmp_path, monkeypatch):
     made.choice.clips.one_shape = True
     made.run(range(1, 6))
     assert [line for line in made.said if "CUDA" in line] == ["step 2: the probe is captured as 2 CUDA graphs"]
+    made = Choice(index, tmp_path / "other")
+    made.choice.clips.one_shape, made.model.replayable = True, False  # a graph would repeat what its Python chose
+    assert made.run(range(1, 9)) == [7]
+    assert not [line for line in made.said if "CUDA" in line]
 
 
 def test_three_probes_in_a_row_that_fail_end_the_run(index, tmp_path):

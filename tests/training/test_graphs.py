@@ -149,6 +149,26 @@ def test_clips_without_padding_have_a_graph_of_their_own(captures):
     assert len(captures) == 2
 
 
+def test_a_parameter_of_padding_alone_has_a_gradient_where_there_is_padding(captures):
+    class Padding(Step):
+        def __init__(self):
+            super().__init__()
+            self.filler = torch.nn.Parameter(torch.ones(3))
+
+        def parameters(self):
+            return [*super().parameters(), self.filler]
+
+        def losses(self, given, keys):
+            losses, clips = super().losses(given, keys)
+            extra = self.filler.sum() if given.condition.padded else clips.sum() * 0
+            return losses | {"filler_loss" if given.condition.padded else "no_loss": extra}, clips
+
+    step = Padding()
+    graphed = graphs.GraphedLosses(step.parameters, 1, lambda line: None)
+    for number, lengths in enumerate(((37, 37), (20, 11), (37, 37), (20, 11))):
+        assert_equals_eager(step, graphed, batch(seed=number, lengths=lengths), number)
+
+
 def test_other_layers_or_moved_weights_are_captured_again(captures):
     step = Step()
     graphed = graphs.GraphedLosses(step.parameters, 2, lambda line: None)
