@@ -122,7 +122,7 @@ class Experiment:
                         f"evaluate {arm.label}, seed {seed}",
                         (*evaluate, str(out), *self.metrics),
                         out,
-                        out / "report.html",  # its last file
+                        out / "results.json",
                     )
                 )
         return jobs
