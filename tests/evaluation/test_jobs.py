@@ -94,9 +94,10 @@ def test_what_needs_a_failed_job_is_not_run(tmp_path):
 
 
 SIGNALLED = """
-import sys
+import signal, sys
 from pathlib import Path
 from agrepa_fast.evaluation.jobs import Job, run_jobs
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup, whose choice stays
 folder = Path(sys.argv[1])
 long, after = folder / "long", folder / "after"
 script = f'''
