@@ -74,7 +74,7 @@ class WhisperRecogniser(Recogniser):
         always, first = settings.suppress_tokens or [], settings.begin_suppress_tokens or []
         self._never, self._never_first = (
             torch.tensor(ids, dtype=torch.long, device=device)
-            for ids in (always, [*always, *first])  # maybe none
+            for ids in (always, [*always, *first])  # a Whisper may suppress no token
         )
         self.spelling = getattr(tokenizer, "english_spelling_normalizer", None) or {}
 

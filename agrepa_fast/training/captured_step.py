@@ -85,7 +85,7 @@ class GraphedLosses:
         """
         parameters = list(self.parameters())
         if self._programs.drop_stale(parameters, variant):
-            self._gradients, self._shapes = _FlatGradients(parameters), set()
+            self._gradients, self._shapes, self._captured = _FlatGradients(parameters), set(), {}
 
         def forward_backward(batch: Batch, keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
             with torch.enable_grad():

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from agrepa_fast.errors import UserError
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
@@ -18,8 +20,6 @@ import bench_block  # noqa: E402
 import gpu_suite  # noqa: E402
 from _bench import compare  # noqa: E402
 from _decisions import decide  # noqa: E402
-
-from agrepa_fast.errors import UserError  # noqa: E402
 
 QUICK = ["--repeats", "2", "--compiler", "aot_eager"]
 

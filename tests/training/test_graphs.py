@@ -232,7 +232,7 @@ def test_replays_of_every_objective(objective, captures):
     graphed = graphs.GraphedLosses(step.parameters, 1, lambda line: None)
     seen = []
     for number in range(2):
-        with force_backend("reference"):  # the stand-in sees operators alone, and the frames' loss is none
+        with force_backend("reference"):  # the stand-in records operators alone: not the fused loss of frames
             assert_equals_eager(step, graphed, targets(number), number)
             seen.append(losses(targets(number), keys(number))[0]["align_loss"].item())
     assert len(captures) == 1
