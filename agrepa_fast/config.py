@@ -145,7 +145,7 @@ class FlowConfig:
     drop_reference: ShareBelowOne = setting(0.1, "share of clips that train without the reference")
     drop_all: ShareBelowOne = setting(0.0, "share of clips that train without either")
     loss_region: Literal["clip", "hidden"] = setting("clip", "frames whose loss counts: all, or those not given")
-    average: Literal["clip", "frame"] = setting("clip", "every clip counts alike, or every frame")
+    average: Literal["clip", "frame"] = setting("clip", "every clip of a batch counts alike, or every frame")
     solver: Literal["euler", "midpoint"] = setting("euler", "of the sampler; midpoint runs the model twice per step")
     steps: Count = setting(31, "steps of the sampler; the release's linspace(0, 1, 32) has 31")
     guidance: float = setting(3.0, "scale of classifier-free guidance")

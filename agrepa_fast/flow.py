@@ -105,7 +105,8 @@ def counted_frames(flow: FlowConfig, hidden: Span, lengths: torch.Tensor) -> Spa
 
 def expected_frames(flow: FlowConfig, frames: float) -> float:
     """Return how many frames count in a clip on average, given the clips' mean of frames. flow.average=frame weights
-    every clip by its counted frames over this: the mean over all frames of all ranks, without communication."""
+    every clip by its counted frames over this: about the mean over all frames of the global batch, which packages take,
+    without communication. The clips are those of the batch's bucket: a batch of long ones may have fewer."""
     if flow.loss_region == "clip":
         return frames
     return frames * (1 - flow.max_reference / 2 if flow.reference == "prefix" else sum(flow.infill) / 2)

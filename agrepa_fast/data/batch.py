@@ -35,6 +35,7 @@ class Batch:
     teacher: dict[str, torch.Tensor]  # domain -> (B, E) fp32, zero rows for clips of other domains
     places: tuple[int, ...]  # of each clip in the global batch
     weight: float = 1.0  # times its mean loss: then the mean over ranks and micro-batches is that over all clips
+    mean_frames: float = math.nan  # of the clips of its bucket, as its batches mix them
     faults: tuple[Fault, ...] = ()  # of clips that could not be used and that others replace
     teacher_frames: dict[str, TeacherFrames] = field(default_factory=dict)  # domain -> frames, if they were asked for
     attention: dict[str, torch.Tensor] = field(default_factory=dict)  # domain -> (B, S, *TeacherInfo.attention) fp16
@@ -89,6 +90,7 @@ class PackedBatch:
     keys: tuple[str, ...]
     places: tuple[int, ...]
     weight: float = 1.0
+    mean_frames: float = math.nan
     faults: tuple[Fault, ...] = ()
 
     @classmethod
@@ -130,7 +132,7 @@ class PackedBatch:
             if _frames(domain) in self.fields
         }
         attention = {name: self.tensor(_attention(name)) for name in frames if _attention(name) in self.fields}
-        given = self.places, self.weight, self.faults, frames, attention
+        given = self.places, self.weight, self.mean_frames, self.faults, frames, attention
         return Batch(self.keys, self.tensor("domain"), mel, condition, teacher, *given)
 
 

@@ -23,6 +23,14 @@ class Bucket:
     shards: dict[str, tuple[Shard, ...]]  # by domain
     steps: int  # in a cycle
 
+    @property
+    def mean_frames(self) -> float:
+        """Mean mel frames of a clip in the bucket's batches."""
+        shares = {"speech": float(self.speech), "audio": float(1 - self.speech)}
+        return sum(
+            shares[domain] * sum(shard.frames for shard in part) / _clips(part) for domain, part in self.shards.items()
+        )
+
 
 def length_buckets(
     index: Index, speech_share: float, batch_clips: Callable[[int], int], least_clips: int

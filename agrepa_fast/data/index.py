@@ -133,16 +133,6 @@ class Index:
         """Return the number of clips, 0 for a domain that is not prepared."""
         return sum(shard.clips for shard in self.shards(split, domain))
 
-    def mean_frames(self, speech_share: float) -> float:
-        """Return the mean mel frames of a training clip, with that share of speech if both domains are there."""
-        means = {}
-        for domain in self.domains:
-            shards = self.shards("train", domain)
-            means[domain] = sum(shard.frames for shard in shards) / sum(shard.clips for shard in shards)
-        if len(means) == 1:
-            return next(iter(means.values()))
-        return speech_share * means["speech"] + (1 - speech_share) * means["audio"]
-
     def shards(self, split: str, domain: str) -> tuple[Shard, ...]:
         """Return the shards of a split and domain in the index's order, () for a domain that is not prepared."""
         if split not in SPLITS or domain not in DOMAINS:

@@ -188,4 +188,5 @@ class _RankBatches(IterableDataset):
             shape["teacher_frames"] = self.index.most_teacher_frames(bucket.frames) if plan.fixed_shapes else 0
         ordered = [samples[place] for place in places]
         packed = pack(ordered, tuple(places), self.index, center=self.center, attention=self.attention, **shape)
-        return replace(packed, weight=layout.weight(micro, bucket.clips), faults=tuple(faults))
+        weight = layout.weight(micro, bucket.clips)
+        return replace(packed, weight=weight, mean_frames=bucket.mean_frames, faults=tuple(faults))

@@ -12,7 +12,7 @@ import torch
 from ..data.batch import Batch
 from ..device import GRAPHS, SideStream, tensors_of, to_device
 from ..errors import LocalError, UserError
-from ..flow import Span, counted_frames, expected_frames, training_loss
+from ..flow import counted_frames, expected_frames, training_loss
 from ..kernels import flow_mix
 from ..lr_schedule import lr_factor
 from ..probing.fixed_clips import FixedClips
@@ -119,13 +119,11 @@ class Run:
         losses = aligner.losses(out.hidden, batch, draws.t, draws.keep_tokens, step, out.attention)
         counted = counted_frames(flow, draws.hidden, batch.condition.lengths)
         clips = training_loss(flow, out.v, target, counted, draws.t)
-        losses["flow_loss"] = (clips if flow.average == "clip" else clips * self._frame_weights(counted)).mean()
+        weighted = clips
+        if flow.average == "frame":
+            weighted = clips * (counted.end - counted.start) / expected_frames(flow, batch.mean_frames)
+        losses["flow_loss"] = weighted.mean()
         return losses, clips
-
-    def _frame_weights(self, counted: Span) -> torch.Tensor:
-        """Return the weight (B,) of each clip's loss with which every frame counts alike."""
-        frames = self.context.index.mean_frames(self.config.data.speech_share)
-        return (counted.end - counted.start) / expected_frames(self.config.flow, frames)
 
     def step(self, batches, step: int) -> None:
         """Take one optimizer step over the global batch; all ranks leave it out if it is not finite. step: from 0."""

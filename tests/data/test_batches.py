@@ -151,6 +151,21 @@ def test_no_clip_twice_before_every_clip_once(bucketed):
     assert min(seen[key] for key in lengths) >= 2
 
 
+def test_a_batch_has_the_mean_frames_of_its_bucket(bucketed):
+    """By which flow.average=frame divides. Long batches have fewer clips: by the mean of all clips, a frame of theirs
+    would count more."""
+    plan = BatchPlan(bucketed, 0.3, 0, budget=130)
+    batches = TrainBatches(bucketed, DataConfig(), BatchLayout(None, 1, 0, 1), seed=0, center=True, plan=plan)
+    lengths = {number: [] for number in range(len(plan.buckets))}
+    for step in range(20 * plan.cycle):
+        batch = next(batches)
+        number, _ = plan.bucket(step)
+        assert batch.mean_frames == plan.buckets[number].mean_frames
+        lengths[number] += batch.condition.lengths.tolist()
+    for number, of_bucket in lengths.items():
+        assert plan.buckets[number].mean_frames == pytest.approx(sum(of_bucket) / len(of_bucket), rel=0.01)
+
+
 DAMAGE = {  # file -> what happens to it, and the kind of fault
     "train-speech-0000.tar": ("cut", "truncated"),
     "train-audio-0001.tar": ("bit", "checksum"),

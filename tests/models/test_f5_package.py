@@ -2,7 +2,6 @@
 
 import inspect
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -39,13 +38,8 @@ def our_loss(model: F5, batch: SimpleNamespace, flow: FlowConfig, counted: float
     """The flow loss of a training step. counted: frames whose loss counts in a clip, the mean over the batch."""
     aligner = SimpleNamespace(layers=lambda step: (), pools=lambda step: True, losses=lambda *_: {})
     aligner.attention_layers = aligner.layers
-    frames = counted / (sum(flow.infill) / 2)  # of the shards: then the expected count is that of the batch
-    run = SimpleNamespace(
-        config=SimpleNamespace(flow=flow, data=SimpleNamespace(speech_share=1.0)),
-        choice=SimpleNamespace(aligner=aligner),
-        context=SimpleNamespace(index=SimpleNamespace(mean_frames=lambda share: frames)),
-    )
-    run._frame_weights = partial(Run._frame_weights, run)
+    run = SimpleNamespace(config=SimpleNamespace(flow=flow), choice=SimpleNamespace(aligner=aligner))
+    batch.mean_frames = counted / (sum(flow.infill) / 2)  # then the expected count is that of the batch
     return Run.losses(run, model, batch, KEYS, 0)[0]["flow_loss"]
 
 

@@ -224,7 +224,7 @@ def test_everything_is_dropped_for_a_share_of_clips():
 
 
 def test_the_loss_of_hidden_frames_alone_averaged_over_frames():
-    """As upstream: the mean over all hidden frames of the batch, if the batch has the shards' mean of frames."""
+    """As upstream: the mean over all hidden frames of the batch, if the batch has its bucket's mean of frames."""
     flow = FlowConfig(reference="infill", infill=[0.8, 0.8], loss_region="hidden", average="frame")
     lengths = torch.tensor([30, 10])
     v, target = torch.randn(2, 2, 30, 3)
