@@ -1,4 +1,5 @@
-"""The random state of a rank. Only dropout draws from it: everything else is drawn by keys (seeds.py)."""
+"""The random state of a rank. Only dropout and CosyVoice's streaming draw from it: everything else is drawn by keys
+(seeds.py)."""
 
 from pathlib import Path
 

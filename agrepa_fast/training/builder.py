@@ -32,6 +32,7 @@ from ..models.backbone import Backbone
 from ..probing.fixed_clips import FixedClips, probe_clips, storage_clips, validation_clips
 from ..probing.schedule import LayerChoice
 from ..ranks import from_rank_0, on_rank_0
+from ..seeds import derive_seed
 from ..zero.construction import gathered, new_model
 from ..zero.ds_config import resolve_ds_config, zero_stage
 from ..zero.ema import Ema
@@ -268,11 +269,12 @@ def teacher_dims(index: Index) -> dict[str, int]:
 
 
 def begin(context: RunContext, choice: LayerChoice) -> None:
-    """Make the heads and projections of a run that starts at step 0."""
+    """Make the heads and projections of a run that starts at step 0, and give every rank dropout masks of its own."""
     start_from = context.config.train.start_from
     if start_from is not None and not is_upstream_file(Path(start_from)):
         choice.aligner.start_from(load_projections(resolve_checkpoint(Path(start_from))))
     choice.start(context.index.domains)
+    torch.manual_seed(derive_seed(context.config.run.seed, 0, context.rank))
 
 
 def lines_before_the_first_step(

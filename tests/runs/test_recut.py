@@ -48,6 +48,11 @@ def _tensors(folder: Path, name: str) -> dict:
     return load_file(folder / f"{name}.safetensors")
 
 
+def test_ranks_draw_dropout_masks_of_their_own(saved):
+    one, two = (load_file(saved / "checkpoints/step00000003" / f"rank{rank}.safetensors") for rank in (0, 1))
+    assert not torch.equal(one["cpu_rng"], two["cpu_rng"])
+
+
 def test_bf16_goes_on_at_stage_0_with_the_optimizer_of_stage_3(preset, ds_configs, tmp_path):
     args = ("--preset", str(preset), "run.dir=run", "train.precision=bf16", "align.strategy=none")
     run_training(1, "--ds_config", ds_configs[3], *args, "train.save_every=3", "train.steps=4", cwd=tmp_path)
