@@ -1,6 +1,8 @@
 """Read and write configurations: presets, yaml files and `section.field=value` overrides."""
 
+import copy
 import dataclasses
+import functools
 import json
 import reprlib
 from collections.abc import Callable, Sequence
@@ -61,13 +63,16 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     setting of an earlier version that this one cannot honour.
     """
     path = PRESETS / f"{source}.yaml"
-    if not path.is_file():
+    if path.is_file():
+        given = copy.deepcopy(_read_preset(path))
+    else:
         path = local_path(source)
         if path.suffix not in (".yaml", ".yml") or not path.is_file():
             raise UserError(f"preset {str(source)!r} is unknown: {nearest(str(source), preset_names())}")
+        given = _read_file(path)
     sections: dict[str, dict] = {name: {} for name in _SECTIONS}
     sections["run"]["preset"] = path.stem
-    given, typed = _read_file(path), _read_overrides(overrides)
+    typed = _read_overrides(overrides)
     if "model" in given:
         given["model"] = _without_another_models(given["model"], typed.get("model", {}))
     for values in (given, typed):
@@ -111,6 +116,12 @@ def settings_that_differ(saved: Config, config: Config) -> list[tuple[str, objec
             if old != new and not field.metadata["resume"]:
                 differing.append((f"{section.name}.{field.name}", old, new))
     return differing
+
+
+@functools.cache
+def _read_preset(path: Path) -> dict[str, dict]:
+    """Return the sections of a packaged preset, which no one changes."""
+    return _read_file(path)
 
 
 def _read_file(path: Path) -> dict[str, dict]:
