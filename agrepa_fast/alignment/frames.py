@@ -17,6 +17,7 @@ class Frames(Objective):
 
     tap = "frames"
     target = "frames"
+    replayable = True
     context = 0  # frames on each side that the head sees
 
     def head(self, width: int, target_width: int) -> nn.Module:

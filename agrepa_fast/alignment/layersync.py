@@ -14,6 +14,7 @@ class LayerSync(Objective):
 
     tap = "frames"
     target = "deeper"
+    replayable = True
 
     def loss(
         self, head: nn.Module | None, tap: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, t: torch.Tensor

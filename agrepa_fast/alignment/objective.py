@@ -51,12 +51,15 @@ class Objective:
     "averaged": that layer's states by the averaged weights, at a cleaner flow time;
     None: nothing.
     attention: whether it also takes the attention of layer and teacher, which objectives of ours alone can.
+    replayable: its loss is a function of weights and arguments alone, so that training replays CUDA graphs of it by
+    default; a graph would repeat the choices that Python made at its capture.
     An instance is made without arguments.
     """
 
     tap = "frames"
     target: str | None = "pooled"
     attention = False
+    replayable = False
 
     def head(self, width: int, target_width: int) -> nn.Module | None:
         """Return a new head of a layer of `width` channels. Its weights are fp32. They are drawn from PyTorch's random

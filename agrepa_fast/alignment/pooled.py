@@ -18,6 +18,7 @@ class Pooled(Objective):
 
     tap = "pooled"
     target = "pooled"
+    replayable = True
 
     def head(self, width: int, target_width: int) -> nn.Module:
         return nn.Sequential(linear(width, width), nn.GELU(), linear(width, target_width))

@@ -15,6 +15,7 @@ class Sra(Objective):
 
     tap = "frames"
     target = "averaged"
+    replayable = True
 
     def head(self, width: int, target_width: int) -> nn.Module:
         inner = width + target_width

@@ -118,7 +118,8 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
         drop_later_probes(context.folder / "attribution.csv", first_step)
         save_config(config, context.folder / "config.yaml")
     metrics.open(config.train.steps, first_step, open_tracker(context))
-    shapes = count_shapes(engine.module, config.train, device, zero_stage(ds_config), plan, layout)
+    replayable = model.replayable and aligner.objective.replayable
+    shapes = count_shapes(replayable, config.train, device, zero_stage(ds_config), plan, layout)
     run = Run(context, engine, ema, choice, metrics, started, auto_graphs=shapes)
     run.seconds |= {"prepare": prepared - started, "build": time.perf_counter() - prepared}
     for line in (*filter(None, [precision_line]), *lines_before_the_first_step(engine, context, plan, layout, aligner)):

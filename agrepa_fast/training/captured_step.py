@@ -18,7 +18,6 @@ from ..data.layout import BatchLayout, ceil_div
 from ..data.plan import BatchPlan
 from ..device import CapturedPrograms, CaptureError, tensors_of
 from ..errors import UserError
-from ..models.backbone import Backbone
 
 _ALIGNMENT = 128  # elements: each gradient starts where vectorised kernels want it
 _FEW_SHAPES = 8  # a graph of each is captured in the first steps, and again when layers are chosen
@@ -35,12 +34,13 @@ def check_graphs(train: TrainConfig, device: torch.device, stage: int) -> None:
 
 
 def count_shapes(
-    model: Backbone, train: TrainConfig, device: torch.device, stage: int, plan: BatchPlan, layout: BatchLayout
+    replayable: bool, train: TrainConfig, device: torch.device, stage: int, plan: BatchPlan, layout: BatchLayout
 ) -> int:
     """Return the number of shapes of all ranks' micro-batches, where each of them is worth a CUDA graph, or 0: without
-    graphs, or if shapes are many. It is the limit of GraphedLosses where train.graphs is null."""
+    graphs, or if shapes are many. It is the limit of GraphedLosses where train.graphs is null. replayable: of the model
+    and the objective."""
     graphs = device.type == "cuda" and stage < 3 and not train.compile and not train.activation_checkpointing
-    if not (model.replayable and graphs and plan.fixed_shapes):
+    if not (replayable and graphs and plan.fixed_shapes):
         return 0
     parts = layout.parts
     shapes = {(b.frames, size) for b in plan.buckets for size in (b.clips // parts, ceil_div(b.clips, parts))}

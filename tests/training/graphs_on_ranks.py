@@ -52,7 +52,7 @@ def plant_captures() -> None:
 def plant_few_shapes() -> None:
     """Let train.py run on this process's CPU as on a GPU with length buckets: it captures two shapes by itself."""
     plant_captures()
-    builder.count_shapes = lambda *_: 2
+    builder.count_shapes = lambda replayable, *_: 2 if replayable else 0
 
 
 def plant_few_shapes_on_rank_0() -> None:

@@ -17,7 +17,6 @@ from agrepa_fast.data.layout import BatchLayout
 from agrepa_fast.errors import UserError
 from agrepa_fast.flow import flow_loss
 from agrepa_fast.kernels import flow_mix, force_backend, philox_uniform
-from agrepa_fast.models.backbone import Backbone
 from agrepa_fast.seeds import clip_keys
 from agrepa_fast.training import captured_step as graphs
 
@@ -27,6 +26,7 @@ from .graphs_on_ranks import (
     capture,
     plant_captures,
     plant_failing_captures,
+    plant_few_shapes,
     plant_few_shapes_on_rank_0,
     refuse_captures,
 )
@@ -294,6 +294,14 @@ def test_graphs_are_the_default_where_shapes_are_few(preset, baseline, tmp_path)
     assert "graphs: null" in (tmp_path / "run" / "config.yaml").read_text()  # a resume decides again
 
 
+def test_an_objective_that_may_choose_in_python_is_not_captured(preset, tmp_path):
+    lines = ("from agrepa_fast import Objective", "class Mine(Objective):", "    tap = 'pooled'")
+    lines += ("    def loss(self, head, tap, target, mask, t):", "        return tap.square().mean(-1)")
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    given = ("--ds_config", "zero2.json", "--preset", str(preset), "align.objective=mine:Mine", "run.dir=run")
+    assert "captured" not in run_training(1, *given, "train.steps=3", cwd=tmp_path, plant=plant_few_shapes)
+
+
 def test_a_default_capture_that_fails_costs_one_line(preset, baseline, tmp_path):
     given = ("--ds_config", "zero2.json", "--preset", str(preset))
     output = run_training(1, *given, "run.dir=run", cwd=tmp_path, plant=plant_failing_captures)
@@ -319,7 +327,7 @@ def test_shapes_are_counted_over_all_ranks(device, stage, train, buckets, shapes
     for rank in range(2):
         layout = BatchLayout(None, 2, rank, 2)
         given = (TrainConfig(**train), torch.device(device), stage)
-        assert graphs.count_shapes(small_model(1), *given, plan, layout) == shapes
-        assert graphs.count_shapes(Backbone(), *given, plan, layout) == 0  # it may choose in Python
+        assert graphs.count_shapes(True, *given, plan, layout) == shapes
+        assert graphs.count_shapes(False, *given, plan, layout) == 0
         of_any_length = SimpleNamespace(fixed_shapes=False, buckets=plan.buckets)
-        assert graphs.count_shapes(small_model(1), *given, of_any_length, layout) == 0
+        assert graphs.count_shapes(True, *given, of_any_length, layout) == 0
