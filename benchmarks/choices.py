@@ -24,6 +24,7 @@ from _results import print_table, write_json
 from agrepa_fast.attribution.scores import LayerScores
 from agrepa_fast.attribution.selection import select_layers
 from agrepa_fast.config import DOMAINS
+from agrepa_fast.errors import UserError
 from agrepa_fast.evaluation.jobs import run_jobs, training_job, write_plan
 
 RUNS = Path("runs/choices")
@@ -151,4 +152,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

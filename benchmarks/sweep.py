@@ -3,9 +3,10 @@
 python benchmarks/sweep.py NAME LABEL:section.field=value,… … [--seeds 0,1,2] [--preset demo] [--goal LOSS]
     [section.field=value …]
 
-Runs go to runs/sweep/NAME, one process each, through the real launcher. The same command goes on after an interruption;
-finished runs are not repeated: remove their folders after a change of the code. The table goes to
-benchmarks/results/sweep_NAME.json. `agrepa compare` compares strategies, from one warm-up per seed and by sound.
+Runs go to runs/sweep/NAME, one process each, through the real launcher. The same command goes on after an interruption,
+and may name more arms and seeds. Finished runs are not repeated: take another NAME after a change of the code. The
+table goes to benchmarks/results/sweep_NAME.json. `agrepa compare` compares strategies, from one warm-up per seed and by
+sound.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from statistics import mean
 
 from _results import RESULTS, print_table, write_json
 
+from agrepa_fast.errors import UserError
 from agrepa_fast.evaluation.jobs import Job, run_jobs, split_overrides, training_job, write_plan
 
 # Arms and overrides may say otherwise.
@@ -107,4 +109,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

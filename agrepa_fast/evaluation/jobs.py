@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 from ..checkpoints.find import complete_checkpoints
@@ -143,34 +144,29 @@ def training_job(name: str, folder: Path, arguments: Sequence[str], steps: int, 
 
 
 def write_plan(jobs: Sequence[Job], file: Path) -> None:
-    """Write the jobs, unless they are there. Raises UserError if the folder holds another comparison, or a run of
-    no comparison: `run_jobs` would remove it if it has no checkpoint."""
-    content = [
-        {"name": job.name, "command": [_PLACES.get(part, part) for part in job.command], "folder": str(job.folder)}
-        for job in jobs
-    ]
-    if file.is_file():
-        there = read_json(file, "choose another --out")
-        if there != content:
-            raise UserError(
-                f"{file.parent} holds another comparison ({_difference(there, content)}): choose another --out"
-            )
-        return
+    """Write the jobs, beside those of earlier calls: arms and seeds may be added. Raises UserError if an earlier job in
+    the folder of one of them had another command, and for the folder of a run of no comparison: `run_jobs` would remove
+    it if it has no checkpoint."""
+    plan = _read_plan(file) if file.is_file() else {}
     for job in jobs:
-        if job.folder.exists():
+        folder, command = str(job.folder), [_PLACES.get(part, part) for part in job.command]
+        if folder not in plan and job.folder.exists():
             raise UserError(f"{job.folder} is there, and not of this comparison: choose another --out")
+        there = plan.setdefault(folder, {"name": job.name, "command": command, "folder": folder})["command"]
+        if there != command:
+            changed = (f"{old}, now {new}" for old, new in zip_longest(there, command) if old != new)
+            raise UserError(f"{file.parent} holds another comparison ({next(changed)}): choose another --out")
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(content, indent=1) + "\n")
+    write_atomically(file, json.dumps(list(plan.values()), indent=1) + "\n")
 
 
-def _difference(there: object, content: list[dict]) -> str:
-    if not isinstance(there, list) or not all(isinstance(old, dict) and "command" in old for old in there):
-        return "its plan.json is damaged"
-    for old, new in zip(there, content, strict=False):
-        for a, b in zip(old["command"], new["command"], strict=False):
-            if a != b:
-                return f"{a}, now {b}"
-    return f"{len(there)} jobs, now {len(content)}"
+def _read_plan(file: Path) -> dict[str, dict]:
+    """Return the jobs of a plan by folder."""
+    jobs = read_json(file, "choose another --out")
+    try:
+        return {job["folder"]: {**job, "command": [*job["command"]]} for job in jobs}
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{file} is damaged: choose another --out") from error
 
 
 def run_jobs(jobs: Sequence[Job], say: Callable[[str], object]) -> list[Job]:

@@ -166,6 +166,20 @@ def test_another_plan_in_the_same_folder_is_refused(tmp_path):
         write_plan(longer.jobs(), tmp_path / "plan.json")
 
 
+def test_arms_and_seeds_may_be_added(tmp_path):
+    def jobs(*arms: str, seeds: tuple[int, ...]) -> list[Job]:
+        of_name = tuple(Arm(name, name) for name in arms)
+        return Experiment(of_name, seeds, "demo", 20, 30, tmp_path, "zero2.json", None).jobs()
+
+    first, more = jobs("none", "foga", seeds=(0,)), jobs("none", "deep", seeds=(0, 1))
+    write_plan(first, tmp_path / "plan.json")
+    (tmp_path / "none-seed0").mkdir()  # has run
+    write_plan(more, tmp_path / "plan.json")
+    write_plan(first, tmp_path / "plan.json")
+    names = [job["name"] for job in json.loads((tmp_path / "plan.json").read_text())]
+    assert sorted(names) == sorted({job.name for job in (*first, *more)})
+
+
 def test_a_plan_names_no_place_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     experiment = Experiment((Arm("none", "none"),), (0,), "demo", 20, 30, Path("out"), "zero2.json", None)
@@ -176,7 +190,9 @@ def test_a_plan_names_no_place_of_this_machine(tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", "null", '[{"name": "x"}]', "[" * 100_000])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", "null", '[{"name": "x"}]', '[{"folder": "x", "command": 1}]', "[" * 100_000]
+)
 def test_a_damaged_plan_is_refused(content, tmp_path):
     jobs = Experiment((Arm("none", "none"),), (0,), "demo", 20, 30, tmp_path, "zero2.json", None).jobs()
     (tmp_path / "plan.json").write_text(content)
