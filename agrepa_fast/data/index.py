@@ -12,6 +12,7 @@ later is in `<split>-<domain>-<nnnn>.<teacher>.tar` beside each shard, in its or
 import json
 import math
 import re
+import reprlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,14 @@ SCHEMA = 2
 SPLITS = ("train", "val")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # no "/", nothing hidden, no URL
 INDEX = "index.json"
+
+# What the parts of index.json have, and of which type.
+_FILE = {"file": str, "bytes": int, "sha256": str}
+_SHARD = _FILE | {"split": str, "domain": str, "clips": int, "frames": int, "bucket": int}
+_TOKENS = _FILE | {"spec": str, "offset": int, "vocab": int}
+_MEL = {"frames": int, "sum": float | int, "sum_squares": float | int}
+_TEACHER = {"spec": str, "dim": int, "rate": float | int | None, "mean": list, "files": dict | None}
+_SPEAKER = {"dim": int, "files": dict | None}
 
 
 @dataclass(frozen=True)
@@ -246,11 +255,9 @@ def read_index(folder: str | Location) -> Index:
     try:
         content = json.loads(read_object(path).removeprefix(b"\xef\xbb\xbf").decode())
         schema = content["schema"]
-        if missing := {"features", "domains", "shards"} - content.keys():
-            raise KeyError(f"no {', '.join(sorted(missing))}")
+        if schema == SCHEMA:
+            _check_types(content)
         names = [entry["file"] for entry in index_files(content)] if schema == SCHEMA else []
-        if schema == SCHEMA and not content["shards"]:
-            raise KeyError("no shards")
     except ReadError as error:
         if error.kind != "missing" or isinstance(folder, Remote):
             raise
@@ -266,6 +273,40 @@ def read_index(folder: str | Location) -> Index:
         if not _PLAIN_NAME.fullmatch(name):
             raise UserError(f"{path}: file {name!r} has a path; only files beside it are read: {remedy(folder)}")
     return Index(folder, content)
+
+
+def _check_types(content: dict) -> None:
+    """Raise ValueError for a part of index.json that is missing or of another type, or a number below 0."""
+    _check_part("it", content, {"features": dict, "domains": dict, "shards": list})
+    if not content["shards"]:
+        raise ValueError("no shards")
+    for shard in content["shards"]:
+        _check_part("a shard", shard, _SHARD)
+        if "transcribed" in shard:
+            _check_part("a shard's transcripts", shard["transcribed"], {"frames": int, "mask": str})
+    for name, domain in content["domains"].items():
+        _check_part(name, domain, {"tokens": dict, "teachers": dict, "mel": dict})
+        _check_part(f"{name}: tokens", domain["tokens"], _TOKENS)
+        _check_part(f"{name}: mel", domain["mel"], _MEL)
+        if not domain["teachers"]:
+            raise ValueError(f"{name} has no teachers")
+        for teacher, entry in domain["teachers"].items():
+            _check_part(f"{name}: {teacher}", entry, _TEACHER)
+        if "speaker" in domain:
+            _check_part(f"{name}: speaker", domain["speaker"], _SPEAKER)
+    for file in index_files(content):
+        _check_part("a file", file, _FILE)
+
+
+def _check_part(place: str, part: object, wanted: dict) -> None:
+    if not isinstance(part, dict):
+        raise ValueError(f"{place} is {reprlib.repr(part)}")
+    for name, kind in wanted.items():
+        if name not in part:
+            raise ValueError(f"{place} has no {name}")
+        value = part[name]
+        if not isinstance(value, kind) or (kind is int and value < 0):
+            raise ValueError(f"{place} has {name} = {reprlib.repr(value)}")
 
 
 def remedy(folder: Location) -> str:

@@ -60,6 +60,7 @@ def write_folder(folder, domains=("speech",), samples=None):
         content["domains"][domain] = {
             "mel": {"frames": len(values), "sum": values.sum(), "sum_squares": (values**2).sum()},
             "tokens": {
+                "spec": "kmeans",
                 "vocab": CODES,
                 "offset": CODES if domain == "audio" else 0,
                 "file": file.name,
@@ -151,6 +152,33 @@ def test_damaged_index_is_named(tmp_path):
         load_index(tmp_path)
     (tmp_path / "index.json").write_text('{"schema": 1, "feat')
     with pytest.raises(UserError, match=r"index\.json is damaged"):
+        load_index(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("features",), None, "it has features = None"),
+        (("shards",), [], "no shards"),
+        (("shards", 0), "x", "a shard is 'x'"),
+        (("shards", 0, "clips"), -1, "a shard has clips = -1"),
+        (("domains", "speech"), [], r"speech is \[\]"),
+        (("domains", "speech", "teachers"), {}, "speech has no teachers"),
+        (("domains", "speech", "tokens", "bytes"), "1", "speech: tokens has bytes = '1'"),
+        (("domains", "speech", "teachers", "tiny", "rate"), ..., "speech: tiny has no rate"),
+    ],
+)
+def test_every_part_of_an_index_has_its_type(tmp_path, place, value, message):
+    content = write_folder(tmp_path)
+    part = content
+    for name in place[:-1]:
+        part = part[name]
+    if value is ...:
+        del part[place[-1]]
+    else:
+        part[place[-1]] = value
+    write_index(tmp_path, content)
+    with pytest.raises(UserError, match=rf"index\.json is damaged \({message}\): remove .* and run `agrepa prepare`"):
         load_index(tmp_path)
 
 
