@@ -9,6 +9,7 @@ later is in `<split>-<domain>-<nnnn>.<teacher>.tar` beside each shard, in its or
 `<split>-<domain>-<nnnn>.speaker.tar`. The same features give the same bytes. No pickle anywhere.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -216,11 +217,12 @@ class Index:
 
     def code_mels(self) -> np.ndarray:
         """Return the mean natural-log mel of each code, (vocab, n_mels) float32; ids of a missing domain get the mean
-        of all mels."""
+        of all mels. Raises UserError for a codebook whose bytes have changed."""
         mels = np.full((self.vocab, self.n_mels), self._mel_sum("sum") / self._mel_values(), np.float32)
         for domain in self.domains:
             first, end = self.token_range(domain)
-            mels[first:end] = read_code_mels(self.folder / self.content["domains"][domain]["tokens"]["file"])
+            tokens = self.content["domains"][domain]["tokens"]
+            mels[first:end] = _read_code_mels(self.folder / tokens["file"], tokens["sha256"], remedy(self.folder))
         return mels
 
 
@@ -344,8 +346,11 @@ def write_index(folder: Path, content: dict) -> None:
     write_atomically(folder / INDEX, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_code_mels(file: Location) -> np.ndarray:
+def _read_code_mels(file: Location, sha256: str, advice: str) -> np.ndarray:
     """Return the mean log-mel of each code, (codes, n_mels) float32."""
     from safetensors.numpy import load
 
-    return load(read_object(file))["mel"]
+    content = read_object(file)
+    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise UserError(f"{file} has SHA-256 {found}, not {sha256}: {advice}")
+    return load(content)["mel"]

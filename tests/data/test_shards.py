@@ -145,6 +145,17 @@ def test_damaged_files_are_named(tmp_path):
         load_index(tmp_path)
 
 
+def test_a_changed_codebook_is_named(tmp_path):
+    write_folder(tmp_path)
+    codebook = tmp_path / "codebook-speech.safetensors"
+    content = bytearray(codebook.read_bytes())
+    content[-1] ^= 1
+    codebook.write_bytes(content)
+    index = load_index(tmp_path, verify=False)  # as a run does: sizes alone
+    with pytest.raises(UserError, match=rf"codebook-speech\.safetensors has SHA-256 {file_sha256(codebook)}, not "):
+        index.code_mels()
+
+
 def test_damaged_index_is_named(tmp_path):
     content = write_folder(tmp_path)
     write_index(tmp_path, {**content, "schema": 99})
