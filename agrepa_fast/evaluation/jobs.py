@@ -100,21 +100,14 @@ class Experiment:
             warmup = self.warmup_folder(seed)
             # A constant rate: its decay would end with the warm-up, and begin again in the branch.
             settings = ("align.strategy=none", f"train.steps={self.warmup}", "train.final_lr=1.0")
-            jobs.append(self._train(f"warm-up, seed {seed}", warmup, seed, self.warmup, (), settings))
-            for arm in self.arms:
+            jobs.append(self._train(f"warm-up, seed {seed}", warmup, seed, self.warmup, settings))
+            for arm in self.arms:  # with a warm-up of the rate: AdamW's first steps have its full length
                 folder = self.run_folder(arm, seed)
                 settings = (f"align.strategy={arm.strategy}", f"train.steps={self.steps}", f"train.start_from={warmup}")
                 if arm.strategy in self.measured:
                     settings += ("probe.start_step=1", "probe.warmup_steps=1")
                 jobs.append(
-                    self._train(
-                        f"{arm.label}, seed {seed}",
-                        folder,
-                        seed,
-                        self.steps,
-                        ("train.warmup_steps=0",),  # unless the overrides say otherwise
-                        settings + arm.overrides,
-                    )
+                    self._train(f"{arm.label}, seed {seed}", folder, seed, self.steps, settings + arm.overrides)
                 )
                 evaluate = (sys.executable, "-m", "agrepa_fast.cli", "evaluate", str(folder), "--out")
                 out = folder / "evaluate"
@@ -128,11 +121,9 @@ class Experiment:
                 )
         return jobs
 
-    def _train(
-        self, name: str, folder: Path, seed: int, steps: int, defaults: Sequence[str], settings: Sequence[str]
-    ) -> Job:
+    def _train(self, name: str, folder: Path, seed: int, steps: int, settings: Sequence[str]) -> Job:
         program = ("--preset", self.preset, "--ds_config", self.ds_config)
-        settings = (*defaults, *self.overrides, *settings, f"run.seed={seed}")
+        settings = (*self.overrides, *settings, f"run.seed={seed}")
         return training_job(name, folder, (*program, *settings), steps, self.ranks)
 
 

@@ -31,6 +31,8 @@ def test_branches_begin_with_the_warm_up_of_their_seed(tmp_path):
     )
     jobs = {job.name: job for job in experiment.jobs()}
     assert len(jobs) == 2 + 4 + 4
+    plain = replace(experiment, overrides=()).jobs()  # a new optimizer at its full rate would make large first steps
+    assert not [part for job in plain for part in job.command if part.startswith("train.warmup_steps")]
     foga, none = jobs["foga, seed 7"], jobs["none, seed 7"]
     assert {f"train.start_from={tmp_path}/warmup-seed7", "run.seed=7", "train.steps=30", "probe.start_step=1"} <= set(
         foga.command
