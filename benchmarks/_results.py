@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,17 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results")
 SUMMARY_WIDTH = 190  # columns of a line in results/
 sys.path.insert(0, str(ROOT))
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Call `main`. Print the line of a UserError and exit with code 2, as commands do."""
+    from agrepa_fast.errors import UserError  # the checkout is on sys.path by now
+
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def print_table(title: str, header: tuple[str, ...], rows: list[tuple]) -> None:

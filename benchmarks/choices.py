@@ -19,12 +19,11 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from _results import print_table, write_json
+from _results import print_table, run_program, write_json
 
 from agrepa_fast.attribution.scores import LayerScores
 from agrepa_fast.attribution.selection import select_layers
 from agrepa_fast.config import DOMAINS
-from agrepa_fast.errors import UserError
 from agrepa_fast.evaluation.jobs import run_jobs, training_job, write_plan
 
 RUNS = Path("runs/choices")
@@ -152,8 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_program(main)

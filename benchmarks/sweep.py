@@ -17,9 +17,8 @@ from math import log
 from pathlib import Path
 from statistics import mean
 
-from _results import RESULTS, print_table, write_json
+from _results import RESULTS, print_table, run_program, write_json
 
-from agrepa_fast.errors import UserError
 from agrepa_fast.evaluation.jobs import Job, run_jobs, split_overrides, training_job, write_plan
 
 # Arms and overrides may say otherwise.
@@ -109,8 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_program(main)

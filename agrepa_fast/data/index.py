@@ -33,7 +33,7 @@ SPLITS = ("train", "val")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # no "/", nothing hidden, no URL
 INDEX = "index.json"
 
-# What the parts of index.json have, and of which type.
+# The names that every part of index.json must have, and the types of their values.
 _FILE = {"file": str, "bytes": int, "sha256": str}
 _SHARD = _FILE | {"split": str, "domain": str, "clips": int, "frames": int, "bucket": int}
 _TOKENS = _FILE | {"spec": str, "offset": int, "vocab": int}
