@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# compare_alignment.sh phones|codes|weights [OPTION ...]: compare where alignment goes, on the demo's recordings by the
-# preset demo-long. Each takes one to two hours on a CPU core (OMP_NUM_THREADS=1, two side by side); the same command goes
-# on after an interruption. Runs and reports go to runs/compare-NAME. OPTION: of `agrepa compare`, --dry-run for one.
+# compare_alignment.sh phones|codes [OPTION ...]: compare where alignment goes, on the demo's recordings by the preset
+# demo-long. An arm takes about five minutes on a CPU core (OMP_NUM_THREADS=1, two side by side); the same command goes on
+# after an interruption. Runs and reports go to runs/compare-NAME. OPTION: of `agrepa compare`, --dry-run for one.
 #
-#   phones   all selectors; tokens of speech are phones, which carry the words
-#   codes    selectors, weight 1 and frames; tokens are 32 codes, and half of the clips train without them, so that a
-#            teacher has more to add
-#   weights  FoG-A's layers at total weights 0.1, 0.3 and 1, time-means and frames; phones
+#   phones  all selectors, and FoG-A's layers at total weights 0.1, 0.3 and 1, by time-means and by frames; tokens of
+#           speech are phones, which carry the words: 14 arms
+#   codes   selectors, weight 1 and frames; tokens are 32 codes, and half of the clips train without them, so that a
+#           teacher has more to add: 5 arms
 #
 # The preset's clips of 8 s allow no batch below 1600 frames: clips of up to 4.5 s and 800 frames let three seeds finish.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-name=${1:?one of phones, codes, weights}
+name=${1:?one of phones, codes}
 shift
 agrepa=agrepa
 [ -x .venv/bin/agrepa ] && agrepa=.venv/bin/agrepa
@@ -22,8 +22,14 @@ settings=(data.path="$path" data.max_seconds=4.5 'data.bucket_seconds=[1.5,2.0,3
 metrics=('metrics.only=[wer,mos,mel]')
 case $name in
 phones)
-  arms=(--strategies none,foga,shallow --strategies foga-soft:align.strategy=foga,align.choice=soft
-    --strategies deep,lasp,random,middle,gradnorm)
+  arms=(--strategies none,foga,shallow --strategies foga-soft:align.strategy=foga,align.choice=soft)
+  for weight in 0.1 1; do
+    arms+=(--strategies "foga-weight-$weight:align.strategy=foga,align.weight=$weight")
+  done
+  for weight in 0.1 0.3 1; do
+    arms+=(--strategies "frames-weight-$weight:align.strategy=foga,align.objective=frames,align.weight=$weight")
+  done
+  arms+=(--strategies deep,lasp,random,middle,gradnorm)
   ;;
 codes)
   settings+=(data.speech_tokens=kmeans data.codebook=32)
@@ -31,16 +37,8 @@ codes)
   arms=(--strategies none,foga,shallow --strategies foga-weight-1:align.strategy=foga,align.weight=1
     --strategies foga-frames:align.strategy=foga,align.objective=frames)
   ;;
-weights)
-  arms=(--strategies none)
-  for objective in pooled frames; do
-    for weight in 0.1 0.3 1; do
-      arms+=(--strategies "$objective-$weight:align.strategy=foga,align.objective=$objective,align.weight=$weight")
-    done
-  done
-  ;;
 *)
-  echo "compare_alignment.sh: $name: one of phones, codes, weights" >&2
+  echo "compare_alignment.sh: $name: one of phones, codes" >&2
   exit 2
   ;;
 esac
