@@ -18,8 +18,8 @@ def weight_norm(engine) -> torch.Tensor:
 
 
 def update_ratio(engine, lr: float) -> torch.Tensor:
-    """Return the norm of the last update over the norm of the weights before it, 0-dim. lr: of that update. Every rank
-    must call it.
+    """Return the norm of the last update over the norm of the weights before it, 0-dim; 0 before the first update. lr:
+    of that update. Every rank must call it.
 
     For AdamW it is computed from the moments, so that no copy of the weights is kept through a step. Muon keeps its own
     sums: the iterations would have to be run again.
@@ -27,8 +27,8 @@ def update_ratio(engine, lr: float) -> torch.Tensor:
     optimizer = optimizer_inside(engine)
     pairs = [(update.square().sum(), before.square().sum()) for update, before in _updates(optimizer, lr)]
     pairs += [share.squares for share in optimizer.shares if share.squares is not None]
-    updates, weights = zip(*pairs, strict=True)
-    return (_global(engine, updates) / _global(engine, weights)).sqrt()
+    updates, weights = (_global(engine, [pair[part] for pair in pairs]) for part in (0, 1))
+    return (updates / weights.clamp_min(torch.finfo(weights.dtype).tiny)).sqrt()
 
 
 def _updates(optimizer: RuledOptimizer, lr: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -48,5 +48,6 @@ def _updates(optimizer: RuledOptimizer, lr: float) -> Iterator[tuple[torch.Tenso
 
 def _global(engine, squares: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return the sum of the squares over ranks; at stage 0 every rank has all of them."""
-    total = torch.stack(list(squares)).sum().to(engine.device)
+    found = list(squares) or [torch.zeros(())]
+    total = torch.stack(found).sum().to(engine.device)
     return all_sum(total) if engine.zero_optimization_stage() > 0 else total

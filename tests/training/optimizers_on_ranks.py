@@ -35,6 +35,7 @@ def follow(preset: str, folder: Path, stage: int, optimizer: str, *overrides: st
         rates.append(engine.get_lr()[0])
         step()
 
+    unmoved = update_ratio(engine, 0.01).item()
     engine.step, losses = kept_step, []
     for number in range(STEPS):
         earlier = [part.clone() for part in masters(engine)]
@@ -54,7 +55,7 @@ def follow(preset: str, folder: Path, stage: int, optimizer: str, *overrides: st
     engine.step = step
     run.step(Spoilt(batches, 0), STEPS)  # on the last rank
     same = all(torch.equal(kept[name], now) for name, now in state(run).items())
-    facts = {"losses": losses, "ratios": ratios, "skipped": same and not engine.was_step_applied()}
+    facts = {"losses": losses, "unmoved": unmoved, "ratios": ratios, "skipped": same and not engine.was_step_applied()}
     if dist.get_rank() == 0:
         facts |= {"before": before, "after": after, "gradients": gradients, "rates": rates}
     return facts

@@ -59,6 +59,7 @@ def test_curves_are_the_same_on_any_ranks_at_any_stage(optimizer, followed):
 @pytest.mark.parametrize(("ranks", "case"), CASES, ids=str)
 def test_update_ratio_and_a_step_that_is_not_finite(ranks, case, followed):
     for found in followed[ranks, case]:
+        assert found["unmoved"] == 0  # before the first update
         assert found["ratios"][0] == pytest.approx(found["ratios"][1], rel=1e-3)
         assert found["skipped"]
 
