@@ -2,8 +2,12 @@
 
 import hashlib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .config import Config
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -18,3 +22,9 @@ def clip_keys(seed: int, step: int, places: Iterable[int], stream: str) -> torch
     places: of the clips in the global batch. stream: names the use of the draws.
     """
     return torch.tensor([derive_seed(seed, step, int(place), stream) for place in places], dtype=torch.int64)
+
+
+def draws_seed(config: "Config") -> int:
+    """Return the seed of a run's clips, noise, flow times and masks. A run that starts from the weights of another one
+    draws others than that one did, which may have its seed."""
+    return config.run.seed if config.train.start_from is None else derive_seed(config.run.seed, "train.start_from")

@@ -8,7 +8,7 @@ from ..config import Config
 from ..config_file import load_config, settings_that_differ
 from ..errors import LocalError, UserError
 from ..probing.schedule import LayerChoice
-from ..seeds import derive_seed
+from ..seeds import derive_seed, draws_seed
 from ..zero.ema import Ema
 from ..zero.recut import load_recut, whole_tensors
 from ..zero.state_files import layout, load_engine, tensors_only
@@ -43,7 +43,7 @@ def load_checkpoint(path: Path, checkpoints: Checkpoints, engine, ema: Ema, choi
     ema.load(whole_tensors(path / "ema.safetensors"), state["ema_updates"])
     choice.load_state_dict(state["choice"])
     checkpoints.score = facts["val/flow_loss"]
-    seed = derive_seed(config.run.seed, facts["step"], checkpoints.rank)
+    seed = derive_seed(draws_seed(config), facts["step"], checkpoints.rank)
     restore_random_state(path / f"rank{checkpoints.rank}.safetensors", seed)
     return facts["step"]
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
+from ..seeds import draws_seed
 from .buckets import Bucket, length_buckets
 from .index import Index
 from .layout import BatchLayout, ceil_div
@@ -78,7 +79,7 @@ class BatchPlan:
         train = config.train
         size = {"clips": train.batch_clips} if train.batch_frames is None else {"budget": train.batch_frames}
         options = {**size, "attention_cost": attention_cost, "least": layout.parts, "fixed_shapes": bool(train.graphs)}
-        return cls(index, config.data.speech_share, config.run.seed, **options)
+        return cls(index, config.data.speech_share, draws_seed(config), **options)
 
     def cost(self, frames: int) -> float:
         """Return the cost of a clip, in frames: its linear layers cost one per frame, attention a share per pair."""

@@ -32,7 +32,7 @@ from ..models.backbone import Backbone
 from ..probing.fixed_clips import FixedClips, probe_clips, storage_clips, validation_clips
 from ..probing.schedule import LayerChoice
 from ..ranks import from_rank_0, on_rank_0
-from ..seeds import derive_seed
+from ..seeds import derive_seed, draws_seed
 from ..zero.construction import gathered, new_model
 from ..zero.ds_config import resolve_ds_config, zero_stage
 from ..zero.ema import Ema
@@ -124,7 +124,7 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     run.seconds |= {"prepare": prepared - started, "build": time.perf_counter() - prepared}
     for line in (*filter(None, [precision_line]), *lines_before_the_first_step(engine, context, plan, layout, aligner)):
         metrics.print(line)
-    reading = {"seed": config.run.seed, "center": config.align.center, "step": first_step}
+    reading = {"seed": draws_seed(config), "center": config.align.center, "step": first_step}
     targets = {"teacher_frames": aligner.objective.target == "frames", "attention": aligner.objective.attention}
     batches = TrainBatches(index, config.data, layout, **reading, plan=plan, **targets)
     return Training(run, batches, checkpoints, clips.validation, vocoder, first_step, lock)
@@ -275,7 +275,7 @@ def begin(context: RunContext, choice: LayerChoice) -> None:
     if start_from is not None and not is_upstream_file(Path(start_from)):
         choice.aligner.start_from(load_projections(resolve_checkpoint(Path(start_from))))
     choice.start(context.index.domains)
-    torch.manual_seed(derive_seed(context.config.run.seed, 0, context.rank))
+    torch.manual_seed(derive_seed(draws_seed(context.config), 0, context.rank))
 
 
 def lines_before_the_first_step(
