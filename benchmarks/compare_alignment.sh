@@ -48,4 +48,4 @@ esac
 # align.bitc_*: lasp asks BiT-C's projections. Their optimizer is AdamW, so a small weight trains them as well.
 exec "$agrepa" compare --out "runs/compare-$name" --seeds 0,1,2 "${arms[@]}" --preset demo-long --warmup 300 \
   "${settings[@]}" align.weight=0.3 align.bitc_speech=0.1 align.bitc_audio=0.1 train.batch_frames=800 train.steps=550 \
-  train.val_every=250 train.save_every=550 eval.clips=6 "${metrics[@]}" metrics.clips=12 "$@"
+  train.val_every=250 train.save_every=550 eval.clips=6 flow.steps=8 probe.storage_clips=16 "${metrics[@]}" metrics.clips=12 "$@"
