@@ -25,6 +25,6 @@ def clip_keys(seed: int, step: int, places: Iterable[int], stream: str) -> torch
 
 
 def draws_seed(config: "Config") -> int:
-    """Return the seed of a run's clips, noise, flow times and masks. A run that starts from the weights of another one
-    draws others than that one did, which may have its seed."""
+    """Return the seed of a run's clips, noise, flow times and masks. A run that starts from given weights draws others
+    than one of its seed that starts from random weights, since they may be that one's."""
     return config.run.seed if config.train.start_from is None else derive_seed(config.run.seed, "train.start_from")

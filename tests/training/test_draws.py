@@ -1,17 +1,23 @@
-"""The states of the averaged weights that a step compares with."""
+"""What a step draws, and the states of the averaged weights that it compares with."""
 
 from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 from agrepa_fast.config import FlowConfig
+from agrepa_fast.data.layout import BatchLayout
+from agrepa_fast.data.plan import BatchPlan
 from agrepa_fast.kernels import flow_mix, philox_uniform
 from agrepa_fast.seeds import clip_keys
 from agrepa_fast.training.draws import LATER, averaged_states, draw_condition
 from agrepa_fast.zero.ema import Ema
 
+from ..ranks import call_on_ranks
 from ..testing import small_batch, small_model
+from .in_process import ds_values, make_run
 from .test_ema import Engine
 
 
@@ -40,3 +46,20 @@ def test_averaged_states_are_of_the_average_nearer_to_the_data_for_the_steps_noi
         wanted = averaged(x, t, condition, capture=(2, 4)).hidden
     for layer in (2, 4):
         torch.testing.assert_close(found[layer], wanted[layer], rtol=1e-3, atol=1e-3)
+
+
+def draws_of_a_start(preset: str, folder: Path) -> list[tuple]:
+    """The plan's seed and the first keys of a run with random weights, of one with given ones, and of that again."""
+    run, batches = make_run(preset, ds_values(0), folder)
+    batch, found = next(iter(batches)), []
+    for start_from in (None, "runs/a", "runs/a"):
+        run.config = config = replace(run.config, train=replace(run.config.train, start_from=start_from))
+        plan = BatchPlan.of(run.context.index, config, BatchLayout(config.train.batch_clips, 1, 0, 1), 0.0)
+        found.append((plan.seed, run._to_device(batch, 0)[1].tolist()))  # of the clips' order, and of noise and times
+    return found
+
+
+def test_a_run_from_given_weights_draws_other_clips_and_noise_than_one_from_random_weights(preset, tmp_path):
+    ((first, second, again),) = call_on_ranks(1, draws_of_a_start, str(preset), tmp_path)
+    assert second == again
+    assert all(one != other for one, other in zip(first, second, strict=True))
