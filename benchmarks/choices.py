@@ -24,6 +24,7 @@ from _results import print_table, run_program, write_json
 from agrepa_fast.attribution.scores import LayerScores
 from agrepa_fast.attribution.selection import select_layers
 from agrepa_fast.config import DOMAINS
+from agrepa_fast.config_file import load_config
 from agrepa_fast.evaluation.jobs import run_jobs, training_job, write_plan
 
 RUNS = Path("runs/choices")
@@ -107,6 +108,7 @@ def main() -> None:
     if args.measure is not None:
         measure_run(args.measure)
         return
+    load_config("demo", [*args.overrides, f"align.k={args.k}"])  # refuses what no model here has
     sets = {
         (backend, seed, *part): one
         for backend, _, seed in (text.partition(":") for text in args.warmups)

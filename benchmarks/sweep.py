@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 from math import log
+from operator import mul
 from pathlib import Path
 from statistics import mean
 
@@ -47,21 +48,23 @@ def step_of(losses: dict[int, float], goal: float) -> float | None:
 
 def summarise(folders: Sequence[Path], goal: float | None) -> dict:
     """Return an arm's loss by step, the range of its last one over seeds, and the time of a step and to `goal`; means
-    over seeds, None for a goal that a seed does not reach."""
+    over seeds. None for a goal that a seed does not reach, and for times if a run was resumed after its last step,
+    which was timed by nobody then."""
     runs = [read_losses(folder) for folder in folders]
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
     last = [summary["val/flow_loss"]["last"] for summary in summaries]
-    timed = [summary["steps"] - summary["seconds_since_step"] for summary in summaries]
-    seconds = [summary["seconds"]["train"] / steps for summary, steps in zip(summaries, timed, strict=True)]
+    counted = [summary["steps"] - summary["seconds_since_step"] for summary in summaries]
+    timed = 0 not in counted
+    seconds = [s["seconds"]["train"] / steps for s, steps in zip(summaries, counted, strict=True)] if timed else []
     reached = [None if goal is None else step_of(run, goal) for run in runs]
     every = None not in reached
     return {
         "loss": {step: mean(run[step] for run in runs) for step in runs[0] if step},
         "range": max(last) - min(last),
         "ema": mean(summary["val/flow_loss"]["ema"] for summary in summaries),
-        "s_per_step": mean(seconds),
+        "s_per_step": mean(seconds) if timed else None,
         "steps_to_goal": mean(reached) if every else None,
-        "s_to_goal": mean(step * each for step, each in zip(reached, seconds, strict=True)) if every else None,
+        "s_to_goal": mean(map(mul, reached, seconds)) if every and timed else None,
     }
 
 
@@ -95,16 +98,17 @@ def main() -> None:
         sys.exit(f"{len(failed)} of {len(jobs)} runs failed, {failed[0].name} first: the same command tries again")
 
     table = {label: {"settings": arms[label], **summarise(runs[label], args.goal)} for label in arms}
-    steps = next(iter(table.values()))["loss"]
+    out = args.out or RESULTS / f"sweep_{args.name}.json"
+    out = write_json(f"sweep_{args.name}", {"seeds": seeds, "goal": args.goal, "arms": table}, out)
+    steps = sorted({step for arm in table.values() for step in arm["loss"]})
     header = ("arm", *steps, "range", "EMA", "s per step", f"steps to {args.goal}", "seconds")
     rows = []
     for label, arm in table.items():
-        losses = (*arm["loss"].values(), arm["range"], arm["ema"], arm["s_per_step"])
+        losses = (*map(arm["loss"].get, steps), arm["range"], arm["ema"], arm["s_per_step"])
         to_goal = ("" if arm[name] is None else f"{arm[name]:.0f}" for name in ("steps_to_goal", "s_to_goal"))
-        rows.append((label, *(f"{loss:.3f}" for loss in losses), *to_goal))
+        rows.append((label, *("" if loss is None else f"{loss:.3f}" for loss in losses), *to_goal))
     print_table(f"validation flow loss, mean over seeds {args.seeds}", header, rows)
-    out = args.out or RESULTS / f"sweep_{args.name}.json"
-    print("wrote", write_json(f"sweep_{args.name}", {"seeds": seeds, "goal": args.goal, "arms": table}, out))
+    print("wrote", out)
 
 
 if __name__ == "__main__":

@@ -202,6 +202,8 @@ def test_a_sweep_of_finished_runs(program, tmp_path, monkeypatch, capsys):
         "a-seed1": (1.0, 0.4, 0.3),
         "b-seed0": (1.0, 0.5, 0.5),
         "b-seed1": (1.0, 0.3, 0.2),
+        "c-seed0": (1.0, 0.5, 0.3, 0.2),  # longer
+        "c-seed1": (1.0, 0.5, 0.3, 0.2),
     }
 
     def finish(jobs, say) -> list:
@@ -212,21 +214,23 @@ def test_a_sweep_of_finished_runs(program, tmp_path, monkeypatch, capsys):
             lines = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 20}])
             (job.folder / "metrics.jsonl").write_text(lines)
             summary = {"val/flow_loss": {"last": losses[-1], "ema": losses[-1]}, "steps": 20}
-            job.done.write_text(json.dumps(summary | {"seconds": {"train": 20}, "seconds_since_step": 10}))  # resumed
+            resumed = 20 if job.folder.name == "c-seed0" else 10  # after its last step, or half-way
+            job.done.write_text(json.dumps(summary | {"seconds": {"train": 20}, "seconds_since_step": resumed}))
         return []
 
     monkeypatch.setattr("agrepa_fast.evaluation.jobs.run_jobs", finish)
-    arms = ("a:train.lr=1e-3,train.betas=[0.9,0.95]", "b:train.lr=2e-3")
+    arms = ("a:train.lr=1e-3,train.betas=[0.9,0.95]", "b:train.lr=2e-3", "c:train.steps=30")
     rest = ("--seeds", "0,1", "--goal", "0.4", "--out", tmp_path / "out.json", "train.steps=20")
     program("sweep.py", "lr", *arms, *rest)
     with pytest.raises(SystemExit) as refused:
         program("sweep.py", "lr", arms[0], "b:train.lr=4e-3", *rest)
     assert refused.value.code == 2
     assert "train.lr=2e-3, now train.lr=4e-3" in capsys.readouterr().err
-    a, b = json.loads((tmp_path / "out.json").read_text())["arms"].values()
+    a, b, c = json.loads((tmp_path / "out.json").read_text())["arms"].values()
     assert a["settings"] == ["train.lr=1e-3", "train.betas=[0.9,0.95]"]
     assert a["loss"] == {"10": 0.6, "20": 0.25}
     assert a["range"] == 0.1
     # seed 0 from 0.8 to 0.2: half of the two octaves, so step 15; seed 1 at step 10; 2 s per step
     assert (a["steps_to_goal"], a["s_to_goal"]) == (12.5, 25)
     assert b["steps_to_goal"] is None  # one of its seeds never reaches it
+    assert (c["loss"]["30"], c["s_per_step"], c["s_to_goal"]) == (0.2, None, None)
