@@ -236,6 +236,10 @@ class AlignConfig:
             check(measured, f"align.choice=soft: {self.strategy} has no scores that could be nearly equal")
             check(self.share is None, "align.choice=soft weighs the Top-K: give align.k, not align.share")
         check(self.share is None or measured, f"align.share: {self.strategy} has no scores: give align.k")
+        check(
+            self.weighting != "raw2x" or measured or name == "none",
+            f"align.weighting=raw2x: {self.strategy} has no scores, give normalized",
+        )
 
     @property
     def measured(self) -> bool:

@@ -44,7 +44,7 @@ class Aligner:
         self.widths = [layer.width for layer in model.layers]
         self.selection: LayerSelection | None = None
         self._choices = 0  # how often layers were selected
-        self.since: int | None = None  # step of the first choice
+        self.since: int | None = None  # first step that aligns
         self.heads: AlignmentHeads | None = None
         self.optimizer: torch.optim.AdamW | None = None
         align = config.align
@@ -72,7 +72,6 @@ class Aligner:
         must get the same selection."""
         earlier, self.selection, self.heads = self.heads, selection, None
         self._choices += 1
-        self.since = selection.step if self.since is None else self.since
         if selection.all_layers:
             sizes = self.widths, self.target_widths
             self.heads = AlignmentHeads(self.objective, selection, *sizes, self.config.run.seed, earlier)
@@ -97,7 +96,10 @@ class Aligner:
 
     def begin(self, step: int) -> None:
         """Set the weight of a step. Call it before the losses, outside of a captured step."""
-        if self._varies and self._aligns(step):
+        if not self._aligns(step):
+            return
+        self.since = step if self.since is None else self.since
+        if self._varies:
             self._factor.fill_(align_factor(self.config, step, self.since))
 
     def layers(self, step: int) -> tuple[int, ...]:

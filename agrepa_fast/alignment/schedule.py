@@ -6,8 +6,8 @@ from ..config import Config
 
 
 def align_factor(config: Config, step: int, since: int) -> float:
-    """Return the share of align.weight at an optimizer step, counted from 0. since: the step of the first choice of
-    layers. The decay ends at align.stop, or with the run."""
+    """Return the share of align.weight at an optimizer step, counted from 0. since: the first step that aligns. The
+    decay ends at align.stop, or with the run."""
     align = config.align
     warm = min(1.0, (step - since + 1) / align.warmup_steps) if align.warmup_steps else 1.0
     if align.decay is None:
