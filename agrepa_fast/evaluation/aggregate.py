@@ -86,6 +86,12 @@ def pairs_by_clip(metric: str, rows: Sequence[Row]) -> dict[str, Pair]:
     return {key: (float(pair[0]), float(pair[1])) for key, pair in joined.items()}
 
 
+def clip_value(metric: str, rows: Sequence[Row]) -> float:
+    """Return the metric over the clips that have the figure, at least one."""
+    numerator, denominator = np.sum(list(pairs_by_clip(metric, rows).values()), axis=0)
+    return float(numerator / denominator)
+
+
 def clip_interval(metric: str, rows: Sequence[Row], confidence: float) -> Interval | None:
     """Return the metric over the clips of one row and domain; None if no clip has the figure."""
     pairs = np.array(list(pairs_by_clip(metric, rows).values()), float)

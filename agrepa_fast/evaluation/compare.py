@@ -8,6 +8,7 @@ t interval of the seeds' own differences, and exact sign flips, corrected by Hol
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,17 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from .aggregate import CLIP_METRICS, GROUPS, SEED, SET_METRICS, SetDistances, clip_difference
+from .aggregate import (
+    CLIP_METRICS,
+    GROUPS,
+    SEED,
+    SET_METRICS,
+    Row,
+    SetDistances,
+    clip_difference,
+    clip_value,
+    pairs_by_clip,
+)
 from .intervals import Interval, holm, jackknife, mean_interval, sign_flip
 from .stored import read_clips, read_embeddings, read_results
 
@@ -56,6 +67,10 @@ class Evaluated:
             raise self._unlike(f"{domain}/{ROW}")
         return dict(zip(keys.tolist(), vectors, strict=True))
 
+    def distance(self, domain: str, metric: str) -> float | None:
+        """Return a distance of the clips of a domain; None if they have none."""
+        return self.results["rows"][ROW].get(domain, {}).get(metric, {}).get("value")
+
     def distances(self, domain: str) -> SetDistances:
         return SetDistances(self._array(domain, "reference"))
 
@@ -77,11 +92,13 @@ Pair = tuple[Evaluated, Evaluated]  # a run of an arm and that of the baseline, 
 
 
 class Difference(NamedTuple):
-    """An arm minus the baseline. clips, seeds: intervals over them, or None; p: over seeds, by Holm, or None."""
+    """An arm minus the baseline. of_seeds: the difference of each seed. clips, seeds: intervals over them, or None; p:
+    over seeds, by Holm, or None."""
 
     label: str
     domain: str
     metric: str
+    of_seeds: Sequence[float]
     clips: Interval | None
     seeds: Interval | None
     p: float | None
@@ -135,32 +152,31 @@ def _of_arm(label: str, pairs: Sequence[Pair], confidence: float) -> list[Differ
     found = []
     for domain in dict.fromkeys(row["domain"] for row in pairs[0][0].clips):
         for metric in CLIP_METRICS:
-            one, other = ([row for pair in pairs for row in pair[side].of_domain(domain)] for side in (0, 1))
+            rows = [_shared_rows(metric, *(run.of_domain(domain) for run in pair)) for pair in pairs]
+            rows = [of_pair for of_pair in rows if of_pair[0]]
+            one, other = ([row for of_pair in rows for row in of_pair[side]] for side in (0, 1))
             clips = clip_difference(metric, one, other, confidence)
             if clips is not None:
-                of_seeds = [
-                    _value(a, domain, metric) - _value(b, domain, metric) for a, b in _with(pairs, domain, metric)
-                ]
-                found.append(Difference(label, domain, metric, clips, *_over_seeds(of_seeds, confidence)))
+                of_seeds = [clip_value(metric, a) - clip_value(metric, b) for a, b in rows]
+                found.append(Difference(label, domain, metric, of_seeds, clips, *_over_seeds(of_seeds, confidence)))
         for metric in SET_METRICS:
-            if _with(pairs, domain, metric) == list(pairs):
-                if (clips := _set_difference(domain, metric, pairs, confidence)) is None:
-                    continue
-                of_seeds = [_value(a, domain, metric) - _value(b, domain, metric) for a, b in pairs]
-                found.append(Difference(label, domain, metric, clips, *_over_seeds(of_seeds, confidence)))
+            values = [[run.distance(domain, metric) for run in pair] for pair in pairs]
+            if None in chain(*values) or (clips := _set_difference(domain, metric, pairs, confidence)) is None:
+                continue
+            of_seeds = [a - b for a, b in values]
+            found.append(Difference(label, domain, metric, of_seeds, clips, *_over_seeds(of_seeds, confidence)))
     if all(run.loss is not None for pair in pairs for run in pair):
         losses = [a.loss - b.loss for a, b in pairs]
-        found.append(Difference(label, "", "val/flow_loss", None, *_over_seeds(losses, confidence, alone=True)))
+        over_seeds = _over_seeds(losses, confidence, alone=True)
+        found.append(Difference(label, "", "val/flow_loss", losses, None, *over_seeds))
     return found
 
 
-def _with(pairs: Sequence[Pair], domain: str, metric: str) -> list[Pair]:
-    """Return the pairs of which both have a metric: that of a run that diverged may be missing."""
-    return [pair for pair in pairs if all(metric in run.results["rows"][ROW].get(domain, {}) for run in pair)]
-
-
-def _value(run: Evaluated, domain: str, metric: str) -> float:
-    return run.results["rows"][ROW][domain][metric]["value"]
+def _shared_rows(metric: str, one: Sequence[Row], other: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Return the rows of two runs of one seed, of the clips for which both have the figure. One of a run that diverged
+    may be missing, and other clips or seeds would then be compared."""
+    shared = pairs_by_clip(metric, one).keys() & pairs_by_clip(metric, other).keys()
+    return tuple([row for row in rows if str(row["key"]) in shared] for rows in (one, other))
 
 
 def _over_seeds(

@@ -75,7 +75,11 @@ def paired_difference(
     seed: int,
 ) -> Interval:
     """Return the rate of `first` minus that of `second`, each (errors, counts) of the same n clips in the same order,
-    with the percentile interval of a bootstrap that draws clips, for both at once. Means have counts of 1."""
+    with the percentile interval of a bootstrap that draws clips, for both at once. Means have counts of 1.
+
+    One clip fewer than there are is drawn, since n draws of n give too small a variance by (n - 1) / n (Rao & Wu 1988,
+    J. Am. Stat. Assoc. 83:231).
+    """
     arrays = [np.asarray(part, float) for pair in (first, second) for part in pair]
     n = len(arrays[0])
     if any(len(array) != n for array in arrays) or n == 0:
@@ -86,13 +90,14 @@ def paired_difference(
             return sums[..., 0] / sums[..., 1] - sums[..., 2] / sums[..., 3]
 
     table, random = np.stack(arrays, axis=1), np.random.default_rng(seed)
-    drawn = []
+    value, drawn = float(difference(table.sum(0))), []
+    if n == 1:
+        return Interval(value, np.nan, np.nan, n, "paired bootstrap")
     for start in range(0, resamples, _CHUNK):
         size = min(_CHUNK, resamples - start)
-        drawn.append(difference(random.multinomial(n, np.full(n, 1 / n), size) @ table))
-    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    low, high = np.nanquantile(np.concatenate(drawn), tails) if n > 1 else (np.nan, np.nan)
-    return Interval(float(difference(table.sum(0))), float(low), float(high), n, "paired bootstrap")
+        drawn.append(difference(random.multinomial(n - 1, np.full(n, 1 / n), size) @ table))
+    low, high = np.nanquantile(np.concatenate(drawn), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(value, float(low), float(high), n, "paired bootstrap")
 
 
 def jackknife(n: int, statistic: Callable[[np.ndarray], float], groups: int, confidence: float, seed: int) -> Interval:

@@ -3,15 +3,17 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from itertools import product
 from math import isfinite
 from pathlib import Path
 
 from ..config import MEASURED
 from ..config_file import load_config
 from ..errors import UserError
-from ..evaluation.compare import ROW, Difference, Evaluated, check_comparable, differences
+from ..evaluation.compare import Difference, Evaluated, check_comparable, differences
 from ..evaluation.jobs import Arm, Experiment, Job, run_jobs, write_plan
-from ..evaluation.stored import read_loss
+from ..evaluation.stored import read_layers, read_loss
 from ..files import FolderLock, write_atomically
 from ..zero.ds_config import find_ds_config
 from .comparison_plots import plot_curves, plot_forest
@@ -22,6 +24,7 @@ from .page.document import write_document
 
 _CHOSEN = ("val/flow_loss", "mmd", "mos", "wer_truth_capped", "mel_l1", "similarity")  # forest plots
 _LONGEST = 200  # characters of a label; a name in a folder has at most 255 bytes
+_OF_ARMS = ("align", "probe", "train", "flow.times", "flow.average", "flow.drop_tokens", "flow.drop_reference")
 
 
 def compare_strategies(
@@ -56,32 +59,42 @@ def compare_strategies(
             failed = run_jobs(jobs, print)
         except KeyboardInterrupt as signal:
             interrupted, failed = signal, [job for job in jobs if not job.finished]
-        runs = [
-            _evaluated(experiment.run_folder(arm, seed) / "evaluate", arm.label)
-            for seed in seeds
-            for arm in experiment.arms
-            if (experiment.run_folder(arm, seed) / "evaluate" / "results.json").is_file()
-        ]
+        runs, unaligned = [], []
+        for arm, seed in product(experiment.arms, seeds):
+            folder = experiment.run_folder(arm, seed)
+            if not (folder / "evaluate" / "results.json").is_file():
+                continue
+            if arm.strategy in experiment.measured and not read_layers(folder):
+                unaligned.append(f"{arm.label}, seed {seed}")
+            else:
+                runs.append(_evaluated(folder / "evaluate", arm.label))
+        missing = [*(job.name for job in failed), *(f"{name} (chose no layers)" for name in unaligned)]
         shared = {run.seed for run in runs if run.label == baseline}
         runs = [run for run in runs if run.seed in shared]  # a seed without its baseline has nothing to compare with
         if len({run.label for run in runs}) < 2:
             raise interrupted or UserError(
                 f"{out}: no run of the baseline {baseline!r} and of another strategy with one seed finished: "
-                f"{_names(failed)}"
+                f"{', '.join(missing)}"
             )
-        write_comparison(runs, baseline, out, _settings(experiment), failed)
+        write_comparison(runs, baseline, out, _settings(experiment), missing)
         if interrupted is not None:
             raise interrupted
     if failed:
         raise UserError(
-            f"{len(failed)} jobs failed twice, or need one that did; their cells are empty: {_names(failed)}"
+            f"{len(failed)} jobs failed twice, or need one that did; their cells are empty: "
+            f"{', '.join(job.name for job in failed)}"
+        )
+    if unaligned:
+        raise UserError(
+            f"{'; '.join(unaligned)}: no probe could rank the layers, so nothing was aligned, and their cells are "
+            "empty: lower probe.every, or raise probe.clips"
         )
 
 
 def compare_runs(folders: Sequence[Path], *, out: Path, baseline: str | None) -> None:
-    """Run `agrepa compare RUN RUN …`: compare runs that `agrepa evaluate` has measured, as arms by align.strategy and
-    pairs by run.seed."""
-    runs = [_evaluated(folder, None) for folder in folders]
+    """Run `agrepa compare RUN RUN …`: compare runs that `agrepa evaluate` has measured, as arms by align.* and pairs by
+    run.seed."""
+    runs, settings = _arms([_evaluated(folder, None) for folder in folders])
     labels = list(dict.fromkeys(run.label for run in runs))
     for number, run in enumerate(runs):
         for other in runs[number + 1 :]:
@@ -93,7 +106,30 @@ def compare_runs(folders: Sequence[Path], *, out: Path, baseline: str | None) ->
         raise UserError(f"all runs have align.strategy={labels[0]}: there is nothing to compare")
     check_out(out)
     with FolderLock(out, "choose another --out"):
-        write_comparison(runs, _baseline(baseline, labels), out, {}, [])
+        write_comparison(runs, _baseline(baseline, labels), out, settings, [])
+
+
+def _arms(runs: Sequence[Evaluated]) -> tuple[list[Evaluated], dict[str, object]]:
+    """Return finished runs, labelled by align.strategy and the settings of align.* in which runs of that one differ,
+    and the names of other settings of training in which they differ."""
+    configs = [load_config(run.folder.parent / "config.yaml") for run in runs]
+    labelled = []
+    for run, align in zip(runs, (config.align for config in configs), strict=True):
+        own = _differing([config.align for config in configs if config.align.strategy == align.strategy])
+        label = ", ".join([run.label, *(f"{name}={getattr(align, name)}" for name in own)])
+        labelled.append(replace(run, label=label))
+    sections = ("model", "data", "flow", "train", "eval")
+    others = [
+        f"{section}.{name}" for section in sections for name in _differing([getattr(c, section) for c in configs])
+    ]
+    others = [name for name in others if name not in ("data.path", "train.start_from")]
+    return labelled, {"settings that differ besides align": ", ".join(others)} if others else {}
+
+
+def _differing(sections: Sequence[object]) -> list[str]:
+    """Return the names of the settings in which configurations of one section differ."""
+    names = [setting.name for setting in fields(sections[0])]
+    return [name for name in names if any(getattr(one, name) != getattr(sections[0], name) for one in sections)]
 
 
 def _experiment(strategies, seeds, overrides, preset, warmup, out, ds_config, ranks) -> Experiment:
@@ -117,6 +153,7 @@ def _experiment(strategies, seeds, overrides, preset, warmup, out, ds_config, ra
     find_ds_config(ds_config)
     steps = config.train.steps - warmup
     for arm in arms:  # so that no arm is refused after hours of training
+        _check_arm(arm)
         probe = ("probe.start_step=1", "probe.warmup_steps=1") if arm.strategy in MEASURED else ()
         load_config(
             preset, [*training, f"align.strategy={arm.strategy}", f"train.steps={steps}", *probe, *arm.overrides]
@@ -126,6 +163,17 @@ def _experiment(strategies, seeds, overrides, preset, warmup, out, ds_config, ra
     )
     _check_folders(experiment)
     return experiment
+
+
+def _check_arm(arm: Arm) -> None:
+    """Raise UserError for an override of one arm that would measure it otherwise than the others, or that the warm-up
+    or another job has to share."""
+    if arm.overrides and "," in arm.label:
+        raise UserError(f"--strategies {arm.label}:…: an arm with settings of its own has an option of its own")
+    for name in (override.partition("=")[0] for override in arm.overrides):
+        shared = name not in _OF_ARMS and name.partition(".")[0] not in _OF_ARMS
+        if shared or name == "train.start_from":
+            raise UserError(f"--strategies {arm.label}: {name} has to be the same for all arms")
 
 
 def _check_folders(experiment: Experiment) -> None:
@@ -159,10 +207,6 @@ def _print_plan(experiment: Experiment, jobs: Sequence[Job]) -> None:
         print(f"  {'done' if job.finished else '    '}  {job.name}: {job.folder}")
 
 
-def _names(failed: Sequence[Job]) -> str:
-    return ", ".join(job.name for job in failed)
-
-
 def _settings(experiment: Experiment) -> dict[str, object]:
     return {
         "preset": experiment.preset,
@@ -190,12 +234,12 @@ def _evaluated(folder: Path, label: str | None) -> Evaluated:
 
 
 def write_comparison(
-    runs: Sequence[Evaluated], baseline: str, out: Path, settings: Mapping[str, object], failed: Sequence[Job]
+    runs: Sequence[Evaluated], baseline: str, out: Path, settings: Mapping[str, object], failed: Sequence[str]
 ) -> None:
     """Write compare.csv, differences.csv, report.md, report.html and plots/, and print the report."""
     check_comparable(runs)
     found = differences(runs, baseline, runs[0].results["confidence"])
-    comparison = Comparison(runs, found, baseline, settings, [job.name for job in failed])
+    comparison = Comparison(runs, found, baseline, settings, failed)
     report = report_markdown(comparison)  # reads all files, so that a damaged one leaves no half of a result
     plots = out / "plots"
     plots.mkdir(exist_ok=True)
@@ -205,7 +249,7 @@ def write_comparison(
     for metric in _CHOSEN:
         part = [one for one in found if one.metric == metric]
         if part:
-            plot_forest(part, _of_seeds(runs, baseline, metric), baseline, plots / f"{metric.replace('/', '-')}.png")
+            plot_forest(part, baseline, plots / f"{metric.replace('/', '-')}.png")
     plot_curves({(run.label, run.seed): run.folder.parent / "metrics.jsonl" for run in runs}, plots / "curves.png")
     write_document(comparison_document(comparison, plots), out / "report.html")
     print(report)
@@ -234,21 +278,3 @@ def _difference_row(one: Difference, baseline: str) -> dict[str, object]:
         if interval is not None and isfinite(interval.low):
             row |= {f"low_{name}": interval.low, f"high_{name}": interval.high}
     return row
-
-
-def _of_seeds(runs: Sequence[Evaluated], baseline: str, metric: str) -> dict[tuple[str, str], list[float]]:
-    """Return (label, domain) -> each seed's own difference to the baseline."""
-
-    def value(run: Evaluated, domain: str) -> float | None:
-        if metric == "val/flow_loss":
-            return run.loss
-        return run.results["rows"][ROW].get(domain, {}).get(metric, {}).get("value")
-
-    base, found = {run.seed: run for run in runs if run.label == baseline}, {}
-    for run in runs:
-        if run.label != baseline and run.seed in base:
-            for domain in ("", *run.results["rows"][ROW]):
-                one, other = value(run, domain), value(base[run.seed], domain)
-                if one is not None and other is not None:
-                    found.setdefault((run.label, domain), []).append(one - other)
-    return found

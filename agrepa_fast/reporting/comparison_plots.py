@@ -11,9 +11,7 @@ from .figure import new_figure
 _INK, _ACCENT, _FAINT = "#333333", "#1f77b4", "#b0b0b0"
 
 
-def plot_forest(
-    found: Sequence[Difference], of_seeds: Mapping[tuple[str, str], Sequence[float]], baseline: str, path: Path
-) -> None:
+def plot_forest(found: Sequence[Difference], baseline: str, path: Path) -> None:
     """Draw a metric's differences to the baseline: a dot per seed, a thin bar over seeds, a thick one over clips."""
     figure = new_figure(7, 1.2 + 0.45 * len(found))
     axes = figure.subplots()
@@ -23,8 +21,7 @@ def plot_forest(
             axes.plot([one.seeds.low, one.seeds.high], [place, place], color=_INK, linewidth=1, zorder=2)
         if one.clips is not None and isfinite(one.clips.low):
             axes.plot([one.clips.low, one.clips.high], [place, place], color=_ACCENT, linewidth=5, alpha=0.35, zorder=1)
-        seeds = of_seeds.get((one.label, one.domain), [])
-        axes.plot(seeds, [place] * len(seeds), "o", color=_INK, markersize=4, mfc="white", zorder=3)
+        axes.plot(one.of_seeds, [place] * len(one.of_seeds), "o", color=_INK, markersize=4, mfc="white", zorder=3)
         axes.plot([one.value], [place], "D", color=_ACCENT, markersize=6, zorder=4)
     axes.set_yticks(range(len(found)), [f"{one.label} {one.domain}".strip() for one in reversed(found)])
     axes.set_xlabel(f"{found[0].metric}: difference to {baseline} (bar: clips, line: seeds, circles: each seed)")

@@ -69,7 +69,7 @@ def values(comparison: Comparison) -> Grid:
     """Return each strategy's values, means of its seeds, with those of the truth and of the codes."""
     rows = value_rows(comparison.runs)
     kinds = dict.fromkeys((row["domain"], row["metric"]) for row in rows if row["row"] == ROW)
-    table = []
+    table, seeds = [], len(comparison.seeds)
     for domain, metric in kinds:
         cells = []
         for row_name, label in [*((ROW, label) for label in comparison.labels), ("truth", None), ("codes", None)]:
@@ -79,7 +79,8 @@ def values(comparison: Comparison) -> Grid:
                 if (row["row"], row["domain"], row["metric"]) == (row_name, domain, metric)
                 and label in (None, row["strategy"])
             ]
-            cells.append(f"{sum(found) / len(found):.3f}" if found else "—")
+            fewer = f" ({len(found)} of {seeds} seeds)" if label and len(found) < seeds else ""
+            cells.append(f"{sum(found) / len(found):.3f}{fewer}" if found else "—")
         table.append([domain or "both", metric, *cells])
     return Grid(["domain", "metric", *comparison.labels, "truth", "codes"], table)
 

@@ -92,16 +92,23 @@ def test_one_seed_says_nothing_of_the_method(tmp_path):
     assert found["val/flow_loss"].value == pytest.approx(0.4)
 
 
-def test_a_seed_whose_run_diverged_has_no_part_in_the_interval_over_seeds(tmp_path):
-    """No clip of it has a MOS."""
+def test_clips_without_a_figure_have_no_part_in_either_interval(tmp_path):
+    """A run that diverged has no MOS, and another lacks that of its worst clips."""
     runs = [evaluated(tmp_path / f"{label}{seed}", label, seed) for label in ("none", "foga") for seed in (0, 1, 2)]
-    del runs[-1].results["rows"]["sample"]["speech"]["mos"]
+    for row in runs[2].clips:
+        row["mos"] += 1  # of seed 2, which has no other side
+    for row in runs[5].clips:
+        row["mos"] = None
+    for row in runs[4].clips[:3]:
+        row["mos"] = None
     found = {one.metric: one for one in differences(runs, "none", 0.95)}
+    assert found["mos"].of_seeds == pytest.approx([0, 0])
+    assert (found["mos"].clips.low, found["mos"].clips.high) == pytest.approx((0, 0))
     assert found["mos"].seeds.n == 2
     assert found["mmd"].seeds.n == 3
-    for run in runs[3:]:
-        run.results["rows"]["sample"]["speech"].pop("mos", None)
-    assert {one.metric: one for one in differences(runs, "none", 0.95)}["mos"].seeds is None
+    for row in (row for run in runs[3:] for row in run.clips):
+        row["mos"] = None
+    assert "mos" not in {one.metric for one in differences(runs, "none", 0.95)}
 
 
 def test_other_clips_and_other_seeds_are_refused(tmp_path):
@@ -181,6 +188,12 @@ def test_runs_are_compared_by_strategy_and_seed(tmp_path, capsys):
         (["--strategies", ","], "one has no label"),
         (["--strategies", "none", "--strategies", "x" * 300 + ":align.k=1"], "give it a shorter label"),
         (["--strategies", "none,foga", "--ds_config", "nope.json"], "nope.json"),
+        (["--strategies", "none", "--strategies", "g:flow.guidance=1"], "g: flow.guidance has to be the same"),
+        (["--strategies", "none", "--strategies", "s:run.seed=7"], "s: run.seed has to be the same for all arms"),
+        (["--strategies", "none", "--strategies", "d:model.depth=6"], "d: model.depth has to be the same"),
+        (["--strategies", "none", "--strategies", "f:train.start_from=x"], "f: train.start_from has to be the same"),
+        (["--strategies", "none,k5:align.k=5", "--strategies", "foga"], "has an option of its own"),
+        (["--strategies", "shallow,foga", "align.weighting=raw2x"], "shallow has no scores, give normalized"),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused_before_anything_is_trained(arguments, message, tmp_path, capsys):
@@ -236,4 +249,45 @@ def test_a_comparison_that_a_signal_ends_compares_what_is_finished(tmp_path, mon
     assert baseline == "none"
     assert settings["deep"] == "deep, align.k=2"  # of an arm with settings of its own
     assert "none" not in settings
-    assert "deep, seed 0" in [job.name for job in failed]
+    assert "deep, seed 0" in failed
+
+
+def test_an_arm_that_has_chosen_no_layers_is_not_compared_as_if_it_had(tmp_path, monkeypatch, capsys):
+    written = []
+
+    def finish(jobs, say):
+        for job in jobs:
+            job.done.parent.mkdir(parents=True, exist_ok=True)
+            job.done.touch()
+        layers = {"speech": [1, 2]}
+        (tmp_path / "out" / "foga-seed1" / "selection.json").write_text(json.dumps({"layers": layers}))
+        return []
+
+    monkeypatch.setattr(comparison, "run_jobs", finish)
+    monkeypatch.setattr(comparison, "_evaluated", lambda folder, label: Evaluated(label, int(str(folder)[-10]), folder))
+    monkeypatch.setattr(comparison, "write_comparison", lambda *given: written.append(given))
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "--strategies", "none,foga", "--seeds", "0,1", "--ranks", "1", "--out", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    ((runs, *_, missing),) = written
+    assert [(run.label, run.seed) for run in runs] == [("none", 0), ("none", 1), ("foga", 1)]
+    assert missing == ["foga, seed 0 (chose no layers)"]
+    assert "foga, seed 0: no probe could rank the layers" in capsys.readouterr().err
+
+
+def test_finished_runs_are_labelled_by_their_settings_of_alignment(tmp_path, capsys):
+    for number, (weight, steps) in enumerate(((0.1, 5), (1, 5), (1, 6))):
+        run = tmp_path / f"run{number}"
+        evaluated(run / "evaluate", "shallow", 0)
+        align = f"align: {{strategy: shallow, weight: {weight}}}\n"
+        (run / "config.yaml").write_text(f"{align}train: {{steps: {steps}}}\n")
+    none = tmp_path / "run3"
+    evaluated(none / "evaluate", "none", 0)
+    (none / "config.yaml").write_text("align: {strategy: none}\ntrain: {steps: 5}\n")
+    main(["compare", *(str(tmp_path / f"run{n}") for n in (3, 0, 1)), "--out", str(tmp_path / "one")])
+    report = (tmp_path / "one" / "report.md").read_text()
+    assert "| shallow, weight=0.1 | speech | mos |" in report
+    assert "| shallow, weight=1.0 | speech | mos |" in report
+    assert "settings that differ" not in report
+    main(["compare", *(str(tmp_path / f"run{n}") for n in (3, 0, 2)), "--out", str(tmp_path / "two")])
+    assert "settings that differ besides align: train.steps" in (tmp_path / "two" / "report.md").read_text()
