@@ -20,6 +20,7 @@ from ..probing.schedule import LayerChoice
 from ..probing.validation import validation_loss
 from ..seeds import clip_keys, draws_seed
 from ..zero.ema import Ema
+from ..zero.engine import announce_backward
 from ..zero.gradients import gradient_norms, make_gradient_nan
 from ..zero.masters import trained_parameters
 from ..zero.update_ratio import update_ratio
@@ -85,6 +86,7 @@ class Run:
         else:
             compute = partial(self.losses, self.engine.module, step=step)
             total, losses, clips = self.graphs(compute, batch, keys, aligner.variant(step))
+            announce_backward(self.engine)
         self.engine.backward(nan_gradient_unless_finite(batch.weight * total))
         if self.engine.is_gradient_accumulation_boundary():
             self.choice.keep_gradient_norms(lambda: gradient_norms(self.engine, self.engine.module.layers), step)

@@ -1,5 +1,6 @@
 """CUDA graphs of the training step: on a CPU a stand-in with their rules takes their place, on a GPU they are real."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ from .graphs_on_ranks import (
     plant_few_shapes_on_rank_0,
     refuse_captures,
 )
+from .in_process import ds_values
 
 
 @pytest.fixture
@@ -239,10 +241,22 @@ def test_replays_of_every_objective(objective, captures):
     assert abs(seen[0] - seen[1]) > 1e-4
 
 
-@pytest.mark.parametrize(("stage", "ranks", "extra"), [(0, 1, ()), (2, 2, ("train.accumulation=2",))])
-def test_training_with_graphs_gives_the_same_curve(stage, ranks, extra, preset, baseline, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "ranks", "extra", "zero"),
+    [
+        (0, 1, (), {}),
+        (2, 2, ("train.accumulation=2",), {}),
+        # Buckets that are full before a backward pass ends: their hooks ask whether it is a step's last.
+        (2, 2, ("train.accumulation=2",), {"reduce_bucket_size": 1000, "offload_optimizer": {"device": "cpu"}}),
+        (1, 2, ("train.accumulation=2",), {"reduce_bucket_size": 1000, "overlap_comm": True}),
+    ],
+)
+def test_training_with_graphs_gives_the_same_curve(stage, ranks, extra, zero, preset, baseline, tmp_path):
     """DeepSpeed gets every gradient through its own hooks; heads are made amid the run."""
-    given = ("--ds_config", f"zero{stage}.json", "--preset", str(preset), "run.dir=run", "train.graphs=1", *extra)
+    values = ds_values(stage)
+    values["zero_optimization"] |= zero
+    (tmp_path / "zero.json").write_text(json.dumps(values))
+    given = ("--ds_config", "zero.json", "--preset", str(preset), "run.dir=run", "train.graphs=1", *extra)
     output = run_training(ranks, *given, cwd=tmp_path, plant=plant_captures)
     assert output.count("captured, 1 of at most 1 batch shapes") == 2  # once with the heads of the layers chosen
     assert f"CUDA graphs: 2 captured, {5 * (1 if stage == 0 else 2)} replays" in output
