@@ -18,8 +18,8 @@ class Mirror:
     """Copies the run's checkpoints to `to` at every `update`, and removes there those that the run has removed.
 
     The newest checkpoint goes first. Its marker goes last and in one piece, so a copy is complete or no checkpoint at
-    all. After a failure `say` is told, and the next update tries again. An update while a copy is under way starts
-    another round after it.
+    all. After a failure `say` is told, and the next update or `close` tries again. An update while a copy is under way
+    starts another round after it.
     """
 
     def __init__(self, run: Path, to: str, run_id: str | None, say: Callable[[str], object]):
@@ -36,6 +36,7 @@ class Mirror:
         self._refuse_another_run(run_id)
         self.copying: str | None = None  # the tag that the run must not remove now
         self._lock, self._changed = threading.Lock(), False
+        self._failed = False  # the last round
         self._thread: threading.Thread | None = None  # None while nothing is copied
 
     def _refuse_another_run(self, run_id: str | None) -> None:
@@ -46,7 +47,9 @@ class Mirror:
                 copied = json.loads(self.fs.cat_file(f"{self.root}/checkpoints/{tag}/{MARKER}"))["run"]
                 if copied != run_id:
                     raise UserError(f"train.copy_to={self.to} holds {tag} of another run: choose a folder of its own")
-        except (OSError, ValueError, KeyError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # file systems have errors of their own, of missing credentials for one
             raise UserError(f"train.copy_to={self.to} cannot be read ({error})") from error
 
     def update(self) -> None:
@@ -58,7 +61,15 @@ class Mirror:
                 self._thread.start()
 
     def close(self) -> None:
-        """Wait for the copy that is under way."""
+        """Wait for the copy that is under way. One that fails is tried once more: no save follows."""
+        self._wait()
+        if self._failed:
+            self.update()
+            self._wait()
+        if self._failed:
+            self.say(f"the copy to {self.to} is incomplete: copy {self.run} there yourself")
+
+    def _wait(self) -> None:
         if (thread := self._thread) is not None:
             self.say(f"waiting for the copy to {self.to}")
             thread.join()
@@ -74,8 +85,10 @@ class Mirror:
                 self._changed = False
             try:
                 self._round()
+                self._failed = False
             except Exception as error:  # file systems have errors of their own; training goes on after any
-                self.say(f"the copy to {self.to} failed ({error}): tried again at the next save")
+                self._failed = True
+                self.say(f"the copy to {self.to} failed ({error}): tried again at the next save, or at the end")
             self.copying = None
 
     def _round(self) -> None:

@@ -45,7 +45,10 @@ class TestMirror:
         monkeypatch.setattr(mirror, "_put", fails)
         assert save(1)
         ours.close()
-        assert "the network is down): tried again" in made.said[-1]
+        assert [line for line in made.said if "failed" in line] == 2 * [
+            f"the copy to {tmp_path}/copy failed (the network is down): tried again at the next save, or at the end"
+        ]
+        assert "is incomplete" in made.said[-1]
         copy = tmp_path / "copy" / "checkpoints"
         assert not (copy / "step00000001" / "checkpoint.json").exists()
         monkeypatch.setattr(mirror, "_put", put)
@@ -53,6 +56,29 @@ class TestMirror:
         ours.close()
         assert names(copy) == {"step00000001", "step00000002"}
         assert all(damage(copy / name) is None for name in names(copy))
+
+    def test_a_failure_after_the_last_save_is_made_good_at_the_end(self, made, tmp_path, monkeypatch):
+        ours, save, mirror = self.copies(made, f"{tmp_path}/copy", keep=2, keep_best=0)
+        put, faults = mirror._put, [OSError("the network is down")]
+
+        def fails_once(file, name):
+            if faults:
+                raise faults.pop()
+            put(file, name)
+
+        monkeypatch.setattr(mirror, "_put", fails_once)
+        assert save(1)
+        ours.close()
+        assert damage(tmp_path / "copy" / "checkpoints" / "step00000001") is None
+        assert not [line for line in made.said if "incomplete" in line]
+
+    def test_missing_credentials_are_one_line(self, made, tmp_path, monkeypatch):
+        def fails(self, path):
+            raise RuntimeError("no credentials")  # botocore's are no OSError, either
+
+        monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.isdir", fails)
+        with pytest.raises(UserError, match=r"cannot be read \(no credentials\)"):
+            made(copy_to=f"{tmp_path}/copy")
 
     def test_a_slow_copy_skips_to_the_newest_and_is_not_rotated_away(self, made, tmp_path, monkeypatch):
         ours, save, mirror = self.copies(made, f"{tmp_path}/copy", keep=1, keep_best=0)
