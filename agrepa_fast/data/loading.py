@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
+from ..errors import UserError
 from .batch import Batch, PackedBatch, pack
 from .clip_reader import Background, ClipReader
 from .index import Index
@@ -69,10 +70,13 @@ class TrainBatches:
         return self
 
     def __next__(self) -> Batch:
-        """Return the next batch. Raises RuntimeError, which begins with "DataLoader worker", if a loader process
-        ended."""
+        """Return the next batch. Raises UserError for shards that cannot be read, and RuntimeError, which begins with
+        "DataLoader worker", if a loader process ended."""
         try:
-            return next(self._batches).unpack()
+            batch = next(self._batches)
+            if isinstance(batch, UserError):
+                raise batch
+            return batch.unpack()
         except (OSError, EOFError, RuntimeError) as error:
             self._say_no_more()
             # A process that ends while it hands over a batch shows first as a fault of its connection, or of the thread
@@ -155,13 +159,19 @@ class _RankBatches(IterableDataset):
         self.index, self.plan, self.layout, self.center, self.step = index, plan, layout, center, step
         self.teacher_frames, self.attention = teacher_frames, attention
 
-    def __iter__(self) -> Iterator[PackedBatch]:
+    def __iter__(self) -> Iterator[PackedBatch | UserError]:
+        """Yield batches without end, or at last an error: raised in a loader process, it would come as the text of its
+        traceback."""
         worker = get_worker_info()
         number, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         background, readers = Background(_READERS), {}
         while True:
             steps, micro = divmod(number, self.layout.accumulation)
-            yield self._batch(self.step + steps, micro, readers, background)
+            try:
+                yield self._batch(self.step + steps, micro, readers, background)
+            except UserError as error:
+                yield error
+                return
             number += stride
 
     def _batch(

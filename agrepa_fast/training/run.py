@@ -184,8 +184,8 @@ class Run:
         start = time.perf_counter()
         try:
             batch = next(batches)
-        except UserError as error:  # of a loader process: it comes inside a traceback
-            raise LocalError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from error
+        except UserError as error:
+            raise LocalError(str(error)) from error
         wait = time.perf_counter() - start
         lengths = batch.condition.lengths.tolist()  # still on the host
         self.metrics.count_batch(clips=len(lengths), frames=sum(lengths), flops=self.flops(lengths), wait=wait)

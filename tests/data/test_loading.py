@@ -18,6 +18,7 @@ from agrepa_fast.data.layout import BatchLayout
 from agrepa_fast.data.loading import TrainBatches, _LoaderContext
 from agrepa_fast.data.plan import BatchPlan
 from agrepa_fast.data.reading import fixed_clips
+from agrepa_fast.errors import UserError
 from agrepa_fast.train import explain
 
 from ..ranks import ROOT
@@ -142,6 +143,23 @@ def test_a_loader_process_imports_neither_the_main_program_nor_heavy_packages(fo
 
 def start(index, workers: int) -> TrainBatches:
     return TrainBatches(index, DataConfig(workers=workers), BatchLayout(4, 1, 0, 1), seed=0, center=True)
+
+
+def test_shards_that_cannot_be_read_are_one_line_from_a_loader_process_too(tmp_path):
+    """However long their names are."""
+    folder = tmp_path / ("long" * 50) / ("name" * 50)
+    write_small_shards(folder)
+    index, lines = load_index(folder), []
+    for file in folder.glob("train-*.tar"):
+        file.write_bytes(b"")
+    for workers in (0, 1):
+        batches = start(index, workers)
+        with pytest.raises(UserError) as refused:
+            next(batches)
+        lines.append(str(refused.value))
+        batches.close()
+    assert lines[0] == lines[1]
+    assert lines[0].startswith(str(folder))
 
 
 def test_loader_processes_outlive_a_scheduler_s_signals_and_end_on_close(index, monkeypatch):
