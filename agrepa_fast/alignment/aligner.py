@@ -87,7 +87,9 @@ class Aligner:
         if parameters := self.parameters():
             options = {"betas": tuple(train.betas), "weight_decay": train.weight_decay}
             options["fused"] = self.device.type == "cuda" or None
-            self.optimizer = torch.optim.AdamW(parameters, lr=self.config.align.lr, **options)
+            decayed, plain = ([p for p in parameters if (p.ndim > 1) == decays] for decays in (True, False))
+            groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]  # of biases and norms
+            self.optimizer = torch.optim.AdamW(groups, lr=self.config.align.lr, **options)
         if before is not None and self.optimizer is not None:
             self.optimizer.state.update({p: before.state[p] for p in parameters if p in before.state})
 
@@ -249,4 +251,14 @@ class Aligner:
             weights = {name: value for name, value in state["weights"].items() if name.startswith(f"{part}.")}
             module.load_state_dict({name.removeprefix(f"{part}."): value for name, value in weights.items()})
         if self.optimizer is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(self._in_groups(state["optimizer"]))
+
+    def _in_groups(self, saved: dict) -> dict:
+        """Return the optimizer's state of a checkpoint; those of version 0.1 have one group of all parameters."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        if len(saved["param_groups"]) == len(groups):
+            return saved
+        places = {parameter: place for place, parameter in enumerate(self.parameters())}
+        ours = [places[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
+        state = {number: saved["state"][place] for number, place in enumerate(ours) if place in saved["state"]}
+        return {"state": state, "param_groups": groups}

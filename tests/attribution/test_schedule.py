@@ -272,6 +272,38 @@ class TestHeads:
         for a, b in zip(made.parameters(), other.parameters(), strict=True):
             assert torch.equal(a, b)
 
+    def test_a_state_with_all_parameters_in_one_group_comes_back(self, monkeypatch):
+        """As version 0.1 wrote it."""
+        made, other = self.aligner(monkeypatch), self.aligner(monkeypatch)
+        made.select(self.selection((1, 2), (3,)))
+        self.train(made, range(2))
+        state, old = made.state_dict(), torch.optim.AdamW(made.parameters())
+        old.state.update(made.optimizer.state)
+        other.load_state_dict(deepcopy(state | {"optimizer": old.state_dict()}))
+        for a, b in zip(made.parameters(), other.parameters(), strict=True):
+            assert torch.equal(made.optimizer.state[a]["exp_avg"], other.optimizer.state[b]["exp_avg"])
+
+    def test_matrices_decay_and_biases_do_not(self, monkeypatch):
+        made = self.aligner(monkeypatch, "train.weight_decay=0.5", "train.warmup_steps=0", "align.lr=0.1")
+        made.select(self.selection((1,), (2,)))
+        before = [parameter.detach().clone() for parameter in made.parameters()]
+        for parameter in made.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        made.step(0)
+        assert {parameter.ndim for parameter in before} == {1, 2}
+        for parameter, old in zip(made.parameters(), before, strict=True):
+            torch.testing.assert_close(parameter.detach(), old if old.ndim < 2 else 0.95 * old)
+
+    def test_the_warm_up_of_the_weight_begins_with_the_first_step_that_aligns(self, monkeypatch):
+        """A probe is read a step after it."""
+        made, factors = self.aligner(monkeypatch, "align.warmup_steps=4"), []
+        made.begin(4)
+        made.select(replace(self.selection((1,), (2,)), step=4))
+        for step in (5, 6, 9):
+            made.begin(step)
+            factors.append(made._factor.item())
+        assert factors == [0.25, 0.5, 1]
+
     def test_after_the_stop_heads_rest_and_bitc_goes_on(self, monkeypatch):
         made = self.aligner(monkeypatch, "align.strategy=shallow", "align.stop=2")
         made.select(self.selection((1,), (2,)))
