@@ -70,15 +70,19 @@ class RuledOptimizer(torch.optim.AdamW):
 
     def __init__(self, rules: dict[nn.Parameter, Rule], train: TrainConfig, clip_norm: float | None = None):
         trained = [parameter for parameter in rules if parameter.requires_grad]
+        for parameter in trained:
+            parameter.data = parameter.data.contiguous()  # updates go to flat views
         options = {"betas": tuple(train.betas), "weight_decay": train.weight_decay, "fused": True}
         super().__init__(trained, lr=train.lr, **options)
         self.rules, self.momentum, self.clip_norm = rules, train.momentum, clip_norm
         self.overflow, self._global_grad_norm = False, None
+        self.partitioned = False  # DeepSpeed converts checkpoints by ranks, and wants the same moments of all masters
         self.layouts: dict[torch.Tensor, Layout] = {}  # by master
         self.shares: list[MuonShare] = []
 
     def attach(self, engine) -> None:
         """Find the parameters in the masters of the engine that wraps this optimizer. Every rank must call it."""
+        self.partitioned = engine.zero_optimization_stage() > 0
         trained = [parameter for _, parameter in trained_parameters(engine.module)]
         rules = [self.rules[parameter] for parameter in trained]
         shapes = {
@@ -90,8 +94,7 @@ class RuledOptimizer(torch.optim.AdamW):
         self.layouts = {m: Layout(m, ours, rules) for m, ours in zip(masters, pieces, strict=True)}
         if not shapes:
             return
-        shared = engine.zero_optimization_stage() > 0
-        together = [[master] for master in range(len(masters))] if shared else [list(range(len(masters)))]
+        together = [[master] for master in range(len(masters))] if self.partitioned else [list(range(len(masters)))]
         for group in together:  # stepped at once
             ours = [piece for master in group for piece in pieces[master] if piece.number in shapes]
             held = all_gather(ours)
@@ -100,7 +103,7 @@ class RuledOptimizer(torch.optim.AdamW):
                 found = {number: shapes[number] for number in numbers}
                 bf16 = engine.bfloat16_enabled() and engine.device.type == "cuda"
                 where = {"device": engine.device, "dtype": torch.bfloat16 if bf16 else torch.float32}
-                orthogonalizer = Orthogonalizer(found, held, shared=shared, **where)
+                orthogonalizer = Orthogonalizer(found, held, shared=self.partitioned, **where)
                 self.shares.append(MuonShare([masters[n] for n in group], orthogonalizer, ours))
 
     @torch.no_grad()
@@ -158,7 +161,7 @@ class RuledOptimizer(torch.optim.AdamW):
         if not state:
             state["step"] = torch.zeros((), device=master.device)
             state["exp_avg"] = torch.zeros_like(master)
-            if kinds != ["muon"]:
+            if kinds != ["muon"] or self.partitioned:
                 state["exp_avg_sq"] = torch.zeros_like(master)
 
     def set_state(self, master: torch.Tensor, moments: dict[str, torch.Tensor], updates: int) -> None:

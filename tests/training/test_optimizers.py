@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from agrepa_fast.config import TrainConfig
 from agrepa_fast.config_file import load_config
 from agrepa_fast.errors import UserError
 from agrepa_fast.models.backbone import Backbone, Layer
 from agrepa_fast.zero.masters import Piece
 from agrepa_fast.zero.muon import Matrices, Orthogonalizer, orthogonalize
+from agrepa_fast.zero.optimizers import Layout, RuledOptimizer
 from agrepa_fast.zero.rules import Rule, muon_rules
 
 from ..ranks import call_on_ranks
@@ -150,3 +152,22 @@ def test_muon_takes_the_layers_matrices_alone():
 def test_an_unknown_optimizer_is_refused():
     with pytest.raises(UserError, match=r"train\.optimizer='moun': adamw or muon"):
         load_config("demo", ["train.optimizer=moun"])
+
+
+def test_updates_reach_a_parameter_that_is_not_contiguous():
+    parameter = torch.nn.Parameter(torch.randn(3, 4).T)
+    optimizer = RuledOptimizer({parameter: Rule(decays=True)}, TrainConfig())
+    assert optimizer.param_groups[0]["params"][0] is parameter
+    assert parameter.is_contiguous()  # it is updated through flat views
+    assert parameter.shape == (4, 3)
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_a_master_that_is_part_of_a_matrix_has_both_moments_where_files_are_converted(partitioned):
+    """DeepSpeed's converter reads both of every rank."""
+    parameter = torch.nn.Parameter(torch.randn(8))
+    optimizer = RuledOptimizer({parameter: Rule(matrices=1, decays=True)}, TrainConfig())
+    optimizer.partitioned = partitioned
+    optimizer.layouts = {parameter: Layout(parameter, [Piece(0, 0, 8)], [Rule(matrices=1, decays=True)])}
+    optimizer.set_state(parameter, {"exp_avg": torch.ones(8)}, 3)
+    assert ("exp_avg_sq" in optimizer.state[parameter]) is partitioned
