@@ -7,9 +7,11 @@ import torch
 from ..config import Config
 from ..config_file import load_config, settings_that_differ
 from ..errors import LocalError, UserError
+from ..lr_schedule import lr_factor
 from ..probing.schedule import LayerChoice
 from ..seeds import derive_seed, draws_seed
 from ..zero.ema import Ema
+from ..zero.engine import set_rate
 from ..zero.recut import load_recut, whole_tensors
 from ..zero.state_files import layout, load_engine, tensors_only
 from .find import read_marker
@@ -40,6 +42,7 @@ def load_checkpoint(path: Path, checkpoints: Checkpoints, engine, ema: Ema, choi
         load_engine(engine, path)
     else:
         load_recut(engine, path, facts["layout"]["stage"], state["engine"], checkpoints.say)
+    set_rate(engine, config.train.lr * lr_factor(config.train, facts["step"]))  # train.steps may have changed
     ema.load(whole_tensors(path / "ema.safetensors"), state["ema_updates"])
     choice.load_state_dict(state["choice"])
     checkpoints.score = facts["val/flow_loss"]

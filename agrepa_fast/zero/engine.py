@@ -7,7 +7,7 @@ from ..config import Config
 from ..lr_schedule import lr_factor
 from .lean_step import compute_norm_in_fp32, detach_fragments, skip_overflow_pass, update_all_weights_at_once
 from .masters import masters
-from .optimizers import RuledOptimizer, build_optimizer, clips_in_optimizer
+from .optimizers import RuledOptimizer, build_optimizer, clips_in_optimizer, optimizer_inside
 from .refusals import deepspeed_refusals
 
 
@@ -39,3 +39,9 @@ def announce_backward(engine) -> None:
     which a captured step leaves out, and hooks of full gradient buckets act on it amid the pass."""
     if engine.zero_optimization():
         engine.optimizer.set_gradient_accumulation_boundary(engine.is_gradient_accumulation_boundary())
+
+
+def set_rate(engine, rate: float) -> None:
+    """Let the next step have this learning rate, whatever the schedule was at the last one."""
+    for group in optimizer_inside(engine).param_groups:
+        group["lr"] = rate

@@ -154,6 +154,15 @@ def test_a_run_starts_from_the_averaged_weights_of_another(preset, baseline, tmp
     assert not (tmp_path / "other").exists()
 
 
+def test_a_longer_run_goes_on_at_the_rate_of_its_own_schedule(preset, tmp_path):
+    """The schedule of the shorter one has ended at 0."""
+    given = ("--preset", str(preset), "run.dir=run", "align.strategy=none", "train.warmup_steps=0", "train.final_lr=0")
+    run_training(1, *given, "train.steps=2", "train.save_every=1", "train.keep=9", cwd=tmp_path)
+    run_training(1, "--resume", "latest", "run.dir=run", "train.steps=4", cwd=tmp_path)
+    before, after = (load_file(tmp_path / f"run/checkpoints/step0000000{n}/model.safetensors") for n in (2, 3))
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_an_interrupted_save_loses_nothing(preset, tmp_path):
     """A folder without its marker is removed, tags are never written twice, and old checkpoints are rotated away."""
     args = ("--preset", str(preset), "run.dir=run", "align.strategy=random", "train.save_every=2")
