@@ -113,6 +113,14 @@ def local_device() -> torch.device:
     return torch.device("cuda", number)
 
 
+def number_gpu(device: torch.device) -> None:
+    """Let LOCAL_RANK be the number of this rank's GPU, for which DeepSpeed takes it. It is another one where a rank
+    sees its own GPU alone."""
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # DeepSpeed wants them to be the same
+        if name in os.environ:
+            os.environ[name] = str(device.index)
+
+
 def _place_by_launcher() -> _Place | None:
     for names in _LAUNCHERS.values():
         values = [os.environ.get(name, "") for name in names]

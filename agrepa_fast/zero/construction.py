@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from ..attribution.check_model import check_model
 from ..config import Config
+from ..launch import local_device
 from ..models.backbone import Backbone
 from ..models.registry import make_model
 from .ds_config import zero_stage
@@ -50,13 +51,15 @@ def partitioner(ds_config: dict) -> Callable[[nn.Module], nn.Module]:
         return lambda part: part
     import deepspeed
 
-    dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
+    dtype, device = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32, local_device()
 
     def partition(part: nn.Module) -> nn.Module:
         with deepspeed_refusals(ds_config):
             for parameter in part.parameters():  # buffers keep their type: positions are no bf16
                 parameter.data = parameter.data.to(dtype)
             deepspeed.zero.Init(module=part, config_dict_or_path=ds_config, dtype=dtype)
+        for buffer in part.buffers():  # DeepSpeed moves parameters alone
+            buffer.data = buffer.data.to(device)
         for parameter in part.parameters():
             _clear_padding(parameter)
         return part

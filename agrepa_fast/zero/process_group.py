@@ -7,7 +7,7 @@ import torch
 
 from ..errors import LocalError, UserError
 from ..kernels import active_backend
-from ..launch import check_master_address, complete_launch_environment, local_device, why_not_joined
+from ..launch import check_master_address, complete_launch_environment, local_device, number_gpu, why_not_joined
 from ..ranks import PATIENCE
 
 START = timedelta(minutes=15)  # ranks wait for the last of them to be started
@@ -28,6 +28,7 @@ def join_process_group() -> torch.device:
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        number_gpu(device)
     else:
         _without_shared_memory_op()
     check_master_address()

@@ -11,7 +11,13 @@ import torch.distributed as dist
 
 from agrepa_fast import launch
 from agrepa_fast.errors import LocalError, UserError
-from agrepa_fast.launch import check_master_address, complete_launch_environment, launched_rank, local_device
+from agrepa_fast.launch import (
+    check_master_address,
+    complete_launch_environment,
+    launched_rank,
+    local_device,
+    number_gpu,
+)
 from agrepa_fast.ranks import all_gather, first_failure, from_rank_0, launched, on_rank_0
 from agrepa_fast.zero import process_group
 from agrepa_fast.zero.process_group import join_process_group
@@ -118,6 +124,10 @@ def test_one_gpu_per_rank(local_rank, gpus, visible, device, environment, monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert local_device() == torch.device(device)
+    if gpus:
+        number_gpu(local_device())
+        assert os.environ["LOCAL_RANK"] == device.removeprefix("cuda:")  # DeepSpeed takes it for the GPU's number
+        assert local_device() == torch.device(device)
 
 
 def test_more_ranks_than_gpus(environment, monkeypatch):
