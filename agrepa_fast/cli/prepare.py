@@ -5,8 +5,10 @@ import dataclasses
 
 from ..config import DOMAINS
 from ..config_file import check_used, load_config
+from ..data_config import LoadingConfig
 from ..errors import UserError
 from ..files import check_writable
+from ..settings import setting_names
 from ..tokenizers.vq_config import VqFitConfig
 from .arguments import a_location, a_path, add_command, add_overrides
 
@@ -94,6 +96,9 @@ def _prepared(args: argparse.Namespace, ranks):
 
     config = load_config(args.preset, args.overrides)
     check_used(args.overrides, ("data",))
+    for name in (override.partition("=")[0] for override in args.overrides):
+        if name.removeprefix("data.") in setting_names(LoadingConfig) and (args.out or name != "data.path"):
+            raise UserError(f"{name} has no effect here: shards are read by it, not made")
     setting = "--out" if args.out else "data.path"
     out = writable(args.out or config.data.path, setting)
     if not (out / INDEX).is_file():

@@ -1,5 +1,6 @@
 """Recordings to clips: decoded once, cut, resampled for every teacher and tokenizer, turned into log-mels."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,11 @@ class Clip:
         """Return the clip (samples,) float32 at `rate` Hz, one of the rates that it was decoded for."""
         (wave,) = read_work(self.file, f"wave_{rate}").values()
         return wave.astype(np.float32) / 2**15 if wave.dtype == np.int16 else wave
+
+
+def decoded_from(clips: Iterable[Clip], data: DataConfig) -> list:
+    """Return what the results of clips depend on: their recordings, and the settings that cut them and make mels."""
+    return [*values_of(MelConfig, data).values(), *(clip.file.name for clip in clips)]
 
 
 class _Decoded(NamedTuple):

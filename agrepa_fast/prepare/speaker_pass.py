@@ -11,7 +11,7 @@ from ..data.index import SPLITS
 from ..errors import UserError
 from ..files import file_sha256, local_path
 from ..teachers.campplus import CampPlus
-from .decode import Clip
+from .decode import Clip, decoded_from
 from .job import Job
 from .passes import REASON, BatchPass, batches_by_length, compute_each
 
@@ -34,7 +34,7 @@ def run_speaker_pass(job: Job, encoder: CampPlus, splits: dict[str, list[Clip]])
             yield {REASON if isinstance(vector, str) else "speaker": vector}
 
     clips = [clip for split in SPLITS for clip in splits[split]]
-    folder = job.work_folder("speaker", [encoder.identity, [clip.file.name for clip in clips]])
+    folder = job.work_folder("speaker", [encoder.identity, decoded_from(clips, job.data)])
     vectors = BatchPass(job.pool, folder, read, compute)
     own = job.ranks.part_of(batches_by_length(clips))
     with job.stage("speaker", sum(map(len, own))) as stage:

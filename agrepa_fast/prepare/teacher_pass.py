@@ -8,7 +8,7 @@ from ..data.index import SPLITS
 from ..errors import UserError
 from ..ranks import Ranks
 from ..tokenizers.kmeans import Codebook, FrameTokenizer, fit_frames
-from .decode import Clip
+from .decode import Clip, decoded_from
 from .job import Job, read_work, write_work
 from .passes import REASON, BatchPass, batches_by_length
 from .targets import stored_target, teacher_frames
@@ -25,9 +25,9 @@ class TeacherPass:
         self.job, self.data, self.teacher = job, job.data, teacher
         self.splits, self.tokenizers = splits, dict(tokenizers)
         used = {role: tokenizer and tokenizer.identity for role, tokenizer in tokenizers.items()}
-        files = [clip.file.name for split in SPLITS for clip in splits[split]]
+        decoded = decoded_from((clip for split in SPLITS for clip in splits[split]), self.data)
         stored = [self.data.teacher_rate, self.data.teacher_attention]
-        inputs = [teacher.name, teacher.identity, used, self.data.codebook, *stored, files]
+        inputs = [teacher.name, teacher.identity, used, self.data.codebook, *stored, decoded]
         self.folder = job.work_folder("teacher", inputs)
         self._frames = BatchPass(job.pool, job.work_folder("frames", inputs), self._read_waves, self._keep_frames)
         self._of_frames = BatchPass(job.pool, self.folder, self._read_frames, self._encode)

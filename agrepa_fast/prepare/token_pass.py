@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from ..data.index import SPLITS
-from .decode import Clip
+from .decode import Clip, decoded_from
 from .job import Job
 from .passes import REASON, BatchPass, batches_by_length, compute_each
 from .roles import TokenRole
@@ -37,7 +37,8 @@ def run_token_pass(job: Job, role: TokenRole, splits: dict[str, list[Clip]]) -> 
                 yield {"ids": ids} if len(ids) else {REASON: f"tokenizer {role.spec} gives no tokens"}
 
     clips = [clip for split in SPLITS for clip in splits[split]]
-    folder = job.work_folder(role.name, [role.identity, [(clip.file.name, clip.recording.text) for clip in clips]])
+    texts = [clip.recording.text for clip in clips]
+    folder = job.work_folder(role.name, [role.identity, decoded_from(clips, job.data), texts])
     tokens = BatchPass(job.pool, folder, read, compute)
     own = job.ranks.part_of(batches_by_length(clips))
     with job.stage(role.name, sum(map(len, own))) as stage:

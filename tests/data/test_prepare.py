@@ -24,6 +24,7 @@ from agrepa_fast.files import FolderLock
 from agrepa_fast.prepare import pipeline as prepare
 from agrepa_fast.prepare.job import read_work, write_work
 from agrepa_fast.prepare.pipeline import prepare_folder
+from agrepa_fast.prepare.write import ShardStage
 from agrepa_fast.tokenizers.base import tokens_of_frames
 
 CODES = 8
@@ -216,6 +217,22 @@ def test_killed_runs_are_resumed_to_the_same_bytes(prepared, corpus, whisper, tm
     assert stages == [[9, 0, 0], [24, 7, 0], [24, prepared.clips("train", "speech"), 1]]
     prepare_folder(config, corpus, "speech", out)
     assert contents(out) == contents(prepared.folder)
+
+
+@pytest.mark.parametrize("override", ["data.f_max=7000", "data.max_seconds=1.5"])
+def test_an_interrupted_run_goes_on_with_other_settings_as_if_it_had_begun_with_them(
+    override, corpus, whisper, tmp_path, monkeypatch
+):
+    def interrupted(stage):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardStage, "_describe", interrupted)  # all shards are there, index.json is not
+        with pytest.raises(KeyboardInterrupt):
+            prepare_folder(settings(whisper), corpus, "speech", tmp_path / "out")
+    changed = prepare_folder(settings(whisper, override), corpus, "speech", tmp_path / "out")
+    fresh = prepare_folder(settings(whisper, override), corpus, "speech", tmp_path / "fresh")
+    assert changed.content == fresh.content
 
 
 def test_one_writer_at_a_time(corpus, whisper, tmp_path):

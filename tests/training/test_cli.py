@@ -198,6 +198,8 @@ class TestRefusals:
         assert "cannot be overridden" in refused(capsys, "probe", run, "model.gelu=tanh")
         source = ("prepare", "folder", run, "--domain", "speech", "--out", run)
         assert "train.lr has no effect here: data.* have" in refused(capsys, *source, "train.lr=0.1")
+        for reading in ("data.normalize=false", "data.path=x"):
+            assert "has no effect here: shards are read by it, not made" in refused(capsys, *source, reading)
         assert "train.copy_to has no effect here: data.*, flow.*" in refused(capsys, "sample", run, "train.copy_to=x")
         assert "run.dir has no effect here" in refused(capsys, "sample", run, "run.dir=elsewhere")
         assert "flow.drop_all has no effect here" in refused(capsys, "sample", run, "flow.steps=2", "flow.drop_all=0.5")
