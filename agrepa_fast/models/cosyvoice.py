@@ -88,11 +88,17 @@ class CosyVoice(Backbone):
         return state | {"input_embedding.weight": state["input_embedding.weight"][: self.codes].clone()}
 
 
-def stretch(frames_of_tokens: torch.Tensor, given: torch.Tensor, lengths: torch.Tensor, frames: int) -> torch.Tensor:
+def stretch(
+    frames_of_tokens: torch.Tensor, given: torch.Tensor, lengths: torch.Tensor, frames: int, ratio: int
+) -> torch.Tensor:
     """Return (C, frames, D) from (C, G, D): each frame of a clip of lengths (C,) takes the nearest of its `given` (C,)
-    rows, itself where the two agree. Padded frames repeat the last. It is a product, as in interpolate_tokens."""
-    ratio = (given / lengths).unsqueeze(1)
-    place = ((torch.arange(frames, device=lengths.device) + 0.5) * ratio).long()
+    rows. Padded frames repeat the last. It is a product, as in interpolate_tokens.
+
+    ratio: rows per token. Whole tokens and whole frames end up to so many rows apart: there frame i takes row i, as
+    upstream, which cuts both to one length (cosyvoice/dataset/processor.py, compute_fbank).
+    """
+    step = torch.where((given - lengths).abs() <= ratio, 1.0, given / lengths).unsqueeze(1)
+    place = ((torch.arange(frames, device=lengths.device) + 0.5) * step).long()
     place = torch.minimum(place, (given - 1).unsqueeze(1))
     rows = torch.arange(frames_of_tokens.shape[1], device=lengths.device)
     return torch.bmm((place.unsqueeze(-1) == rows).to(frames_of_tokens.dtype), frames_of_tokens)

@@ -62,7 +62,7 @@ class CosyVoice3(CosyVoice):
     def encode(self, embedded: torch.Tensor, condition: Condition, chunked: torch.Tensor | None) -> torch.Tensor:
         h = self.pre_lookahead_layer(embedded).repeat_interleave(self.ratio, dim=1)
         given = self.ratio * condition.token_lengths
-        return stretch(h, given, condition.lengths, condition.reference.shape[1])
+        return stretch(h, given, condition.lengths, condition.reference.shape[1], self.ratio)
 
     def estimate(self, x_t, t, mu, speaker, reference, lengths, chunked) -> torch.Tensor:
         attended = lengths

@@ -175,5 +175,5 @@ class CosyVoice2(_UNetFlow):
             h = encode_and_double(self.encoder, embedded, tokens, chunked)
         else:
             h = self.encoder(embedded, tokens, streaming=chunked is not None and bool(chunked[0]))[0]
-        given = tokens * self.encoder.up_layer.stride
-        return stretch(self.encoder_proj(h), given, condition.lengths, condition.reference.shape[1])
+        ratio, frames = self.encoder.up_layer.stride, condition.reference.shape[1]
+        return stretch(self.encoder_proj(h), tokens * ratio, condition.lengths, frames, ratio)

@@ -298,10 +298,18 @@ def test_an_absent_cosyvoice_is_said_with_the_remedy(monkeypatch):
 
 def test_tokens_of_another_rate_are_stretched_to_the_nearest():
     rows = torch.arange(6.0).view(1, 6, 1).repeat(3, 1, 1)
-    found = stretch(rows, torch.tensor([6, 6, 3]), torch.tensor([6, 8, 6]), 8)[..., 0]
+    found = stretch(rows, torch.tensor([6, 6, 3]), torch.tensor([6, 8, 6]), 8, 1)[..., 0]
     assert found[0, :6].tolist() == [0, 1, 2, 3, 4, 5]
     assert found[1].tolist() == [0, 1, 1, 2, 3, 4, 4, 5]
     assert found[2, :6].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_whole_tokens_and_whole_frames_of_one_clip_go_by_index():
+    """3.37 s: 85 tokens of 25 per second, rounded up, and 168 frames of 50, rounded down."""
+    rows = torch.arange(170.0).view(1, 170, 1).repeat(2, 1, 1)
+    found = stretch(rows, torch.tensor([170, 168]), torch.tensor([168, 170]), 170, 2)[..., 0]
+    assert found[0, :168].tolist() == list(range(168))
+    assert found[1].tolist() == [*range(168), 167, 167]  # theirs would be cut to 168
 
 
 @VERSIONS
