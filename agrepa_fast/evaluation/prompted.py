@@ -26,6 +26,7 @@ from .lists import Utterance
 from .manifest import Clip
 from .synthesis import wav_content
 
+LONGEST = 40  # seconds of a prompt and its sample (eval/utils_eval.py, get_inference_prompt)
 LEVEL = 0.1  # root of the mean square that quiet prompts are raised to, and their samples lowered from
 
 
@@ -34,14 +35,15 @@ class PromptedSynthesis:
 
     def __init__(self, model: Backbone, index: Index, config: Config, vocoder: Vocoder, folder: Path, device):
         self.model, self.index, self.flow, self.vocoder = model, index, config.flow, vocoder
-        self.folder, self.device, self.mel, self.rate = folder, device, LogMel(config.data), config.data.sample_rate
+        self.folder, self.device, self.mel = folder, device, LogMel(config.data)
+        self.rate, self.hop = config.data.sample_rate, config.data.hop_length
 
     def path(self, clip: Clip) -> Path:
         return self.folder / f"{clip.name}.wav"
 
     def run(self, clips: Sequence[tuple[Clip, Utterance]], ranks: Ranks, progress: Callable[[int], object]) -> None:
         """Write the wavs that are missing; progress(1) is called after each clip. Every rank must call it. Raises
-        UserError for a prompt that cannot be read or is silent."""
+        UserError for a prompt that cannot be read or is silent, or that would make a sample too long."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for clip, utterance in ranks.part_of(clips):
             if not self.path(clip).is_file():
@@ -63,6 +65,11 @@ class PromptedSynthesis:
         prompt = torch.from_numpy(self.mel(wave))
         ids = torch.from_numpy(self.index.text.encode("".join(spoken(utterance))))
         frames = count_frames(utterance, len(prompt), len(ids))
+        if (seconds := frames * self.hop / self.rate) > LONGEST:
+            raise UserError(
+                f"{utterance.key}: its prompt and as many frames for its text take {seconds:.0f} s, above {LONGEST} s: "
+                "name a shorter prompt, all of whose words are in its text"
+            )
         given = F.pad((prompt - self.index.mel_mean) / self.index.mel_std, (0, 0, 0, frames - len(prompt)))
         tokens = torch.zeros(1, 1, dtype=torch.int64)
         condition = Condition(tokens, tokens[0] + 1, given[None], torch.tensor([frames]), text=ids[None])

@@ -306,13 +306,18 @@ def test_a_run_says_the_utterances_of_a_list_after_their_prompts(tmp_path, expor
 
 def test_what_a_run_cannot_say_is_refused(tmp_path, export, librispeech, calls, capsys):
     file = write_list(tmp_path / "x.lst", F5)
-    soundfile.write(librispeech / "1/2/1-2-0001.flac", np.zeros(8000), 16000)
-    for arguments, message in (
+    long = write_list(tmp_path / "long.lst", f"1-2-0001\t2.5\tA\t3-4-0006\t4\t{'So ' * 99}.\n")
+    silent = tmp_path / "silent"
+    shutil.copytree(librispeech, silent)
+    soundfile.write(silent / "1/2/1-2-0001.flac", np.zeros(8000), 16000)
+    cases = (
+        (["--list", long, "--reference", librispeech], "its prompt and as many frames for its text take"),
         (["--list", librispeech], "has no prompts to sample from"),
-        (["--list", file, "--reference", librispeech], "1-2-0001.flac is silent"),
+        (["--list", file, "--reference", silent], "1-2-0001.flac is silent"),
         (["--list", file, "--reference", librispeech, "model.backbone=audio_dit"], "cannot be overridden"),
-    ):
+    )
+    for number, (arguments, message) in enumerate(cases):
         with pytest.raises(SystemExit) as ended:
-            main(["evaluate", str(export), "--out", str(tmp_path / "out"), *map(str, arguments)])
+            main(["evaluate", str(export), "--out", str(tmp_path / f"out{number}"), *map(str, arguments)])
         assert ended.value.code == 2, arguments
         assert message in capsys.readouterr().err.splitlines()[-1]  # below the bar
