@@ -88,6 +88,7 @@ class Index:
     chosen: dict[str, str] = field(default_factory=dict)  # domain -> name of the teacher to read; default: its first
     text: TextIds | None = None  # of the transcripts; set, only clips with a transcript of their own are taken
     normalize: bool = True  # False: mels are trained as they are, and mel_mean and mel_std are 0 and 1
+    trained: tuple[float, float] | None = None  # mel_mean and mel_std of the run whose model reads these shards
 
     @cached_property
     def domains(self) -> tuple[str, ...]:
@@ -124,11 +125,15 @@ class Index:
     @cached_property
     def mel_mean(self) -> float:
         """Mean of all values of the train mels, all domains together, which is taken off them."""
+        if self.trained is not None:
+            return self.trained[0]
         return self._mel_sum("sum") / self._mel_values() if self.normalize else 0.0
 
     @cached_property
     def mel_std(self) -> float:
         """Their standard deviation, which they are divided by."""
+        if self.trained is not None:
+            return self.trained[1]
         if not self.normalize:
             return 1.0
         return (self._mel_sum("sum_squares") / self._mel_values() - self.mel_mean**2) ** 0.5

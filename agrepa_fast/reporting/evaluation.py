@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from ..files import FolderLock, file_sha256, write_atomically
 from ..launch import local_device
 from ..ranks import Ranks
 from .evaluation_table import print_results, results_markdown
-from .opened import OpenedCheckpoint, check_out, open_checkpoint
+from .opened import DRAWN_IN_TRAINING, OpenedCheckpoint, check_out, open_checkpoint
 from .report import write_report
 
 USES = ("data", "flow", "eval.vocoder", "metrics")
@@ -94,19 +95,7 @@ def made_with(opened: OpenedCheckpoint, vocoder: Vocoder, live: bool) -> dict:
         "step": step_of(opened.path),
         "averaged": not live,
         "vocoder": vocoder.name,
-        "flow": {
-            name: getattr(flow, name)
-            for name in (
-                "sigma",
-                "steps",
-                "solver",
-                "guidance",
-                "guidance_without",
-                "schedule",
-                "sway",
-                "max_reference",
-            )
-        },
+        "flow": {name: value for name, value in asdict(flow).items() if f"flow.{name}" not in DRAWN_IN_TRAINING},
     }
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..checkpoints.find import resolve_checkpoint
+from ..checkpoints.shard_facts import as_trained
 from ..checkpoints.weights import load_model
 from ..config import Config
 from ..config_file import check_used, load_config
@@ -14,9 +15,10 @@ from ..data.index import Index
 from ..data.matching import matching_index
 from ..errors import UserError
 from ..files import check_writable
+from ..launch import local_device
 from ..models.backbone import Backbone
 
-_DRAWN_IN_TRAINING = ("flow.times", "flow.average", "flow.drop_tokens", "flow.drop_reference", "flow.drop_all")
+DRAWN_IN_TRAINING = ("flow.times", "flow.average", "flow.drop_tokens", "flow.drop_reference", "flow.drop_all")
 
 
 def check_out(out: Path) -> None:
@@ -53,10 +55,11 @@ def open_checkpoint(checkpoint: Path, overrides: Sequence[str], *, live: bool, u
     config = load_config(path / "config.yaml", overrides)
     if config.model != saved.model:
         raise UserError("model.* is the checkpoint's: it cannot be overridden here")
-    if config.flow.prediction != saved.flow.prediction:
-        raise UserError("flow.prediction is the checkpoint's: it cannot be overridden here")
+    for section, name in (("flow", "prediction"), ("data", "normalize")):
+        if getattr(getattr(config, section), name) != getattr(getattr(saved, section), name):
+            raise UserError(f"{section}.{name} is the checkpoint's: it cannot be overridden here")
     check_used(overrides, uses)
-    if drawn := [name for name, _, _ in (text.partition("=") for text in overrides) if name in _DRAWN_IN_TRAINING]:
+    if drawn := [name for name, _, _ in (text.partition("=") for text in overrides) if name in DRAWN_IN_TRAINING]:
         raise UserError(f"{drawn[0]} has no effect here: only training draws by it")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return OpenedCheckpoint(model.to(device), config, matching_index(config.data), path, device)
+    device = local_device()
+    return OpenedCheckpoint(model.to(device), config, as_trained(matching_index(config.data), path), path, device)

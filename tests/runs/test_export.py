@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,10 @@ from safetensors.torch import load_file
 
 from agrepa_fast import UserError, load_model
 from agrepa_fast.checkpoints.find import resolve_checkpoint
+from agrepa_fast.checkpoints.shard_facts import as_trained
 from agrepa_fast.checkpoints.weights import weights_file
 from agrepa_fast.cli import main
+from agrepa_fast.data.index import load_index
 
 from ..ranks import ROOT, run_training
 
@@ -66,6 +70,21 @@ def test_it_says_what_the_weights_were_trained_on(exported, preset):
         assert said["teacher"]["spec"] == "openai/whisper-large-v3"
         assert said["teacher"]["dim"] == len(said["teacher"]["mean"])
     assert facts["selection"]["layers"].keys() == {"speech", "audio"}
+
+
+def test_other_shards_are_read_as_those_of_the_training(exported, preset):
+    """With their mels scaled alike, and not at all if their token ids mean other sounds."""
+    index = load_index(preset.parent)
+    facts = json.loads((exported / "export.json").read_text())["shards"]
+    content = deepcopy(index.content)
+    for entry in content["domains"].values():
+        entry["mel"]["sum"] *= 2  # of other recordings
+    other = as_trained(replace(index, content=content), exported)
+    assert (other.mel_mean, other.mel_std) == (facts["mel"]["mean"], facts["mel"]["std"])
+    assert as_trained(index, exported).mel_mean == index.mel_mean
+    content["domains"]["audio"]["tokens"]["sha256"] = "0"
+    with pytest.raises(UserError, match="its audio tokens are other ids than those"):
+        as_trained(replace(index, content=content), exported)
 
 
 def test_probe_sample_and_start_from_take_it(exported, tmp_path, capsys, no_pictures):
