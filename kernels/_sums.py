@@ -49,6 +49,8 @@ def finish_sums(sums: torch.Tensor, like: torch.Tensor, planes: int | None = Non
     """
     chunks, width = sums.shape[-2:]
     shape, count = like.shape if planes is None else (planes, *like.shape), planes or 1
+    if not sums.numel():
+        return like.new_zeros(shape)
     if like.ndim == 3:
         return sums.view(count, -1, like.numel()).sum(1).to(like.dtype).view(shape)
     conditions = like.numel() // width

@@ -31,7 +31,8 @@ class Pooled(Objective):
             chosen = [layers[place] for place in places]
             pooled = torch.stack([layer.tap.float() for layer in chosen])
             pooled = F.rms_norm(pooled, pooled.shape[-1:], eps=1e-6)
-            of_layers = weights if len(places) == len(layers) else weights[places].contiguous()
+            # Not weights[places]: the list would be copied to the device, which a CUDA graph cannot do.
+            of_layers = weights if len(places) == len(layers) else torch.stack([weights[place] for place in places])
             heads = _stacked([layer.head for layer in chosen])
             part, of_clips = align_loss_sum(pooled, *heads, chosen[0].target, of_layers, chosen[0].mask, share)
             mean, losses = mean + part, losses + of_clips

@@ -207,6 +207,8 @@ class Backbone(nn.Module):
 def _recomputed(forward: Callable) -> Callable:
     @wraps(forward)  # gates look for the names of its arguments
     def recompute(*args, **kwargs):
+        if not torch.is_grad_enabled():  # checkpoint would read the random state, which a CUDA graph cannot
+            return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     return recompute

@@ -142,7 +142,9 @@ def _spread(x: torch.Tensor, counts: torch.Tensor, lengths: int | torch.Tensor) 
     """Return x (N, T, D), whose first counts (N,) frames are text, with each of them repeated so that they fill the
     clip: equally often, the last ones once more."""
     place = torch.arange(x.shape[1], device=x.device)
-    counts, lengths = counts.unsqueeze(1), torch.as_tensor(lengths, device=x.device).view(-1, 1)
+    if not isinstance(lengths, torch.Tensor):  # made on the device: a CUDA graph cannot copy from the host
+        lengths = counts.new_full((1,), lengths)
+    counts, lengths = counts.unsqueeze(1), lengths.view(-1, 1)
     times = lengths // counts.clamp(min=1)
     plain = counts - (lengths - counts * times)  # tokens that are not repeated once more
     late = plain + (place - plain * times) // (times + 1)

@@ -97,6 +97,8 @@ def test_any_gradient_and_any_rows(backend):
     with force_backend(backend):
         (dx,) = torch.autograd.grad(linear_gelu(x, weight, None).sum(), x)
         assert linear_gelu(x[:0], weight, None).shape == (0, 5, 9)
+        bias = torch.randn(9, device=DEVICE, requires_grad=True)
+        assert torch.autograd.grad(linear_gelu(x[:0], weight, bias).sum(), bias)[0].count_nonzero() == 0
     (wanted,) = torch.autograd.grad(F.gelu(F.linear(x, weight)).sum(), x)
     torch.testing.assert_close(dx, wanted, rtol=1e-4, atol=1e-4)
 
