@@ -10,7 +10,7 @@ import torch
 from ..config import DataConfig
 from ..errors import UserError, nearest
 from ..fetch import check_home_cache
-from ..files import local_path
+from ..files import file_sha256, local_path
 from . import hifigan
 from .mel import LogMel
 from .waves import import_torchaudio
@@ -99,7 +99,8 @@ def _vocos(name: str, data: DataConfig, device: str, offline: bool = False) -> V
     except RuntimeError as error:
         raise UserError(f"vocoder {name}: {weights} does not fit {config}: download both again") from error
     model = model.eval().requires_grad_(False).to(device)
-    return Vocoder(f"Vocos ({name})", data, model.decode, device)
+    # Wavs are kept by the name, and a folder may get other weights.
+    return Vocoder(f"Vocos ({name}, {file_sha256(weights)[:12]})", data, model.decode, device)
 
 
 def _vocos_files(name: str, offline: bool) -> tuple[Path, Path]:

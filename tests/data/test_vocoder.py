@@ -1,6 +1,7 @@
 """Vocoders on the log-mel of a real recording, each one's refusals, and what `auto` takes."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -172,7 +173,7 @@ def test_vocos_from_a_folder_is_the_library_model(speech, tmp_path, padding):
     data = dataclasses.replace(RELEASE, center=padding == "center")
     model = save_vocos(tmp_path, padding=padding)
     vocoder = load_vocoder(str(tmp_path), data)
-    assert vocoder.name == f"Vocos ({tmp_path})"
+    assert re.fullmatch(rf"Vocos \({re.escape(str(tmp_path))}, [0-9a-f]{{12}}\)", vocoder.name)
     wave = cut(speech, data)
     log_mel = torch.from_numpy(LogMel(data)(wave))
     # The library's own mel of the wave: floored at 1e-7 where ours is at 1e-5.
@@ -186,7 +187,7 @@ def test_auto_is_vocos_when_the_hub_has_been_there(empty_hub):
     save_vocos(repository / "snapshots" / "abc")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
-    assert load_vocoder("auto", RELEASE).name == f"Vocos ({VOCOS_HUB})"
+    assert load_vocoder("auto", RELEASE).name.startswith(f"Vocos ({VOCOS_HUB}, ")
 
 
 def user_error(name: str, data: DataConfig) -> str:
