@@ -1,11 +1,13 @@
 """Weight files of the packages that models come from: in by train.start_from, out by `agrepa export --upstream`."""
 
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
 import torch
 
+from ..config import Config
 from ..errors import UserError, one_line
 from ..files import check_readable, check_writable, replace_file
 from ..models.backbone import Backbone
@@ -37,6 +39,17 @@ def start_from_upstream(model: Backbone, path: Path) -> str:
     return f"train.start_from: {len(state)} tensors of {path}, read as {model.upstream}"
 
 
+def other_settings(model: Backbone, config: Config) -> str | None:
+    """Return a warning if weights of the model's package mean other mels or noise than those of a run, else None."""
+    sections = [(name, *name.split("."), wanted) for name, wanted in model.upstream_settings.items()]
+    differing = [
+        f"{name}={wanted}" for name, part, own, wanted in sections if getattr(getattr(config, part), own) != wanted
+    ]
+    if not differing:
+        return None
+    return f"warning: its package's weights are of {' and '.join(differing)}, and this run's are not"
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a .safetensors file, or of a .pt that holds nothing else, on the CPU. Of a file that a
     training wrote, the averaged weights, or else the live ones. Raises UserError."""
@@ -65,12 +78,14 @@ def export_upstream(checkpoint: Path, out: Path, *, live: bool = False) -> None:
     if out.exists():
         raise UserError(f"--out {out} exists: choose a new file")
     check_writable(out.parent, "--out")
-    model, _ = load_model(checkpoint, live=live)
+    model, config = load_model(checkpoint, live=live)
     if model.predicts == "x":
         raise UserError("--upstream: models of other packages predict the velocity, and this one the clean mel (x)")
     content = model.to_upstream(dict(model.state_dict()))
     if out.suffix != model.upstream_suffix:
         raise UserError(f"--out {out}: {type(model).__name__}'s package reads {model.upstream_suffix} files")
+    if (warning := other_settings(model, config)) is not None:
+        print(warning, file=sys.stderr)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(out) as file:
         if out.suffix in _PICKLED:

@@ -62,6 +62,7 @@ class Backbone(nn.Module):
     then called with text_vocab, the number of text ids, or speaker_dim, channels of the speaker's vector.
     upstream, upstream_suffix: the package that the model comes from, with its version and its weights' licence, for the
     line of train.start_from; and how the names of its weight files end.
+    upstream_settings: of a run whose mels and noise are those of that package's weights; a run with others is warned.
     attention_cost: FLOPs of a pair of frames over those of a frame, for train.batch_frames; set by the builder.
     partitioned: weights are whole only inside a module's forward (ZeRO-3); set by the engine.
     predicts: "velocity", or "x" if `velocity` returns the clean mel, from which `forward` computes the velocity; set
@@ -78,6 +79,7 @@ class Backbone(nn.Module):
     needs: frozenset[str] = frozenset()
     upstream = ""
     upstream_suffix = ".safetensors"
+    upstream_settings: Mapping[str, object] = MappingProxyType({})
     attention_cost = 0.0
     partitioned = False
     predicts = "velocity"

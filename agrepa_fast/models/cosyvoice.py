@@ -5,6 +5,7 @@ tokens, the speaker's vector and the reference go into an estimator of the veloc
 """
 
 from itertools import product
+from types import MappingProxyType
 
 import torch
 import torch.nn as nn
@@ -31,6 +32,7 @@ class CosyVoice(Backbone):
 
     needs = frozenset({"speaker"})
     upstream_suffix = ".pt"
+    upstream_settings = MappingProxyType({"data.normalize": False, "flow.sigma": 1.0})
     version: str
 
     def __init__(self, n_mels: int, vocab: int, speaker_dim: int, width: int, streaming: float = 0.0):

@@ -1,5 +1,7 @@
 """F5-TTS (Chen et al. 2024) and E2 TTS: the networks of the f5_tts package as a Backbone."""
 
+from types import MappingProxyType
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ class F5(Backbone):
     """
 
     needs = frozenset({"text"})
+    upstream_settings = MappingProxyType({"data.normalize": False, "flow.sigma": 1.0})
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Build a run from its settings, shards and checkpoint: everything that can refuse it first, then its folder, then the
 engine and the parts beside it."""
 
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..audio.vocoder import Vocoder, load_vocoder
 from ..checkpoints.find import resolve_checkpoint
 from ..checkpoints.load import load_checkpoint
 from ..checkpoints.save import Checkpoints
-from ..checkpoints.upstream import is_upstream_file, start_from_upstream
+from ..checkpoints.upstream import is_upstream_file, other_settings, start_from_upstream
 from ..checkpoints.weights import load_projections, load_weights, weights_file
 from ..config import Config
 from ..config_file import load_config, save_config
@@ -229,6 +230,8 @@ def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> 
             line = start_from_upstream(model, start_from)
             if dist.get_rank() == 0:
                 print(line)
+                if (warning := other_settings(model, config)) is not None:
+                    print(warning, file=sys.stderr)
         else:
             start_from_run(model, resolve_checkpoint(start_from))
         return model

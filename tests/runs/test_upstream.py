@@ -3,14 +3,16 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from agrepa_fast import UserError
-from agrepa_fast.checkpoints.upstream import read_tensors, start_from_upstream
+from agrepa_fast import AudioDiT, UserError
+from agrepa_fast.checkpoints.upstream import other_settings, read_tensors, start_from_upstream
 from agrepa_fast.cli import main
+from agrepa_fast.config_file import load_config
 from agrepa_fast.models.voicebox import Voicebox
 
 from ..attribution.test_peers import voicebox_package
@@ -175,3 +177,12 @@ def test_an_export_overwrites_nothing_and_has_the_suffix_that_the_package_reads(
     assert torch.equal(
         exported["voicebox.to_pred.weight"], load_file(checkpoint / "model.safetensors")["to_pred.weight"]
     )
+
+
+def test_a_run_with_other_mels_or_noise_than_a_package_is_warned():
+    model = SimpleNamespace(upstream_settings={"data.normalize": False, "flow.sigma": 1.0})
+    assert other_settings(model, load_config("f5-v1")) is None
+    assert "are of data.normalize=False, and" in other_settings(model, load_config("f5-v1", ["data.normalize=true"]))
+    warning = other_settings(model, load_config("f5-v1", ["data.normalize=true", "flow.sigma=0.5"]))
+    assert "are of data.normalize=False and flow.sigma=1.0, and" in warning
+    assert other_settings(AudioDiT, load_config("demo")) is None
