@@ -37,7 +37,7 @@ def build_engine(model: nn.Module, config: Config, ds_config: dict):
 def announce_backward(engine) -> None:
     """Tell DeepSpeed's optimizer whether the next backward pass is the last of a step. The engine's forward does so,
     which a captured step leaves out, and hooks of full gradient buckets act on it amid the pass."""
-    if engine.zero_optimization():
+    if engine.zero_optimization_stage() > 0:
         engine.optimizer.set_gradient_accumulation_boundary(engine.is_gradient_accumulation_boundary())
 
 

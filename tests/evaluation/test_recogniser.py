@@ -76,7 +76,7 @@ def test_whisper_hears_what_transformers_generates(whisper, language):
     model = WhisperForConditionalGeneration.from_pretrained(whisper).eval()
     tokenizer, extractor = AutoTokenizer.from_pretrained(whisper), WhisperFeatureExtractor()
     texts, ended = set(), []
-    for seed in range(6):
+    for seed in range(10):
         wave = noise(1 + seed / 2, seed) * (seed + 1)
         bound = int((10 if language == "en" else 25) * (1 + seed / 2)) + 12
         features = extractor(wave, sampling_rate=RATE, return_tensors="pt").input_features

@@ -42,7 +42,8 @@ def count_waits(preset: str, folder: Path, cases: list[tuple[int, str]] = CASES)
             overrides = (f"train.precision={precision}", f"train.graphs={graphs}")
             run, batches = make_run(preset, ds_values(stage), place, *overrides)
             for optimizer in (run.engine.basic_optimizer, run.choice.aligner.optimizer):
-                optimizer.param_groups[0].update(fused=True, foreach=False)  # as on a GPU
+                for group in optimizer.param_groups:
+                    group.update(fused=True, foreach=False)  # as on a GPU
             for step in range(2):  # the optimizer's state is made, and a graph captured
                 run.step(batches, step)
             with waits() as counted["graphs" if graphs else "step"]:
