@@ -38,10 +38,10 @@ def as_trained(index: Index, path: Path) -> Index:
 
     Raises UserError if ids of tokens or of text mean something else in the shards than they did in training.
     """
-    facts = _stored_facts(path)
-    if facts is None:
-        return index
     try:
+        facts = _stored_facts(path)
+        if facts is None:
+            return index
         _check_ids(index, facts, path)
         return replace(index, trained=(float(facts["mel"]["mean"]), float(facts["mel"]["std"])))
     except (KeyError, TypeError, AttributeError, ValueError) as error:

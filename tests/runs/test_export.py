@@ -72,7 +72,7 @@ def test_it_says_what_the_weights_were_trained_on(exported, preset):
     assert facts["selection"]["layers"].keys() == {"speech", "audio"}
 
 
-def test_other_shards_are_read_as_those_of_the_training(exported, preset):
+def test_other_shards_are_read_as_those_of_the_training(exported, preset, tmp_path):
     """With their mels scaled alike, and not at all if their token ids mean other sounds."""
     index = load_index(preset.parent)
     facts = json.loads((exported / "export.json").read_text())["shards"]
@@ -85,6 +85,11 @@ def test_other_shards_are_read_as_those_of_the_training(exported, preset):
     content["domains"]["audio"]["tokens"]["sha256"] = "0"
     with pytest.raises(UserError, match="its audio tokens are other ids than those"):
         as_trained(replace(index, content=content), exported)
+    for number, damaged in enumerate(("[]", '{"shards": 3}', '{"shards": {"domains": {}}}')):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "export.json").write_text(damaged)
+        with pytest.raises(UserError, match="what it says of its shards is damaged"):
+            as_trained(index, tmp_path / str(number))
 
 
 def test_probe_sample_and_start_from_take_it(exported, tmp_path, capsys, no_pictures):

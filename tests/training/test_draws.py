@@ -1,4 +1,4 @@
-"""What a step draws, and the states of the averaged weights that it compares with."""
+"""The draws of a step, and the states of the averaged weights that the step is compared with."""
 
 from copy import deepcopy
 from dataclasses import replace
