@@ -1,10 +1,10 @@
-"""Whether a user's model does what Backbone promises, tried on two short random clips before a run begins."""
+"""Whether another model than AudioDiT does what Backbone promises, tried on two short random clips before a run."""
 
 from dataclasses import replace
 
 import torch
 
-from ..config import ModelConfig
+from ..config import FlowConfig, ModelConfig
 from ..errors import UserError
 from ..models.backbone import Backbone
 from ..models.condition import Condition
@@ -16,8 +16,9 @@ _FRAMES = (24, 17)
 _PADDING_CHANGES = 1e-3  # relative; rounding explains less
 
 
-def check_model(model: Backbone, config: ModelConfig) -> str | None:
-    """Return a warning if the padding of a batch changes the velocity of a clip, and None if it does not.
+def check_model(model: Backbone, config: ModelConfig, flow: FlowConfig) -> list[str]:
+    """Return a warning if the padding of a batch changes the velocity of a clip, and one if the model does not drop the
+    tokens that it is told to.
 
     Raises UserError if the model raises anything, returns another shape, has layers of another width than it says, or
     cannot be gated exactly. Its weights are whole, on the CPU.
@@ -29,12 +30,19 @@ def check_model(model: Backbone, config: ModelConfig) -> str | None:
             _check_widths(model, batch)
             FogaProbe(model, ProbePoints((0.5,))).check_blocks(batch)
             change = _change_by_padding(model, batch)
+            ignored = (flow.drop_tokens or flow.drop_all or flow.guidance != 1) and _ignores_drops(model, batch)
     except Exception as error:  # anything, in code that is not ours
         raise UserError(f"{name}: {their_error(error)}") from error
-    if change <= _PADDING_CHANGES:
-        return None
-    remedy = "mask by condition.lengths" if config.padding == "strict" else "model.padding=strict keeps it out"
-    return f"{name}: padding changes the velocity of a clip by {change:.1%}: {remedy}"
+    warnings = []
+    if change > _PADDING_CHANGES:
+        remedy = "mask by condition.lengths" if config.padding == "strict" else "model.padding=strict keeps it out"
+        warnings.append(f"{name}: padding changes the velocity of a clip by {change:.1%}: {remedy}")
+    if ignored:
+        warnings.append(
+            f"{name}: the velocity of a clip has its tokens although condition.keep_tokens is False, so "
+            "guidance does nothing; leave them out there, or set flow.drop_tokens=0 flow.drop_all=0 flow.guidance=1"
+        )
+    return warnings
 
 
 def _random_clips(config: ModelConfig) -> ProbeBatch:
@@ -80,3 +88,13 @@ def _change_by_padding(model: Backbone, batch: ProbeBatch) -> float:
     single = model(batch.mel[1:, :frames], t[1:], alone).v[0]
     norm = single.norm()
     return float((padded - single).norm() / norm) if norm > 0 else 0.0
+
+
+def _ignores_drops(model: Backbone, batch: ProbeBatch) -> bool:
+    """Return whether other ids change the velocity, and dropping them does not."""
+    given = batch.condition
+    text = None if given.text is None else torch.where(given.text > 0, given.text - 1, given.text)
+    others = replace(given, tokens=given.tokens.flip(1), text=text)
+    dropped = replace(given, keep_tokens=torch.zeros(2, dtype=torch.bool))
+    now, other, without = (model(batch.mel, clip_times(batch, 0.5), c).v for c in (given, others, dropped))
+    return torch.equal(now, without) and not torch.equal(now, other)

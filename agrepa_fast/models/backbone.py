@@ -3,14 +3,17 @@
 class Mine(Backbone):
     def __init__(self, n_mels, vocab, dim=256):
         super().__init__()
-        self.net = MyTransformer(n_mels, vocab, dim)
+        self.net, self.no_token = MyTransformer(n_mels, vocab + 1, dim), vocab
 
     @property
     def layers(self):
         return [Layer((block,), width=256) for block in self.net.blocks]
 
     def velocity(self, x_t, t, condition):
-        return self.net(x_t, t, condition.tokens, mask=condition.lengths)
+        ids = condition.tokens
+        if condition.keep_tokens is not None:
+            ids = ids.where(condition.keep_tokens[:, None], self.no_token)
+        return self.net(x_t, t, ids, condition.reference, lengths=condition.lengths)
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import UserError
 from ..kernels import valid_frames
-from .audio_dit.conditioning import zero_padding
+from .audio_dit.conditioning import keep_clips, zero_padding
 from .condition import Condition
 
 
@@ -97,7 +100,9 @@ class Backbone(nn.Module):
 
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         """Return the velocity (N, T, n_mels) at x_t (N, T, n_mels) and times t (N,), for N conditions; the clean mel if
-        `predicts` is "x". Frames beyond condition.lengths are padding, and must not change those of the clip."""
+        `predicts` is "x". Frames beyond condition.lengths are padding, and must not change those of the clip. A
+        clip whose condition.keep_tokens is False gets no tokens, text or speaker; a reference that is dropped is zero.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no velocity(x_t, t, condition)")
 
     def forward(
@@ -118,6 +123,7 @@ class Backbone(nn.Module):
         another shape than x_t.
         """
         copies = self.check_inputs(x_t, t, condition, capture, attention)
+        condition = replace(condition, reference=keep_clips(condition.reference, condition.keep_reference))
         if copies > 1:
             condition = condition.map(lambda tensor: tensor.repeat(copies, *[1] * (tensor.ndim - 1)))
             condition = replace(condition, copies=copies)

@@ -61,7 +61,7 @@ class CosyVoice(Backbone):
         mu = keep_clips(self.encode(embedded, once, chunked), once.keep_tokens)
         voice = F.normalize(once.speaker, dim=1).to(self.spk_embed_affine_layer.weight.dtype)
         speaker = keep_clips(self.spk_embed_affine_layer(voice), once.keep_tokens)
-        reference = keep_clips(once.reference, once.keep_reference)
+        reference = once.reference
         if (copies := condition.copies) > 1:  # the encoder may cost as much as the estimator
             mu, speaker, reference = mu.repeat(copies, 1, 1), speaker.repeat(copies, 1), reference.repeat(copies, 1, 1)
             chunked = None if chunked is None else chunked.repeat(copies)

@@ -7,7 +7,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..kernels import valid_frames
-from .audio_dit.conditioning import keep_clips
 from .backbone import Backbone, Layer
 from .condition import Condition
 from .f5_clips import AttentionOfOwnFrames, TappedUNet, TextBlockOfOwnFrames, TextOfOwnFrames, TextPerClip, swap
@@ -107,7 +106,7 @@ class F5(Backbone):
         frames, lengths = x_t.shape[1], condition.mask_lengths
         return self.transformer(
             x=x_t,
-            cond=keep_clips(condition.reference, condition.keep_reference),
+            cond=condition.reference,
             text=F.pad(condition.text[:, :frames], (0, max(0, frames - condition.text.shape[1])), value=-1),
             time=t,
             mask=None if lengths is None else valid_frames(lengths, frames),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from ..errors import UserError
 from .audio_dit.attention import attend
-from .audio_dit.conditioning import Condition, interpolate_tokens, keep_clips, zero_padding
+from .audio_dit.conditioning import Condition, interpolate_tokens, zero_padding
 from .backbone import Backbone, Layer
 
 
@@ -88,9 +88,8 @@ class Voicebox(Backbone):
             ids = torch.where(condition.keep_tokens.unsqueeze(1), ids, self.null_id)
         embedded = interpolate_tokens(self.to_cond_emb(ids), condition.token_lengths, condition.lengths, x_t.shape[1])
         embedded = self.condition_tap(embedded)
-        reference = keep_clips(condition.reference, condition.keep_reference)
         dtype = self.to_embed.weight.dtype
-        x = self.to_embed(torch.cat((x_t.to(dtype), embedded.to(dtype), reference.to(dtype)), dim=-1))
+        x = self.to_embed(torch.cat((x_t.to(dtype), embedded.to(dtype), condition.reference.to(dtype)), dim=-1))
         x = self.conv_embed(x, lengths) + x
         return self.to_pred(self.transformer(x, self.sinu_pos_emb(t), lengths))
 

@@ -26,9 +26,9 @@ def new_model(config: Config, ds_config: dict, measure: Callable[[Backbone], Non
         model = make_model(config.model, config.flow.prediction, partition)
     else:
         model = make_model(config.model, config.flow.prediction)
-        warning = check_model(model, config.model)
-        if warning is not None and dist.get_rank() == 0:
-            print(f"warning: {warning}", file=sys.stderr)
+        for warning in check_model(model, config.model, config.flow):
+            if dist.get_rank() == 0:
+                print(f"warning: {warning}", file=sys.stderr)
         measure(model)
         partition(model)
     model.partitioned = zero_stage(ds_config) == 3

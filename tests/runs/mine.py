@@ -29,11 +29,15 @@ class Mine(Backbone):
         return [Layer((block,), width=self.time.out_features) for block in self.blocks]
 
     def velocity(self, x_t, t, condition):
-        time = self.time(self.scale * t[:, None, None]) + self.ids(condition.tokens[:, :1])
+        time = self.time(self.scale * t[:, None, None]) + self.said(condition)
         x = self.enter(torch.cat((x_t, condition.reference), -1))
         for block in self.blocks:
             x = block(x, time=time)
         return self.leave(x)
+
+    def said(self, condition):
+        said = self.ids(condition.tokens[:, :1])
+        return said if condition.keep_tokens is None else said * condition.keep_tokens[:, None, None]
 
 
 class Broken(Mine):
@@ -57,6 +61,13 @@ class Mixes(Mine):
 
     def velocity(self, x_t, t, condition):
         return super().velocity(x_t - x_t.mean(1, keepdim=True), t, condition)
+
+
+class Insists(Mine):
+    """It leaves no tokens out."""
+
+    def said(self, condition):
+        return self.ids(condition.tokens[:, :1])
 
 
 class Reads(Mine):

@@ -2,21 +2,24 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from agrepa_fast import cli, load_model
+from agrepa_fast.attribution.check_model import check_model
 from agrepa_fast.attribution.csv import read_csv
 from agrepa_fast.config_file import load_config
 from agrepa_fast.errors import UserError
 from agrepa_fast.models.registry import make_model
 
 from ..ranks import run_training
-from ..testing import assert_same_curve, write_small_shards
+from ..testing import MEL_BINS, VOCAB, assert_same_curve, small_batch, write_small_shards
 from ..training.graphs_on_ranks import plant_captures
 
+SIZES = [f"model.n_mels={MEL_BINS}", f"model.vocab={VOCAB}"]
 PRESET = """
 model: {backbone: "mine:Mine", options: {dim: 12}}
 """
@@ -115,7 +118,7 @@ def test_what_is_no_backbone_is_refused_by_name(folder, monkeypatch, backbone, m
         ("model.options.size=3", "unexpected keyword argument 'size'"),
         ("model.backbone=mine:Broken", "velocity returned"),
         ("model.backbone=mine:Narrow", "layer 1 says width=5, and its states are (2, 24, 12)"),
-        ("model.backbone=mine:Raises", "mine.py:52, in velocity: AttributeError: 'Raises' object has no attribute"),
+        ("model.backbone=mine:Raises", "mine.py:57, in velocity: AttributeError: 'Raises' object has no attribute"),
         ("align.k=4", "align.k=4 is more than the model's 3 layers"),
         ("align.strategy=fixed:7", "layers are numbered 1 to 3"),
         ("align.strategy=lasp", "align.strategy=lasp"),
@@ -134,7 +137,29 @@ def test_settings_that_do_not_suit_the_model_end_a_run_before_it_begins(folder, 
 def test_padding_that_changes_a_clip_is_said(folder):
     output = run_training(1, "--preset", "mine.yaml", "model.backbone=mine:Mixes", "run.dir=run", cwd=folder)
     assert "warning: Mixes: padding changes the velocity of a clip by" in output
-    assert "padding" not in run_training(1, "--preset", "mine.yaml", "run.dir=other", cwd=folder)
+    assert "warning" not in run_training(1, "--preset", "mine.yaml", "run.dir=other", cwd=folder)
+
+
+def test_tokens_that_are_not_dropped_are_said(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    config = load_config("mine.yaml", ["model.backbone=mine:Insists", *SIZES])
+    model = make_model(config.model)
+    (warning,) = check_model(model, config.model, config.flow)
+    assert "Insists: the velocity of a clip has its tokens although condition.keep_tokens is False" in warning
+    assert not check_model(model, config.model, replace(config.flow, drop_tokens=0.0, guidance=1.0))
+    mine = load_config("mine.yaml", SIZES)
+    assert not check_model(make_model(mine.model), mine.model, mine.flow)
+
+
+def test_a_dropped_reference_is_zero_in_every_model(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    model = make_model(load_config("mine.yaml", SIZES).model)
+    mel, condition = small_batch()
+    dropped = replace(condition, keep_reference=torch.tensor([True, False, True]))
+    zero = replace(condition, reference=condition.reference * dropped.keep_reference[:, None, None])
+    t = torch.full((3,), 0.5)
+    assert torch.equal(model(mel, t, dropped).v, model(mel, t, zero).v)
+    assert not torch.equal(model(mel, t, condition).v, model(mel, t, zero).v)
 
 
 def test_a_users_model_with_frozen_weights_is_replayed_if_that_is_asked(folder):
