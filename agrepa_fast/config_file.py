@@ -30,20 +30,21 @@ _REFERENCE_HEAD = """# Configuration
 
 <!-- Written by `agrepa config --reference`; the tests compare it with agrepa_fast/config.py. -->
 
-Every command takes `section.field=value`. A run starts from a preset (`--preset NAME` or a yaml file), applies the
-overrides and saves the result as `config.yaml` in its folder; `agrepa config PRESET section.field=value` prints it
-without running anything. An unknown name, a wrong type and a value out of bounds end a command with one line and exit
-code 2. A resumed run may change the settings marked °; it must leave all others as they were.
+`train`, `probe`, `sample`, `evaluate`, `compare` and `config` take `section.field=value`, `prepare` takes those of
+`data`. A run starts from a preset (`--preset NAME` or a yaml file), applies the overrides and saves the result as
+`config.yaml` in its folder; `agrepa config PRESET section.field=value` prints it without running anything, and
+`agrepa config RUN` that of a run. An unknown name, a wrong type and a value out of bounds end a command with one line
+and exit code 2. A resumed run may change the settings marked °; it must leave all others as they were.
 
-An override of `model.backbone` leaves out the sizes and options that the preset has for its own model: type those of
-the other, as `model.options.NAME=value`.
+An override of `model.backbone` drops the sizes and options that the preset has for its own model: give the new model's
+as `model.options.NAME=value`.
 
 A value on the command line is the text that was typed: `run.dir=20241128_153000` and `run.dir=1e5` are names, and so is
 `run.dir=None`. Only `null` stands for no value, where the setting takes null. Lists are written `[0.5,0.7]`. In a file,
 a plain `null`, `~` or nothing at all stands for no value: put a name like these in quotes. `~/` at the start of a path
 is the home folder, and a relative path starts at the working directory, wherever the path is written: in an override, a
-file, an option or `AGREPA_CACHE`. Files are UTF-8, with or without a byte order mark. Numbers are finite and fit 32
-bits, seeds 64.
+file, an option or `AGREPA_CACHE`. Files are UTF-8, with or without a byte order mark. Numbers are finite
+(except `train.clip_norm=inf`, which only measures) and fit 32 bits, seeds 64.
 
 Presets: `demo` and `demo-f5` (minutes on two CPU cores), `demo-long` (half an hour), `agrepa-a` (the paper's
 24 x 1024), `agrepa-b` (with a second token), `agrepa-xl` (30 x 1664), and [those of other models](models.md). Defaults
