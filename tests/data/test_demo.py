@@ -54,6 +54,7 @@ def packages(tmp_path, monkeypatch):
     return roots
 
 
+@pytest.mark.drill  # each run of .ci/run prepares the demo
 def test_the_manifest_is_of_this_machines_packages():
     """Fetches the real ones. Debian 12 and 13 and Ubuntu 24.04 give these numbers."""
     speech = demo.demo_recordings("speech", 2.2, 0.5)

@@ -199,6 +199,7 @@ prepare_folder(load_config("demo", {overrides!r}), Path({corpus!r}), "speech", P
 """
 
 
+@pytest.mark.drill
 def test_killed_runs_are_resumed_to_the_same_bytes(prepared, corpus, whisper, tmp_path):
     config, out = settings(whisper), tmp_path / "out"
     overrides = [f"data.{n}={getattr(config.data, n)}" for n in ("speech_teacher", "codebook", "shard_clips")]

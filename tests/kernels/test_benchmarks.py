@@ -97,6 +97,7 @@ def suite(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
+@pytest.mark.drill
 def test_dry_run_of_the_gpu_suite(preset, tmp_path):
     done = suite("--dry-run", "--preset", preset, "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -89,6 +89,7 @@ def test_a_whole_test_of_opinions(tmp_path, page):
     assert page.requests() == []
 
 
+@pytest.mark.drill
 def test_a_whole_test_of_pairs(tmp_path, page):
     path, answers = make_small_test(tmp_path, "pairwise", clips=2)
     page.look(400, dark=True)

@@ -24,12 +24,12 @@ PENDING_CHOICE = ("align.refresh=2", "train.steps=7", "align.choice=soft", "prob
 @pytest.mark.parametrize(
     ("stage", "ranks", "stops", "extra"),
     [
-        (0, 1, (1,), ()),  # in the warm-up
+        pytest.param(0, 1, (1,), (), marks=pytest.mark.drill),  # in the warm-up
         (2, 2, (2, 3), ()),  # while the probe that decides is under way, and after the choice
-        (3, 2, (3,), ()),
-        (2, 2, (4,), PENDING_CHOICE),  # a second choice is under way
-        (2, 2, (3,), FALLING),  # averaged weights take part, and the weight falls
-        (2, 1, (3,), ("model.dropout=0.2",)),  # the state of the random generator comes back, too
+        pytest.param(3, 2, (3,), (), marks=pytest.mark.drill),
+        pytest.param(2, 2, (4,), PENDING_CHOICE, marks=pytest.mark.drill),  # a second choice is under way
+        # averaged weights take part, the weight falls, and the state of the random generator comes back
+        (3, 2, (3,), (*FALLING, "model.dropout=0.2")),
     ],
 )
 def test_resume_equals_the_uninterrupted_run(stage, ranks, stops, extra, preset, baseline, ds_configs, tmp_path):
@@ -94,7 +94,7 @@ def whole(preset, tmp_path_factory) -> Path:
     ("number", "stage", "extra"),
     [
         (signal.SIGTERM, 2, ("data.workers=1",)),
-        (signal.SIGUSR1, 3, ()),
+        pytest.param(signal.SIGUSR1, 3, (), marks=pytest.mark.drill),
     ],
 )
 def test_a_signal_to_one_rank_stops_all_after_a_save(number, stage, extra, preset, whole, ds_configs, tmp_path):

@@ -55,12 +55,11 @@ def test_a_run_as_users_start_it_shows_its_work(preset, baseline, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "ranks", "extra"),
     [
-        (3, 1, ()),
+        pytest.param(3, 1, (), marks=pytest.mark.drill),
         (1, 2, ()),
-        (2, 2, ()),
-        (3, 2, ()),
+        (2, 2, ("data.workers=2",)),
+        pytest.param(3, 2, (), marks=pytest.mark.drill),
         (3, 2, ("train.accumulation=4",)),  # one clip at a time: a rank has one domain, the other is absent
-        (2, 1, ("data.workers=2",)),
     ],
 )
 def test_every_stage_and_rank_count_gives_the_same_curve(stage, ranks, extra, preset, baseline, ds_configs, tmp_path):

@@ -245,10 +245,16 @@ def test_replays_of_every_objective(objective, captures):
     ("stage", "ranks", "extra", "zero"),
     [
         (0, 1, (), {}),
-        (2, 2, ("train.accumulation=2",), {}),
+        pytest.param(2, 2, ("train.accumulation=2",), {}, marks=pytest.mark.drill),
         # Buckets that are full before a backward pass ends: their hooks ask whether it is a step's last.
         (2, 2, ("train.accumulation=2",), {"reduce_bucket_size": 1000, "offload_optimizer": {"device": "cpu"}}),
-        (1, 2, ("train.accumulation=2",), {"reduce_bucket_size": 1000, "overlap_comm": True}),
+        pytest.param(
+            1,
+            2,
+            ("train.accumulation=2",),
+            {"reduce_bucket_size": 1000, "overlap_comm": True},
+            marks=pytest.mark.drill,
+        ),
     ],
 )
 def test_training_with_graphs_gives_the_same_curve(stage, ranks, extra, zero, preset, baseline, tmp_path):
