@@ -352,27 +352,34 @@ class Config:
             self.align.strategy != "lasp" or min(self.align.bitc_speech, self.align.bitc_audio) > 0,
             "align.strategy=lasp needs align.bitc_speech and align.bitc_audio above 0: it asks BiT-C's projections",
         )
-        if self.align.choice == "soft":
-            name = "probe.pool" if self.align.strategy == "gradnorm" else "probe.clips"
-            number = self.probe.pool if self.align.strategy == "gradnorm" else self.probe.clips
-            refuses = self.probe.undecided == "refuse"
-            check(not refuses, "probe.undecided=refuse: a soft choice is never undecided, leave it out")
-            check(number > 1, f"align.choice=soft: {name}={number} shows no spread, raise it to 2 at least")
         check(
             self.align.refresh is not None or self.train.batch_frames is None,
             "align.refresh=null counts train.batch_clips per step: give a number beside train.batch_frames",
         )
         if self.align.measured:
-            check(
-                self.probe.warmup_steps < self.train.steps,
-                f"probe.warmup_steps={self.probe.warmup_steps} leaves no step to align before "
-                f"train.steps={self.train.steps}: lower it, or choose another align.strategy",
-            )
-            check(
-                self.align.stop is None or self.align.stop > self.probe.warmup_steps + 1 or self.probe.confidence < 1,
-                f"align.stop={self.align.stop} comes before the layers are chosen: raise it above "
-                f"probe.warmup_steps={self.probe.warmup_steps}",
-            )
+            self._check_choice()
+
+    def _check_choice(self) -> None:
+        """Raise UserError if no step is left to align the layers that a measure chooses, or if a setting asks how sure
+        their choice is and the probes cannot tell."""
+        align, probe = self.align, self.probe
+        soft, refuses = align.choice == "soft", probe.undecided == "refuse"
+        check(not (soft and refuses), "probe.undecided=refuse: a soft choice is never undecided, leave it out")
+        name = {"gradnorm": "pool", "lasp": "storage_clips"}.get(align.strategy, "clips")
+        clips = getattr(probe, name)
+        asks = "align.choice=soft" if soft else "probe.undecided=refuse" if refuses else None
+        check(asks is None or clips > 1, f"{asks}: probe.{name}={clips} shows no spread, raise it to 2 at least")
+        first = probe.warmup_steps + 1  # that aligns: a probe is read a step later
+        check(
+            first < self.train.steps,
+            f"probe.warmup_steps={probe.warmup_steps} leaves no step to align before train.steps={self.train.steps}: "
+            f"lower it, raise train.steps, or choose another align.strategy",
+        )
+        first = probe.start_step + 1 if probe.confidence < 1 and clips > 1 else first
+        check(
+            align.stop is None or align.stop > first,
+            f"align.stop={align.stop} comes before the layers are chosen: raise it above {first}",
+        )
 
     def check_layers(self, widths: Sequence[int], condition_width: int | None) -> None:
         """Raise UserError if the model's layers do not suit align.*. widths: of its layers, L1 first."""

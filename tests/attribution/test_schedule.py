@@ -345,13 +345,19 @@ class TestHeads:
         (["align.share=0.5", "align.choice=soft"], "align.choice=soft weighs the Top-K: give align.k"),
         (["probe.clips=1", "align.choice=soft"], "align.choice=soft: probe.clips=1 shows no spread, raise it to 2"),
         (["align.strategy=gradnorm", "align.choice=soft"], "align.choice=soft: probe.pool=1 shows no spread"),
+        (["align.strategy=gradnorm", "probe.undecided=refuse"], "probe.undecided=refuse: probe.pool=1 shows no spread"),
+        (["probe.clips=1", "probe.undecided=refuse"], "probe.undecided=refuse: probe.clips=1 shows no spread"),
         (["align.choice=soft", "probe.undecided=refuse"], "probe.undecided=refuse: a soft choice is never undecided"),
         (["align.refresh=null", "train.batch_frames=900"], "align.refresh=null counts train.batch_clips per step"),
         (["align.strategy=deep", "align.refresh=null"], "align.refresh: deep measures nothing"),
         (["align.choice=sotf"], "align.choice='sotf': hard or soft"),
         (["align.share=1.5"], "align.share=1.5: must be in"),
         (["align.stop=-1"], "align.stop=-1"),
-        (["align.stop=7"], "align.stop=7 comes before the layers are chosen"),
+        (["align.stop=7"], "align.stop=7 comes before the layers are chosen: raise it above 7"),
+        (["align.stop=7", "probe.confidence=0.9", "probe.clips=1"], "align.stop=7 comes before the layers are chosen"),
+        (["align.stop=7", "probe.confidence=0.9", "align.strategy=gradnorm"], "align.stop=7 comes before the layers"),
+        (["align.stop=3", "probe.confidence=0.9"], "align.stop=3 comes before the layers are chosen: raise it above 3"),
+        (["train.steps=7"], "probe.warmup_steps=6 leaves no step to align before train.steps=7: lower it, raise"),
         (["probe.times=[0.5,0.3]"], "must rise"),
         (["probe.times=[0.5,0.5]"], "must rise"),
         (["align.bitc_speech=-1"], "align.bitc_speech=-1: must not be negative"),
@@ -362,3 +368,16 @@ class TestHeads:
 def test_settings_that_cannot_be(overrides, message):
     with pytest.raises(UserError, match=message):
         small_config(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["align.strategy=lasp", "align.choice=soft", "probe.clips=1"],  # LASP's clips are probe.storage_clips
+        ["align.strategy=gradnorm", "probe.undecided=refuse", "probe.pool=2"],
+        ["align.stop=4", "probe.confidence=0.9"],  # the probe of step 2 may decide, and step 3 aligns
+        ["train.steps=8"],  # the probe of step 6 is read after step 7, and step 7, counted from 0, aligns
+    ],
+)
+def test_settings_that_go_together(overrides):
+    small_config(*overrides)

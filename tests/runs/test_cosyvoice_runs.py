@@ -60,7 +60,7 @@ def test_version_3_is_trained_and_probed_alike_on_any_ranks(tmp_path, shards, no
 def test_version_1_begins_with_a_flow_pt_and_ends_as_one(tmp_path, shards, monkeypatch, no_pictures):
     released = ours(1, N_MELS, CODES, SPEAKER_DIM)
     torch.save(released.to_upstream(dict(released.state_dict())) | {"epoch": 7, "step": 3}, tmp_path / "flow.pt")
-    given = (*preset(tmp_path, shards, 1, OPTIONS[1]), "train.steps=2", "train.lr=1e-12", "probe.warmup_steps=1")
+    given = (*preset(tmp_path, shards, 1, OPTIONS[1]), "train.steps=3", "train.lr=1e-12", "probe.warmup_steps=1")
     output = run_training(
         1, *given, "--ds_config", "zero2.json", "run.dir=run", "train.start_from=flow.pt", cwd=tmp_path
     )

@@ -97,7 +97,7 @@ def test_probe_sample_and_start_from_take_it(exported, tmp_path, capsys, no_pict
     assert len(list((tmp_path / "wavs").glob("*.wav"))) == 6
     main(["probe", str(exported), "--measures", "foga,ridge", "--out", str(tmp_path / "probe")])
     assert "5,foga," in (tmp_path / "probe" / "attribution.csv").read_text()
-    args = ("--preset", str(exported / "config.yaml"), "run.dir=run", "train.steps=3", "train.lr=1e-12")
+    args = ("--preset", str(exported / "config.yaml"), "run.dir=run", "train.steps=4", "train.lr=1e-12")
     run_training(1, *args, f"train.start_from={exported}", cwd=tmp_path)
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step*")
     begun, given = (load_file(folder / "model.safetensors")["out.weight"] for folder in (checkpoint, exported))

@@ -133,7 +133,7 @@ def test_a_file_in_the_place_of_the_checkpoints_ends_a_run_before_it_begins(pres
 
 
 def test_a_run_starts_from_the_averaged_weights_of_another(preset, baseline, tmp_path):
-    args = ("--preset", str(preset), "run.dir=run", "train.steps=3", f"train.start_from={baseline}")
+    args = ("--preset", str(preset), "run.dir=run", "train.steps=4", f"train.start_from={baseline}")
     run_training(1, *args, cwd=tmp_path)
     averaged = json.loads((baseline / "summary.json").read_text())["val/flow_loss"]["ema"]
     assert metrics(tmp_path / "run")[0]["val/flow_loss"] == pytest.approx(averaged, abs=1e-6)

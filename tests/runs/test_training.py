@@ -97,7 +97,7 @@ def test_other_strategies_align_from_the_start_and_are_measured_at_the_end(strat
 
 
 def test_gradient_norms_in_bf16_are_near_those_in_fp32(preset, ds_configs, tmp_path):
-    args, found = ("--preset", str(preset), "align.strategy=gradnorm", "train.steps=3"), {}
+    args, found = ("--preset", str(preset), "align.strategy=gradnorm", "train.steps=4"), {}
     for stage, precision in ((0, "fp32"), (0, "bf16"), (3, "bf16")):
         run = tmp_path / f"{precision}{stage}"
         given = (f"run.dir={run}", f"train.precision={precision}", *args)

@@ -21,7 +21,7 @@ from ..testing import N_MELS, attribution, write_small_shards
 
 SIZES = {"dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "token_dim": 12, "registers": 2}
 VOCAB = 12  # of the small shards
-FINE_TUNE = ("train.steps=2", "train.lr=1e-12", "probe.start_step=1", "probe.warmup_steps=1", "align.k=1")
+FINE_TUNE = ("train.steps=3", "train.lr=1e-12", "probe.start_step=1", "probe.warmup_steps=1", "align.k=1")
 
 
 @pytest.fixture(scope="module")

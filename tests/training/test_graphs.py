@@ -320,7 +320,7 @@ def test_an_objective_that_may_choose_in_python_is_not_captured(preset, tmp_path
     lines += ("    def loss(self, head, tap, target, mask, t):", "        return tap.square().mean(-1)")
     (tmp_path / "mine.py").write_text("\n".join(lines))
     given = ("--ds_config", "zero2.json", "--preset", str(preset), "align.objective=mine:Mine", "run.dir=run")
-    assert "captured" not in run_training(1, *given, "train.steps=3", cwd=tmp_path, plant=plant_few_shapes)
+    assert "captured" not in run_training(1, *given, "train.steps=4", cwd=tmp_path, plant=plant_few_shapes)
 
 
 def test_a_default_capture_that_fails_costs_one_line(preset, baseline, tmp_path):
