@@ -145,11 +145,13 @@ class LayerScores:
         resampled = self.resampled(domain, time)
         return float((resampled[:, layer] > resampled[:, other]).double().mean())
 
-    def share_probability(self, domain: str, layers: Sequence[int], share: float) -> float:
+    def share_probability(self, domain: str, layers: Sequence[int], share: float, time: int | None = None) -> float:
         """Return the share of bootstrap resamples in which these layers (0-based) carry at least `share` of the sum
-        over all layers. A single clip is its only resample."""
-        resampled = self.resampled(domain).nan_to_num(neginf=0)
-        return float((resampled[:, list(layers)].sum(1) >= share * resampled.sum(1)).double().mean())
+        over all layers. time: as in `resampled`. A single clip is its only resample."""
+        resampled = self.resampled(domain, time).nan_to_num(neginf=0)
+        others = [layer for layer in range(self.depth) if layer not in layers]
+        # What the others carry: all layers carry all, in whichever order they are summed.
+        return float((resampled[:, others].sum(1) <= (1 - share) * resampled.sum(1)).double().mean())
 
     def rank_correlation(self, other: "LayerScores", domain: str) -> float:
         """Return Spearman's correlation of the layers' mean scores with those of another probe or measure.

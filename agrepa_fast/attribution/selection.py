@@ -20,6 +20,7 @@ REPLACES = 0.9  # a newcomer replaces an aligned layer if it scores higher with 
 ABOVE_FLOOR = 3.0  # a layer counts as measured when its score clears this multiple of the floor by two standard errors
 
 SHARE_CONFIDENCE = 0.9  # how sure align.share has to be, by bootstrap over clips
+SHARE_KEEPS = 0.5  # as many layers as are aligned already stay enough for it down to this
 
 
 class NotRankableError(ValueError):
@@ -109,7 +110,8 @@ def select_layers(
 
     confidence_floor: a hard choice whose Top-K is less probable has a `warning`. before: the choice that this one
     follows. Its layers stay until the evidence is against them: a hard choice replaces the lowest of them by a layer
-    that scores higher with the probability REPLACES, and a soft one drops them below HELD_BOUND.
+    that scores higher with the probability REPLACES, and a soft one drops them below HELD_BOUND. A share keeps their
+    number while so many carry it with the probability SHARE_KEEPS, and lowers it once fewer do with `confidence`.
 
     A layer is never chosen unless its score is above three times the no-ablation floor by two standard errors. Raises
     NotRankableError while fewer layers than wanted are, or a soft choice has one clip alone; and ValueError for an
@@ -125,20 +127,29 @@ def select_layers(
         raise ValueError(f"k={k}: must be from 1 to the {scores.depth} layers that were measured")
     evidence, chosen = scores.evidence(), {}
     for domain in scores.domains():
-        measured = _measured(scores, domain)
-        wanted = k if share is None else _fewest(scores, domain, measured, share, confidence)
-        if int(measured.sum()) < wanted:
+        measured, held = _measured(scores, domain), _held(before, domain, scores.times if per_time else ())
+        numbers = [
+            k if share is None else _fewest(scores, domain, measured, time, aligned, share, confidence)
+            for time, aligned in held.items()
+        ]
+        if int(measured.sum()) < max(numbers):
             raise NotRankableError(
                 f"{domain}: {int(measured.sum())} of {scores.depth} layers stand out of the floor "
-                f"{scores.floor_of(domain):.1e}, {wanted} are wanted: train longer before ranking"
+                f"{scores.floor_of(domain):.1e}, {max(numbers)} are wanted: train longer before ranking"
             )
-        held = _held(before, domain, scores.times if per_time else ())
-        rows = [_choose_at(scores, domain, wanted, measured, time, aligned, choice) for time, aligned in held.items()]
+        rows = [
+            _choose_at(scores, domain, number, measured, time, aligned, choice)
+            for number, (time, aligned) in zip(numbers, held.items(), strict=True)
+        ]
         means = scores.mean_at(domain).T if per_time else scores.mean(domain).unsqueeze(0)
         chosen[domain] = [_weights(mean, row, weighting) for mean, (row, _) in zip(means, rows, strict=True)]
         sure = [probability for _, probability in rows]
-        evidence[domain] |= {"k": wanted, "top_k_probability": None if None in sure else min(sure)}
-        evidence[domain] |= {"choice": choice, "confidence_floor": confidence_floor}
+        evidence[domain] |= {
+            "choice": choice,
+            "k": max(numbers),
+            "top_k_probability": None if None in sure else min(sure),
+            "confidence_floor": confidence_floor,
+        }
     layers = {domain: tuple(sorted(set().union(*rows))) for domain, rows in chosen.items()}
     tables = {
         domain: tuple(tuple(row.get(layer, 0.0) for layer in layers[domain]) for row in rows)
@@ -179,12 +190,24 @@ def _measured(scores: LayerScores, domain: str) -> torch.Tensor:
     return mean - 2 * stderr > ABOVE_FLOOR * scores.floor_of(domain)
 
 
-def _fewest(scores: LayerScores, domain: str, measured: torch.Tensor, share: float, confidence: float) -> int:
-    for k in range(1, int(measured.sum()) + 1):
-        layers = _highest(scores.mean(domain), measured, k)
-        if scores.share_probability(domain, layers, share) >= confidence:
+def _fewest(
+    scores: LayerScores,
+    domain: str,
+    measured: torch.Tensor,
+    time: int | None,
+    held: frozenset[int],
+    share: float,
+    confidence: float,
+) -> int:
+    """Return the fewest layers of a hard choice that carry a share of all scores; one more than were measured if those
+    do not."""
+    most = int(measured.sum())
+    for k in range(1, most + 1):
+        layers = _keep_or_replace(scores, domain, k, measured, time, held)
+        enough = min(confidence, SHARE_KEEPS) if k == len(held) else confidence
+        if scores.share_probability(domain, layers, share, time) >= enough:
             return k
-    return int(measured.sum()) + 1  # those that were measured do not carry it
+    return most + 1
 
 
 def _highest(scores: torch.Tensor, measured: torch.Tensor, k: int) -> list[int]:

@@ -121,6 +121,19 @@ class TestSelection:
         assert select_layers(scores, share=0.55, confidence=0.6).layers["speech"] == (1,)
         assert select_layers(scores, share=0.55, confidence=0.9).layers["speech"] == (1, 2)
 
+    def test_all_layers_carry_all_scores_however_they_are_summed(self):
+        scores = TestSoftChoice().scores((1 + torch.rand(24)).tolist(), clips=12)
+        assert select_layers(scores, share=1.0).layers["speech"] == tuple(range(1, 25))
+
+    def test_a_share_takes_as_many_layers_at_each_time_as_carry_it_there(self):
+        means = [[3, 0.30], [0.05, 0.29], [0.05, 0.28], [0.05, 0.27]]
+        scores = TestSoftChoice().scores(means, 0.001, times=(0.1, 0.9))
+        chosen = select_layers(scores, share=0.6, per_time=True)
+        first, last = chosen.weights_at["speech"]
+        assert first == (1, 0, 0)
+        assert last == pytest.approx((0.30 / 0.87, 0.29 / 0.87, 0.28 / 0.87), abs=1e-3)
+        assert chosen.evidence["speech"]["k"] == 3
+
     def test_layers_and_weights_for_every_time(self):
         scores = self.scores([0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.6])
         late = (
@@ -310,6 +323,15 @@ class TestHysteresis:
         three = select_layers(scores, share=0.85, before=two)
         assert (two.layers["speech"], three.layers["speech"]) == ((1, 3), (1, 3, 4))
         assert select_layers(scores, share=0.65, before=three).layers["speech"] == (1, 3)
+
+    def test_noise_changes_the_number_of_layers_of_a_share_once(self):
+        probes = self.probes([0.4, 0.2, 0.2, 0.1, 0.1])
+        assert len({len(select_layers(scores, share=0.58).layers["speech"]) for scores in probes}) == 2  # a coin
+        held = self.follow(probes, share=0.58)
+        changes = [a.layers["speech"] != b.layers["speech"] for a, b in pairwise(held)]
+        assert sum(changes) <= 1
+        scores = TestSoftChoice().scores([0.4, 0.15, 0.15, 0.15, 0.15], 0.001)  # two layers carry 0.55 for sure
+        assert len(select_layers(scores, share=0.58, before=held[-1]).layers["speech"]) == 3
 
     def test_every_time_has_its_own(self):
         made = TestSoftChoice()
