@@ -39,7 +39,9 @@ class LayerSelection:
     layers: dict[str, tuple[int, ...]]
     weights: dict[str, tuple[float, ...]]
     step: int = 0  # optimizer step of the choice
-    evidence: dict = field(default_factory=dict)  # LayerScores.evidence(), top_k_probability; empty for fixed choices
+    # By domain: LayerScores.evidence(), and of the choice: k, its top_k_probability, chosen (the layers at each time,
+    # or once), kept (those that hysteresis keeps behind others), choice, confidence_floor. Empty for fixed choices.
+    evidence: dict = field(default_factory=dict)
     times: tuple[float, ...] = ()
     weights_at: dict[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
 
@@ -57,9 +59,12 @@ class LayerSelection:
             f"{domain} {measured['top_k_probability']:.2f}" for domain, measured in unsure.items()
         )
         (floor,) = {measured["confidence_floor"] for measured in unsure.values()}
+        kept = [f"{domain} L{layer}" for domain, measured in unsure.items() for layer in measured.get("kept", ())]
+        hysteresis = f"; {', '.join(kept)} stayed: no other layer scores higher with probability {REPLACES}"
         return (
             f"the Top-K cannot be told from the next layers: its probability is {probabilities}, below "
             f"probe.confidence_floor={floor:g}; align.choice=soft aligns all of them, more probe.clips may decide"
+            f"{hysteresis if kept else ''}"
         )
 
     def save(self, path: Path) -> None:
@@ -149,6 +154,8 @@ def select_layers(
             "k": max(numbers),
             "top_k_probability": None if None in sure else min(sure),
             "confidence_floor": confidence_floor,
+            "chosen": [sorted(row) for row in chosen[domain]],
+            "kept": _behind(means, rows, measured) if choice == "hard" else [],
         }
     layers = {domain: tuple(sorted(set().union(*rows))) for domain, rows in chosen.items()}
     tables = {
@@ -171,13 +178,18 @@ def is_undecided(evidence: dict) -> bool:
 def select_as(
     align: AlignConfig, probe: ProbeConfig, scores: LayerScores, before: LayerSelection | None = None
 ) -> LayerSelection:
-    """Return select_layers with a run's settings. Raises NotRankableError for an undecided choice, if that is to be
-    refused."""
+    """Return select_layers with a run's settings. Raises NotRankableError for a first choice that is undecided, or has
+    one clip alone to tell, if that is to be refused."""
     options = {"choice": align.choice, "share": align.share, "per_time": align.per_time, "before": before}
     options["confidence_floor"] = probe.confidence_floor
     selection = select_layers(scores, align.k, align.weighting, **options)
-    if selection.warning is not None and probe.undecided == "refuse":
-        raise NotRankableError(selection.warning)
+    if before is None and probe.undecided == "refuse":
+        if selection.warning is not None:
+            raise NotRankableError(selection.warning)
+        if any(measured["top_k_probability"] is None for measured in selection.evidence.values()):
+            raise NotRankableError(
+                "one clip says nothing about others, and probe.undecided=refuse asks how they differ"
+            )
     return selection
 
 
@@ -215,15 +227,23 @@ def _highest(scores: torch.Tensor, measured: torch.Tensor, k: int) -> list[int]:
     return torch.where(measured, scores, -torch.inf).argsort(descending=True, stable=True)[:k].tolist()
 
 
+def _behind(
+    means: torch.Tensor, rows: list[tuple[dict[int, float], float | None]], measured: torch.Tensor
+) -> list[int]:
+    """Return the chosen layers, 1-based, that are not the highest of some time. means: (times, L)."""
+    behind = (set(row) - set(_highest(mean, measured, len(row))) for mean, (row, _) in zip(means, rows, strict=True))
+    return sorted(layer + 1 for layer in set().union(*behind))
+
+
 def _held(before: LayerSelection | None, domain: str, times: tuple[float, ...]) -> dict[int | None, frozenset[int]]:
     """Return the layers, 0-based, that are aligned already, by the index of each time; by None without times. They are
     none without a choice before, or if that was of other times."""
     rows = range(len(times)) if times else (None,)
     if before is None or domain not in before.layers or before.times != times:
         return dict.fromkeys(rows, frozenset())
-    layers, tables = before.layers[domain], before.weights_at.get(domain, (before.weights[domain],))
-    aligned = [frozenset(k - 1 for k, weight in zip(layers, table, strict=True) if weight > 0) for table in tables]
-    return dict(zip(rows, aligned, strict=True))
+    # Not those with a weight: that of a cosine below 0 is 0. Version 0.1 kept no layers of each time.
+    chosen = before.evidence.get(domain, {}).get("chosen", [before.layers[domain]] * len(rows))
+    return {row: frozenset(layer - 1 for layer in layers) for row, layers in zip(rows, chosen, strict=True)}
 
 
 def _choose_at(

@@ -78,6 +78,31 @@ def test_an_undecided_choice_is_refused_where_asked(index, tmp_path):
     assert decided.run(range(1, 10)) == [7]
 
 
+@pytest.mark.parametrize("undecided", ["warn", "refuse"])
+def test_a_refresh_that_is_undecided_keeps_the_layers_and_renews_the_weights(undecided, index, tmp_path):
+    arguments = ("align.k=2", "align.refresh=2", "train.steps=50", f"probe.undecided={undecided}")
+    made, chosen = Choice(index, tmp_path, *arguments), []
+    for step, second, third in ((6, 0.6, 0.3), (8, 0.48, 0.50)):  # L3 leads L2 with less than 0.9
+        made.choice.pending = probe([0.9, second, third, 0.1], step)
+        made.choice.read_pending()
+        chosen.append(made.aligner.selection)
+    assert [one.layers["audio"] for one in chosen] == [(1, 2), (1, 2)]
+    assert [one.step for one in chosen] == [6, 8]
+    assert chosen[1].weights["audio"] == pytest.approx((0.9 / 1.38, 0.48 / 1.38))
+    assert chosen[0].warning is None
+    assert chosen[1].evidence["audio"]["top_k_probability"] < 0.5
+    assert chosen[1].warning.endswith("; speech L2, audio L2 stayed: no other layer scores higher with probability 0.9")
+
+
+def test_one_clip_decides_nothing_where_an_undecided_choice_is_refused(index, tmp_path):
+    """A step counts as a clip of gradnorm, and there is one at the end of the warm-up."""
+    arguments = ("align.strategy=gradnorm", "probe.pool=2", "probe.undecided=refuse", "probe.start_step=6")
+    made = Choice(index, tmp_path, *arguments)
+    made.choice._norms = torch.tensor([0.3, 0.1, 0.4, 0.2])
+    assert made.run(range(1, 12)) == [9]
+    assert made.said[0].startswith("step 6: gradnorm does not rank yet: one clip says nothing about others")
+
+
 def count_block_forwards(made) -> tuple[int, int]:
     """The block forwards of one clip that the next probe runs, and those of a training step, its backward as two."""
     rows, handles = [], []

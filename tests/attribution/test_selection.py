@@ -333,6 +333,21 @@ class TestHysteresis:
         scores = TestSoftChoice().scores([0.4, 0.15, 0.15, 0.15, 0.15], 0.001)  # two layers carry 0.55 for sure
         assert len(select_layers(scores, share=0.58, before=held[-1]).layers["speech"]) == 3
 
+    @pytest.mark.parametrize("per_time", [False, True])
+    def test_a_cosine_below_0_gives_no_weight_and_no_less_hold(self, per_time):
+        made = TestSoftChoice()
+
+        def choose(second: float, third: float, before=None) -> LayerSelection:
+            means = [[0.5, 0.5], [second] * 2, [third] * 2, [-0.9, -0.9]]
+            scores = replace(made.scores(means, times=(0.2, 0.7)), measure="lasp")
+            return select_layers(scores, 2, per_time=per_time, before=before)
+
+        before = choose(-0.10, -0.11)
+        assert before.layers["speech"] == (1, 2)
+        assert before.weights["speech"] == (1, 0)
+        assert choose(-0.11, -0.10, before).layers["speech"] == (1, 2)
+        assert choose(-0.5, -0.1, before).layers["speech"] == (1, 3)
+
     def test_every_time_has_its_own(self):
         made = TestSoftChoice()
         before = select_layers(made.scores([[0.5, 0.4], [0.4, 0.5]], times=(0.2, 0.7)), 1, per_time=True)
