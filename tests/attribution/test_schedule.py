@@ -1,26 +1,20 @@
 """The strategy of a run: when layers are measured, when they are chosen, and that it survives a checkpoint."""
 
 import json
-from copy import deepcopy
-from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
 
 from agrepa_fast import device
-from agrepa_fast.alignment import aligner as aligner_module
-from agrepa_fast.alignment.aligner import Aligner
 from agrepa_fast.attribution.csv import read_csv
 from agrepa_fast.attribution.selection import LayerSelection
 from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
-from agrepa_fast.models.backbone import Layer
 from agrepa_fast.probing import schedule
 
 from ..testing import write_small_shards
-from .choice import DIMS, Choice, small_config
+from .choice import Choice, small_config
 
 
 @pytest.fixture(scope="module")
@@ -211,123 +205,6 @@ def test_gradnorm_counts_a_step_as_a_clip(index, tmp_path):
     assert selection.layers == {"speech": (2, 4), "audio": (2, 4)}
     assert selection.evidence["audio"]["clips"] == 3
     assert selection.evidence["audio"]["mean"] == pytest.approx([0.4, 1.6, 0.8, 1.2])  # steps 2, 4 and 6
-
-
-SIZES = SimpleNamespace(layers=[Layer((), width=16)] * 4, condition_width=16)
-
-
-class TestHeads:
-    def aligner(self, monkeypatch, *overrides):
-        monkeypatch.setattr(aligner_module.dist, "get_world_size", lambda: 1)
-        return Aligner(small_config(*overrides), SIZES, DIMS, torch.device("cpu"))
-
-    def batch(self):
-        torch.manual_seed(3)
-        teacher = {domain: torch.randn(4, dim) for domain, dim in DIMS.items()}
-        return SimpleNamespace(teacher=teacher, domain=torch.tensor([0, 1, 0, 1]))
-
-    def hidden(self):
-        torch.manual_seed(4)
-        return {layer: torch.randn(4, 16) for layer in range(5)}
-
-    def train(self, made, steps):
-        for step in steps:
-            losses = made.losses(self.hidden(), self.batch(), torch.rand(4), None, step)
-            sum(losses.values()).backward()
-            made.step(step)
-
-    def selection(self, speech, audio):
-        layers = {"speech": speech, "audio": audio}
-        return LayerSelection("foga", layers, {domain: (1 / len(k),) * len(k) for domain, k in layers.items()})
-
-    def test_heads_of_layers_that_stay_keep_weights_and_optimizer_state(self, monkeypatch):
-        made = self.aligner(monkeypatch)
-        made.select(self.selection((1, 2), (3,)))
-        self.train(made, range(3))
-        kept = made.heads.heads["speech_L2"]
-        weights = [p.detach().clone() for p in kept.parameters()]
-        moments = [made.optimizer.state[p]["exp_avg"].clone() for p in kept.parameters()]
-        made.select(self.selection((2, 4), (3, 4)))
-        assert set(made.heads.heads) == {"speech_L2", "speech_L4", "audio_L3", "audio_L4"}
-        assert made.heads.heads["speech_L2"] is kept
-        for parameter, weight, moment in zip(kept.parameters(), weights, moments, strict=True):
-            assert torch.equal(parameter, weight)
-            assert torch.equal(made.optimizer.state[parameter]["exp_avg"], moment)
-            assert made.optimizer.state[parameter]["step"] == 3
-        fresh = next(made.heads.heads["speech_L4"].parameters())
-        assert fresh not in made.optimizer.state
-        self.train(made, range(3, 5))
-        assert made.optimizer.state[fresh]["step"] == 2
-        assert made.optimizer.state[next(kept.parameters())]["step"] == 5
-
-    def test_state_comes_back_in_whatever_order_layers_were_chosen(self, monkeypatch):
-        made, other = self.aligner(monkeypatch), self.aligner(monkeypatch)
-        made.select(self.selection((1, 2), (3,)))
-        self.train(made, range(2))
-        made.select(self.selection((2, 4), (1,)))
-        self.train(made, range(2, 4))
-        other.load_state_dict(deepcopy(made.state_dict()))
-        for aligner in (made, other):
-            self.train(aligner, range(4, 6))
-        for a, b in zip(made.parameters(), other.parameters(), strict=True):
-            assert torch.equal(a, b)
-
-    def test_a_state_with_all_parameters_in_one_group_comes_back(self, monkeypatch):
-        """As version 0.1 wrote it."""
-        made, other = self.aligner(monkeypatch), self.aligner(monkeypatch)
-        made.select(self.selection((1, 2), (3,)))
-        self.train(made, range(2))
-        state, old = made.state_dict(), torch.optim.AdamW(made.parameters())
-        old.state.update(made.optimizer.state)
-        other.load_state_dict(deepcopy(state | {"optimizer": old.state_dict()}))
-        for a, b in zip(made.parameters(), other.parameters(), strict=True):
-            assert torch.equal(made.optimizer.state[a]["exp_avg"], other.optimizer.state[b]["exp_avg"])
-
-    def test_matrices_decay_and_biases_do_not(self, monkeypatch):
-        made = self.aligner(monkeypatch, "train.weight_decay=0.5", "train.warmup_steps=0", "align.lr=0.1")
-        made.select(self.selection((1,), (2,)))
-        before = [parameter.detach().clone() for parameter in made.parameters()]
-        for parameter in made.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        made.step(0)
-        assert {parameter.ndim for parameter in before} == {1, 2}
-        for parameter, old in zip(made.parameters(), before, strict=True):
-            torch.testing.assert_close(parameter.detach(), old if old.ndim < 2 else 0.95 * old)
-
-    def test_the_warm_up_of_the_weight_begins_with_the_first_step_that_aligns(self, monkeypatch):
-        """A probe is read a step after it."""
-        made, factors = self.aligner(monkeypatch, "align.warmup_steps=4"), []
-        made.begin(4)
-        made.select(replace(self.selection((1,), (2,)), step=4))
-        for step in (5, 6, 9):
-            made.begin(step)
-            factors.append(made._factor.item())
-        assert factors == [0.25, 0.5, 1]
-
-    def test_after_the_stop_heads_rest_and_bitc_goes_on(self, monkeypatch):
-        made = self.aligner(monkeypatch, "align.strategy=shallow", "align.stop=2")
-        made.select(self.selection((1,), (2,)))
-        self.train(made, range(2))
-        head, projection = next(made.heads.parameters()), made.bitc["speech"].weight
-        before = head.detach().clone(), projection.detach().clone()
-        losses = made.losses(self.hidden(), self.batch(), torch.rand(4), None, 2)
-        assert losses["align_loss"] == 0
-        self.train(made, range(2, 4))
-        assert torch.equal(head, before[0])
-        assert not torch.equal(projection, before[1])
-
-    def test_the_weight_of_a_step_is_that_since_the_first_choice_also_after_another(self, monkeypatch):
-        made, other = (self.aligner(monkeypatch, "align.decay=linear", "align.stop=20") for _ in range(2))
-        made.select(replace(self.selection((1,), (2,)), step=4))
-        made.select(replace(self.selection((1,), (3,)), step=10))
-        other.load_state_dict(deepcopy(made.state_dict()))
-        losses = []
-        for aligner in (made, other):
-            for step in (4, 12):
-                aligner.begin(step)
-                losses.append(aligner.losses(self.hidden(), self.batch(), torch.ones(4), None, step)["align_loss"])
-        assert torch.equal(0.5 * losses[0], losses[1])
-        assert losses[:2] == losses[2:]
 
 
 @pytest.mark.parametrize(
