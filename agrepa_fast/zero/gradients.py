@@ -13,7 +13,7 @@ def gradient_norms(engine, layers: Sequence[Layer]) -> torch.Tensor:
     the optimizer will see it, before clipping.
 
     Call it between the last backward of a step and engine.step(), on every rank: partitions are gathered one after the
-    other. The norms are the same on any number of ranks, at any ZeRO stage.
+    other. The norms are the same on any number of ranks, at any ZeRO stage; 0 for a layer without trained parameters.
     """
     from deepspeed.utils import safe_get_full_grad
 
@@ -25,7 +25,7 @@ def gradient_norms(engine, layers: Sequence[Layer]) -> torch.Tensor:
     def square(layer: Layer) -> torch.Tensor:
         trained = dict.fromkeys(p for part in layer.parts for p in part.parameters() if p.requires_grad)
         found = [g for p in trained if (g := gradient(p)) is not None]
-        return sum(g.float().square().sum() for g in found)
+        return sum((g.float().square().sum() for g in found), start=torch.zeros((), device=engine.device))
 
     return torch.stack([square(layer) for layer in layers]).sqrt()
 

@@ -1,6 +1,7 @@
 """The strategy of a run: when layers are measured, when they are chosen, and that it survives a checkpoint."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from agrepa_fast.attribution.csv import read_csv
 from agrepa_fast.attribution.selection import LayerSelection
 from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
+from agrepa_fast.models.backbone import Layer
 from agrepa_fast.probing import schedule
+from agrepa_fast.zero.gradients import gradient_norms
 
 from ..testing import write_small_shards
 from .choice import Choice, small_config
@@ -205,6 +208,15 @@ def test_gradnorm_counts_a_step_as_a_clip(index, tmp_path):
     assert selection.layers == {"speech": (2, 4), "audio": (2, 4)}
     assert selection.evidence["audio"]["clips"] == 3
     assert selection.evidence["audio"]["mean"] == pytest.approx([0.4, 1.6, 0.8, 1.2])  # steps 2, 4 and 6
+
+
+def test_a_layer_without_trained_parameters_has_no_gradient_to_rank():
+    layers = [Layer((nn.Linear(2, 2, bias=False),), width=2) for _ in range(3)]
+    layers[1].parts[0].requires_grad_(False)
+    for number, layer in enumerate(layers):
+        layer.parts[0].weight.grad = None if number == 1 else torch.full((2, 2), 1.0 + number)
+    engine = SimpleNamespace(zero_optimization_stage=lambda: 0, bfloat16_enabled=lambda: False, device="cpu")
+    assert gradient_norms(engine, layers).tolist() == [2, 0, 6]
 
 
 @pytest.mark.parametrize(
