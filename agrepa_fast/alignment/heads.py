@@ -55,7 +55,7 @@ class AlignmentHeads(nn.Module):
         table = getattr(self, f"weights_{domain}")  # (times, K)
         if len(table) == 1:
             return table[0]
-        right = torch.searchsorted(self.times, t).clamp(1, len(table) - 1)
+        right = torch.searchsorted(self.times, t.contiguous()).clamp(1, len(table) - 1)
         left, before = right - 1, self.times[right - 1]
         share = ((t - before) / (self.times[right] - before)).clamp(0, 1)
         return torch.lerp(table[left], table[right], share.unsqueeze(1)).T.contiguous()

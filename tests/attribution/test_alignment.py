@@ -1,4 +1,5 @@
 import json
+import warnings
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -86,6 +87,19 @@ def test_heads_depend_on_seed_and_name_alone():
     assert torch.equal(other.heads["speech_L3"][0].weight, a.heads["speech_L3"][0].weight)
     assert not torch.equal(a.heads["speech_L1"][0].weight, a.heads["speech_L3"][0].weight)
     assert not torch.equal(heads(seed=1).heads["speech_L1"][0].weight, a.heads["speech_L1"][0].weight)
+
+
+def test_flow_times_may_be_a_view(monkeypatch):
+    """Of torch's warnings about one, the first of a process is shown."""
+    rows = {domain: ((0.2,) * len(layers), (0.4,) * len(layers)) for domain, layers in SELECTION.layers.items()}
+    made = AlignmentHeads(Pooled(), replace(SELECTION, times=(0.2, 0.8), weights_at=rows), WIDTHS, DIMS, 0)
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weights = made.layer_weights("speech", torch.tensor([[0.5, 0.0], [0.8, 0.0]])[:, 0])
+    torch.set_warn_always(always)
+    torch.testing.assert_close(weights, torch.tensor([[0.3, 0.4]] * 2))
 
 
 def test_bitc_by_hand():
