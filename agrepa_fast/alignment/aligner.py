@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from math import ceil
 from types import MappingProxyType
 
 import torch
@@ -170,11 +171,17 @@ class Aligner:
 
     @property
     def trial_layers(self) -> tuple[int, ...]:
-        """The layers of `trial`: the first K, those of fixed:…, or none."""
-        align = self.config.align
+        """The layers of `trial`: the first ones, as many as a domain may align; those of fixed:…, or none."""
+        align, depth = self.config.align, len(self.widths)
         if align.strategy == "none":
             return ()
-        return align.fixed_layers or tuple(range(1, min(align.k, len(self.widths)) + 1))
+        if align.share is not None:  # the k highest of L layers carry k / L at least, and one more makes that sure
+            count = ceil(align.share * depth) + 1
+        else:  # a soft choice of the demo has 1.4 K
+            count = align.k * (2 if align.choice == "soft" else 1)
+        if align.per_time:
+            count *= len(self.config.probe.times)
+        return align.fixed_layers or tuple(range(1, min(count, depth) + 1))
 
     def trial(self, hidden, batch: Batch, t: torch.Tensor, attention) -> tuple[torch.Tensor, list[torch.nn.Parameter]]:
         """Return the alignment term as if `trial_layers` were aligned in every domain, and the parameters of its heads,

@@ -16,6 +16,7 @@ from agrepa_fast.alignment.losses import alignment_loss
 from agrepa_fast.alignment.pooled import Pooled
 from agrepa_fast.attribution.selection import LayerSelection, unmeasured_selection
 from agrepa_fast.config import AlignConfig
+from agrepa_fast.config_file import load_config
 from agrepa_fast.errors import UserError
 from agrepa_fast.models.backbone import Layer
 
@@ -100,6 +101,26 @@ def test_flow_times_may_be_a_view(monkeypatch):
         weights = made.layer_weights("speech", torch.tensor([[0.5, 0.0], [0.8, 0.0]])[:, 0])
     torch.set_warn_always(always)
     torch.testing.assert_close(weights, torch.tensor([[0.3, 0.4]] * 2))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count"),
+    [
+        (("align.k=3",), 3),
+        (("align.k=3", "align.choice=soft"), 6),
+        (("align.k=3", "align.per_time=true", "probe.times=[0.3,0.7]"), 6),
+        (("align.k=7", "align.choice=soft"), 8),
+        (("align.share=0.5",), 5),
+        (("align.share=1.0",), 8),
+        (("align.strategy=fixed:2,5", "align.k=3"), 2),
+        (("align.strategy=none",), 0),
+    ],
+)
+def test_a_dry_run_has_as_many_heads_as_may_be_chosen(overrides, count):
+    """Of 8 layers."""
+    model = SimpleNamespace(layers=[Layer((), width=16)] * 8, condition_width=16)
+    made = Aligner(load_config("demo", overrides), model, DIMS, torch.device("cpu"))
+    assert len(made.trial_layers) == count
 
 
 def test_bitc_by_hand():
