@@ -75,6 +75,8 @@ def check_backbone(align: AlignConfig, objective: Objective, backbone: str, mode
 def check_layers(align: AlignConfig, objective: Objective, widths: Sequence[int]) -> None:
     """Raise UserError if the run's objective does not go with the model's layers, or with their choice."""
     if objective.target not in OF_LAYERS:
+        unused = f"align.deeper={align.deeper}: align.objective={align.objective} compares with no deeper layer"
+        check(align.deeper is None, f"{unused}: leave it out")
         return
     name, different = f"align.objective={align.objective}", " and ".join(map(str, sorted({*widths})))
     check(len({*widths}) == 1, f"{name} compares layers with deeper ones, and these have {different} channels")

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from agrepa_fast import config
 from agrepa_fast.alignment.heads import AlignmentHeads
 from agrepa_fast.alignment.losses import alignment_loss
-from agrepa_fast.alignment.objective import OF_LAYERS
-from agrepa_fast.alignment.registry import OBJECTIVES, make_objective
+from agrepa_fast.alignment.objective import OF_LAYERS, Objective
+from agrepa_fast.alignment.registry import OBJECTIVES, check_layers, make_objective
 from agrepa_fast.alignment.schedule import align_factor
 from agrepa_fast.alignment.stretch import stretch
 from agrepa_fast.attribution.selection import LayerSelection
@@ -275,6 +275,17 @@ def test_the_weight_warms_up_and_falls_since_the_choice(settings, wanted):
 def test_settings_that_are_wrong(settings, message):
     with pytest.raises(UserError, match=message):
         load_config("demo", [settings])
+
+
+def test_deeper_is_refused_for_an_objective_of_the_users_that_compares_no_layers():
+    class Mine(Objective):
+        target = "frames"
+
+    align = config.AlignConfig(objective="mine:Mine", deeper=2)
+    with pytest.raises(UserError, match=r"align\.deeper=2: align\.objective=mine:Mine compares with no deeper layer"):
+        check_layers(align, Mine(), [8] * 4)
+    Mine.target = "deeper"
+    check_layers(align, Mine(), [8] * 4)
 
 
 def test_the_settings_know_the_objectives():
