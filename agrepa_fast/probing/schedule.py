@@ -67,7 +67,8 @@ class LayerChoice:
         if not align.measured or (align.stop is not None and step >= align.stop):
             return False
         if selection is None:
-            return step >= probe.start_step and (step % probe.every == 0 or step == probe.warmup_steps)
+            since = step - probe.start_step
+            return since >= 0 and (since % probe.every == 0 or step == probe.warmup_steps)
         return self.refresh > 0 and (step - selection.step) % self.refresh == 0
 
     def keep_gradient_norms(self, gradient_norms: Callable[[], torch.Tensor], step: int) -> None:
@@ -87,10 +88,12 @@ class LayerChoice:
             if launches and self.due(step):  # not if the layers have just been chosen
                 self.pending = self._launch(step)
         if len(self._failures) >= MAX_FAILED:
+            chooses = f"align.strategy={self.config.align.strategy} chooses no layers"
+            if self.aligner.selection is not None:
+                chooses = "align.refresh chooses no layers again"
             raise UserError(
                 f"{len(self._failures)} probes in a row failed, up to step {step}: {self._failures[-1]}; "
-                f"without them align.strategy={self.config.align.strategy} chooses no layers; "
-                "checkpoints are as they were"
+                f"without them {chooses}; checkpoints are as they were"
             )
 
     def read_pending(self) -> None:
@@ -222,13 +225,15 @@ class LayerChoice:
         self._keep("attribution.csv", lambda file: append_csv(file, scores))
 
     def _keep(self, name: str, write: Callable[[Path], object]) -> None:
-        """Write a file of the run's folder, on rank 0. A full disk costs that file, and nothing else."""
+        """Write a file of the run's folder, on rank 0. A full disk, or another program that wrote to the file, costs
+        that file and nothing else."""
         if self.folder is None:
             return
         try:
             write(self.folder / name)
-        except OSError as error:
-            self.report(f"{name} could not be written ({error.strerror}); training goes on")
+        except (OSError, UserError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            self.report(f"{name} could not be written ({reason}); training goes on")
 
     def finish(self, step: int) -> dict[str, dict]:
         """Measure what layers contribute and store at the end of a run. Every rank must call it.

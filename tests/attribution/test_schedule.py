@@ -41,6 +41,12 @@ def test_probes_are_read_one_step_later_and_the_set_is_frozen(index, tmp_path):
     assert "rank correlation with the probe before: speech 1.00, audio 1.00" in made.said[1]
 
 
+def test_the_first_probe_is_that_of_start_step(index, tmp_path):
+    made = Choice(index, tmp_path, "probe.start_step=3")
+    assert made.run(range(1, 9)) == [7]
+    assert made.measured(tmp_path) == [3, 5, 6]
+
+
 def test_an_early_decision_says_what_it_saved(index, tmp_path):
     made = Choice(index, tmp_path, "probe.confidence=0.1")
     assert made.run(range(1, 13)) == [3]
@@ -139,6 +145,16 @@ def test_a_full_disk_costs_a_probe_s_files_and_no_layer(index, tmp_path, monkeyp
         assert f"{name} could not be written (No space left on device); training goes on" in made.said
 
 
+def test_a_file_that_another_program_wrote_costs_its_rows_and_no_layer(index, tmp_path):
+    made = Choice(index, tmp_path)
+    made.run(range(1, 4))
+    (tmp_path / "attribution.csv").write_text((tmp_path / "attribution.csv").read_text().replace(",", ";"))
+    assert made.run(range(4, 9)) == [7]
+    (line, _) = [line for line in made.said if "could not be written" in line]
+    assert line.startswith("attribution.csv could not be written (")
+    assert line.endswith("move it away, or choose another folder); training goes on")
+
+
 def test_captures_of_a_probe_are_reported(index, tmp_path, monkeypatch):
     monkeypatch.setattr(device, "captured", lambda call, pool: call)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
@@ -166,6 +182,9 @@ def test_three_probes_in_a_row_that_fail_end_the_run(index, tmp_path):
     assert sum("the probe failed and training goes on" in line for line in made.said) == 4
     with pytest.raises(UserError, match=r"3 probes in a row failed, up to step 13: .*layer 1: .* not finite; .*foga"):
         made.run([13])
+    made.aligner.selection = LayerSelection("foga", {"speech": (1,)}, {"speech": (1.0,)}, step=6)
+    with pytest.raises(UserError, match=r"without them align\.refresh chooses no layers again; checkpoints are"):
+        made.run([14])
 
 
 @pytest.mark.parametrize("strategy", ["none", "fixed:1,3"])
