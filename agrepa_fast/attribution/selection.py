@@ -241,7 +241,7 @@ def _held(before: LayerSelection | None, domain: str, times: tuple[float, ...]) 
     rows = range(len(times)) if times else (None,)
     if before is None or domain not in before.layers or before.times != times:
         return dict.fromkeys(rows, frozenset())
-    # Not those with a weight: that of a cosine below 0 is 0. Version 0.1 kept no layers of each time.
+    # Not those with a weight: that of a cosine below 0 is 0. Earlier choices kept no layers of each time.
     chosen = before.evidence.get(domain, {}).get("chosen", [before.layers[domain]] * len(rows))
     return {row: frozenset(layer - 1 for layer in layers) for row, layers in zip(rows, chosen, strict=True)}
 
