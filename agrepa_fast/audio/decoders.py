@@ -18,6 +18,9 @@ _SEARCHED = 2**27  # bytes without a frame; video between two frames of sound is
 _MAX_PLANES = 8  # PyAV reads beyond FFmpeg's array, and ends the process, for more: a damaged frame may claim 59
 _GAP = 0.01  # seconds; times in Matroska are rounded to 1 ms
 _UNKNOWN = 2**62  # frames: libsndfile's mark of a stream whose header has no length is 2**63 - 1
+# libsndfile stops at the end that it takes from the first frames of an MP3, or from the first of joined files.
+_MAY_BE_LONGER = {"MP3", "OGG"}
+_TRIMMED = 0.3  # seconds; decoders leave out the encoder's delay and padding, up to 4 frames of an MP3
 # Demuxers of recordings. The others include playlists, which open the files and the URLs that they name.
 _DEMUXERS = (
     "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dsf,dts,eac3,flac,flv,g722,gsm,iff,loas,matroska,webm,mov,mp4,m4a,"
@@ -50,7 +53,11 @@ def read_soundfile(source: str | os.PathLike | bytes, start: float, seconds: flo
                 raise DecodeError("AAC, not MP3")
             file.seek(min(round(start * rate), file.frames))
             samples = -1 if seconds is None else round(seconds * rate)
-            return _mean(file.read(samples, dtype="float32", always_2d=True), axis=1), rate
+            wave = file.read(samples, dtype="float32", always_2d=True)
+            at_end = file.tell() >= file.frames
+            if at_end and file.format in _MAY_BE_LONGER and _packet_seconds(source) > file.frames / rate + _TRIMMED:
+                raise DecodeError("the file goes on after the end that its header tells")
+            return _mean(wave, axis=1), rate
     except soundfile.LibsndfileError as error:
         reason = error.error_string.rstrip(".")
         # libsndfile says so of a file that only begins like MP3. The file exists: `decode` has looked.
@@ -90,6 +97,25 @@ def read_pyav(
         raise DecodeError(_describe(error)) from error
 
 
+def _packet_seconds(source: str | os.PathLike | bytes) -> float:
+    """Return the length of the packets of the first audio stream without decoding them, 0 if FFmpeg cannot tell it.
+    Tags and junk between the frames of an MP3 do not count: a frame begins with the byte 0xFF."""
+    import av
+
+    try:
+        with (
+            _open(source) as file,
+            av.open(stream := _Stream(file), options=_OPTIONS, metadata_errors="replace") as container,
+        ):
+            track, ticks = container.streams.audio[0], 0
+            for packet in stream.reset_after(container.demux(track)):
+                if container.format.name != "mp3" or bytes(packet)[:1] == b"\xff":
+                    ticks += packet.duration or 0
+            return float(ticks * track.time_base)
+    except Exception:  # of PyAV, for a damaged file: libsndfile's length stands
+        return 0.0
+
+
 class _Stream:
     """A file for FFmpeg, which would read and keep gigabytes in search of a frame. Without a name, so that the content
     alone decides on the format. Raises nothing, since PyAV would print it: see `fault`."""
@@ -116,11 +142,11 @@ class _Stream:
         except (OSError, ValueError, OverflowError):
             return -1
 
-    def reset_after(self, frames: Iterator) -> Iterator:
-        """Yield the frames, and let FFmpeg search again after each. Raises DecodeError if a fault ended them."""
-        for frame in frames:
+    def reset_after(self, parts: Iterator) -> Iterator:
+        """Yield frames or packets, and let FFmpeg search again after each. Raises DecodeError if a fault ended them."""
+        for part in parts:
             self._left = _SEARCHED
-            yield frame
+            yield part
         if self.fault:
             raise DecodeError(self.fault)
 

@@ -40,8 +40,9 @@ def decode(
 
     `source` is a path or the file's bytes. The content decides on the format, not `name`, the name in messages; except
     for .g722 and .gsm, which have no header. `start` and `seconds` select a part. libsndfile reads first, then FFmpeg
-    if libsndfile refuses the recording or finds it empty, as a stream whose header has no length. Raises UserError with
-    the reasons of both if the recording cannot be decoded, and SilentError for a video without a sound track.
+    if libsndfile refuses the recording, finds it empty, as a stream whose header has no length, or would stop before
+    its end, as in joined files. Raises UserError with the reasons of both if the recording cannot be decoded, and
+    SilentError for a video without a sound track.
     """
     if not isinstance(source, bytes):
         _check_file(source, name)

@@ -60,8 +60,8 @@ def decode_recordings(job: Job, recordings: list[Recording], rates: set[int]) ->
     Returns the usable clips in the recordings' order; and by name why the others are left out. Every rank must call it.
     """
     data, own = job.data, job.ranks.part_of(recordings)
-    # The number changes with the checks of a recording.
-    folder = job.work_folder("mel", [*values_of(MelConfig, data).values(), sorted(rates), 2])
+    # The number changes with the way a recording is read and checked.
+    folder = job.work_folder("mel", [*values_of(MelConfig, data).values(), sorted(rates), 3])
     task = partial(_decode_once, data=data, rates=rates, folder=folder, log_mel=LogMel(data))
     decoded = []
     with job.stage("decode", len(own)) as stage:

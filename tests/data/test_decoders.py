@@ -94,6 +94,40 @@ def test_a_wav_whose_length_was_never_written_is_read_to_its_end(size, tmp_path)
     np.testing.assert_array_equal(decode(bytes(content), "b.wav")[0], decode(tmp_path / "a.wav", "a.wav")[0])
 
 
+def encoded(form, seconds=10.0, **options):
+    """The content of a file of a tone that gets louder, and its wave."""
+    stream, count = io.BytesIO(), round(seconds * RATE)
+    noise = np.random.default_rng(0).standard_normal(count) * 0.2
+    wave = np.where(np.arange(count) < count // 5, 0.01, 1) * (tone(seconds, RATE, 0) + noise)
+    soundfile.write(stream, wave, RATE, format=form, **options)
+    return stream.getvalue(), wave
+
+
+@pytest.mark.parametrize("source", ["path", "bytes"])
+@pytest.mark.parametrize("tag", ["tag", "no tag"])
+def test_an_mp3_without_its_length_and_joined_files_are_read_to_their_end(tag, source, tmp_path):
+    content, wave = encoded("MP3", bitrate_mode="VARIABLE", compression_level=0.5)
+    if tag == "no tag":  # it is the first frame, and tells the number of frames
+        content = content[content.index(content[:2], 4) :]
+    for number, (whole, seconds) in enumerate(((content, 10), (content + content, 20))):
+        (tmp_path / f"{number}.mp3").write_bytes(whole)
+        given = tmp_path / f"{number}.mp3" if source == "path" else whole
+        read, rate = decode(given, "a.mp3")
+        assert rate == RATE
+        assert seconds - 0.1 < len(read) / RATE < seconds + 0.3
+        assert similarity(wave[-2 * RATE :], read[-3 * RATE :]) > 0.8
+        for start, part in ((1.0, 0.5), (seconds - 1.0, 0.5), (seconds - 1.0, 5.0)):
+            found = decode(given, "a.mp3", start, part)[0]
+            np.testing.assert_allclose(found, read[round(start * RATE) :][: round(part * RATE)], atol=1e-4)
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_joined_ogg_files_are_read_to_their_end(subtype):
+    content, _ = encoded("OGG", subtype=subtype)
+    read, rate = decode(content * 2, "a.ogg")
+    assert abs(len(read) / rate - 20) < 0.1
+
+
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3", ".ogg", ".m4a"])
 @pytest.mark.parametrize("form", ["WAV", "FLAC", "MP3", "OGG", "aac", "aac after a tag", "m4a"])
 def test_a_wrong_suffix_does_not_matter(form, suffix, tmp_path, capfd):
