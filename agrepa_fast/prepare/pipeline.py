@@ -25,7 +25,7 @@ from .out_folder import finish, locked, read_existing
 from .roles import domain_roles
 from .skipped import BAD, UNALIGNED, LeftOut, check_share, count_line, print_left_out, write_skipped
 from .speaker_pass import load_speaker, run_speaker_pass
-from .split import split_clips
+from .split import only_group, split_clips
 from .targets import attention_shape
 from .teacher_pass import TeacherPass
 from .token_pass import run_token_pass
@@ -107,12 +107,15 @@ def _prepare_domain(
     if late:
         left_out |= late
         counts = _account(job, recordings, left_out, source)
-        splits = split_clips([clip for clip in clips if clip.name not in late], job.data.val_share)
+        clips = [clip for clip in clips if clip.name not in late]
+        splits = split_clips(clips, job.data.val_share)
     descriptions = digest([(r.name, r.text, r.labels, r.source, r.licence) for r in recordings])
     entry, shards = ShardStage(job, descriptions, splits, targets, codebook, roles, passes).run()
     if speaker is not None and source is not None:
         entry["speaker"] = {"dim": speaker.dim, "identity": speaker.identity, "files": None}
     job.print(counts)
+    if group := only_group(clips):
+        job.print(f"{job.domain}: all clips are of one speaker or video, {group}, which training and validation share")
     skipped = [
         {"name": r.name, "source": r.source, "reason": left_out[r.name].reason}
         for r in recordings

@@ -12,11 +12,20 @@ from agrepa_fast.corpora.recordings import Recording
 from agrepa_fast.corpora.walk import walk_folders
 from agrepa_fast.errors import UserError
 from agrepa_fast.prepare.decode import Clip
-from agrepa_fast.prepare.split import validation_groups
+from agrepa_fast.prepare.split import name_hash, only_group, split_clips, validation_groups
 
 
-def recording(name, path="", start=0.0):
-    return Recording(name=name, path=path, domain="audio", source=name, licence="", start=start)
+def recording(name, path="", start=0.0, group=""):
+    return Recording(name=name, path=path, domain="audio", source=name, licence="", start=start, group=group)
+
+
+def clips_of(sizes):
+    """Clips of groups: {group: number of clips}."""
+    return [
+        Clip(recording(f"{group}-{n}", group=group), Path(), 1, 1.0)
+        for group, count in sizes.items()
+        for n in range(count)
+    ]
 
 
 def test_librispeech_transcripts_and_odd_names(tmp_path):
@@ -74,12 +83,32 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
 
 def test_validation_share_holds_for_any_count():
     for count in (2, 3, 9, 10, 11, 40, 137):
-        made = [Clip(recording(f"r-{n}"), Path(), 1, 1.0) for n in range(count)]
+        made = dict.fromkeys((f"r-{n}" for n in range(count)), 1)
         held_out = validation_groups(made, 0.1)
         assert np.ceil(0.1 * count) <= len(held_out) < count
         assert len(held_out) <= 0.25 * count + 1
-        more = [*made, Clip(recording("new"), Path(), 1, 1.0)]
+        more = made | {"new": 1}
         assert len(held_out ^ validation_groups(more, 0.1)) <= 2  # adding one recording moves no others around
+
+
+def test_clips_of_one_group_are_split_by_name():
+    clips = clips_of({"one": 20})
+    splits = split_clips(clips, 0.1)
+    assert len(splits["val"]) == 2
+    assert len(splits["train"]) == 18
+    assert only_group(clips) == "one"
+    assert only_group(clips_of({"a": 1, "b": 1})) is None
+
+
+def test_a_large_group_is_not_held_out_if_another_can_be():
+    first, second = sorted(("a", "b"), key=lambda group: name_hash("split", group))
+    for sizes in (
+        {first: 19, second: 1},
+        {first: 1, second: 19},
+        {first: 12, second: 8},
+    ):  # in the last, both are large
+        assert validation_groups(sizes, 0.1) == {min(sizes, key=sizes.get)}
+    assert validation_groups({"only": 20}, 0.1) == set()
 
 
 def test_a_part_of_a_file_is_read_from_its_start(tmp_path):
