@@ -15,7 +15,8 @@ from ..torchaudio_import import import_torchaudio as import_torchaudio
 from ..torchaudio_import import make_torchaudio_importable as make_torchaudio_importable
 from .decoders import DecodeError, NoAudioError, read_pyav, read_soundfile
 
-SOUNDFILE_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
+# Of copies of a recording beside each other, the one whose suffix comes first is taken: lossless ones come first.
+SOUNDFILE_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 MORE_SUFFIXES = (
     *(".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".au", ".caf", ".dsf", ".eac3", ".g722", ".gsm"),
     *(".m4a", ".m4b", ".mka", ".mp2", ".mpc", ".oga", ".ra", ".rf64", ".snd", ".sph", ".spx", ".tta", ".voc", ".w64"),

@@ -6,7 +6,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..audio.waves import MORE_SUFFIXES, SOUNDFILE_SUFFIXES
+from ..audio.waves import AUDIO_SUFFIXES
 from .recordings import PassedOver, printable
 
 
@@ -48,28 +48,29 @@ class Walk:
         """Return those of a folder's files that are recordings, by their suffixes. `used`: names of other files that
         are not passed over.
 
-        A file with one of MORE_SUFFIXES, a video for one, is passed over beside a file of SUFFIXES with the same stem.
+        Of files with the same stem, a sound and its copy or its video, the one whose suffix comes first in
+        AUDIO_SUFFIXES is taken, and the others are passed over.
         """
-        taken, more = [], []
+        audio = []
         for name in names:
-            suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - for millions of files
+            suffix = _split(name)[1]
             if name.startswith("."):
                 self.pass_over(f"{folder}/{name}", "hidden file", "hidden")
-            elif suffix in SOUNDFILE_SUFFIXES or suffix in MORE_SUFFIXES:
+            elif suffix in AUDIO_SUFFIXES:
                 if self._is_file(f"{folder}/{name}"):
-                    (taken if suffix in SOUNDFILE_SUFFIXES else more).append(name)
+                    audio.append(name)
             elif name not in used:
                 kind = f"{suffix} file" if suffix else "file without a suffix"
                 self.pass_over(f"{folder}/{name}", kind, "no suffix of a recording")
-        of_stem = {os.path.splitext(name)[0]: name for name in taken}  # noqa: PTH122
-        for name in more:
-            stem, suffix = os.path.splitext(name)  # noqa: PTH122
-            if beside := of_stem.get(stem):
-                kind = f"{suffix.lower()} file of a recording that is taken"
-                self.pass_over(f"{folder}/{name}", kind, f"{printable(beside)} is taken")
-            else:
-                taken.append(name)
-        return taken
+        of_stem: dict[str, str] = {}
+        for name in sorted(audio, key=lambda name: AUDIO_SUFFIXES.index(_split(name)[1])):
+            of_stem.setdefault(_split(name)[0], name)
+        for name in audio:
+            stem, suffix = _split(name)
+            if of_stem[stem] != name:
+                kind = f"{suffix} file of a recording that is taken"
+                self.pass_over(f"{folder}/{name}", kind, f"{printable(of_stem[stem])} is taken")
+        return [name for name in audio if of_stem[_split(name)[0]] == name]
 
     def pass_over(self, path: str, kind: str, reason: str) -> None:
         """Record that a path below the root is not taken."""
@@ -91,6 +92,12 @@ class Walk:
     def _report(self, error: OSError) -> None:
         print(f"{printable(error.filename)} cannot be read ({error.strerror}): passed over")
         self.pass_over(error.filename, "unreadable folder", error.strerror)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Return the stem and the suffix of a file's name, the suffix in small letters."""
+    stem, suffix = os.path.splitext(name)  # noqa: PTH122 - for millions of files
+    return stem, suffix.lower()
 
 
 def _list(folder: str) -> dict[str, list[str]]:

@@ -63,6 +63,18 @@ def test_a_folder_accounts_for_every_name(tmp_path):
     }
 
 
+def test_copies_of_a_recording_beside_each_other_are_one_recording(tmp_path):
+    for name in ("a.mp3", "a.wav", "b.mp3", "b.ogg", "c.m4a", "c.mp4", "d.flac"):
+        (tmp_path / name).touch()
+    source = folder_source(tmp_path, "audio")
+    assert taken(source) == ["a.wav", "b.ogg", "c.m4a", "d.flac"]
+    assert reasons(source) == {
+        "a.mp3": (".mp3 file of a recording that is taken", "a.wav is taken"),
+        "b.mp3": (".mp3 file of a recording that is taken", "b.ogg is taken"),
+        "c.mp4": (".mp4 file of a recording that is taken", "c.m4a is taken"),
+    }
+
+
 def test_an_empty_folder_says_what_it_holds(tmp_path):
     for name in ("a.pdf", "b.pdf", "c.zip"):
         (tmp_path / name).touch()
