@@ -125,7 +125,7 @@ class _NewTeacher:
         of_clips = teacher_frames(self.encoder, waves, self.data.teacher_attention)
         for clip, frames in zip(clips, of_clips, strict=True):
             bad = isinstance(frames, str)
-            yield frames if bad else stored_target(frames, clip.seconds, self.data.teacher_rate)
+            yield frames if bad else stored_target(self.encoder, frames, clip.seconds, self.data.teacher_rate)
 
     def enter(self, content: dict, name: str, files: dict[str, dict], total: np.ndarray) -> None:
         """Write the entry of a domain into the index. total: the sum over its train clips."""

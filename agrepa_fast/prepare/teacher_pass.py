@@ -11,7 +11,7 @@ from ..tokenizers.kmeans import Codebook, FrameTokenizer, fit_frames
 from .decode import Clip, decoded_from
 from .job import Job, read_work, write_work
 from .passes import REASON, BatchPass, batches_by_length
-from .targets import stored_target, teacher_frames
+from .targets import frame_tokens, stored_target, teacher_frames
 
 
 class TeacherPass:
@@ -103,5 +103,8 @@ class TeacherPass:
                 yield {REASON: frames}
                 continue
             states = frames[:, : self.teacher.dim]
-            ids = {role: tokenizer.encode(states) for role, tokenizer in self.tokenizers.items()}
-            yield {**ids, "target": stored_target(frames, clip.seconds, self.data.teacher_rate)}
+            ids = {
+                role: frame_tokens(self.teacher, tokenizer, states, clip.seconds)
+                for role, tokenizer in self.tokenizers.items()
+            }
+            yield {**ids, "target": stored_target(self.teacher, frames, clip.seconds, self.data.teacher_rate)}

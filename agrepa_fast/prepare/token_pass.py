@@ -9,7 +9,7 @@ from .decode import Clip, decoded_from
 from .job import Job
 from .passes import REASON, BatchPass, batches_by_length, compute_each
 from .roles import TokenRole
-from .targets import teacher_frames
+from .targets import frame_tokens, teacher_frames
 
 
 def run_token_pass(job: Job, role: TokenRole, splits: dict[str, list[Clip]]) -> BatchPass:
@@ -28,8 +28,11 @@ def run_token_pass(job: Job, role: TokenRole, splits: dict[str, list[Clip]]) -> 
             spoken = [(wave, clip.recording.text) for wave, clip in zip(waves, batch, strict=True)]
             of_clips = compute_each(f"tokenizer {role.spec}", encode, spoken)
         else:
-            of_frames = teacher_frames(role.teacher, waves)
-            of_clips = (f if isinstance(f, str) else role.tokenizer.encode(f) for f in of_frames)
+            of_frames = zip(teacher_frames(role.teacher, waves), batch, strict=True)
+            of_clips = (
+                f if isinstance(f, str) else frame_tokens(role.teacher, role.tokenizer, f, clip.seconds)
+                for f, clip in of_frames
+            )
         for ids in of_clips:
             if isinstance(ids, str):
                 yield {REASON: ids}
@@ -38,7 +41,9 @@ def run_token_pass(job: Job, role: TokenRole, splits: dict[str, list[Clip]]) -> 
 
     clips = [clip for split in SPLITS for clip in splits[split]]
     texts = [clip.recording.text for clip in clips]
-    folder = job.work_folder(role.name, [role.identity, decoded_from(clips, job.data), texts])
+    # The identity in the tokenizer's file is that of the teacher when it was fitted.
+    placed = [] if role.teacher is None or role.teacher.start is None else [role.teacher.start]
+    folder = job.work_folder(role.name, [role.identity, decoded_from(clips, job.data), texts, *placed])
     tokens = BatchPass(job.pool, folder, read, compute)
     own = job.ranks.part_of(batches_by_length(clips))
     with job.stage(role.name, sum(map(len, own))) as stage:

@@ -27,22 +27,26 @@ class Teacher(ABC):
     dim          width of a frame
     rate         frames per second
     sample_rate  Hz, of the waves it takes
-    identity     must be equal for two sets of frames to be comparable: spec, class, layer, sha256 of the weights, and
-                 licence, package and version if they are known
+    start        frame i stands for the 1 / rate seconds from start + i / rate on; None: the frames cover the recording
+    identity     must be equal for two sets of frames to be comparable: spec, class, layer, sha256 of the weights, start
+                 unless it is None, and licence, package and version if they are known
     """
 
     name: str
     dim: int
     rate: float
     sample_rate: int
+    start: float | None = None
     identity: dict
 
     @abstractmethod
     def frames(self, waves: list[np.ndarray]) -> list[np.ndarray]:
         """Return (frames, dim) float32 per wave (samples,) float32 at `sample_rate`, of any lengths.
 
-        The frames cover the recording and no more. Those of a wave do not depend on the others, except for rounding of
-        about 1e-5 of their size. Raises ValueError for an empty wave, and for one that is not 1-D.
+        Without a `start` the frames cover the recording, to a frame. With one they may begin after the recording's
+        begin, and end up to two frames before its end or one after it. Those of a wave do not depend on the others,
+        except for rounding of about 1e-5 of their size. Raises ValueError for an empty wave, and for one that is not
+        1-D.
         """
 
     def attention_shape(self, layers: int, seconds: float) -> tuple[int, int, int, int]:

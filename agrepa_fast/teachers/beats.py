@@ -34,7 +34,8 @@ class BeatsTeacher(Teacher):
         self.dim = model.cfg.encoder_embed_dim
         self._patch = model.cfg.input_patch_size
         self.rate = self.sample_rate / (_HOP * self._patch)
-        self.identity = {"spec": spec, "class": "BEATs", "layer": layer, "precision": dtype}
+        self.start = (_WINDOW - _HOP) / 2 / self.sample_rate
+        self.identity = {"spec": spec, "class": "BEATs", "layer": layer, "precision": dtype, "start": self.start}
         self.identity["sha256"] = weights_sha256(model)
         del layers[layer or len(layers) :]
         self._model, self._device, self._dtype = model, torch.device(device), move_to(model, device, dtype)

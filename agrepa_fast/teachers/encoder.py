@@ -46,6 +46,8 @@ class EncoderTeacher(Teacher):
         self._dtype = move_to(encoder, device, "fp32")
         with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
             self._measure()
+        if self.start is not None:
+            self.identity["start"] = self.start
         self._dtype = move_to(encoder, device, dtype)
         if dtype != "fp32":
             self.check_precision(base)

@@ -75,6 +75,7 @@ class AstTeacher(WindowTeacher):
         config = self._encoder.config
         self.step = config.time_stride * _FBANK_HOP
         self.first = _FBANK_LENGTH + (config.patch_size - 1) * _FBANK_HOP
+        self.start = (self.first - self.step) / 2 / self.sample_rate  # the middle of a frame is that of its mel frames
 
     def _rows(self, output: torch.Tensor) -> torch.Tensor:
         bands, steps = self._encoder.embeddings.get_shape(self._encoder.config)
@@ -84,8 +85,11 @@ class AstTeacher(WindowTeacher):
 class ClapTeacher(WindowTeacher):
     """CLAP's HTSAT (Wu et al. 2023): the mean of the last map's two frequency rows, 3.2 frames per second.
 
-    The extractor repeats a short clip up to 10 s. The frames of its first occurrence are kept.
+    The extractor repeats a short clip up to 10 s. The frames of its first occurrence are kept; the last one may end
+    after the clip.
     """
+
+    start = 0.0
 
     def __init__(self, encoder, extractor, base: str, layer: int | None, identity: dict, device="cpu", dtype="fp32"):
         if layer is not None:

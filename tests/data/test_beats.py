@@ -53,6 +53,7 @@ def test_frames_are_speechbrains_own(checkpoint, layer):
     file, model = checkpoint
     teacher = load_teacher(f"beats:{file}" if layer is None else f"beats:{file}@{layer}")
     assert (teacher.dim, teacher.rate, teacher.sample_rate) == (32, 6.25, 16000)
+    assert teacher.start == teacher.identity["start"] == 0.0075  # the middle of 16 windows is at 0.0875 s
     for wave, steps in zip(WAVES[1:], (3, 6, 5, 12), strict=True):
         hidden = model(torch.from_numpy(wave)[None], torch.ones(1))[0][layer or 3]  # (patches, 1, dim)
         patches = hidden[:, 0].numpy().reshape(steps, 8, 32)

@@ -103,6 +103,9 @@ def test_frames_are_transformers_own(saved):
             assert differs(teacher.frames([wave])[0], own(saved, wave, layer)) < 1e-4, (layer, len(wave))
         assert teacher.rate == pytest.approx(saved.family.end_rate if layer is None else saved.family.layer_rate)
         assert teacher.dim == own(saved, WAVE, layer).shape[1]
+        # AST: the middle of 16 windows is at 0.0875 s.
+        starts = {"audio-spectrogram-transformer": 0.0375, "clap": 0.0}
+        assert teacher.start == teacher.identity.get("start") == starts.get(saved.name)
 
 
 def test_frames_do_not_depend_on_the_batch_and_cover_the_clip(saved):

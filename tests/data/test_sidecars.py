@@ -5,6 +5,7 @@ import re
 import tarfile
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from agrepa_fast.files import file_sha256
 from agrepa_fast.prepare import sidecars
 from agrepa_fast.prepare.pipeline import prepare_folder
 from agrepa_fast.prepare.sidecars import add_teacher
-from agrepa_fast.prepare.targets import resample_frames
+from agrepa_fast.prepare.targets import frame_tokens, resample_frames, stored_target
 
 from .test_prepare import contents, read_all, settings, write_corpus
 from .test_prepare_ranks import run_threads
@@ -92,6 +93,35 @@ def test_resampled_frames_are_means_over_equal_parts_of_the_clip(frames, count):
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, pieces.mean(axis=1), rtol=1e-6)
     np.testing.assert_allclose(found.mean(axis=0), values.mean(axis=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("seconds", [2.2, 4.0, 4.13, 10.0])
+@pytest.mark.parametrize(
+    ("rate", "start", "frames"),
+    [
+        pytest.param(6.25, 0.0075, lambda seconds: (seconds * 16000 - 240) // 2560, id="BEATs"),
+        pytest.param(10.0, 0.0375, lambda seconds: (seconds * 16000 - 1200) // 1600, id="AST"),
+        pytest.param(3.2, 0.0, lambda seconds: np.ceil(seconds * 48000 / 15000), id="CLAP"),
+    ],
+)
+def test_targets_and_tokens_keep_the_times_of_frames_that_do_not_span_the_clip(rate, start, frames, seconds):
+    teacher, tokenizer = SimpleNamespace(rate=rate, start=start), SimpleNamespace(stride=1, encode=lambda f: f[:, 0])
+    times = start + (np.arange(int(frames(seconds))) + 0.5) / rate  # of the middles of the frames, and their values
+    values = times[:, None].astype(np.float32)
+
+    def middles(count):
+        return np.clip((np.arange(count) + 0.5) * seconds / count, times[0], times[-1])
+
+    half = 0.5 / rate + 0.004  # a frame's, and rounding to fp16
+    target = stored_target(teacher, values, seconds, 12.5)[:, 0]
+    assert np.abs(target - middles(round(seconds * 12.5))).max() <= half
+    assert target[0] == np.float16(times[0])
+    if times[-1] < seconds - 0.5 / rate:  # the last frame ends before the clip
+        assert target[-1] == np.float16(times[-1])
+    pooled = stored_target(teacher, values, seconds, None)
+    np.testing.assert_allclose(pooled, target.mean(dtype=np.float32), atol=0.01)
+    tokens = frame_tokens(teacher, tokenizer, values, seconds)
+    assert np.abs(tokens - middles(round(seconds * rate))).max() <= half
 
 
 def test_frame_level_targets_are_the_teachers_frames_at_the_rate(whisper, corpus, frozen, tmp_path):
