@@ -5,6 +5,7 @@ folder of weights and settings with export.json in the marker's place.
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..files import read_json
 
 MARKER = "checkpoint.json"
 EXPORT = "export.json"
+TAG = re.compile(r"step\d{8,}(-\d+)?")  # the name of a folder that a save makes
 POINTERS = ("latest", "best")  # files that name a checkpoint
 REMEDY = "take another checkpoint, or export it again"  # of a damaged marker or export.json
 

@@ -1,6 +1,5 @@
 """A copy of a run's checkpoints, made in the background on another disk or in an object store (fsspec)."""
 
-import json
 import os
 import sys
 import threading
@@ -9,17 +8,19 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files import check_writable
-from .find import MARKER, POINTERS, complete_checkpoints
+from .find import MARKER, POINTERS, TAG
+from .retention import own_checkpoints
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "attribution.csv", "selection.json")  # a resume reads them, too
+CONFIG = "config.yaml"
+RUN_FILES = (CONFIG, "metrics.jsonl", "attribution.csv", "selection.json")  # a resume reads them, too
 
 
 class Mirror:
     """Copies the run's checkpoints to `to` at every `update`, and removes there those that the run has removed.
 
-    The newest checkpoint goes first. Its marker goes last and in one piece, so a copy is complete or no checkpoint at
-    all. After a failure `say` is told, and the next update or `close` tries again. An update while a copy is under way
-    starts another round after it.
+    config.yaml goes first: its run.id keeps other runs out. The newest checkpoint follows. Its marker goes last and in
+    one piece, so a copy is complete or no checkpoint at all. After a failure `say` is told, and the next update or
+    `close` tries again. An update while a copy is under way starts another round after it.
     """
 
     def __init__(self, run: Path, to: str, run_id: str | None, say: Callable[[str], object]):
@@ -31,26 +32,27 @@ class Mirror:
         except (ImportError, ValueError) as error:
             raise UserError(f"train.copy_to={to}: {error}") from error
         self.run, self.root, self.to, self.say = run, root.rstrip("/"), to, say
+        self._run_id = str(run_id).encode()
         if isinstance(self.fs, fsspec.implementations.local.LocalFileSystem):
             check_writable(Path(self.root), "train.copy_to")
-        self._refuse_another_run(run_id)
+        self._refuse_another_run()
         self.copying: str | None = None  # the tag that the run must not remove now
         self._lock, self._changed = threading.Lock(), False
         self._failed = False  # the last round
         self._thread: threading.Thread | None = None  # None while nothing is copied
 
-    def _refuse_another_run(self, run_id: str | None) -> None:
-        """Raise UserError if `to` holds checkpoints of another run: this one would remove them, and they may replace a
-        lost disk."""
+    def _refuse_another_run(self) -> None:
+        """Raise UserError if `to` holds files of another run: this one would replace or remove them, and they may
+        replace a lost disk."""
         try:
-            for tag in self._complete():
-                copied = json.loads(self.fs.cat_file(f"{self.root}/checkpoints/{tag}/{MARKER}"))["run"]
-                if copied != run_id:
-                    raise UserError(f"train.copy_to={self.to} holds {tag} of another run: choose a folder of its own")
-        except UserError:
-            raise
+            self.fs.invalidate_cache()  # another run may have come since the last listing
+            config = self._read(CONFIG)
+            foreign = [CONFIG] if config is not None and self._run_id not in config else []
+            foreign += [tag for tag in sorted(self._tags()) if not self._is_ours(tag)]
         except Exception as error:  # file systems have errors of their own, of missing credentials for one
             raise UserError(f"train.copy_to={self.to} cannot be read ({error})") from error
+        if foreign:
+            raise UserError(f"train.copy_to={self.to} holds {foreign[0]} of another run: choose a folder of its own")
 
     def update(self) -> None:
         """Start to copy the checkpoints and files that are not there yet, and return."""
@@ -92,30 +94,41 @@ class Mirror:
             self.copying = None
 
     def _round(self) -> None:
-        saved = complete_checkpoints(self.run / "checkpoints")
-        copied = self._complete()
-        for path in reversed(saved):
-            if path.name not in copied:
-                self._copy(path)
+        self._refuse_another_run()
+        here = self.run / "checkpoints"
         for name in RUN_FILES:
             if (self.run / name).is_file():
                 self._put(self.run / name, name)
+        for path in reversed(own_checkpoints(here)):
+            self._copy(path)
         for name in POINTERS:
-            if (self.run / "checkpoints" / name).is_file():
-                self._put(self.run / "checkpoints" / name, f"checkpoints/{name}")
-        for tag in self._tags() - {path.name for path in complete_checkpoints(self.run / "checkpoints")}:
-            self._remove(tag)
+            if (here / name).is_file():
+                self._put(here / name, f"checkpoints/{name}")
+        for tag in self._tags():
+            if not (here / tag).exists() and self._is_ours(tag):
+                self._remove(tag)
 
     def _copy(self, path: Path) -> None:
-        self.copying = path.name
+        """Copy a checkpoint, unless its copy is complete."""
+        self.copying, marker = path.name, f"checkpoints/{path.name}/{MARKER}"
         try:
+            copied = self._read(marker)
+            if copied == (path / MARKER).read_bytes():
+                return
+            if copied is not None:  # of a save of the same name, before the run went on from an older checkpoint
+                self.fs.rm_file(f"{self.root}/{marker}")
             files = [file for file in sorted(path.iterdir()) if file.is_file() and file.name != MARKER]
             for file in files:
                 self._put(file, f"checkpoints/{path.name}/{file.name}")
-            self._put(path / MARKER, f"checkpoints/{path.name}/{MARKER}")
+            self._put(path / MARKER, marker)
         except FileNotFoundError:
-            if path.is_dir():
+            if (path / MARKER).is_file():
                 raise  # else the run has removed it: the next round removes the part that was copied
+
+    def _read(self, name: str) -> bytes | None:
+        """Return the content of a copied file, None if it is missing."""
+        path = f"{self.root}/{name}"
+        return self.fs.cat_file(path) if self.fs.isfile(path) else None
 
     def _put(self, file: Path, name: str) -> None:
         target = f"{self.root}/{name}"
@@ -124,13 +137,16 @@ class Mirror:
         self.fs.mv(f"{target}.part", target)
 
     def _tags(self) -> set[str]:
+        """Return the names of the copies, complete or not. Other folders beside them belong to somebody else."""
         folder = f"{self.root}/checkpoints"
         if not self.fs.isdir(folder):
             return set()
-        return {path.rstrip("/").rpartition("/")[2] for path in self.fs.ls(folder, detail=False) if self.fs.isdir(path)}
+        names = {path.rstrip("/").rpartition("/")[2] for path in self.fs.ls(folder, detail=False)}
+        return {name for name in names if TAG.fullmatch(name) and self.fs.isdir(f"{folder}/{name}")}
 
-    def _complete(self) -> set[str]:
-        return {tag for tag in self._tags() if self.fs.isfile(f"{self.root}/checkpoints/{tag}/{MARKER}")}
+    def _is_ours(self, tag: str) -> bool:
+        """Whether this run has made a copy: its marker names the run, and config.yaml does so before the marker."""
+        return self._run_id in (self._read(f"checkpoints/{tag}/{MARKER}") or self._read(CONFIG) or b"")
 
     def _remove(self, tag: str) -> None:
         folder = f"{self.root}/checkpoints/{tag}"

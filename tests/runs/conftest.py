@@ -10,6 +10,7 @@ import torch
 
 from agrepa_fast.checkpoints import save as checkpoint
 from agrepa_fast.config import Config
+from agrepa_fast.config_file import save_config
 from agrepa_fast.data.index import load_index
 
 from ..ranks import run_training
@@ -53,6 +54,7 @@ def made(preset, tmp_path, monkeypatch):
     def make(**train):
         config = Config()
         config = replace(config, train=replace(config.train, **train), run=replace(config.run, id="this"))
+        save_config(config, tmp_path / "config.yaml")
         ours = checkpoint.Checkpoints(tmp_path / "checkpoints", 0, 1, config, index, said.append)
         return ours, lambda step, **more: ours.save(engine, ema, choice, step, **{"must_succeed": False} | more)
 
