@@ -34,12 +34,23 @@ class Mirror:
         self.run, self.root, self.to, self.say = run, root.rstrip("/"), to, say
         self._run_id = str(run_id).encode()
         if isinstance(self.fs, fsspec.implementations.local.LocalFileSystem):
+            self._refuse_own_folder()
             check_writable(Path(self.root), "train.copy_to")
         self._refuse_another_run()
         self.copying: str | None = None  # the tag that the run must not remove now
         self._lock, self._changed = threading.Lock(), False
         self._failed = False  # the last round
         self._thread: threading.Thread | None = None  # None while nothing is copied
+
+    def _refuse_own_folder(self) -> None:
+        """Raise UserError if copies would replace or remove files that the run writes. A run that goes on from its copy
+        still has the copy's folder in its settings."""
+        here, there = self.run.resolve(), Path(self.root).resolve()
+        if here.is_relative_to(there) or there.is_relative_to(here):
+            raise UserError(
+                f"train.copy_to={self.to} is run.dir={self.run}, or inside or around it: set train.copy_to=null or "
+                "another folder"
+            )
 
     def _refuse_another_run(self) -> None:
         """Raise UserError if `to` holds files of another run: this one would replace or remove them, and they may

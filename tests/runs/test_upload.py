@@ -122,6 +122,14 @@ class TestMirror:
         with pytest.raises(UserError, match=r"holds config\.yaml of another run"):
             made(copy_to=f"{copy}")
 
+    @pytest.mark.parametrize("place", [".", "checkpoints", "..", "link"])
+    def test_the_run_s_own_folder_is_refused(self, place, made, tmp_path, copy):
+        """A run goes on from its copy, with settings that name the copy's folder."""
+        (copy / "link").symlink_to(tmp_path)
+        to = copy / "link" if place == "link" else tmp_path / place
+        with pytest.raises(UserError, match=r"train\.copy_to=.* set train\.copy_to=null or another folder"):
+            made(copy_to=f"{to}")
+
     def test_another_run_that_came_later_ends_the_round(self, made, copy):
         """Two runs that both began before either had copied."""
         ours, save, _ = self.copies(made, f"{copy}", keep=1)
