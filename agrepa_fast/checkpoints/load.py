@@ -22,7 +22,7 @@ from .shard_facts import shard_hash
 
 def load_checkpoint(path: Path, checkpoints: Checkpoints, engine, ema: Ema, choice: LayerChoice) -> int:
     """Continue from a checkpoint of this run, and return its step. Every rank must call it. Raises UserError if the
-    checkpoint is another run's, or if its settings or shards are not this run's."""
+    checkpoint is another run's or later than train.steps, or if its settings or shards are not this run's."""
     config, facts = checkpoints.config, read_marker(path)
     if facts is None:
         raise LocalError(
@@ -34,6 +34,11 @@ def load_checkpoint(path: Path, checkpoints: Checkpoints, engine, ema: Ema, choi
             f"train.start_from={path} begins a new run with its weights"
         )
     _check_settings(path, config)
+    if facts["step"] > config.train.steps:  # no step would be left, and the end would describe other weights
+        raise UserError(
+            f"{path} is later than train.steps={config.train.steps}: raise it to {facts['step']} at least, or resume "
+            "an earlier checkpoint"
+        )
     if facts["shards"] != shard_hash(checkpoints.index):
         raise UserError(f"{path} was trained on other shards than those in {checkpoints.index.folder}: set data.path")
     with tensors_only(path):

@@ -75,6 +75,14 @@ class TestRefusals:
         assert "align.strategy is none there" in line
         assert "no checkpoint 'step7'" in self.refused(preset, tmp_path, "run.dir=run", "--resume", "step7")
 
+    def test_an_end_before_the_checkpoint(self, preset, tmp_path):
+        run_training(1, "--preset", str(preset), "run.dir=run", "train.steps=3", "align.strategy=none", cwd=tmp_path)
+        files = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock"]
+        before = {path: path.read_bytes() for path in files}
+        line = self.refused(preset, tmp_path, "run.dir=run", "--resume", "latest", "train.steps=2")
+        assert "step00000003 is later than train.steps=2: raise it to 3 at least" in line
+        assert {path: path.read_bytes() for path in files} == before
+
     @pytest.mark.parametrize(
         ("ds_config", "message"),
         [
