@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from ..config import Config
 from ..config_file import save_config
 from ..data.index import Index
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import flush, write_atomically
 from ..probing.schedule import LayerChoice
 from ..ranks import first_failure, on_rank_0
@@ -81,10 +81,9 @@ class Checkpoints:
             self._give_up(path, failure, must_succeed)
             return False
         if self.rank == 0:
-            train, mirror = self.config.train, self.mirror
-            remove_old(self.folder, train.keep, train.keep_best, mirror.copying if mirror is not None else None)
-            if mirror is not None:
-                mirror.update()
+            self._remove_old()
+            if self.mirror is not None:
+                self.mirror.update()
         dist.barrier()
         return True
 
@@ -137,11 +136,19 @@ class Checkpoints:
         if best := best_checkpoints(self.folder, self.config.train.keep_best):
             write_atomically(self.folder / "best", best[0].name)
 
+    def _remove_old(self) -> None:
+        """Remove old checkpoints. A failure is only printed: the save before it is complete, and the ranks wait."""
+        train, copying = self.config.train, self.mirror.copying if self.mirror is not None else None
+        try:
+            remove_old(self.folder, train.keep, train.keep_best, copying)
+        except (UserError, OSError) as error:
+            self.say(f"old checkpoints in {self.folder} stay until the next save ({one_line(error)})")
+
     def _give_up(self, path: Path, failure: str, must_succeed: bool) -> None:
         if self.rank == 0:
             remove_checkpoint(path)
         dist.barrier()
-        line = f"{path} could not be saved ({failure}): make room"
+        line = f"{path} could not be saved: {failure}"
         if must_succeed:
             raise UserError(f"{line}, then --resume latest goes on from the checkpoint before")
         self.say(f"{line}; training goes on, and the next save tries again")
@@ -159,9 +166,11 @@ class _Writer:
         if self.failure is None:
             try:
                 write(*args, **kwargs)
+            except UserError as error:
+                self.failure = str(error)
             except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
                 reason = (str(error) or type(error).__name__).splitlines()[0]
-                self.failure = f"{reason}; {_free_mib(self.folder)} MiB free"
+                self.failure = f"{reason} ({_free_mib(self.folder)} MiB free): make room"
 
 
 def _free_mib(folder: Path) -> int:

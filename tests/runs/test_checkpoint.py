@@ -148,6 +148,32 @@ def test_a_disk_that_is_full_at_any_file_leaves_the_older_checkpoint(made, tmp_p
         save(3, must_succeed=True)
 
 
+def unreadable(*_: object) -> None:
+    raise UserError("step00000001/checkpoint.json cannot be read: Input/output error")
+
+
+def test_an_older_checkpoint_that_cannot_be_read_costs_the_save(made, monkeypatch):
+    ours, save = made(keep=1)
+    assert save(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "complete_checkpoints", unreadable)
+        assert not save(2)
+    assert made.said[-1].endswith("cannot be read: Input/output error; training goes on, and the next save tries again")
+    assert names(ours.folder) == {"step00000001"}
+    assert save(2)
+
+
+def test_old_checkpoints_that_cannot_be_removed_stay_until_the_next_save(made, monkeypatch):
+    ours, save = made(keep=1)
+    assert save(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "remove_old", unreadable)
+        assert save(2)
+    assert "stay until the next save (step00000001/checkpoint.json cannot be read" in made.said[-1]
+    assert save(3)
+    assert names(ours.folder) == {"step00000003"}
+
+
 def test_a_kill_at_any_file_of_a_save_leaves_a_run_to_resume(saved, made, tmp_path):
     """Each file half written, with those before it: removed at the next start, and never taken for a checkpoint."""
     whole = saved / "checkpoints" / "step00000005"
