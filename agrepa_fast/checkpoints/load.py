@@ -15,7 +15,7 @@ from ..zero.engine import set_rate
 from ..zero.recut import load_recut, whole_tensors
 from ..zero.state_files import layout, load_engine, tensors_only
 from .find import read_marker
-from .random_state import restore_random_state
+from .random_state import rank_file, restore_random_state
 from .save import Checkpoints
 from .shard_facts import shard_hash
 
@@ -52,7 +52,7 @@ def load_checkpoint(path: Path, checkpoints: Checkpoints, engine, ema: Ema, choi
     choice.load_state_dict(state["choice"])
     checkpoints.score = facts["val/flow_loss"]
     seed = derive_seed(draws_seed(config), facts["step"], checkpoints.rank)
-    restore_random_state(path / f"rank{checkpoints.rank}.safetensors", seed)
+    restore_random_state(path / rank_file(checkpoints.rank), seed)
     return facts["step"]
 
 

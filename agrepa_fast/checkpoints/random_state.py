@@ -8,6 +8,11 @@ import torch
 from ..tensor_files import open_tensors
 
 
+def rank_file(rank: int) -> str:
+    """Return the name of a rank's file in a checkpoint. Every rank writes one."""
+    return f"rank{rank}.safetensors"
+
+
 def random_state() -> dict[str, torch.Tensor]:
     """Return the state of torch's generators on this rank."""
     state = {"cpu_rng": torch.get_rng_state()}

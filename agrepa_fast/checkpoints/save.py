@@ -24,16 +24,18 @@ from ..data.index import Index
 from ..errors import UserError, one_line
 from ..files import flush, write_atomically
 from ..probing.schedule import LayerChoice
-from ..ranks import first_failure, on_rank_0
+from ..ranks import all_gather, first_failure, from_rank_0, on_rank_0
 from ..tensor_files import save_tensors
 from ..zero.ema import Ema
 from ..zero.masters import full_weights
 from ..zero.state_files import layout, save_engine, step_counters
 from .find import MARKER, complete_checkpoints, read_marker
-from .random_state import random_state
+from .random_state import random_state, rank_file
 from .retention import best_checkpoints, remove_checkpoint, remove_interrupted, remove_old
 from .shard_facts import shard_facts, shard_hash
 from .upload import Mirror
+
+_SHARED = "run.dir has to be on storage that all nodes share"
 
 
 @dataclass
@@ -54,10 +56,15 @@ class Checkpoints:
             on_rank_0(self._open_mirror)
 
     def remove_interrupted(self) -> None:
-        """Remove the remains of a save that was cut short. Every rank must call it, before the first save."""
+        """Remove the remains of a save that was cut short. Every rank must call it, before the first save. Raises
+        UserError if a rank does not see the folder."""
         if self.rank == 0:
             remove_interrupted(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
         dist.barrier()
+        seen = all_gather(self.folder.is_dir())
+        if not all(seen):
+            raise UserError(f"{self.folder} is not seen by rank {seen.index(False)}: {_SHARED}")
 
     def save(self, engine, ema: Ema, choice: LayerChoice, step: int, *, must_succeed: bool) -> bool:
         """Write a complete checkpoint, point `latest` and `best` at it and remove old ones. Every rank must call it.
@@ -65,11 +72,8 @@ class Checkpoints:
         A save that fails, on a full disk for one, leaves everything as it was and returns False: training goes on until
         the next. Raises UserError instead if it `must_succeed`, because no other save follows.
         """
-        path = self.folder / self._new_tag(step)
         write = _Writer(self.folder)
-        if self.rank == 0:
-            write(path.mkdir, parents=True)
-        failure = first_failure(write.failure)
+        path, failure = from_rank_0(lambda: self._new_folder(write, step))
         if failure is None:
             self._write_files(write, path, engine, ema, choice)
             failure = first_failure(write.failure)
@@ -95,17 +99,19 @@ class Checkpoints:
     def _open_mirror(self) -> None:
         self.mirror = Mirror(self.folder.parent, self.config.train.copy_to, self.config.run.id, self.say)
 
-    def _new_tag(self, step: int) -> str:
-        tag, number = f"step{step:08d}", 1
-        while (self.folder / tag).exists():
+    def _new_folder(self, write: "_Writer", step: int) -> tuple[Path, str | None]:
+        """Make the folder of a save, which no save has had. Return it, and why it could not be made. Only rank 0 looks:
+        on a network file system the others would remember for a while that it was missing."""
+        path, number = self.folder / f"step{step:08d}", 1
+        while path.exists():
             number += 1
-            tag = f"step{step:08d}-{number}"
-        dist.barrier()  # rank 0 creates the folder when all have looked
-        return tag
+            path = self.folder / f"step{step:08d}-{number}"
+        write(path.mkdir, parents=True)
+        return path, write.failure
 
     def _write_files(self, write: "_Writer", path: Path, engine, ema: Ema, choice: LayerChoice) -> None:
         save_engine(engine, path, write)
-        write(save_tensors, random_state(), path / f"rank{self.rank}.safetensors")
+        write(save_tensors, random_state(), path / rank_file(self.rank))
         state = {"choice": choice.state_dict(), "engine": step_counters(engine), "ema_updates": ema.updates}
         weights = full_weights(engine)
         if self.rank == 0:
@@ -123,7 +129,11 @@ class Checkpoints:
                 write(choice.aligner.selection.save, path / "selection.json")
 
     def _complete(self, path: Path, step: int, engine) -> None:
-        """Write the marker, then `latest`, then `best`: after a crash between them, the older names are right."""
+        """Write the marker, then `latest`, then `best`: after a crash between them, the older names are right. Raises
+        UserError, before the marker, if the files of a rank are missing."""
+        for name in (rank_file(rank) for rank in range(self.world)):
+            if not (path / name).is_file():
+                raise UserError(f"{name} is missing: {_SHARED}")
         for file in path.iterdir():
             flush(file)
         # Rotation goes by this order: a clock that was set back must not make the newest the oldest.

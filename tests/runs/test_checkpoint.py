@@ -174,6 +174,20 @@ def test_old_checkpoints_that_cannot_be_removed_stay_until_the_next_save(made, m
     assert names(ours.folder) == {"step00000003"}
 
 
+def test_a_folder_that_another_node_does_not_see_is_no_place_for_checkpoints(made, monkeypatch):
+    """Refused before the first step. A disk that is lost later costs the saves: the files of rank 1 are missing."""
+    ours, save = made()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "all_gather", lambda seen: [seen, False])
+        with pytest.raises(UserError, match=r"is not seen by rank 1: .* storage that all nodes share"):
+            ours.remove_interrupted()
+    ours.remove_interrupted()
+    ours.world = 2
+    assert not save(1)
+    assert "rank1.safetensors is missing: run.dir has to be on storage that all nodes share" in made.said[-1]
+    assert not names(ours.folder)
+
+
 def test_a_kill_at_any_file_of_a_save_leaves_a_run_to_resume(saved, made, tmp_path):
     """Each file half written, with those before it: removed at the next start, and never taken for a checkpoint."""
     whole = saved / "checkpoints" / "step00000005"
