@@ -16,6 +16,7 @@ from ..zero.recut import load_recut, whole_tensors
 from ..zero.state_files import layout, load_engine, tensors_only
 from .find import read_marker
 from .random_state import rank_file, restore_random_state
+from .retention import is_comparable
 from .save import Checkpoints
 from .shard_facts import shard_hash
 
@@ -50,7 +51,7 @@ def load_checkpoint(path: Path, checkpoints: Checkpoints, engine, ema: Ema, choi
     set_rate(engine, config.train.lr * lr_factor(config.train, facts["step"]))  # train.steps may have changed
     ema.load(whole_tensors(path / "ema.safetensors"), state["ema_updates"])
     choice.load_state_dict(state["choice"])
-    checkpoints.score = facts["val/flow_loss"]
+    checkpoints.score = facts["val/flow_loss"] if is_comparable(facts, checkpoints.validated_on) else None
     seed = derive_seed(draws_seed(config), facts["step"], checkpoints.rank)
     restore_random_state(path / rank_file(checkpoints.rank), seed)
     return facts["step"]

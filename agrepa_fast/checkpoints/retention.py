@@ -8,20 +8,32 @@ from ..zero.recut import FOLDER as UNIVERSAL
 from .find import MARKER, TAG, complete_checkpoints, read_marker
 
 
-def best_checkpoints(folder: Path, count: int) -> list[Path]:
-    """Return the `count` checkpoints with the lowest validation flow loss, the lowest first. Several saves may share
-    one validation: the first of them counts as better."""
-    scored = [(read_marker(path)["val/flow_loss"], path) for path in own_checkpoints(folder)]
-    scored = [(score, path) for score, path in scored if score is not None and not math.isnan(score)]
-    ranked = sorted(scored, key=lambda pair: pair[0])  # stable, and they are in the order of their saves
-    return [path for _, path in ranked[:count]]
+def best_checkpoints(folder: Path, count: int, validated_on: dict) -> list[Path]:
+    """Return the `count` checkpoints with the lowest validation flow loss, the lowest first, of those that were
+    validated on the same as the run is now; of all until there is one. Several saves may share one validation: the
+    first of them counts as better."""
+    saved = [(path, read_marker(path)) for path in own_checkpoints(folder)]
+    scored = [(path, facts) for path, facts in saved if not math.isnan(_score(facts))]
+    comparable = [(path, facts) for path, facts in scored if is_comparable(facts, validated_on)]
+    ranked = sorted(comparable or scored, key=lambda pair: _score(pair[1]))  # stable, in the order of their saves
+    return [path for path, _ in ranked[:count]]
 
 
-def remove_old(folder: Path, keep: int, keep_best: int, uploading: str | None = None) -> None:
+def _score(facts: dict) -> float:
+    score = facts["val/flow_loss"]
+    return math.nan if score is None else score
+
+
+def is_comparable(facts: dict, validated_on: dict) -> bool:
+    """Whether the validation loss in a marker was measured on these clips and times. Version 0.1 did not write that."""
+    return facts.get("validated_on", validated_on) == validated_on
+
+
+def remove_old(folder: Path, keep: int, keep_best: int, validated_on: dict, uploading: str | None = None) -> None:
     """Remove all checkpoints but the `keep` newest, the `keep_best` best, and the tag that is being uploaded. Universal
     checkpoints go too: the run has saved since it needed them."""
     saved = own_checkpoints(folder)
-    kept = [*saved[-keep:], *best_checkpoints(folder, keep_best)]
+    kept = [*saved[-keep:], *best_checkpoints(folder, keep_best, validated_on)]
     for path in saved:
         if path not in kept and path.name != uploading:
             remove_checkpoint(path)

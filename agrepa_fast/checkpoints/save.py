@@ -91,6 +91,11 @@ class Checkpoints:
         dist.barrier()
         return True
 
+    @property
+    def validated_on(self) -> dict:
+        """The settings that a validation loss depends on: losses of others do not compare. A resume may change them."""
+        return {"clips": self.config.eval.clips, "times": self.config.eval.times}
+
     def close(self) -> None:
         """Wait for the copy that is under way."""
         if self.mirror is not None:
@@ -139,18 +144,19 @@ class Checkpoints:
         # Rotation goes by this order: a clock that was set back must not make the newest the oldest.
         saved = max([time.time_ns(), *(read_marker(older)["saved"] + 1 for older in complete_checkpoints(self.folder))])
         facts = {"step": step, "saved": saved, "run": self.config.run.id, "val/flow_loss": self.score}
+        facts["validated_on"] = self.validated_on
         facts |= {"shards": shard_hash(self.index), "layout": layout(engine, self.world)}
         facts["files"] = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
         write_atomically(path / MARKER, json.dumps(facts, indent=1))
         write_atomically(self.folder / "latest", path.name)
-        if best := best_checkpoints(self.folder, self.config.train.keep_best):
+        if best := best_checkpoints(self.folder, self.config.train.keep_best, self.validated_on):
             write_atomically(self.folder / "best", best[0].name)
 
     def _remove_old(self) -> None:
         """Remove old checkpoints. A failure is only printed: the save before it is complete, and the ranks wait."""
         train, copying = self.config.train, self.mirror.copying if self.mirror is not None else None
         try:
-            remove_old(self.folder, train.keep, train.keep_best, copying)
+            remove_old(self.folder, train.keep, train.keep_best, self.validated_on, copying)
         except (UserError, OSError) as error:
             self.say(f"old checkpoints in {self.folder} stay until the next save ({one_line(error)})")
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from agrepa_fast.checkpoints import load
 from agrepa_fast.checkpoints import save as checkpoint
 from agrepa_fast.config import Config
 from agrepa_fast.config_file import save_config
@@ -27,7 +28,8 @@ def saved(preset, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def made(preset, tmp_path, monkeypatch):
-    """Checkpoints of one rank, without DeepSpeed: `made(keep=…)` returns them and a function that saves a step."""
+    """Checkpoints of one rank, without DeepSpeed: `made(keep=…)` returns them and a function that saves a step;
+    `made.resume(ours, step)` goes on from one."""
     monkeypatch.setattr(checkpoint.dist, "barrier", lambda: None)
     monkeypatch.setattr(checkpoint, "full_weights", lambda engine: {"weight": torch.ones(3)})
     monkeypatch.setattr(checkpoint, "step_counters", lambda engine: {})
@@ -47,9 +49,11 @@ def made(preset, tmp_path, monkeypatch):
         zero_optimization_stage=lambda: 2,
         config={},
     )
-    ema = SimpleNamespace(applied=nullcontext, updates=3)
+    ema = SimpleNamespace(applied=nullcontext, updates=3, load=lambda *_: None)
     aligner = SimpleNamespace(selection=None, export=lambda: {"bitc": torch.ones(1)})
-    choice = SimpleNamespace(state_dict=dict, aligner=aligner)
+    choice = SimpleNamespace(state_dict=dict, load_state_dict=lambda _: None, aligner=aligner)
+    for name in ("load_engine", "set_rate"):
+        monkeypatch.setattr(load, name, lambda *_: None)
 
     def make(**train):
         config = Config()
@@ -59,4 +63,5 @@ def made(preset, tmp_path, monkeypatch):
         return ours, lambda step, **more: ours.save(engine, ema, choice, step, **{"must_succeed": False} | more)
 
     make.said = said
+    make.resume = lambda ours, step: load.load_checkpoint(ours.folder / f"step{step:08d}", ours, engine, ema, choice)
     return make

@@ -108,6 +108,26 @@ def test_the_best_stay_beside_the_newest(made, tmp_path):
     assert resolve_checkpoint(ours.folder / "latest").name == resolve_checkpoint(tmp_path).name == "step00000006"
 
 
+def test_losses_on_other_clips_or_times_are_no_rivals(made, tmp_path):
+    """A resume may change what validation measures. Until it has measured once, the ranking of before stands."""
+    ours, save = made(keep=1, keep_best=1)
+    for step, score in enumerate((1.0, 2.0)):
+        ours.score = score
+        save(step)
+    ours.config = replace(ours.config, eval=replace(ours.config.eval, times=[0.1]))
+    made.resume(ours, 1)
+    assert ours.score is None
+    save(2)
+    assert find_checkpoint(tmp_path, "best").name == "step00000000"
+    for step, score in enumerate((4.0, 3.0, 5.0), start=3):
+        ours.score = score
+        save(step)
+    assert find_checkpoint(tmp_path, "best").name == "step00000004"
+    assert names(ours.folder) == {"step00000004", "step00000005"}
+    made.resume(ours, 5)
+    assert ours.score == 5.0
+
+
 def test_a_disk_that_is_full_at_any_file_leaves_the_older_checkpoint(made, tmp_path, monkeypatch):
     ours, save = made(keep=1)
     assert save(1)
