@@ -43,7 +43,7 @@ class Metrics:
         self.first_step = first_step
         if self.rank == 0:
             self._tracker = tracker
-            for name in ("metrics.jsonl", "skipped.jsonl"):
+            for name in ("metrics.jsonl", "skipped.jsonl", "faults.jsonl"):
                 _drop_later_steps(self.folder / name, first_step)
             self._file = (self.folder / "metrics.jsonl").open("ab", buffering=0)  # no buffer that could fail later
             self._open_board(first_step + 1 if first_step else None)

@@ -102,6 +102,15 @@ def test_means_and_rates_since_the_last_flush(tmp_path, monkeypatch):
     assert "train/loss" not in values
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "skipped.jsonl", "faults.jsonl"])
+def test_a_resume_drops_the_lines_of_later_steps(name, tmp_path):
+    (tmp_path / name).write_text('{"step": 2}\n{"step": 4}\n')
+    resumed = Metrics(tmp_path, 0, 1)
+    resumed.open(steps=9, first_step=3)
+    resumed.close()
+    assert (tmp_path / name).read_text() == '{"step": 2}\n'
+
+
 def test_a_run_writes_them_and_a_trace_of_the_steps_asked_for(preset, tmp_path):
     settings = ("train.profile=[2,3]", "train.peak_tflops=0.001", "train.steps=4", "align.strategy=none")
     run_training(1, "--ds_config", "zero0.json", "--preset", str(preset), "run.dir=run", *settings, cwd=tmp_path)
