@@ -72,6 +72,7 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
             if stopped:
                 break
     if stopped:
+        checkpoints.leave_copy()
         again = f"--resume latest run.dir={run.context.folder}"
         run.metrics.print(f"step {done}: stopped by a signal, saved; {again} goes on from here")
     else:

@@ -101,6 +101,12 @@ class Checkpoints:
         if self.mirror is not None:
             self.mirror.close()
 
+    def leave_copy(self) -> None:
+        """Let `close` wait for no copy. A scheduler kills a run that is not gone soon after its signal."""
+        if self.mirror is not None:
+            self.mirror.leave()
+            self.mirror = None
+
     def _open_mirror(self) -> None:
         self.mirror = Mirror(self.folder.parent, self.config.train.copy_to, self.config.run.id, self.say)
 

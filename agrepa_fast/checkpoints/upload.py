@@ -82,6 +82,11 @@ class Mirror:
         if self._failed:
             self.say(f"the copy to {self.to} is incomplete: copy {self.run} there yourself")
 
+    def leave(self) -> None:
+        """Say whether the copy is incomplete, and wait for nothing."""
+        if self._thread is not None or self._failed:
+            self.say(f"the copy to {self.to} is incomplete: --resume completes it")
+
     def _wait(self) -> None:
         if (thread := self._thread) is not None:
             self.say(f"waiting for the copy to {self.to}")

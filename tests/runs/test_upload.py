@@ -107,6 +107,27 @@ class TestMirror:
         assert names(copy / "checkpoints") == {"step00000001", "step00000003"}  # the next save drops the first
         assert all(damage(path) is None for path in (copy / "checkpoints").glob("step*"))
 
+    def test_a_run_that_is_stopped_leaves_its_copy_to_the_resume(self, made, copy, monkeypatch):
+        ours, save, mirror = self.copies(made, f"{copy}", keep=1)
+        ended = threading.Event()
+
+        def slow(*_):
+            assert ended.wait(60)
+            raise OSError("the process has ended")
+
+        monkeypatch.setattr(mirror, "_put", slow)
+        assert save(1)
+        ours.leave_copy()
+        ours.close()
+        assert made.said == [f"the copy to {copy} is incomplete: --resume completes it"]
+        thread = mirror._thread
+        ended.set()
+        thread.join()
+        ours, _, _ = self.copies(made, f"{copy}", keep=1)
+        made.resume(ours, 1)
+        ours.close()
+        assert damage(copy / "checkpoints" / "step00000001") is None
+
     def test_copies_of_another_run_are_not_dropped(self, made, copy):
         """A new run with the settings of one whose disk was lost."""
         copied = copy / "checkpoints" / "step00000009"
