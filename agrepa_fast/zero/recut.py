@@ -76,9 +76,13 @@ def _whole_moments(engine, path: Path, stage: int, say) -> Callable[[str, str], 
 
         return find
     folder = path / FOLDER
-    if not folder.is_dir():
-        say(f"{path}: converting the optimizer's state for other ranks or another ZeRO stage")
-    on_rank_0(lambda: folder.is_dir() or _convert(path, folder))
+
+    def convert() -> None:  # the other ranks of a network file system would remember that the folder was missing
+        if not folder.is_dir():
+            say(f"{path}: converting the optimizer's state for other ranks or another ZeRO stage")
+            _convert(path, folder)
+
+    on_rank_0(convert)
 
     def read(name: str, key: str) -> torch.Tensor:
         value = torch.load(folder / "zero" / name / f"{key}.pt", map_location="cpu", weights_only=True)

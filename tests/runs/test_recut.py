@@ -139,10 +139,14 @@ def test_a_universal_checkpoint_is_complete_or_absent_and_made_once(saved, tmp_p
 
     path, said = tmp_path / "step00000003", []
     shutil.copytree(saved / "checkpoints" / path.name, path)
-    monkeypatch.setattr(universal, "on_rank_0", lambda action: action())
     weights = _tensors(path, "model")
     module = SimpleNamespace(named_parameters=lambda: weights.items())
     engine = SimpleNamespace(module=module)
+
+    monkeypatch.setattr(universal, "on_rank_0", lambda action: None)
+    universal._whole_moments(engine, path, 2, said.append)
+    assert not said  # the other ranks do not look
+    monkeypatch.setattr(universal, "on_rank_0", lambda action: action())
 
     def half(arguments):
         (Path(arguments.output_folder) / "zero").mkdir(parents=True)
