@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,7 +169,8 @@ class Checkpoints:
 
     def _give_up(self, path: Path, failure: str, must_succeed: bool) -> None:
         if self.rank == 0:
-            remove_checkpoint(path)
+            with suppress(OSError):  # of a disk that is gone, too; the next start removes a part that stays
+                remove_checkpoint(path)
         dist.barrier()
         line = f"{path} could not be saved: {failure}"
         if must_succeed:

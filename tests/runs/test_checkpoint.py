@@ -183,6 +183,20 @@ def test_an_older_checkpoint_that_cannot_be_read_costs_the_save(made, monkeypatc
     assert save(2)
 
 
+def test_a_part_that_cannot_be_removed_goes_at_the_next_start(made, monkeypatch):
+    def read_only(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    ours, save = made()
+    ours.world = 2
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "remove_checkpoint", read_only)
+        assert not save(1)
+    assert names(ours.folder) == {"step00000001"}
+    ours.remove_interrupted()
+    assert not names(ours.folder)
+
+
 def test_old_checkpoints_that_cannot_be_removed_stay_until_the_next_save(made, monkeypatch):
     ours, save = made(keep=1)
     assert save(1)
