@@ -25,7 +25,7 @@ def _score(facts: dict) -> float:
 
 
 def is_comparable(facts: dict, validated_on: dict) -> bool:
-    """Whether the validation loss in a marker was measured on these clips and times. Version 0.1 did not write that."""
+    """Whether the validation loss in a marker was measured on these clips and times. Older markers do not say it."""
     return facts.get("validated_on", validated_on) == validated_on
 
 
