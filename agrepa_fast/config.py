@@ -277,7 +277,7 @@ class TrainConfig:
     final_lr: float = setting(0.1, "share of lr that the decay ends at")
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = setting(1.0, "bound of the gradient's global norm")
     ema_decay: ShareBelowOne = setting(0.999, "of the averaged weights")
-    precision: Literal["auto", "bf16", "fp32"] = setting("auto", "auto: bf16 on GPUs and on CPUs much faster in it")
+    precision: Literal["auto", "bf16", "fp32"] = setting("auto", "auto: bf16 on newer GPUs, and CPUs that gain by it")
     graphs: Whole | None = setting(
         None,
         "CUDA graphs of forward and backward, at most this many batch shapes (GPUs, ZeRO 0 to 2); 0: none; null: of "

@@ -86,10 +86,15 @@ def resolve_ds_config(values: dict, train: TrainConfig, layout: BatchLayout, dev
 
 
 def precision(train: TrainConfig, device: torch.device) -> str:
-    """Return fp32 or bf16: `auto` is bf16 on GPUs, and fp32 on a CPU, where a new run has chosen before."""
+    """Return fp32 or bf16: `auto` is bf16 on GPUs that compute in it (Ampere and later), and fp32 on a CPU, where a new
+    run has chosen before."""
     if train.precision != "auto":
         return train.precision
-    return "bf16" if device.type == "cuda" else "fp32"
+    return "bf16" if device.type == "cuda" and _computes_in_bf16() else "fp32"
+
+
+def _computes_in_bf16() -> bool:
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def zero_stage(ds_config: dict) -> int:
@@ -136,8 +141,10 @@ def _check_sections(values: dict, train: TrainConfig) -> None:
 
 
 def _bf16(values: dict, train: TrainConfig, device: torch.device) -> bool:
-    """Whether the run is in bf16. Raises UserError if the ds_config says otherwise."""
+    """Whether the run is in bf16. Raises UserError if the ds_config says otherwise, or the GPU cannot."""
     bf16 = precision(train, device) == "bf16"
+    if bf16 and device.type == "cuda" and not _computes_in_bf16():
+        raise UserError(f"{torch.cuda.get_device_name()} does not compute in bf16: set train.precision=fp32")
     given = values.get("bf16", {}).get("enabled", "auto")
     if given not in ("auto", bf16):
         raise UserError(

@@ -9,8 +9,10 @@ import torch
 
 from agrepa_fast.config import TrainConfig
 from agrepa_fast.config_file import load_config
+from agrepa_fast.data.layout import BatchLayout
 from agrepa_fast.errors import UserError
 from agrepa_fast.lr_schedule import lr_factor
+from agrepa_fast.zero.ds_config import resolve_ds_config
 from agrepa_fast.zero.ds_sections import adopt_sections
 
 from ..ranks import run_training
@@ -179,3 +181,13 @@ def test_a_deepspeed_user_s_file_trains(preset, tmp_path):
     rates = [values["train/lr"] for step, values in sorted(metrics(tmp_path / "run").items()) if "train/lr" in values]
     assert rates == pytest.approx([1e-3 * lr_factor(train, step) for step in range(1, 5)])
     assert {path.name for path in tmp_path.iterdir()} == {"ds.json", "run"}
+
+
+def test_a_gpu_older_than_ampere_trains_in_fp32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    train, gpu, layout = load_config("demo").train, torch.device("cuda"), BatchLayout(8, 1, 0, 1)
+    for capability in ((8, 0), (7, 5)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda it=capability: it)
+        assert resolve_ds_config({}, train, layout, gpu)["bf16"]["enabled"] is (capability == (8, 0))
+    with pytest.raises(UserError, match=r"Tesla V100 does not compute in bf16: set train\.precision=fp32"):
+        resolve_ds_config({}, replace(train, precision="bf16"), layout, gpu)
