@@ -5,11 +5,12 @@ its own (`launched`): its ranks share the file system that they write to and exc
 with GPUs or without.
 """
 
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -17,16 +18,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .errors import LocalError, UserError
+from .errors import LocalError, UserError, one_line
 from .launch import check_master_address, complete_launch_environment, local_device, why_not_joined
 
 PATIENCE = timedelta(hours=12)  # ranks wait while rank 0 prepares recordings; torch's default is 10 or 30 minutes
 _CHECK_SECONDS = 1.0  # between two looks for failed ranks
-_AGAIN = "run the same command again, it goes on where it stopped"
 
 
 class AgreedError(UserError):
-    """The failure of one rank, raised on every rank."""
+    """A failure that every rank raises: rank 0 prints it."""
 
 
 class LostRankError(UserError):
@@ -35,8 +35,8 @@ class LostRankError(UserError):
 
 @dataclass
 class Ranks:
-    """This process among those that work together. Every rank must call `all_gather`, `on_rank_0`, `from_rank_0` and
-    `load_on_every_rank` in the same order."""
+    """This process among those that work together. Every rank must call `all_gather`, `agreeing`, `on_rank_0`,
+    `from_rank_0` and `load_on_every_rank` in the same order."""
 
     rank: int = 0
     world: int = 1
@@ -47,21 +47,26 @@ class Ranks:
         """Return the value of every rank. Raises UserError on all if one of them has failed instead."""
         return self._agree(value, None)
 
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Wait at the end for all ranks. If one of them has an error inside, all raise it: the others at the end, or in
+        the method of this class that they call next. Before any other collective inside, such as all_sum, all ranks
+        must meet in one of these methods: it would wait for a rank that has failed."""
+        try:
+            yield
+        except Exception as error:
+            self.fail_everywhere(error)
+            raise
+        self.all_gather(None)
+
     def on_rank_0(self, action: Callable[[], object]) -> None:
-        """Run `action` on rank 0 and wait for it on every rank. Raises UserError on all if `action` does."""
-        failure = None
-        if self.rank == 0:
-            try:
+        """Run `action` on rank 0 and wait for it on every rank. Raises UserError on all if `action` fails."""
+        with self.agreeing():
+            if self.rank == 0:
                 action()
-            except UserError as error:
-                if self.world == 1:
-                    raise
-                failure = str(error)
-                self._post_failure()
-        self._agree(None, failure)
 
     def from_rank_0(self, make: Callable[[], Any]) -> Any:
-        """Return the result of `make` on rank 0, which alone calls it. Raises UserError on all if `make` does."""
+        """Return the result of `make` on rank 0, which alone calls it. Raises UserError on all if `make` fails."""
         made = []
         self.on_rank_0(lambda: made.append(make()))
         return made[0] if self.world == 1 else self._broadcast(made[0] if made else None)
@@ -103,14 +108,17 @@ class Ranks:
 
     def fail_everywhere(self, error: Exception) -> None:
         """Tell all ranks of this one's error; they raise it in their next `all_gather`, `on_rank_0` or `check_others`,
-        and so does this one. Returns if `error` came from another rank, or there is none."""
-        if self.world == 1 or isinstance(error, (AgreedError, LostRankError)):
+        and so does this one. Returns if `error` came from another rank or from its end, or there is none."""
+        if self.world == 1 or isinstance(error, (AgreedError, LostRankError)) or of_lost_rank(error):
             return
-        if not isinstance(error, (UserError, OSError)):
+        line, known = str(_in_one_line(error)), isinstance(error, (UserError, OSError))
+        if not known:
             traceback.print_exc()
-            error = UserError(f"rank {self.rank}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if self.rank or not known:  # a line without a rank is about the input, or about rank 0's machine
+            line = f"rank {self.rank} on {socket.gethostname()}: {line}"
         self._post_failure()
-        self._agree(None, str(_in_one_line(error)))
+        self._agree(None, line)
 
     def _agree(self, value: object, failure: str | None) -> list:
         """Return the value of every rank, or raise the first failure on all."""
@@ -199,15 +207,20 @@ def _join() -> Ranks:
 
 def _lost(error: RuntimeError) -> LostRankError:
     reason = " ".join(str(error).split())[:120]
-    return LostRankError(f"another rank has ended without a word ({reason}): {_AGAIN}")
+    again = "run the same command again, it goes on where it stopped"
+    return LostRankError(f"another rank has ended without a word ({reason}): {again}")
+
+
+def of_lost_rank(error: Exception) -> bool:
+    """Return whether torch.distributed says by an error that another rank has ended, or does not answer."""
+    of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+    return of_gloo or isinstance(error, dist.DistBackendError | dist.DistNetworkError)
 
 
 def _in_one_line(error: Exception) -> Exception:
     """Return a UserError for a full disk or a lost mount, and other errors as they are."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return UserError(f"{error.filename}: {error.strerror}: put that right, then {_AGAIN}")
     if isinstance(error, OSError) and error.errno is not None:
-        return UserError(f"{error.strerror}: put that right, then {_AGAIN}")
+        return UserError(f"{one_line(error)}: put that right, then run the same command again")
     return error
 
 
@@ -216,14 +229,19 @@ def _training_ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
 
 
+def agreeing() -> AbstractContextManager[None]:
+    """Inside, an error of one rank is raised on all, see Ranks.agreeing. Every rank must enter it."""
+    return _training_ranks().agreeing()
+
+
 def on_rank_0(action: Callable[[], object]) -> None:
-    """Run `action` on rank 0 and wait for it on every rank. Raises UserError on all if `action` does. Every rank must
+    """Run `action` on rank 0 and wait for it on every rank. Raises UserError on all if `action` fails. Every rank must
     call it."""
     _training_ranks().on_rank_0(action)
 
 
 def from_rank_0(make: Callable[[], Any]) -> Any:
-    """Return the result of `make` on rank 0, on every rank. Raises UserError on all if it does. A collective call."""
+    """Return the result of `make` on rank 0, on every rank. Raises UserError on all if it fails. A collective call."""
     return _training_ranks().from_rank_0(make)
 
 

@@ -12,11 +12,12 @@ import argparse
 import traceback
 
 from agrepa_fast.config import Config
-from agrepa_fast.errors import LocalError, UserError, one_line
+from agrepa_fast.errors import UserError, one_line
 from agrepa_fast.launch import end_process, launched_rank
+from agrepa_fast.ranks import AgreedError, agreeing, of_lost_rank
 from agrepa_fast.reporting.summary import finish
 from agrepa_fast.training.builder import build
-from agrepa_fast.training.inputs import read_inputs
+from agrepa_fast.training.inputs import share_inputs
 from agrepa_fast.training.stop import StopRequest
 
 # isort: split
@@ -76,18 +77,19 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
         again = f"--resume latest run.dir={run.context.folder}"
         run.metrics.print(f"step {done}: stopped by a signal, saved; {again} goes on from here")
     else:
-        finish(run, training.validation_clips, training.vocoder)
+        with agreeing():  # rank 0 writes alone, at the end
+            finish(run, training.validation_clips, training.vocoder)
     training.close()
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train as the arguments say. Raises SystemExit: code 2 after an error that the user can put right, 1 after any
-    other, 130 after an interrupt; each has printed its line."""
+    """Train as the arguments say. Raises SystemExit: code 2 after an error that the user can put right or that ranks
+    agree on, 1 after any other, 130 after an interrupt; each has printed its line."""
     args = parse(argv)
     try:
-        train(*read_inputs(args.preset, args.overrides, args.ds_config, args.resume), args.resume)
+        train(*share_inputs(args.preset, args.overrides, args.ds_config, args.resume), args.resume)
     except (UserError, OSError) as error:
-        if launched_rank() == 0 or isinstance(error, LocalError | OSError):
+        if launched_rank() == 0 or not isinstance(error, AgreedError):
             print(f"agrepa train: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
@@ -104,7 +106,7 @@ def explain(error: Exception) -> str:
     text = " ".join(str(error).split())
     if text.startswith("DataLoader worker"):
         return f"a loader process ended ({text}): memory that ran out is the usual reason, lower data.workers; {GO_ON}"
-    if "gloo" in text or isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+    if of_lost_rank(error):
         return f"another rank ended, or does not answer; its own output says why. {GO_ON}"
     return f"{type(error).__name__}: {text[:300]}"
 

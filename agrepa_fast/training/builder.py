@@ -27,18 +27,18 @@ from ..data.loading import TrainBatches
 from ..data.matching import count_transcribed, matching_index
 from ..data.plan import BatchPlan
 from ..data.text import load_text
-from ..errors import LocalError, UserError
-from ..files import FolderLock
+from ..errors import UserError
+from ..files import FolderLock, check_readable
 from ..models.backbone import Backbone
 from ..probing.fixed_clips import FixedClips, probe_clips, storage_clips, validation_clips
 from ..probing.schedule import LayerChoice
-from ..ranks import from_rank_0, on_rank_0
+from ..ranks import agreeing, all_gather, from_rank_0, on_rank_0
 from ..seeds import derive_seed, draws_seed
 from ..zero.construction import gathered, new_model
 from ..zero.ds_config import resolve_ds_config, zero_stage
 from ..zero.ema import Ema
 from ..zero.engine import build_engine
-from ..zero.process_group import join_process_group, set_collective_timeout
+from ..zero.process_group import check_backend, join_process_group, set_collective_timeout
 from ..zero.refusals import check_ds_config
 from .captured_step import check_graphs, count_shapes
 from .context import RunContext
@@ -51,6 +51,7 @@ from .run import Run
 from .tracker import check_tracker, open_tracker
 
 DEMOS = ("demo", "demo-f5", "demo-long")  # presets on the demo corpus
+DEMO_MINUTES = 12 * 60.0  # that ranks wait while rank 0 prepares it
 
 
 @dataclass
@@ -67,8 +68,8 @@ class Training:
 
     def close(self) -> None:
         """Finish the files of the run and leave the process group. Every rank must call it."""
-        self.run.close()
-        dist.barrier()
+        with agreeing():
+            self.run.close()
         dist.destroy_process_group()  # its threads, left to the interpreter's exit, now and then abort the process
         self.checkpoints.close()  # an upload may take longer than ranks wait for each other
         self.lock.release()
@@ -78,31 +79,34 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     """Return a run on the ranks of the launcher, from its beginning or from a checkpoint. Every rank must call it.
 
     ds_values: the content of the --ds_config file. resume: latest, best or a checkpoint's tag. Raises UserError if the
-    settings do not fit each other, the machine, the shards or the checkpoint; a new run has then written nothing.
+    settings do not fit each other, the machine, the shards or the checkpoint; a new run has then written nothing. An
+    error of one rank is raised on all, except while DeepSpeed makes its engine.
     """
     started = time.perf_counter()
     device = join_process_group()
     rank, world = dist.get_rank(), dist.get_world_size()
-    config, checkpoint = locate_run(config, resume)
-    config, precision_line = choose_precision(config, ds_values, device, checkpoint is not None)
-    fixed_clips_per_step = config.train.batch_clips if config.train.batch_frames is None else None
-    layout = BatchLayout(fixed_clips_per_step, config.train.accumulation, rank, world)
-    ds_config = resolve_ds_config(ds_values, config.train, layout, device)
-    check_ds_config(ds_config)
-    check_graphs(config.train, device, zero_stage(ds_config))
-    on_rank_0(lambda: check_tracker(config.train))
-    index = prepared_index(config)
-    config = fit_to_shards(config, index)
-    context = RunContext(config, index, device, rank, world, Path(config.run.dir))
-    clips = make_fixed_clips(context, partitioned=zero_stage(ds_config) == 3)
-    vocoder = load_vocoder_on_rank_0(config)
-    model = build_model(config, index, ds_config, checkpoint is not None)
-    plan = BatchPlan.of(index, config, layout, model.attention_cost)
-    lock = open_folder(context.folder, new=checkpoint is None)
+    set_collective_timeout(config.train.patience)
+    with agreeing():
+        check_backend()
+        config, checkpoint = locate_run(config, resume)
+        config, precision_line = choose_precision(config, ds_values, device, checkpoint is not None)
+        fixed_clips_per_step = config.train.batch_clips if config.train.batch_frames is None else None
+        layout = BatchLayout(fixed_clips_per_step, config.train.accumulation, rank, world)
+        ds_config = resolve_ds_config(ds_values, config.train, layout, device)
+        check_ds_config(ds_config)
+        check_graphs(config.train, device, zero_stage(ds_config))
+        on_rank_0(lambda: check_tracker(config.train))
+        index = prepared_index(config)
+        config = fit_to_shards(config, index)
+        context = RunContext(config, index, device, rank, world, Path(config.run.dir))
+        clips = make_fixed_clips(context, partitioned=zero_stage(ds_config) == 3)
+        vocoder = load_vocoder_on_rank_0(config)
+        model = build_model(config, index, ds_config, checkpoint is not None)
+        plan = BatchPlan.of(index, config, layout, model.attention_cost)
+        lock = open_folder(context.folder, new=checkpoint is None)
 
     prepared = time.perf_counter()
     engine = build_engine(model, config, ds_config)
-    set_collective_timeout(config.train.patience)
     ema = Ema(engine, config.train.ema_decay)
     metrics = Metrics(context.folder, rank, world, peak_flops(config.train, device))
     aligner = Aligner(config, model, teacher_dims(index), device, metrics.print)
@@ -110,15 +114,18 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     choice = LayerChoice(config, engine.module, aligner, clips.probe, clips.storage, metrics.print, own_folder)
     checkpoints = Checkpoints(context.folder / "checkpoints", rank, world, config, index, metrics.print)
     checkpoints.remove_interrupted()
-    if checkpoint is None:
-        first_step = 0
-        begin(context, choice)
-    else:
-        first_step = load_checkpoint(checkpoint, checkpoints, engine, ema, choice)
-    if rank == 0:  # not before a resume was accepted: the run's own settings and records must survive a refusal
-        drop_later_probes(context.folder / "attribution.csv", first_step)
-        save_config(config, context.folder / "config.yaml")
-    metrics.open(config.train.steps, first_step, open_tracker(context))
+    with agreeing():
+        if checkpoint is None:
+            first_step = 0
+            begin(context, choice)
+        else:
+            first_step = load_checkpoint(checkpoint, checkpoints, engine, ema, choice)
+    with agreeing():  # not before every rank could resume: the run's own settings and records must survive a refusal
+        tracker = open_tracker(context)
+        if rank == 0:
+            drop_later_probes(context.folder / "attribution.csv", first_step)
+            save_config(config, context.folder / "config.yaml")
+        metrics.open(config.train.steps, first_step, tracker)
     replayable = model.replayable and aligner.objective.replayable
     shapes = count_shapes(replayable, config.train, device, zero_stage(ds_config), plan, layout)
     run = Run(context, engine, ema, choice, metrics, started, auto_graphs=shapes)
@@ -133,7 +140,7 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
 
 def prepared_index(config: Config) -> Index:
     """Return the index of the run's shards. The demo's are made if they are missing, for its own presets. Raises
-    UserError, on every rank, if the shards do not match data.*. Every rank must call it."""
+    UserError if the shards do not match data.*, or if this rank does not see them. Every rank must call it."""
     preset, folder = config.run.preset, Path(config.data.path)
     makes_shards = preset in DEMOS and config.data.path == load_config(preset).data.path
 
@@ -145,11 +152,11 @@ def prepared_index(config: Config) -> Index:
             prepare_demo(config, folder)
         return matching_index(config.data)
 
+    if makes_shards:
+        set_collective_timeout(DEMO_MINUTES)
     index = from_rank_0(prepare_and_check)
-    try:
-        load_index(index.folder, verify=False)  # on every rank: each may see other files
-    except UserError as error:
-        raise LocalError(str(error)) from error
+    set_collective_timeout(config.train.patience)
+    load_index(index.folder, verify=False)  # on every rank: each may see other files
     return index
 
 
@@ -220,23 +227,29 @@ def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> 
     def measure(whole: Backbone) -> None:
         if config.train.batch_frames is not None:
             whole.attention_cost = forward_flops(whole, index, torch.device("cpu")).attention_cost
+        all_gather(None)  # ZeRO-3 spreads the model next: every rank must have made it
 
     torch.manual_seed(config.run.seed)
     model = new_model(config, ds_config, measure)
     check_together(config, model, index)
-    if config.train.start_from is not None and not resume:
-        start_from = Path(config.train.start_from)
-        if is_upstream_file(start_from):
-            line = start_from_upstream(model, start_from)
-            if dist.get_rank() == 0:
-                print(line)
-                if (warning := other_settings(model, config)) is not None:
-                    print(warning, file=sys.stderr)
-        else:
-            start_from_run(model, resolve_checkpoint(start_from))
-        return model
-    code_mels = (torch.from_numpy(index.code_mels()) - index.mel_mean) / index.mel_std
-    model.start_from_codes(code_mels, gathered)
+    start_from = None if resume or config.train.start_from is None else Path(config.train.start_from)
+    if start_from is None:
+        code_mels = (torch.from_numpy(index.code_mels()) - index.mel_mean) / index.mel_std
+    elif is_upstream_file(start_from):
+        check_readable(start_from)
+    else:
+        weights_file(resolve_checkpoint(start_from))
+    all_gather(None)  # ZeRO-3 gathers weights next, and would wait for a rank that lacks a file
+    if start_from is None:
+        model.start_from_codes(code_mels, gathered)
+    elif is_upstream_file(start_from):
+        line = start_from_upstream(model, start_from)
+        if dist.get_rank() == 0:
+            print(line)
+            if (warning := other_settings(model, config)) is not None:
+                print(warning, file=sys.stderr)
+    else:
+        start_from_run(model, resolve_checkpoint(start_from))
     return model
 
 

@@ -8,9 +8,8 @@ from dataclasses import asdict
 import torch
 
 from ..data.reading import Fault
-from ..errors import UserError
 from ..files import append_text
-from ..ranks import all_gather, all_sum
+from ..ranks import AgreedError, all_gather, all_sum
 from .context import RunContext
 from .metrics import Metrics
 
@@ -64,7 +63,7 @@ class LostClips:
         lost = f"{len(self._kinds)} of {self.total} training clips could not be read"
         example = f"{fault.file}: {f'{fault.member}: ' if fault.member else ''}{fault.reason} ({fault.kind})"
         if len(self._kinds) > allowed * self.total:
-            raise UserError(
+            raise AgreedError(
                 f"step {step}: {lost}, more than data.max_faults={allowed:g} allows; the latest is {example}; all "
                 f"are in {path}: prepare these shards again, or raise data.max_faults"
             )

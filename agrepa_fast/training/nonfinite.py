@@ -11,9 +11,8 @@ import warnings
 
 import torch
 
-from ..errors import UserError
 from ..files import append_text
-from ..ranks import all_gather
+from ..ranks import AgreedError, all_gather
 from ..zero.update_ratio import weight_norm
 from .context import RunContext
 from .metrics import Metrics
@@ -65,7 +64,7 @@ class NonFiniteSteps:
             f"step {step + 1} skipped: not finite, {culprit} {', '.join(named[:_NAMED])}{more}; all clips are in {FILE}"
         )
         if self.in_row >= self.context.config.train.max_skipped:
-            raise UserError(
+            raise AgreedError(
                 f"{self.in_row} steps in a row were not finite, up to step {step + 1}: look at the clips in "
                 f"{path}, or lower train.lr; checkpoints are as they were"
             )
@@ -75,6 +74,6 @@ class NonFiniteSteps:
         """Raise UserError if a weight is not finite, or so large that its square is not. Call it before a checkpoint is
         saved, on every rank."""
         if not weight_norm(self.engine).isfinite():
-            raise UserError(
+            raise AgreedError(
                 f"the weights are not finite after step {step}: lower train.lr; checkpoints are as they were"
             )

@@ -1,9 +1,10 @@
 """Weights & Biases, which gets the numbers of metrics.jsonl too if train.wandb is set."""
 
+import sys
 from dataclasses import asdict
 
 from ..config import TrainConfig
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .context import RunContext
 
 
@@ -33,8 +34,11 @@ class Wandb:
         self._run.define_metric("*", step_metric="step")  # a resumed run writes some steps again
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Send the values of a step."""
-        self._run.log({"step": step, **values})
+        """Send the values of a step. If they cannot be sent they are lost, and training goes on."""
+        try:
+            self._run.log({"step": step, **values})
+        except Exception as error:  # W&B's own, and the network's
+            print(f"step {step}: train.wandb: {one_line(error)}; training goes on", file=sys.stderr)
 
     def close(self) -> None:
         """Wait until everything is sent."""

@@ -1,11 +1,39 @@
 """What training refuses: one line, exit code 2, nothing written."""
 
+import gc
+import os
 import re
 import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
+from datetime import timedelta
+from io import StringIO
+from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from ..ranks import ROOT, run_training, start_training, train
+from agrepa_fast.errors import UserError
+from agrepa_fast.train import main
+from agrepa_fast.training import builder
+from agrepa_fast.zero.ds_config import zero_stage
+
+from ..ranks import ROOT, call_on_ranks, run_training, start_training, train
+
+FULL = OSError(28, "No space left on device", "a-file")
+FAULTS = (  # that one rank alone has: where, the error, the ranks, and whether the run is a resume
+    ("training.builder.check_backend", UserError("planted"), (0, 1), False),
+    ("training.builder.validation_clips", UserError("planted"), (0, 1), False),
+    ("training.builder.make_objective", TypeError("planted"), (0, 1), False),
+    ("training.builder.start_from_run", FULL, (0, 1), False),
+    ("training.folder.check_writable", FULL, (0,), False),
+    ("training.builder.load_vocoder", FULL, (0,), False),
+    ("training.folder.FolderLock.acquire", FULL, (0,), False),
+    ("checkpoints.load.restore_random_state", UserError("planted"), (0, 1), True),
+    ("training.builder.drop_later_probes", FULL, (0,), True),
+)
 
 
 def refused_by_the_page() -> dict[str, set[str]]:
@@ -29,6 +57,83 @@ def test_a_fault_that_rank_0_finds_stops_every_rank_with_one_line(preset, tmp_pa
     assert "train-audio-0001.tar is missing" in first.output
     assert "Traceback" not in first.output + second.output
     assert "agrepa train:" not in second.output
+
+
+def lose_validation_clips() -> None:
+    if os.environ["RANK"] == "1":
+        builder.validation_clips = mock.Mock(side_effect=UserError("planted"))
+
+
+def test_a_fault_of_rank_1_stops_every_rank_with_one_line_of_rank_0(preset, tmp_path):
+    first, second = train(2, "--preset", str(preset), cwd=tmp_path, plant=lose_validation_clips)
+    assert (first.code, second.code) == (2, 2), first.output + second.output
+    (line,) = [line for line in first.output.splitlines() if "agrepa train:" in line]
+    assert line.startswith("agrepa train: rank 1 on ")
+    assert line.endswith(": planted")
+    assert "agrepa train:" not in second.output
+
+
+def refuse(faults: Sequence[tuple[str, Exception, int, tuple[str, ...]]]) -> list[tuple[int, str]]:
+    """The exit code and stderr of a run with each fault: (where, error, rank, arguments)."""
+    ended = []
+    for place, error, rank, arguments in faults:
+        planted = mock.patch(f"agrepa_fast.{place}", side_effect=error) if rank == _rank() else nullcontext()
+        with planted, redirect_stderr(StringIO()) as said, pytest.raises(SystemExit) as ending:
+            main(arguments)
+        ended.append((ending.value.code, said.getvalue()))
+        del ending  # tracebacks hold the lock of the run's folder
+        if error is not None:
+            error.__traceback__ = None
+        gc.collect()
+    return ended
+
+
+def _rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def test_an_error_of_one_rank_ends_all_with_one_line_and_costs_no_records(saved, preset, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file() and path.name != ".lock"}
+    new = ("--preset", str(preset), f"run.dir={tmp_path}/new", f"train.start_from={saved}")
+    resume = ("--resume", "step00000003", f"run.dir={run}", "train.copy_to=null")
+    faults = [
+        (place, error, rank, ("--ds_config", "zero2.json", *(resume if resumed else new)))
+        for place, error, ranks, resumed in FAULTS
+        for rank in ranks
+    ]
+    for (place, error, rank, _), first, second in zip(faults, *call_on_ranks(2, refuse, faults), strict=True):
+        assert (first[0], second[0]) == (2, 2), place
+        lines = [line for line in (first[1] + second[1]).splitlines() if line.startswith("agrepa train: ")]
+        assert len(lines) == 1, (place, lines)
+        assert ("rank 1 on " in lines[0]) == (rank == 1)
+        assert ("planted" if "planted" in str(error) else "a-file: No space left") in lines[0]
+    assert not (tmp_path / "new" / "config.yaml").exists()
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def see_stage(rank_1_file: Path, arguments: tuple[str, ...]) -> tuple[int, timedelta]:
+    """The ZeRO stage that this rank sees, and how long it waits for the others."""
+    seen = []
+
+    def check(ds_config: dict) -> None:
+        backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+        seen.append((zero_stage(ds_config), backend.options._timeout))
+        raise UserError("planted")
+
+    os.chdir(rank_1_file.parent if _rank() else "/")
+    with mock.patch("agrepa_fast.training.builder.check_ds_config", check), pytest.raises(SystemExit):
+        main(arguments)
+    return seen[0]
+
+
+def test_rank_0_reads_the_ds_config_for_all(preset, tmp_path):
+    """On the machine of rank 1, a file has the name of the preset."""
+    mine = tmp_path / "zero2.json"
+    mine.write_text('{"zero_optimization": {"stage": 1}}')
+    given = ("--ds_config", "zero2.json", "--preset", str(preset), f"run.dir={tmp_path}/run", "train.patience=7")
+    assert call_on_ranks(2, see_stage, mine, given) == [(2, timedelta(minutes=7))] * 2
 
 
 def test_a_refusal_as_users_see_it(tmp_path):

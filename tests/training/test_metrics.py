@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,3 +157,13 @@ def test_wandb_gets_every_line_offline(tmp_path, monkeypatch):
     (written,) = tmp_path.glob("a/run/wandb/offline-run-*/*.wandb")
     assert written.stat().st_size > 0
     assert (tracker._run.id, tracker._run.name) == ("1f", "run")  # b/run is another run
+
+
+def test_wandb_that_fails_costs_its_line_and_no_run(capsys):
+    def log(values: dict) -> None:
+        raise RuntimeError("no answer")
+
+    tracker = Wandb.__new__(Wandb)
+    tracker._run = SimpleNamespace(log=log)
+    tracker.write(3, {"train/loss": 0.5})
+    assert capsys.readouterr().err == "step 3: train.wandb: no answer; training goes on\n"

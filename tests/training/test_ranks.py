@@ -18,7 +18,7 @@ from agrepa_fast.launch import (
     local_device,
     number_gpu,
 )
-from agrepa_fast.ranks import all_gather, first_failure, from_rank_0, launched, on_rank_0
+from agrepa_fast.ranks import Ranks, all_gather, first_failure, from_rank_0, launched, on_rank_0
 from agrepa_fast.zero import process_group
 from agrepa_fast.zero.process_group import join_process_group
 
@@ -183,6 +183,13 @@ class TestRanksThatDoNotJoin:
         assert kind == "LocalError"
         assert "the 2 ranks did not find each other at 127.0.0.1:" in line
         assert "start all of them" in line
+
+
+def test_ranks_do_not_wait_to_agree_on_the_end_of_one_of_them(monkeypatch):
+    monkeypatch.setattr(Ranks, "_exchange", lambda *_: pytest.fail("waits again"))
+    closed = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    with pytest.raises(RuntimeError, match="Connection closed"), Ranks(0, 2).agreeing():
+        raise closed
 
 
 def _started_by_srun() -> dict:

@@ -6,13 +6,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
 
+from agrepa_fast import train
 from agrepa_fast.checkpoints.load import load_checkpoint
 from agrepa_fast.config_file import load_config, save_config
 from agrepa_fast.errors import LocalError, UserError
 from agrepa_fast.train import main, run_process
-from agrepa_fast.training import builder
+from agrepa_fast.training import builder, inputs
 from agrepa_fast.training.inputs import read_inputs
 
 from ..ranks import ROOT
@@ -46,10 +46,20 @@ def test_a_resume_takes_the_newest_run_of_its_preset(tmp_path, monkeypatch):
         read_inputs("demo-f5", [], "zero2.json", "latest")
 
 
-def test_a_rank_that_sees_other_files_says_so(tmp_path, monkeypatch, capsys):
-    """Its line is the only one: rank 0, which sees all, says that another rank ended."""
+def test_ranks_wait_for_hours_while_one_prepares_the_demo_and_for_nothing_else(tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(builder, "from_rank_0", lambda make: SimpleNamespace(folder=None))
+    monkeypatch.setattr(builder, "load_index", lambda *_, **__: None)
+    monkeypatch.setattr(builder, "set_collective_timeout", waits.append)
+    builder.prepared_index(load_config("demo"))
+    assert waits == [12 * 60, 30]
+    builder.prepared_index(load_config("demo", [f"data.path={tmp_path}"]))
+    assert waits[2:] == [30]
+
+
+def test_a_rank_that_sees_other_files_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(builder, "from_rank_0", lambda check: SimpleNamespace(folder=tmp_path / "not here"))
-    with pytest.raises(LocalError, match="not here"):
+    with pytest.raises(UserError, match="not here"):
         builder.prepared_index(load_config("demo"))
     checkpoints = SimpleNamespace(config=load_config("demo"))
     with pytest.raises(LocalError, match="is not seen by every rank"):
@@ -58,7 +68,8 @@ def test_a_rank_that_sees_other_files_says_so(tmp_path, monkeypatch, capsys):
 
 def test_main_raises_and_a_process_exits_at_once_where_other_ranks_may_wait(capsys, monkeypatch):
     arguments, exits = ["--ds_config", "zero9.json"], []
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(inputs, "complete_launch_environment", lambda: 1)
+    monkeypatch.setattr(train, "dist", SimpleNamespace(is_initialized=lambda: True))
     monkeypatch.setattr(os, "_exit", exits.append)
     with pytest.raises(SystemExit) as ending:
         main(arguments)
