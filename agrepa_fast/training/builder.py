@@ -121,7 +121,7 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
         else:
             first_step = load_checkpoint(checkpoint, checkpoints, engine, ema, choice)
     with agreeing():  # not before every rank could resume: the run's own settings and records must survive a refusal
-        tracker = open_tracker(context)
+        tracker = open_tracker(context)  # it may refuse, so it comes before all that is written
         if rank == 0:
             drop_later_probes(context.folder / "attribution.csv", first_step)
             save_config(config, context.folder / "config.yaml")

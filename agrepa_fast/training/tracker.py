@@ -46,5 +46,13 @@ class Wandb:
 
 
 def open_tracker(context: RunContext) -> Wandb | None:
-    """Return the tracker that train.wandb asks for; None without one, and on all ranks but 0."""
-    return Wandb(context) if context.config.train.wandb is not None and context.rank == 0 else None
+    """Return the tracker that train.wandb asks for; None without one, and on all ranks but 0. Raises UserError if W&B
+    refuses the run, which it does without a login."""
+    project = context.config.train.wandb
+    if project is None or context.rank != 0:
+        return None
+    try:
+        return Wandb(context)
+    except Exception as error:  # W&B's own, and the network's
+        remedy = "log in with `wandb login`, export WANDB_MODE=offline, or set train.wandb=null"
+        raise UserError(f"train.wandb={project}: {one_line(error)}: {remedy}") from error

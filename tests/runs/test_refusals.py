@@ -32,6 +32,7 @@ FAULTS = (  # that one rank alone has: where, the error, the ranks, and whether 
     ("training.builder.load_vocoder", FULL, (0,), False),
     ("training.folder.FolderLock.acquire", FULL, (0,), False),
     ("checkpoints.load.restore_random_state", UserError("planted"), (0, 1), True),
+    ("training.builder.open_tracker", UserError("planted"), (0,), True),
     ("training.builder.drop_later_probes", FULL, (0,), True),
 )
 

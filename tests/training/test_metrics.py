@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import statistics
 import sys
 import time
@@ -22,7 +23,7 @@ from agrepa_fast.models.audio_dit.dit import AudioDiT
 from agrepa_fast.training.context import RunContext
 from agrepa_fast.training.flops import forward_flops, peak_flops, peak_tflops, step_flops
 from agrepa_fast.training.metrics import Metrics, read_metrics
-from agrepa_fast.training.tracker import Wandb, check_tracker
+from agrepa_fast.training.tracker import Wandb, check_tracker, open_tracker
 
 from ..ranks import run_training
 from ..runs.mine import Mine
@@ -142,7 +143,17 @@ def test_wandb_is_asked_for_by_name_and_missed_in_one_line(tmp_path, monkeypatch
 def wandb_run(folder: Path, run_id: str) -> Wandb:
     config = load_config("demo", ["train.wandb=project", f"run.id={run_id}"])
     folder.mkdir(parents=True)
-    return Wandb(RunContext(config, None, torch.device("cpu"), 0, 1, folder))
+    return open_tracker(RunContext(config, None, torch.device("cpu"), 0, 1, folder))
+
+
+def test_a_run_that_wandb_refuses_is_one_line(tmp_path, monkeypatch):
+    def init(**_) -> None:
+        raise RuntimeError("api_key not configured (no-tty).\nCall wandb.login")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    refusal = "train.wandb=project: api_key not configured (no-tty). Call wandb.login: log in with `wandb login`, "
+    with pytest.raises(UserError, match=re.escape(refusal)):
+        wandb_run(tmp_path / "run", "1f")
 
 
 def test_wandb_gets_every_line_offline(tmp_path, monkeypatch):
