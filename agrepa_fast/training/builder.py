@@ -1,5 +1,5 @@
-"""Build a run from its settings, shards and checkpoint: everything that can refuse it first, then its folder, then the
-engine and the parts beside it."""
+"""Build a run from its settings, shards and checkpoint: everything that can refuse it first, then the engine and the
+parts beside it, then its files."""
 
 import sys
 import time
@@ -44,7 +44,7 @@ from .captured_step import check_graphs, count_shapes
 from .context import RunContext
 from .dry_run import dry_run
 from .flops import forward_flops, peak_flops
-from .folder import locate_run, open_folder
+from .folder import locate_run, open_folder, set_attempt_aside
 from .metrics import Metrics
 from .precision import choose_precision
 from .run import Run
@@ -79,8 +79,9 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     """Return a run on the ranks of the launcher, from its beginning or from a checkpoint. Every rank must call it.
 
     ds_values: the content of the --ds_config file. resume: latest, best or a checkpoint's tag. Raises UserError if the
-    settings do not fit each other, the machine, the shards or the checkpoint; a new run has then written nothing. An
-    error of one rank is raised on all, except while DeepSpeed makes its engine.
+    settings do not fit each other, the machine, the shards or the checkpoint; a new run has then left at most its
+    lock and an empty folder, and the records of an earlier attempt or of a resumed run are as they were. An error of
+    one rank is raised on all, except while DeepSpeed makes its engine.
     """
     started = time.perf_counter()
     device = join_process_group()
@@ -103,16 +104,16 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
         vocoder = load_vocoder_on_rank_0(config)
         model = build_model(config, index, ds_config, checkpoint is not None)
         plan = BatchPlan.of(index, config, layout, model.attention_cost)
-        lock = open_folder(context.folder, new=checkpoint is None)
+        metrics = Metrics(context.folder, rank, world, peak_flops(config.train, device))
+        checkpoints = Checkpoints(context.folder / "checkpoints", rank, world, config, index, metrics.print)
+        lock = open_folder(context.folder)
 
     prepared = time.perf_counter()
     engine = build_engine(model, config, ds_config)
     ema = Ema(engine, config.train.ema_decay)
-    metrics = Metrics(context.folder, rank, world, peak_flops(config.train, device))
     aligner = Aligner(config, model, teacher_dims(index), device, metrics.print)
     own_folder = context.folder if rank == 0 else None
     choice = LayerChoice(config, engine.module, aligner, clips.probe, clips.storage, metrics.print, own_folder)
-    checkpoints = Checkpoints(context.folder / "checkpoints", rank, world, config, index, metrics.print)
     checkpoints.remove_interrupted()
     with agreeing():
         if checkpoint is None:
@@ -120,9 +121,12 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
             begin(context, choice)
         else:
             first_step = load_checkpoint(checkpoint, checkpoints, engine, ema, choice)
-    with agreeing():  # not before every rank could resume: the run's own settings and records must survive a refusal
-        tracker = open_tracker(context)  # it may refuse, so it comes before all that is written
+    lines = lines_before_the_first_step(engine, context, plan, layout, aligner)
+    with agreeing():  # from here on the run writes
+        tracker = open_tracker(context)  # it may still refuse
         if rank == 0:
+            if checkpoint is None:
+                set_attempt_aside(context.folder)
             drop_later_probes(context.folder / "attribution.csv", first_step)
             save_config(config, context.folder / "config.yaml")
         metrics.open(config.train.steps, first_step, tracker)
@@ -130,7 +134,7 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     shapes = count_shapes(replayable, config.train, device, zero_stage(ds_config), plan, layout)
     run = Run(context, engine, ema, choice, metrics, started, auto_graphs=shapes)
     run.seconds |= {"prepare": prepared - started, "build": time.perf_counter() - prepared}
-    for line in (*filter(None, [precision_line]), *lines_before_the_first_step(engine, context, plan, layout, aligner)):
+    for line in (*filter(None, [precision_line]), *lines):
         metrics.print(line)
     reading = {"seed": draws_seed(config), "center": config.align.center, "step": first_step}
     targets = {"teacher_frames": aligner.objective.target == "frames", "attention": aligner.objective.attention}

@@ -12,9 +12,9 @@ from ..files import FolderLock, check_writable
 from ..ranks import from_rank_0, on_rank_0
 from . import lost_clips, nonfinite
 
-# Everything that training writes before its first checkpoint.
+# Everything that training writes before its first checkpoint, except wandb/: W&B gives every run a folder in it.
 _WRITTEN = ("config.yaml", "metrics.jsonl", "attribution.csv", "selection.json", nonfinite.FILE, lost_clips.FILE)
-_WRITTEN += ("tensorboard", "wandb", "profile")
+_WRITTEN += ("tensorboard", "profile")
 
 
 def locate_run(config: Config, resume: str | None) -> tuple[Config, Path | None]:
@@ -50,24 +50,22 @@ def _checkpoint(folder: Path, resume: str | None) -> Path | None:
     return find_checkpoint(folder, resume, print)
 
 
-def open_folder(folder: Path, new: bool) -> FolderLock:
-    """Create the folder of a run, or reopen it, and return its lock, which rank 0 holds. new: the run starts at step 0,
-    and the files of an attempt that left no checkpoint are set aside. Raises UserError, on every rank, if another
-    process trains in the folder. Every rank must call it."""
+def open_folder(folder: Path) -> FolderLock:
+    """Create the folder of a run, or reopen it, and return its lock, which rank 0 holds. Raises UserError, on every
+    rank, if another process trains in the folder. Every rank must call it."""
     lock = FolderLock(folder, "choose another run.dir")
 
     def create() -> None:
         lock.acquire()
         (folder / "plots").mkdir(exist_ok=True)
-        if new:
-            _set_attempt_aside(folder)
 
     on_rank_0(create)
     return lock
 
 
-def _set_attempt_aside(folder: Path) -> None:
-    """Move the files of an attempt to attempt-<n>/, and print that. Do nothing if there was no attempt."""
+def set_attempt_aside(folder: Path) -> None:
+    """Move the files of an attempt that left no checkpoint to attempt-<n>/, and print that. Do nothing if there was no
+    attempt. Rank 0 calls it for a run that starts at step 0, as late as it can."""
     if not (folder / "config.yaml").exists():
         return
     number = 1

@@ -10,8 +10,9 @@ from agrepa_fast.errors import UserError
 from agrepa_fast.files import FolderLock
 from agrepa_fast.training.folder import locate_run, open_folder
 
-from ..ranks import run_training
+from ..ranks import call_on_ranks, run_training
 from ..testing import metrics
+from .test_refusals import refuse
 
 SETTINGS = ("run.dir=run", "align.strategy=none", "train.steps=3")
 
@@ -63,7 +64,27 @@ def test_a_run_with_results_or_another_tag_does_not_start_again(tmp_path):
 def test_an_attempt_that_is_under_way_is_left_alone(tmp_path):
     save_config(load_config("demo"), tmp_path / "config.yaml")
     with FolderLock(tmp_path, "wait"), pytest.raises(UserError, match="in use by"):
-        open_folder(tmp_path, new=True)
+        open_folder(tmp_path)
     assert (tmp_path / "config.yaml").exists()
-    open_folder(tmp_path, new=True).release()
-    assert not (tmp_path / "config.yaml").exists()
+    open_folder(tmp_path).release()
+
+
+def test_a_refusal_leaves_an_earlier_attempt_where_it_is(preset, tmp_path):
+    """That of train.copy_to, of the dry run, and of W&B."""
+    run, taken = tmp_path / "run", tmp_path / "taken"
+    run.mkdir()
+    taken.touch()
+    save_config(load_config(str(preset)), run / "config.yaml")
+    attempt = (run / "config.yaml").read_bytes()
+    new = ("--ds_config", "zero0.json", "--preset", str(preset), f"run.dir={run}")
+    faults = [
+        ("training.builder.drop_later_probes", UserError("not reached"), 0, (*new, f"train.copy_to={taken}")),
+        ("training.builder.lines_before_the_first_step", UserError("no memory"), 0, new),
+        ("training.builder.open_tracker", UserError("no login"), 0, new),
+    ]
+    (ended,) = call_on_ranks(1, refuse, faults)
+    assert [code for code, _ in ended] == [2, 2, 2]
+    for (_, said), words in zip(ended, ("train.copy_to", "no memory", "no login"), strict=True):
+        assert words in said
+    assert (run / "config.yaml").read_bytes() == attempt
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "plots", ".lock"}
