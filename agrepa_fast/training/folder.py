@@ -9,12 +9,13 @@ from ..checkpoints.find import MARKER, find_checkpoint
 from ..config import Config
 from ..errors import UserError
 from ..files import FolderLock, check_writable
-from ..ranks import from_rank_0, on_rank_0
+from ..ranks import agreeing, from_rank_0
 from . import lost_clips, nonfinite
 
 # Everything that training writes before its first checkpoint, except wandb/: W&B gives every run a folder in it.
 _WRITTEN = ("config.yaml", "metrics.jsonl", "attribution.csv", "selection.json", nonfinite.FILE, lost_clips.FILE)
 _WRITTEN += ("tensorboard", "profile")
+_LOOKS = 10  # for a file of rank 0's, a second apart
 
 
 def locate_run(config: Config, resume: str | None) -> tuple[Config, Path | None]:
@@ -51,16 +52,37 @@ def _checkpoint(folder: Path, resume: str | None) -> Path | None:
 
 
 def open_folder(folder: Path) -> FolderLock:
-    """Create the folder of a run, or reopen it, and return its lock, which rank 0 holds. Raises UserError, on every
-    rank, if another process trains in the folder. Every rank must call it."""
+    """Create the folder of a run, or reopen it, and return its lock, which rank 0 holds. Raises UserError if another
+    process trains in the folder, or if this rank does not see rank 0's files in it. Every rank must call it."""
     lock = FolderLock(folder, "choose another run.dir")
 
-    def create() -> None:
+    def create() -> Path:
         lock.acquire()
         (folder / "plots").mkdir(exist_ok=True)
+        sign = folder / f".sign-{uuid4().hex}"
+        sign.touch()
+        return sign
 
-    on_rank_0(create)
+    sign = from_rank_0(create)
+    try:
+        with agreeing():
+            if not _appears(sign):
+                raise UserError(
+                    f"run.dir={folder}: the files of rank 0 are not seen here: choose a folder on storage that all "
+                    "nodes share"
+                )
+    finally:
+        sign.unlink(missing_ok=True)
     return lock
+
+
+def _appears(file: Path) -> bool:
+    """Return whether a new file of rank 0's is seen here. Network file systems may show it seconds later."""
+    for _ in range(_LOOKS):
+        if file.exists():
+            return True
+        time.sleep(1)
+    return False
 
 
 def set_attempt_aside(folder: Path) -> None:

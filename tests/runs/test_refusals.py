@@ -74,7 +74,7 @@ def test_a_fault_of_rank_1_stops_every_rank_with_one_line_of_rank_0(preset, tmp_
     assert "agrepa train:" not in second.output
 
 
-def refuse(faults: Sequence[tuple[str, Exception, int, tuple[str, ...]]]) -> list[tuple[int, str]]:
+def refuse(faults: Sequence[tuple[str, Exception | None, int, tuple[str, ...]]]) -> list[tuple[int, str]]:
     """The exit code and stderr of a run with each fault: (where, error, rank, arguments)."""
     ended = []
     for place, error, rank, arguments in faults:
@@ -112,6 +112,22 @@ def test_an_error_of_one_rank_ends_all_with_one_line_and_costs_no_records(saved,
         assert ("planted" if "planted" in str(error) else "a-file: No space left") in lines[0]
     assert not (tmp_path / "new" / "config.yaml").exists()
     assert before == {path: path.read_bytes() for path in before}
+
+
+def refuse_on_two_nodes(folder: Path, arguments: tuple[str, ...]) -> list[tuple[int, str]]:
+    """`refuse` in a working folder of each rank's own. Rank 1 does not wait for files of rank 0's to appear."""
+    (folder / f"node{_rank()}").mkdir()
+    os.chdir(folder / f"node{_rank()}")
+    return refuse([("training.folder.time.sleep", None, 1, arguments)])
+
+
+def test_a_run_folder_that_is_not_shared(preset, tmp_path):
+    given = ("--ds_config", "zero2.json", "--preset", str(preset), "run.dir=run")
+    ((code, said),), second = call_on_ranks(2, refuse_on_two_nodes, tmp_path, given)
+    assert (code, second) == (2, [(2, "")])
+    assert "rank 1 on " in said
+    assert "run.dir=run: the files of rank 0 are not seen here: choose a folder on storage that all nodes share" in said
+    assert {path.name for path in tmp_path.glob("node*/run/*")} == {".lock", "plots"}
 
 
 def see_stage(rank_1_file: Path, arguments: tuple[str, ...]) -> tuple[int, timedelta]:
