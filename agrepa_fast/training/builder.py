@@ -106,7 +106,7 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
         plan = BatchPlan.of(index, config, layout, model.attention_cost)
         metrics = Metrics(context.folder, rank, world, peak_flops(config.train, device))
         checkpoints = Checkpoints(context.folder / "checkpoints", rank, world, config, index, metrics.print)
-        lock = open_folder(context.folder)
+        lock = open_folder(context.folder, new=checkpoint is None)
 
     prepared = time.perf_counter()
     engine = build_engine(model, config, ds_config)

@@ -51,13 +51,16 @@ def _checkpoint(folder: Path, resume: str | None) -> Path | None:
     return find_checkpoint(folder, resume, print)
 
 
-def open_folder(folder: Path) -> FolderLock:
-    """Create the folder of a run, or reopen it, and return its lock, which rank 0 holds. Raises UserError if another
-    process trains in the folder, or if this rank does not see rank 0's files in it. Every rank must call it."""
+def open_folder(folder: Path, new: bool) -> FolderLock:
+    """Create the folder of a run, or reopen it, and return its lock, which rank 0 holds. new: the run starts at step 0.
+    Raises UserError if another process trains in the folder, or has left a run there that this one would begin again,
+    or if this rank does not see rank 0's files in it. Every rank must call it."""
     lock = FolderLock(folder, "choose another run.dir")
 
     def create() -> Path:
         lock.acquire()
+        if new:
+            _checkpoint(folder, None)  # locate_run has looked without the lock, and maybe hours ago
         (folder / "plots").mkdir(exist_ok=True)
         sign = folder / f".sign-{uuid4().hex}"
         sign.touch()

@@ -64,9 +64,13 @@ def test_a_run_with_results_or_another_tag_does_not_start_again(tmp_path):
 def test_an_attempt_that_is_under_way_is_left_alone(tmp_path):
     save_config(load_config("demo"), tmp_path / "config.yaml")
     with FolderLock(tmp_path, "wait"), pytest.raises(UserError, match="in use by"):
-        open_folder(tmp_path)
+        open_folder(tmp_path, new=True)
     assert (tmp_path / "config.yaml").exists()
-    open_folder(tmp_path).release()
+    open_folder(tmp_path, new=True).release()
+    (tmp_path / "summary.json").touch()  # another process has trained to the end since locate_run
+    open_folder(tmp_path, new=False).release()
+    with pytest.raises(UserError, match="already holds a run"):
+        open_folder(tmp_path, new=True)
 
 
 def test_a_refusal_leaves_an_earlier_attempt_where_it_is(preset, tmp_path):
