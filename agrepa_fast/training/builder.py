@@ -90,6 +90,8 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     with agreeing():
         check_backend()
         config, checkpoint = locate_run(config, resume)
+        if checkpoint is None:
+            config = fix_start(config)
         config, precision_line = choose_precision(config, ds_values, device, checkpoint is not None)
         fixed_clips_per_step = config.train.batch_clips if config.train.batch_frames is None else None
         layout = BatchLayout(fixed_clips_per_step, config.train.accumulation, rank, world)
@@ -140,6 +142,16 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     targets = {"teacher_frames": aligner.objective.target == "frames", "attention": aligner.objective.attention}
     batches = TrainBatches(index, config.data, layout, **reading, plan=plan, **targets)
     return Training(run, batches, checkpoints, clips.validation, vocoder, first_step, lock)
+
+
+def fix_start(config: Config) -> Config:
+    """Return the settings with the checkpoint that train.start_from stands for at present: `latest` of a run that still
+    trains is another a moment later. The same on every rank; every rank must call it."""
+    start_from = config.train.start_from
+    if start_from is None or is_upstream_file(Path(start_from)):
+        return config
+    checkpoint = from_rank_0(lambda: resolve_checkpoint(Path(start_from)))
+    return replace(config, train=replace(config.train, start_from=str(checkpoint)))
 
 
 def prepared_index(config: Config) -> Index:
@@ -225,8 +237,8 @@ def load_vocoder_on_rank_0(config: Config) -> Vocoder | None:
 
 
 def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> Backbone:
-    """Return a new model, with the weights of train.start_from if that is set: averaged ones of a run, or a file's.
-    resume: a checkpoint will replace all weights."""
+    """Return a new model, with the weights of train.start_from if that is set: averaged ones of a checkpoint or an
+    export, or a file's. resume: a checkpoint will replace all weights."""
 
     def measure(whole: Backbone) -> None:
         if config.train.batch_frames is not None:
@@ -242,7 +254,7 @@ def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> 
     elif is_upstream_file(start_from):
         check_readable(start_from)
     else:
-        weights_file(resolve_checkpoint(start_from))
+        weights_file(start_from)
     all_gather(None)  # ZeRO-3 gathers weights next, and would wait for a rank that lacks a file
     if start_from is None:
         model.start_from_codes(code_mels, gathered)
@@ -253,7 +265,7 @@ def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> 
             if (warning := other_settings(model, config)) is not None:
                 print(warning, file=sys.stderr)
     else:
-        start_from_run(model, resolve_checkpoint(start_from))
+        start_from_run(model, start_from)
     return model
 
 
@@ -293,7 +305,7 @@ def begin(context: RunContext, choice: LayerChoice) -> None:
     """Make the heads and projections of a run that starts at step 0, and give every rank dropout masks of its own."""
     start_from = context.config.train.start_from
     if start_from is not None and not is_upstream_file(Path(start_from)):
-        choice.aligner.start_from(load_projections(resolve_checkpoint(Path(start_from))))
+        choice.aligner.start_from(load_projections(Path(start_from)))
     choice.start(context.index.domains)
     torch.manual_seed(derive_seed(draws_seed(context.config), 0, context.rank))
 

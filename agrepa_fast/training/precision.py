@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints.find import resolve_checkpoint
 from ..checkpoints.upstream import is_upstream_file
 from ..config import Config, ModelConfig
 from ..config_file import load_config
@@ -46,10 +45,10 @@ def choose_precision(config: Config, ds_values: dict, device: torch.device, resu
 
 
 def _precision_of(start_from: str | None) -> str:
-    """Return the precision of a run, a checkpoint or an export; auto for a weight file, and for None."""
+    """Return the precision of a checkpoint or an export; auto for a weight file, and for None."""
     if start_from is None or is_upstream_file(Path(start_from)):
         return "auto"
-    return load_config(resolve_checkpoint(Path(start_from)) / "config.yaml").train.precision
+    return load_config(Path(start_from) / "config.yaml").train.precision
 
 
 def bf16_gain(model: ModelConfig) -> float:

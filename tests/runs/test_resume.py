@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from agrepa_fast.checkpoints.save import Checkpoints
+from agrepa_fast.config_file import load_config
 from agrepa_fast.training.run import Run
 
 from ..ranks import run_training
@@ -135,6 +136,7 @@ def test_a_file_in_the_place_of_the_checkpoints_ends_a_run_before_it_begins(pres
 def test_a_run_starts_from_the_averaged_weights_of_another(preset, baseline, tmp_path):
     args = ("--preset", str(preset), "run.dir=run", "train.steps=4", f"train.start_from={baseline}")
     run_training(1, *args, cwd=tmp_path)
+    assert load_config(tmp_path / "run/config.yaml").train.start_from == f"{baseline}/checkpoints/step00000005"
     averaged = json.loads((baseline / "summary.json").read_text())["val/flow_loss"]["ema"]
     assert metrics(tmp_path / "run")[0]["val/flow_loss"] == pytest.approx(averaged, abs=1e-6)
     source = tmp_path / "source"

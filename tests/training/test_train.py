@@ -66,6 +66,15 @@ def test_a_rank_that_sees_other_files_says_so(tmp_path, monkeypatch):
         load_checkpoint(tmp_path / "step1", checkpoints, None, None, None)
 
 
+def test_all_ranks_start_from_the_checkpoint_that_rank_0_finds(tmp_path, monkeypatch):
+    monkeypatch.setattr(builder, "from_rank_0", lambda find: tmp_path / "step2")  # this rank would find another
+    config = builder.fix_start(load_config("demo", [f"train.start_from={tmp_path}/run"]))
+    assert config.train.start_from == f"{tmp_path}/step2"
+    for given in ("null", f"{tmp_path}/theirs.pt"):
+        config = load_config("demo", [f"train.start_from={given}"])
+        assert builder.fix_start(config) == config
+
+
 def test_main_raises_and_a_process_exits_at_once_where_other_ranks_may_wait(capsys, monkeypatch):
     arguments, exits = ["--ds_config", "zero9.json"], []
     monkeypatch.setattr(inputs, "complete_launch_environment", lambda: 1)
