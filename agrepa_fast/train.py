@@ -16,7 +16,7 @@ from agrepa_fast.errors import UserError, one_line
 from agrepa_fast.launch import end_process, launched_rank
 from agrepa_fast.ranks import AgreedError, agreeing, of_lost_rank
 from agrepa_fast.reporting.summary import finish
-from agrepa_fast.training.builder import build
+from agrepa_fast.training.builder import Training, build
 from agrepa_fast.training.inputs import share_inputs
 from agrepa_fast.training.stop import StopRequest
 
@@ -45,17 +45,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def train(config: Config, ds_values: dict, resume: str | None) -> None:
     """Train to the last step, or until a signal stops all ranks. Every rank must call it. Arguments as of `build`."""
     training = build(config, ds_values, resume)
+    with StopRequest(training.run.device) as request:  # from the last step on, a signal must not cost the results
+        if take_steps(training, request):
+            with agreeing():  # rank 0 writes alone, at the end
+                finish(training.run, training.validation_clips, training.vocoder)
+        training.close()
+
+
+def take_steps(training: Training, request: StopRequest) -> bool:
+    """Train to the last step and return True, or return False once a signal has stopped all ranks. Every rank must call
+    it."""
     run, checkpoints, choice = training.run, training.checkpoints, training.run.choice
     every, steps = run.config.train, run.config.train.steps
-
-    def validate(step: int) -> None:
-        checkpoints.score = run.validate(training.validation_clips, step)
-
     if training.first_step == 0:
-        validate(0)
-    stopped = False
+        training.validate(0)
     run.engine.module.train()
-    with training.batches, StopRequest(run.device) as request, run.training_time():
+    with training.batches, run.training_time():
         for step in range(training.first_step, steps):
             run.step(training.batches, step)
             done = step + 1
@@ -64,22 +69,18 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
             if saves or done % every.log_every == 0:
                 run.log(done)
             if last or done % every.val_every == 0:
-                validate(done)
+                training.validate(done)
             choice.after_step(done, lambda: run.timed("probe"))
             if saves:
                 with run.timed("checkpoint"):
                     run.nonfinite.check_weights(done)
                     checkpoints.save(run.engine, run.ema, choice, done, must_succeed=last or stopped)
             if stopped:
-                break
-    if stopped:
-        checkpoints.leave_copy()
-        again = f"--resume latest run.dir={run.context.folder}"
-        run.metrics.print(f"step {done}: stopped by a signal, saved; {again} goes on from here")
-    else:
-        with agreeing():  # rank 0 writes alone, at the end
-            finish(run, training.validation_clips, training.vocoder)
-    training.close()
+                checkpoints.leave_copy()
+                again = f"--resume latest run.dir={run.context.folder}"
+                run.metrics.print(f"step {done}: stopped by a signal, saved; {again} goes on from here")
+                return False
+    return True
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -66,6 +66,10 @@ class Training:
     first_step: int
     lock: FolderLock  # of the run's folder, held by rank 0
 
+    def validate(self, step: int) -> None:
+        """Measure the validation losses; checkpoints are ranked by the newest. Every rank must call it."""
+        self.checkpoints.score = self.run.validate(self.validation_clips, step)
+
     def close(self) -> None:
         """Finish the files of the run and leave the process group. Every rank must call it."""
         with agreeing():

@@ -1,4 +1,5 @@
-"""SIGTERM and SIGUSR1, which schedulers send before they take a machine away: all ranks stop after the same step."""
+"""SIGTERM and SIGUSR1, which schedulers send before they take a machine away: all ranks stop after the same step. After
+the last step they change nothing."""
 
 import signal
 

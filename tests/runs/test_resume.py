@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agrepa_fast import train
 from agrepa_fast.checkpoints.save import Checkpoints
 from agrepa_fast.config_file import load_config
 from agrepa_fast.training.run import Run
@@ -110,6 +111,22 @@ def test_a_signal_to_one_rank_stops_all_after_a_save(number, stage, extra, prese
     assert not (stopped / "summary.json").exists()
     run_training(2, *args, "--resume", "latest", cwd=tmp_path)
     assert_same_curve(whole, stopped)
+
+
+def signal_after_the_last_step() -> None:
+    finish = train.finish
+
+    def finish_with_a_signal(*given) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        finish(*given)
+
+    train.finish = finish_with_a_signal
+
+
+def test_a_signal_after_the_last_step_does_not_cost_the_results(preset, tmp_path):
+    args = ("--preset", str(preset), "run.dir=run", "align.strategy=none", "train.steps=3")
+    run_training(1, *args, cwd=tmp_path, plant=signal_after_the_last_step)
+    assert (tmp_path / "run" / "summary.json").exists()
 
 
 def plant_a_bug() -> None:
