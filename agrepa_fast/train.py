@@ -36,7 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option = parser.add_argument
     option("--ds_config", default="zero2.json", help="a JSON file, or zero0.json … zero3.json of the package")
     option("--preset", default="demo", help="a preset's name, or a yaml file")
-    option("--resume", metavar="latest|best|TAG", help="continue the run in run.dir (default: the newest in runs/)")
+    option("--resume", metavar="latest|best|TAG", help="continue the run in run.dir (default: the preset's newest)")
     option("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it
     option("overrides", nargs="*", metavar="section.field=value")
     return parser.parse_intermixed_args(argv)  # overrides may stand anywhere
