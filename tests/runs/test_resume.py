@@ -200,7 +200,8 @@ def test_an_interrupted_save_loses_nothing(preset, tmp_path):
 
 def test_layers_are_chosen_early_once_the_choice_is_sure(preset, tmp_path):
     """Pooled over two probes; a resume from before the choice makes the same one."""
-    arguments = ["--preset", str(preset), "run.dir=run", "probe.warmup_steps=4", "probe.pool=2", "train.save_every=1"]
+    arguments = ["--preset", str(preset), "run.dir=run", "probe.warmup_steps=4", "train.steps=6"]
+    arguments += ["probe.pool=2", "train.save_every=1"]
     out = run_training(1, *arguments, "probe.confidence=0.01", "train.keep=9", cwd=tmp_path)
     assert "decided early, 3 probes saved" in out
     selection = json.loads((tmp_path / "run" / "selection.json").read_text())
@@ -211,7 +212,7 @@ def test_layers_are_chosen_early_once_the_choice_is_sure(preset, tmp_path):
     assert "decided early" not in out
     whole = json.loads((tmp_path / "unsure" / "selection.json").read_text())
     assert whole["step"] == 4
-    shutil.rmtree(tmp_path / "unsure" / "checkpoints" / "step00000005")
+    shutil.rmtree(tmp_path / "unsure" / "checkpoints" / "step00000006")
     (tmp_path / "unsure" / "selection.json").unlink()
     run_training(1, *arguments, "train.keep=9", "--resume", "step00000003", cwd=tmp_path)
     assert json.loads((tmp_path / "unsure" / "selection.json").read_text()) == whole
