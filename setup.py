@@ -63,7 +63,7 @@ class BuildCpuLibrary(build_ext):
 
 setup(
     name="agrepa_fast",
-    version="0.1.0",
+    version="0.2.0",
     description="Training of audio flow-matching transformers with representation alignment on the causal layers",
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",

@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # the same names as in _HOMES; a test compares them
     from .models.condition import Condition as Condition
     from .models.fuse import fuse as fuse
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "AudioDiT": "models.audio_dit.dit",
