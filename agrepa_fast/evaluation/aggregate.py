@@ -1,7 +1,8 @@
 """Clips' figures to rates, means and distances with their intervals, and to paired differences of two systems.
 
-A clip is a row of clips.csv. Draws of a clip are joined first: its counts are summed, its scores averaged. Clips
-without a figure are no zeros: they are not counted, and n says so.
+A clip is a row of clips.csv. Draws of a clip are joined first: its counts are summed, its scores averaged. A distance
+of sets is that of each draw, averaged: means of embeddings would vary less than any model's samples. Clips without a
+figure are no zeros: they are not counted, and n says so.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -113,12 +114,16 @@ def clip_difference(metric: str, first: Sequence[Row], second: Sequence[Row], co
 
 
 class SetDistances:
-    """The distances of clip embeddings from those of a reference, (clips, dim)."""
+    """Distances of clip embeddings, (clips, dim) or (clips, draws, dim), from those of a reference, (clips, dim)."""
 
     def __init__(self, reference: np.ndarray):
         self.reference, self.bandwidth = reference, median_distance(reference)
 
     def value(self, metric: str, x: np.ndarray) -> float:
+        """Return the distance of x, the mean of those of its draws."""
+        return float(np.mean([self._of_draw(metric, draw) for draw in (x.swapaxes(0, 1) if x.ndim == 3 else [x])]))
+
+    def _of_draw(self, metric: str, x: np.ndarray) -> float:
         if metric == "mmd":
             return mmd(x, self.reference, self.bandwidth)
         return frechet(x, self.reference) if metric == "fad" else frechet_infinity(x, self.reference, SEED)

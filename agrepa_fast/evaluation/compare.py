@@ -59,11 +59,13 @@ class Evaluated:
         return [row for row in self.clips if row["domain"] == domain]
 
     def embeddings(self, domain: str) -> dict[str, np.ndarray]:
-        """Return key -> embedding (dim,) of the clips of a domain that have one."""
+        """Return key -> embedding (dim,), or (draws, dim), of the clips of a domain that have one of every draw."""
         vectors, keys = self._array(domain, ROW), self._arrays.get(f"{domain}/{ROW}/keys")
         if keys is None:  # written before keys were: every clip had a vector then, or the numbers differ
             keys = np.array(sorted({row["key"] for row in self.of_domain(domain)}))
-        if len(keys) != len(vectors) or vectors.shape[1:] != self._array(domain, "reference").shape[1:]:
+        draws = len({row["draw"] for row in self.of_domain(domain)})  # older files have the mean of several
+        shape = (draws,) * (draws > 1) + self._array(domain, "reference").shape[1:]
+        if len(keys) != len(vectors) or vectors.shape[1:] != shape:
             raise self._unlike(f"{domain}/{ROW}")
         return dict(zip(keys.tolist(), vectors, strict=True))
 

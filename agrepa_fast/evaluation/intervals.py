@@ -1,4 +1,4 @@
-"""Intervals and tests. Clips are the unit: draws are averaged within a clip first.
+"""Intervals and tests. Clips are the unit: draws of a clip are joined, or left out together.
 
 Means have a t interval and rates a logit-t interval, differences of two systems on the same clips a paired bootstrap,
 and distances between sets a delete-a-group jackknife, since a bootstrap of a Fréchet distance is biased: resampled sets

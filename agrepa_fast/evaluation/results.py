@@ -77,8 +77,8 @@ def summarise(
 def write_embeddings(
     embeddings: Mapping[str, Figures], references: Mapping[str, np.ndarray], rows: Sequence[str], file: Path
 ) -> None:
-    """Write the matrices that distances are of: "<domain>/<row>" and "<domain>/reference"; and the clips that the rows
-    of a matrix are of, "<domain>/<row>/keys"."""
+    """Write the arrays that distances are of: "<domain>/<row>" and "<domain>/reference"; and the clips that the rows of
+    an array are of, "<domain>/<row>/keys"."""
     arrays = {}
     for domain, part in embeddings.items():
         for row in rows:
@@ -90,17 +90,21 @@ def write_embeddings(
 
 
 def embedding_matrix(figures: Figures, row: str) -> np.ndarray:
-    """Return the embeddings (clips, dim) of a row, by key; draws of a clip are averaged."""
-    return np.array([np.mean(vectors, axis=0) for vectors in _embedded(figures, row).values()])
+    """Return the embeddings of a row, by key: (clips, dim), or (clips, draws, dim) if clips have several draws."""
+    vectors = np.array(list(_embedded(figures, row).values()))
+    return vectors[:, 0] if vectors.ndim == 3 and vectors.shape[1] == 1 else vectors
 
 
 def _embedded(figures: Figures, row: str) -> dict[str, list]:
-    """Return key -> vectors of its draws, by key, of the clips of a row that have some."""
-    of_clip: dict[str, list] = {}
+    """Return key -> vectors of its draws, by key, of the clips of a row that have one of every draw."""
+    of_clip: dict[str, dict[int, list]] = {}
+    draws = sorted({wav.clip.draw for wav in figures if wav.row == row})
     for wav, figure in figures.items():
         if wav.row == row and "vector" in figure:
-            of_clip.setdefault(wav.clip.key, []).append(figure["vector"])
-    return dict(sorted(of_clip.items()))
+            of_clip.setdefault(wav.clip.key, {})[wav.clip.draw] = figure["vector"]
+    return {
+        key: [vectors[draw] for draw in draws] for key, vectors in sorted(of_clip.items()) if len(vectors) == len(draws)
+    }
 
 
 def _entry(interval: Interval, unit: str) -> dict[str, Any]:

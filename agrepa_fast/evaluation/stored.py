@@ -126,16 +126,17 @@ def _parsed(name: str, text: str) -> object:
 
 
 def read_embeddings(file: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an embeddings.npz: "<domain>/<row>" and "<domain>/reference", (clips, dim), and
-    "<domain>/<row>/keys", (clips,). Raises UserError for other content."""
+    """Return the arrays of an embeddings.npz: "<domain>/<row>", (clips, dim) or (clips, draws, dim),
+    "<domain>/reference", (clips, dim), and "<domain>/<row>/keys", (clips,). Raises UserError for other content."""
     try:
         with zipfile.ZipFile(file) as stored:
             arrays = {name.removesuffix(".npy"): parse_npy(stored.read(name)) for name in stored.namelist()}
     except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise _damaged(file, one_line(error)) from error
     for name, array in arrays.items():
-        keys = name.endswith("/keys")
-        if len(array) and (array.ndim != (1 if keys else 2) or not (keys or np.isfinite(array).all())):
+        dims = {"keys": (1,), "reference": (2,)}.get(name.rpartition("/")[2], (2, 3))
+        finite = array.dtype.kind == "f" and np.isfinite(array).all()
+        if array.size and (array.ndim not in dims or not (finite or dims == (1,))):
             raise _damaged(file, f"{name} has the shape {array.shape}, or is not finite")
     return arrays
 

@@ -1,6 +1,7 @@
 """Rates, means and distances of rows of clips.csv, and the figures of single wavs."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from agrepa_fast.evaluation.aggregate import (
     clip_interval,
     pairs_by_clip,
 )
+from agrepa_fast.evaluation.manifest import Clip
 from agrepa_fast.evaluation.mos import SCORE_NAMES
-from agrepa_fast.evaluation.results import SCORES
+from agrepa_fast.evaluation.results import SCORES, embedding_matrix
 from agrepa_fast.evaluation.scores import FAILED, ScoreCache
+from agrepa_fast.evaluation.synthesis import Wav
 from agrepa_fast.files import file_sha256
 
 NOTHING = dict.fromkeys(
@@ -95,6 +98,40 @@ def test_distances_of_sets_and_their_paired_difference():
         assert paired.low > 0
         assert distances.difference(metric, x, x, 0.95)[:3] == (0, 0, 0)
     assert {"wer", "mos", "mel_l1"} < CLIP_METRICS.keys()
+
+
+def embedded(vectors: np.ndarray) -> dict[Wav, dict]:
+    """Figures of samples with embeddings (clips, draws, dim)."""
+    return {
+        Wav("sample", Clip("speech", f"{key:02}", draw, 8, "", ""), Path("x.wav")): {"vector": vector.tolist()}
+        for key, of_clip in enumerate(vectors)
+        for draw, vector in enumerate(of_clip)
+    }
+
+
+def test_more_draws_of_a_perfect_model_are_no_further_from_the_truth():
+    random, values = np.random.default_rng(0), []
+    for _ in range(100):
+        distances, x = SetDistances(random.normal(size=(40, 3))), random.normal(size=(20, 4, 3))
+        values.append(distances.value("mmd", embedding_matrix(embedded(x), "sample")))
+    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(len(values))  # with means of draws it is 35 errors off
+
+
+def test_a_distance_of_draws_is_the_mean_of_theirs_and_one_draw_is_a_set():
+    random = np.random.default_rng(0)
+    distances, x = SetDistances(random.normal(size=(40, 3))), random.normal(size=(12, 2, 3))
+    matrix, alone = (embedding_matrix(embedded(part), "sample") for part in (x, x[:, :1]))
+    assert np.array_equal(matrix, x)
+    assert np.array_equal(alone, x[:, 0])
+    for metric in SET_METRICS:
+        found = distances.interval(metric, matrix, 0.95)
+        assert found.value == pytest.approx(np.mean([distances.value(metric, x[:, draw]) for draw in (0, 1)]))
+        assert found.n == 12
+        twice = distances.interval(metric, np.repeat(x[:, :1], 2, axis=1), 0.95)  # a clip is left out in both draws
+        assert twice[:3] == pytest.approx(distances.interval(metric, alone, 0.95)[:3])
+    figures = embedded(x)
+    figures[next(iter(figures))] = {FAILED: "no reason"}
+    assert np.array_equal(embedding_matrix(figures, "sample"), x[1:])
 
 
 def test_every_score_of_a_clip_has_a_mean():

@@ -127,10 +127,19 @@ def test_a_run_without_its_own_files_is_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros((2, 3, 4)), np.array([[1.0, np.nan], [0, 0]]), np.array([None, {}], object)], ids=str
+    ("name", "array"),
+    [
+        ("speech/sample", np.zeros((2, 3, 4, 5))),
+        ("speech/reference", np.zeros((2, 3, 4))),
+        ("speech/sample", np.array([[1.0, np.nan], [0, 0]])),
+        ("speech/sample", np.array([["a", "b"]])),
+        ("speech/sample", np.array(1.0)),
+        ("speech/sample", np.array([None, {}], object)),
+    ],
+    ids=str,
 )
-def test_embeddings_are_finite_matrices(array, tmp_path):
-    np.savez(tmp_path / "embeddings.npz", **{"speech/sample": array})
+def test_embeddings_are_finite_arrays(name, array, tmp_path):
+    np.savez(tmp_path / "embeddings.npz", **{name: array})
     with pytest.raises(UserError, match=r"embeddings.npz is damaged"):
         read_embeddings(tmp_path / "embeddings.npz")
 
@@ -159,6 +168,25 @@ def test_embeddings_without_keys_are_those_of_all_clips_or_refused(tmp_path):
     np.savez(runs[1].folder / "embeddings.npz", **arrays | {"speech/sample": arrays["speech/sample"][1:]})
     runs[1].__dict__.pop("_arrays")
     with pytest.raises(UserError, match=r"speech/sample in embeddings.npz does not belong to"):
+        differences(runs, "none", 0.95)
+
+
+def test_draws_of_a_clip_are_compared_apart_and_means_of_them_are_refused(tmp_path):
+    """Versions before wrote the means: they vary less than any model's samples."""
+    runs = [evaluated(tmp_path / label, label, 0, worse=worse) for label, worse in (("none", 0.0), ("foga", 0.4))]
+    arrays = {run.label: read_embeddings(run.folder / "embeddings.npz") for run in runs}
+    both = {label: part["speech/sample"][:, None] + [[[0.0] * 3, [1.0] * 3]] for label, part in arrays.items()}
+    for run in runs:
+        run.clips.extend({**row, "draw": 1} for row in list(run.clips))
+        np.savez(run.folder / "embeddings.npz", **arrays[run.label] | {"speech/sample": both[run.label]})
+    (mmd,) = (one for one in differences(runs, "none", 0.95) if one.metric == "mmd")
+    distances = SetDistances(arrays["none"]["speech/reference"])
+    one, other = (np.mean([distances.value("mmd", both[label][:, draw]) for draw in (0, 1)]) for label in both)
+    assert mmd.clips.value == pytest.approx(other - one)
+    assert mmd.clips.n == 24
+    np.savez(runs[1].folder / "embeddings.npz", **arrays["foga"] | {"speech/sample": both["foga"].mean(axis=1)})
+    runs[1].__dict__.pop("_arrays")
+    with pytest.raises(UserError, match=r"foga: speech/sample in embeddings.npz does not belong to"):
         differences(runs, "none", 0.95)
 
 
