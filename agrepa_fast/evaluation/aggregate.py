@@ -119,24 +119,26 @@ class SetDistances:
     def __init__(self, reference: np.ndarray):
         self.reference, self.bandwidth = reference, median_distance(reference)
 
-    def value(self, metric: str, x: np.ndarray) -> float:
-        """Return the distance of x, the mean of those of its draws."""
-        return float(np.mean([self._of_draw(metric, draw) for draw in (x.swapaxes(0, 1) if x.ndim == 3 else [x])]))
+    def value(self, metric: str, x: np.ndarray, places: np.ndarray | None = None) -> float:
+        """Return the distance of x, the mean of those of its draws. places: of the clips that count, None for all."""
+        draws = x.swapaxes(0, 1) if x.ndim == 3 else [x]
+        return float(np.mean([self._of_draw(metric, draw, places) for draw in draws]))
 
-    def _of_draw(self, metric: str, x: np.ndarray) -> float:
-        if metric == "mmd":
-            return mmd(x, self.reference, self.bandwidth)
-        return frechet(x, self.reference) if metric == "fad" else frechet_infinity(x, self.reference, SEED)
+    def _of_draw(self, metric: str, x: np.ndarray, places: np.ndarray | None) -> float:
+        if metric == "fad_inf":
+            return frechet_infinity(x, self.reference, SEED, places)
+        x = x if places is None else x[places]
+        return mmd(x, self.reference, self.bandwidth) if metric == "mmd" else frechet(x, self.reference)
 
     def interval(self, metric: str, x: np.ndarray, confidence: float) -> Interval:
         """Return the distance of x. Raises ValueError for fewer than two clips."""
-        return jackknife(len(x), lambda places: self.value(metric, x[places]), GROUPS, confidence, SEED)
+        return jackknife(len(x), lambda places: self.value(metric, x, places), GROUPS, confidence, SEED)
 
     def difference(self, metric: str, x: np.ndarray, y: np.ndarray, confidence: float) -> Interval:
         """Return the distance of x minus that of y, whose rows are of the same clips: pairing more than halves the
         error."""
 
         def statistic(places: np.ndarray) -> float:
-            return self.value(metric, x[places]) - self.value(metric, y[places])
+            return self.value(metric, x, places) - self.value(metric, y, places)
 
         return jackknife(len(x), statistic, GROUPS, confidence, SEED)

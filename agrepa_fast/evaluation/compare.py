@@ -204,7 +204,7 @@ def _set_difference(domain: str, metric: str, pairs: Sequence[Pair], confidence:
 
     def statistic(places: np.ndarray) -> float:
         return float(
-            np.mean([distances.value(metric, a[places]) - distances.value(metric, b[places]) for a, b in matrices])
+            np.mean([distances.value(metric, a, places) - distances.value(metric, b, places) for a, b in matrices])
         )
 
     return jackknife(len(shared), statistic, GROUPS, confidence, SEED)

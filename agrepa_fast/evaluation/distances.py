@@ -6,7 +6,7 @@ compared with its own truths has a Fréchet distance of 0 and a negative MMD by 
 
 import numpy as np
 
-_SIZES, _SUBSETS = 6, 8  # of the subsets whose Fréchet distances the line of `frechet_infinity` goes through
+_ORDERS, _PARTS = 4, 4  # random orders of the clips in `frechet_infinity`; each is split into 1 to _PARTS parts
 
 
 def frechet(x: np.ndarray, y: np.ndarray) -> float:
@@ -32,22 +32,25 @@ def _frechet(x: tuple[np.ndarray, np.ndarray], y: tuple[np.ndarray, np.ndarray])
     return float(difference @ difference + (rx**2).sum() + (ry**2).sum() - 2 * shared)
 
 
-def frechet_infinity(x: np.ndarray, y: np.ndarray, seed: int) -> float:
+def frechet_infinity(x: np.ndarray, y: np.ndarray, seed: int, places: np.ndarray | None = None) -> float:
     """Return the Fréchet distance of x from the reference y for infinitely many clips of x: where a line through the
     distances of subsets of x meets 1 / clips = 0 (Chong & Forsyth 2020; Gui et al. 2023).
 
-    Eight subsets of each size, from a quarter of the clips to all, are drawn without replacement. The bias of the
-    reference stays.
+    The subsets are all clips, halves, thirds and quarters, which random orders are split into: so each clip counts as
+    often as any other. The bias of the reference stays. places: of the clips that count, None for all. The orders are
+    of all clips, and the parts lose the others: a jackknife would take other parts for an effect of the clips left out.
     """
     random, reference = np.random.default_rng(seed), _moments(y)
-    sizes = np.unique(np.linspace(max(2, len(x) // 4), len(x), _SIZES).astype(int))
-    values = [
-        np.mean([_frechet(_moments(random.permutation(x)[:size]), reference) for _ in range(_SUBSETS)])
-        for size in sizes
-    ]
-    if len(sizes) < 2:
-        return float(values[0])
-    return float(np.polyfit(1 / sizes, values, 1)[1])
+    counts = np.ones(len(x), bool) if places is None else np.isin(np.arange(len(x)), places)
+    orders, points = [random.permutation(len(x)) for _ in range(_ORDERS)], []
+    for parts in range(1, _PARTS + 1):
+        split = [part for order in orders[: None if parts > 1 else 1] for part in np.array_split(order, parts)]
+        subsets = [kept for part in split if len(kept := part[counts[part]]) > 1]
+        if subsets:
+            values = [_frechet(_moments(x[subset]), reference) for subset in subsets]
+            points.append((np.mean([1 / len(subset) for subset in subsets]), np.mean(values)))
+    inverse, values = zip(*points, strict=True)
+    return float(np.polyfit(inverse, values, 1)[1] if np.ptp(inverse) > 1e-9 else np.mean(values))
 
 
 def median_distance(y: np.ndarray) -> float:

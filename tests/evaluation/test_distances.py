@@ -59,6 +59,17 @@ def test_frechet_is_biased_and_the_extrapolation_is_nearer():
     assert frechet_infinity(x[:48], reference, 1) == frechet_infinity(x[:48], reference, 1)
 
 
+@pytest.mark.filterwarnings("error")  # of a line through one point
+@pytest.mark.parametrize("clips", [2, 3, 4, 5, 9])
+def test_the_extrapolation_of_few_clips_is_finite(clips):
+    random = np.random.default_rng(8)
+    x, y = random.normal(size=(clips, 3)), random.normal(size=(20, 3))
+    assert np.isfinite(frechet_infinity(x, y, 0))
+    for left_out in range(clips if clips > 2 else 0):
+        assert np.isfinite(frechet_infinity(x, y, 0, np.delete(np.arange(clips), left_out)))
+    assert clips > 2 or frechet_infinity(x, y, 0) == frechet(x, y)
+
+
 def test_mmd_has_no_bias():
     random = np.random.default_rng(6)
     values = []

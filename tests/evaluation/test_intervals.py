@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from agrepa_fast.evaluation.aggregate import SetDistances
 from agrepa_fast.evaluation.distances import frechet
 from agrepa_fast.evaluation.intervals import (
     holm,
@@ -55,6 +56,18 @@ def test_pairs_that_are_not_pairs_have_a_wider_interval():
     assert (same.value, same.low, same.high) == (0, 0, 0)
     with pytest.raises(ValueError, match="same clips"):
         paired_difference((first, ones), (second[1:], ones[1:]), 0.95, 100, 0)
+
+
+def test_the_error_of_the_extrapolated_distance_is_that_of_repeated_draws():
+    """With other random subsets for each group of clips it is 1.4 times as large."""
+    random = np.random.default_rng(3)
+    distances, values, halves = SetDistances(random.normal(size=(200, 4))), [], []
+    for _ in range(60):
+        x = 1.3 * random.normal(size=(60, 4)) + 0.5
+        interval = jackknife(60, lambda places, x=x: distances.value("fad_inf", x, places), 10, 0.95, 0)
+        values.append(interval.value)
+        halves.append((interval.high - interval.low) / 2 / 2.262)  # t of 9 degrees of freedom
+    assert np.mean(halves) == pytest.approx(np.std(values, ddof=1), rel=0.2)
 
 
 def test_the_jackknife_s_error_of_a_frechet_distance_is_that_of_repeated_draws():
