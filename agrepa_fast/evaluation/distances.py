@@ -59,9 +59,11 @@ def median_distance(y: np.ndarray) -> float:
 
 
 def mmd(x: np.ndarray, y: np.ndarray, bandwidth: float) -> float:
-    """Return 1000 x the unbiased squared maximum mean discrepancy with the kernel exp(-d^2 / (2 bandwidth^2)), as KAD
-    (Chung et al. 2025). Its expectation is 0 for two sets of one distribution, at any number of clips; so it may be
-    negative. Raises ValueError for fewer than two clips."""
+    """Return 1000 x the unbiased squared maximum mean discrepancy with the kernel exp(-d^2 / (2 bandwidth^2)).
+
+    It is ten times KAD (Chung et al. 2025) of the same vectors, since KAD's code has the factor 100. Its expectation is
+    0 for two sets of one distribution, at any number of clips; so it may be negative. Raises ValueError for fewer than
+    two clips."""
     if min(len(x), len(y)) < 2:
         raise ValueError(f"{min(len(x), len(y))} clip: pairs need at least two")
 
