@@ -84,18 +84,20 @@ def _read_clips(path: Location, size: int, sha256: str, clips: int) -> tuple[lis
     return read, error
 
 
-def fixed_clips(index: Index, split: str, domain: str, count: int) -> list[Sample]:
-    """Return `count` clips of a domain, the same in every run: the first in shard order of each length bucket, as many
-    as its share of the domain's clips.
+def fixed_clips(
+    index: Index, split: str, domain: str, count: int, settings: str = "probe.clips and eval.clips"
+) -> list[Sample]:
+    """Return `count` clips of a domain, at least one, the same in every run: the first in shard order of each length
+    bucket, as many as its share of the domain's clips. settings: those that say how many.
 
     Raises UserError if there are fewer, or if one of them is not as it was written: measurements on other clips could
     not be compared.
     """
-    available = index.clips(split, domain)
+    available, count = index.clips(split, domain), max(1, count)
     if available < count:
         raise UserError(
             f"{index.folder}: {count} {domain} clips of the {split} split are wanted, {available} are there: "
-            "prepare more recordings, or lower probe.clips and eval.clips"
+            f"prepare more recordings{f', or lower {settings}' if available else ''}"
         )
     buckets: dict[int, list[Shard]] = {}
     for shard in index.shards(split, domain):

@@ -39,13 +39,15 @@ class Clip:
 
 def evaluated_samples(index: Index, metrics: MetricsConfig, domains: Sequence[str]) -> list[Sample]:
     """Return the validation clips that are evaluated: metrics.clips of each domain, or all. Raises UserError if the
-    shards have none."""
+    shards have too few of a domain, or none."""
     samples = []
     for domain in domains:
-        there = index.clips("val", domain)
-        samples += fixed_clips(index, "val", domain, there if metrics.clips is None else metrics.clips)
-    if not samples:
-        raise UserError(f"{index.folder} has no validation clips: prepare with data.val_share above 0")
+        if (there := index.clips("val", domain)) == 0:
+            raise UserError(
+                f"{index.folder} has no {domain} clips for validation: prepare more recordings or a larger "
+                "data.val_share, or evaluate another domain (--domain)"
+            )
+        samples += fixed_clips(index, "val", domain, metrics.clips or there, "metrics.clips")
     of_key: dict[str, str] = {}
     for sample in samples:
         if of_key.setdefault(sample.key, sample.domain) != sample.domain:  # their wavs would have one name

@@ -27,7 +27,7 @@ def sample_clips(
 ) -> tuple[Batch, torch.Tensor]:
     """Return the first validation clips of every domain, and the normalised mels (B, T, n_mels) that the model samples
     from their tokens and a prefix of each clip."""
-    clips = [s for domain in index.domains for s in fixed_clips(index, "val", domain, per_domain)]
+    clips = [s for domain in index.domains for s in fixed_clips(index, "val", domain, per_domain, "--clips")]
     batch = collate(clips, tuple(range(len(clips))), index).to(device)
     condition = prefix_condition(batch, config.flow)
     keys = clip_keys(config.run.seed, 0, batch.places, "sample").to(device)

@@ -13,6 +13,7 @@ from agrepa_fast import load_model
 from agrepa_fast.audio.vocoder import Vocoder
 from agrepa_fast.audio.waves import decode, wave_fault
 from agrepa_fast.data.index import load_index
+from agrepa_fast.data.reading import fixed_clips
 from agrepa_fast.errors import UserError
 from agrepa_fast.evaluation import manifest, synthesis
 from agrepa_fast.evaluation.manifest import Clip, clips_of, evaluated_samples, manifest_hash
@@ -62,6 +63,18 @@ def test_clips_of_two_domains_with_one_name_are_refused(monkeypatch):
     with pytest.raises(UserError, match=r"clip 001-8177 of speech and one of audio: evaluate the domains apart"):
         evaluated_samples(index, MetricsConfig(), ("speech", "audio"))
     assert len(evaluated_samples(index, MetricsConfig(), ("audio",))) == 1
+
+
+def test_a_domain_without_validation_clips_is_refused(monkeypatch):
+    monkeypatch.setattr(manifest, "fixed_clips", lambda *_: [SimpleNamespace(domain=_[2], key="1")])
+    index = SimpleNamespace(folder="data/mine", clips=lambda split, domain: int(domain == "speech"))
+    with pytest.raises(UserError, match=r"data/mine has no audio clips for validation: .* a larger data.val_share"):
+        evaluated_samples(index, MetricsConfig(), ("speech", "audio"))
+    assert len(evaluated_samples(index, MetricsConfig(), ("speech",))) == 1
+    with pytest.raises(UserError, match=r"1 audio clips of the val split are wanted, 0 are there: prepare more \w+$"):
+        fixed_clips(index, "val", "audio", 0)
+    with pytest.raises(UserError, match=r"2 speech clips .*, 1 are there: .* lower metrics.clips$"):
+        fixed_clips(index, "val", "speech", 2, "metrics.clips")
 
 
 def test_every_row_has_its_wavs_and_truth_is_the_truth(baseline, tmp_path):
