@@ -28,6 +28,7 @@ from .opened import DRAWN_IN_TRAINING, OpenedCheckpoint, check_out, open_checkpo
 from .report import write_report
 
 USES = ("data", "flow", "eval.vocoder", "metrics")
+OF_SPEECH = {"wer", "mos", "similarity"}  # metrics that need no shards
 
 
 def evaluate_checkpoint(
@@ -52,7 +53,7 @@ def evaluate_checkpoint(
     domains = _domains(index, domains)
     samples = evaluated_samples(index, metrics, domains)
     clips = clips_of(samples, metrics.draws)
-    _check_texts(clips, index, metrics.only)
+    _check_measurable(clips, index, metrics.only)
     vocoder = load_vocoder(opened.config.eval.vocoder, opened.config.data, str(local_device()))
     lock = FolderLock(out, "choose another --out")
     ranks.on_rank_0(lock.acquire)
@@ -79,7 +80,17 @@ def _domains(index: Index, wanted: Sequence[str] | None) -> list[str]:
     return [domain for domain in index.domains if not wanted or domain in wanted]
 
 
-def _check_texts(clips: Sequence[Clip], index: Index, only: Sequence[str]) -> None:
+def _check_measurable(clips: Sequence[Clip], index: Index, only: Sequence[str]) -> None:
+    """Raise UserError, before anything is sampled, if no metric applies to the clips, or if distances have no
+    reference."""
+    domains = dict.fromkeys(clip.domain for clip in clips)
+    if "speech" not in domains and OF_SPEECH.issuperset(only):
+        raise UserError(f"metrics.only={','.join(only)}: {' and '.join(domains)} is measured by mmd, fad and mel")
+    if {"mmd", "fad"} & set(only) and (few := [domain for domain in domains if index.clips("train", domain) < 2]):
+        raise UserError(
+            f"{index.folder} has fewer than two {few[0]} clips for training, which mmd and fad compare with: prepare "
+            "more recordings, or measure something else (metrics.only)"
+        )
     if only == ["wer"] and not any(clip.text for clip in clips if clip.domain == "speech"):
         raise UserError(
             f"{index.folder}: no speech clip has a text and is uncut: wer cannot be measured; prepare with a larger "

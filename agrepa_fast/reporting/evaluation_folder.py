@@ -19,10 +19,9 @@ from ..evaluation.synthesis import Wav
 from ..files import FolderLock, file_sha256
 from ..metrics_config import MetricsConfig
 from ..ranks import Ranks
-from .evaluation import circular_models, measure, write_results
+from .evaluation import OF_SPEECH, circular_models, measure, write_results
 from .opened import check_out
 
-_OF_SPEECH = {"wer", "mos", "similarity"}  # metrics without shards
 _USES = tuple(f"metrics.{name}" for name in ("only", "asr", "language", "text", "mos", "speaker", "confidence"))
 
 
@@ -60,9 +59,9 @@ def evaluate_folder(
         raise UserError("--domain is needed for a folder of recordings: speech or audio")
     config = load_config("demo", overrides)
     check_used(overrides, _USES)
-    if domain == "audio" or not _OF_SPEECH & set(config.metrics.only):
+    if domain == "audio" or not OF_SPEECH & set(config.metrics.only):
         raise UserError(
-            f"{folder}: a folder of recordings is measured by {', '.join(sorted(_OF_SPEECH))}, all of them of speech: "
+            f"{folder}: a folder of recordings is measured by {', '.join(sorted(OF_SPEECH))}, all of them of speech: "
             "--domain speech, or name a run, whose shards have what the other metrics compare with"
         )
     out = out or folder.parent / f"evaluate-{folder.name}"
@@ -78,6 +77,7 @@ def evaluate_folder(
     else:
         material = _recorded(recordings, reference, domain)
         _check_rates(folder, material.wavs)
+    _check_measurable(folder, material, config.metrics.only)
     lock = FolderLock(out, "choose another --out")
     ranks.on_rank_0(lock.acquire)
     try:
@@ -179,6 +179,17 @@ def _by_name(recordings: Sequence[Recording], where: object) -> dict[str, Record
 def _clip(recording: Recording, domain: str, truth: Recording | None) -> Clip:
     text = recording.text or (truth.text if truth else "")
     return Clip(domain, recording.name, 0, 0, text, file_sha256(Path(truth.path))[:16] if truth else "")
+
+
+def _check_measurable(folder: Path, material: Material, only: Sequence[str]) -> None:
+    """Raise UserError if none of the metrics has what it compares with."""
+    true, texts = any(wav.row == "truth" for wav in material.wavs), any(clip.text for clip in material.clips)
+    possible = {"mos": True, "wer": true or texts, "similarity": true or bool(material.prompts)}
+    if not any(possible.get(metric) for metric in only):
+        raise UserError(
+            f"{folder}: wer needs texts (NAME.txt beside the recordings), or true recordings, and similarity needs "
+            "these: give --reference FOLDER"
+        )
 
 
 def _check_rates(folder: Path, wavs: Sequence[Wav]) -> None:

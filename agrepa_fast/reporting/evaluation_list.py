@@ -13,7 +13,7 @@ from ..evaluation.results import write_manifest
 from ..files import FolderLock
 from ..launch import local_device
 from ..ranks import Ranks
-from .evaluation import USES, made_with
+from .evaluation import OF_SPEECH, USES, made_with
 from .evaluation_folder import clip_of, listed_material, measure_material
 from .opened import check_out, open_checkpoint
 
@@ -42,6 +42,10 @@ def evaluate_list(
     out = out or opened.beside(f"evaluate-{listed.stem}")
     ranks.on_rank_0(lambda: check_out(out))
     metrics = opened.config.metrics
+    if not OF_SPEECH & set(metrics.only):
+        raise UserError(
+            f"--list: metrics.only={','.join(metrics.only)}: a list is measured by {', '.join(sorted(OF_SPEECH))}"
+        )
     utterances = ranks.from_rank_0(lambda: read_list(listed, reference))[: metrics.clips]
     if any(utterance.prompt is None for utterance in utterances):
         raise UserError(f"--list {listed} has no prompts to sample from: give a folder of samples instead")

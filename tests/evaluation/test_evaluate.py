@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import soundfile
 
 from agrepa_fast.cli import main
 from agrepa_fast.data.index import write_index
+from agrepa_fast.errors import UserError
 from agrepa_fast.evaluation import evaluate, synthesis
 from agrepa_fast.evaluation.evaluate import similarities
 from agrepa_fast.evaluation.manifest import Clip
@@ -195,6 +197,8 @@ def test_what_does_not_fit_is_refused_in_one_line(run, tmp_path, calls, capsys):
         ([str(tmp_path)], "--domain is needed"),
         ([str(tmp_path), "--live", "--domain", "speech"], "has no weights"),
         ([str(tmp_path), "--domain", "speech", "metrics.draws=2"], "metrics.draws has no effect here"),
+        ([str(run), "metrics.clips=99", "--out", str(tmp_path / "x")], "or lower metrics.clips"),
+        ([str(run), "metrics.only=[mos]", "--domain", "audio", "--out", str(tmp_path / "x")], "audio is measured by"),
         ([str(run), *FLAGS, "flow.times=logit_normal"], "flow.times has no effect here"),
     ):
         with pytest.raises(SystemExit) as ended:
@@ -203,6 +207,14 @@ def test_what_does_not_fit_is_refused_in_one_line(run, tmp_path, calls, capsys):
         assert ended.value.code == 2, arguments
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_distances_without_training_clips_are_refused_before_anything_is_sampled():
+    index = SimpleNamespace(folder="data/mine", clips=lambda split, domain: 1)
+    clips = [Clip("audio", "a", 0, 8, "", "")]
+    with pytest.raises(UserError, match="data/mine has fewer than two audio clips for training"):
+        evaluation._check_measurable(clips, index, ["mmd", "mel"])
+    evaluation._check_measurable(clips, index, ["mel"])
 
 
 def test_speakers_are_compared_with_the_truth_of_the_same_clip():
@@ -240,6 +252,9 @@ def test_a_folder_of_recordings_is_measured_beside_the_true_ones(tmp_path, calls
     capsys.readouterr()
     other = write_waves(tmp_path / "other", ("a", "b", "c"), rate=8000)
     few = write_waves(tmp_path / "few", ("a",))
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(mine), "--domain", "speech", "--out", str(tmp_path / "x"), "metrics.only=[similarity]"])
+    assert "similarity needs these: give --reference FOLDER" in capsys.readouterr().err
     for reference, message in (
         (other, "rates of 8000 and 16000 Hz"),
         (few, "2 of 3 recordings have no partner: b.wav, c.wav"),

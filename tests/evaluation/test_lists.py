@@ -315,9 +315,11 @@ def test_what_a_run_cannot_say_is_refused(tmp_path, export, librispeech, calls, 
         (["--list", librispeech], "has no prompts to sample from"),
         (["--list", file, "--reference", silent], "1-2-0001.flac is silent"),
         (["--list", file, "--reference", librispeech, "model.backbone=audio_dit"], "cannot be overridden"),
+        (["--list", file, "--reference", librispeech, "metrics.only=[mmd,mel]"], "is measured by mos, similarity, wer"),
     )
     for number, (arguments, message) in enumerate(cases):
         with pytest.raises(SystemExit) as ended:
             main(["evaluate", str(export), "--out", str(tmp_path / f"out{number}"), *map(str, arguments)])
         assert ended.value.code == 2, arguments
         assert message in capsys.readouterr().err.splitlines()[-1]  # below the bar
+    assert not (tmp_path / f"out{len(cases) - 1}").exists()
