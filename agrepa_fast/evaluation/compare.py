@@ -116,7 +116,8 @@ class Difference(NamedTuple):
 
 
 def check_comparable(runs: Sequence[Evaluated]) -> None:
-    """Raise UserError unless all were evaluated on the same clips, with the same vocoder, sampler and metric models."""
+    """Raise UserError unless all were evaluated on the same clips, with the same vocoder, sampler, metric models and
+    settings of these."""
     first = runs[0]
     for run in runs[1:]:
         for name, about in (
@@ -124,8 +125,11 @@ def check_comparable(runs: Sequence[Evaluated]) -> None:
             ("vocoder", "another vocoder"),
             ("flow", "another sampler"),
             ("models", "other metric models"),
+            ("reference_clips", "other numbers of reference clips"),
+            ("words", "another metrics.text or metrics.language"),
         ):
-            if run.results[name] != first.results[name]:
+            known = [one.results[name] for one in (first, run) if name in one.results]  # older results lack the last
+            if known[1:] and known[0] != known[1]:
                 raise UserError(
                     f"{first.folder} and {run.folder} were evaluated with {about}: evaluate them again with the same "
                     "data.*, flow.*, eval.vocoder and metrics.*"

@@ -129,16 +129,19 @@ class Judges:
 
     def reference(self, domain: str, samples: Sequence[Sample], vocoder: Vocoder) -> np.ndarray:
         """Return the embeddings (clips, dim) of training clips through the vocoder, by the model of `embeddings`. They
-        are kept in the user's cache, since all evaluations of the same shards need them."""
+        are kept in the user's cache, since all evaluations of the same shards need them. Clips that the model cannot
+        judge are added to `failed`."""
         kind = f"{domain}-embedding"
         made = {**self.models[kind].identity, "vocoder": vocoder.name, "rate": vocoder.sample_rate}
         scores, judge = ScoreCache(cache_dir() / "references", kind, made), _embed(self.models[kind])
-        vectors = self._each(
+        found = self._each(
             f"{domain} reference",
             samples,
             lambda sample: scores.judge(mel_digest(sample.mel), partial(_vocoded, sample, vocoder), judge),
         )
-        return np.array([figures["vector"] for figures in vectors if "vector" in figures])
+        pairs = list(zip(samples, found, strict=True))
+        self.failed |= {f"reference/{s.key}: {kind}": figures[FAILED] for s, figures in pairs if FAILED in figures}
+        return np.array([figures["vector"] for figures in found if "vector" in figures])
 
     def _each(self, label: str, items: Sequence, judge: Callable[[Any], dict]) -> list[dict]:
         """Return judge(item) of all items, of which every rank judges its part."""

@@ -161,6 +161,8 @@ def measure(
     return {
         "rows": summarise(rows, embeddings, references, metrics.only, metrics.confidence),
         "confidence": metrics.confidence,
+        "reference_clips": {domain: len(vectors) for domain, vectors in references.items()},
+        "words": {"text": metrics.text, "language": metrics.language} if "asr" in judges.models else {},
         "models": {kind: model.identity for kind, model in judges.models.items()},
         "left_out": {kind: str(test) for kind, test in judges.left_out.items()},
         "failed": judges.failed,

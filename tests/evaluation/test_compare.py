@@ -115,6 +115,12 @@ def test_other_clips_and_other_seeds_are_refused(tmp_path):
     runs = [evaluated(tmp_path / "a", "none", 0), evaluated(tmp_path / "b", "foga", 0, manifest="other")]
     with pytest.raises(UserError, match="were evaluated with other clips"):
         check_comparable(runs)
+    runs[1].results["manifest"] = "m"
+    runs[1].results["reference_clips"] = {"speech": 511}
+    check_comparable(runs)  # the first was written before they were counted
+    runs[0].results["reference_clips"] = {"speech": 512}
+    with pytest.raises(UserError, match="were evaluated with other numbers of reference clips"):
+        check_comparable(runs)
     with pytest.raises(UserError, match="no seed in common"):
         differences([runs[0], evaluated(tmp_path / "c", "foga", 1)], "none", 0.95)
 
@@ -290,4 +296,5 @@ def test_finished_runs_are_labelled_by_their_settings_of_alignment(tmp_path, cap
     assert "| shallow, weight=1.0 | speech | mos |" in report
     assert "settings that differ" not in report
     main(["compare", *(str(tmp_path / f"run{n}") for n in (3, 0, 2)), "--out", str(tmp_path / "two")])
-    assert "settings that differ besides align: train.steps" in (tmp_path / "two" / "report.md").read_text()
+    report = (tmp_path / "two" / "report.md").read_text()
+    assert "settings that differ besides align: train.steps" in report

@@ -301,3 +301,19 @@ def test_a_reference_has_none_of_the_evaluated_clips(run, tmp_path, calls, monke
     assert len(kept) == 12
     assert not kept & evaluated
     assert len(evaluated) == 6
+
+
+def test_a_reference_clip_that_cannot_be_judged_is_named_and_not_counted(run, tmp_path, calls, monkeypatch):
+    vocoded, seen = evaluate._vocoded, []
+
+    def fail_once(sample, vocoder):
+        seen.append(sample.key)
+        if len(seen) == 1:
+            raise RuntimeError("too loud")
+        return vocoded(sample, vocoder)
+
+    monkeypatch.setattr(evaluate, "_vocoded", fail_once)
+    main(["evaluate", str(run), "--out", str(tmp_path / "out"), *FLAGS, "metrics.only=[mmd]", "--domain", "speech"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["failed"] == {f"reference/{seen[0]}: speech-embedding": "RuntimeError: too loud"}
+    assert results["reference_clips"] == {"speech": 5}
