@@ -124,6 +124,7 @@ def check_comparable(runs: Sequence[Evaluated]) -> None:
             ("manifest", "other clips"),
             ("vocoder", "another vocoder"),
             ("flow", "another sampler"),
+            ("averaged", "averaged and with live weights (--live)"),
             ("models", "other metric models"),
             ("reference_clips", "other numbers of reference clips"),
             ("words", "another metrics.text or metrics.language"),

@@ -118,11 +118,13 @@ def _arms(runs: Sequence[Evaluated]) -> tuple[list[Evaluated], dict[str, object]
         own = _differing([config.align for config in configs if config.align.strategy == align.strategy])
         label = ", ".join([run.label, *(f"{name}={getattr(align, name)}" for name in own)])
         labelled.append(replace(run, label=label))
-    sections = ("model", "data", "flow", "train", "eval")
+    sections = ("model", "data", "flow", "probe", "train", "eval")
     others = [
         f"{section}.{name}" for section in sections for name in _differing([getattr(c, section) for c in configs])
     ]
     others = [name for name in others if name not in ("data.path", "train.start_from")]
+    if len({run.results.get("step") for run in runs}) > 1:
+        others.append("the step of the checkpoint")
     return labelled, {"settings that differ besides align": ", ".join(others)} if others else {}
 
 

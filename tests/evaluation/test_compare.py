@@ -121,6 +121,10 @@ def test_other_clips_and_other_seeds_are_refused(tmp_path):
     runs[0].results["reference_clips"] = {"speech": 512}
     with pytest.raises(UserError, match="were evaluated with other numbers of reference clips"):
         check_comparable(runs)
+    runs[1].results["reference_clips"] = runs[0].results["reference_clips"]
+    runs[0].results["averaged"], runs[1].results["averaged"] = True, False
+    with pytest.raises(UserError, match="were evaluated with averaged and with live weights"):
+        check_comparable(runs)
     with pytest.raises(UserError, match="no seed in common"):
         differences([runs[0], evaluated(tmp_path / "c", "foga", 1)], "none", 0.95)
 
@@ -286,15 +290,17 @@ def test_finished_runs_are_labelled_by_their_settings_of_alignment(tmp_path, cap
         run = tmp_path / f"run{number}"
         evaluated(run / "evaluate", "shallow", 0)
         align = f"align: {{strategy: shallow, weight: {weight}}}\n"
-        (run / "config.yaml").write_text(f"{align}train: {{steps: {steps}}}\n")
+        (run / "config.yaml").write_text(f"{align}train: {{steps: {steps}}}\nprobe: {{clips: {steps}}}\n")
     none = tmp_path / "run3"
     evaluated(none / "evaluate", "none", 0)
-    (none / "config.yaml").write_text("align: {strategy: none}\ntrain: {steps: 5}\n")
+    (none / "config.yaml").write_text("align: {strategy: none}\ntrain: {steps: 5}\nprobe: {clips: 5}\n")
     main(["compare", *(str(tmp_path / f"run{n}") for n in (3, 0, 1)), "--out", str(tmp_path / "one")])
     report = (tmp_path / "one" / "report.md").read_text()
     assert "| shallow, weight=0.1 | speech | mos |" in report
     assert "| shallow, weight=1.0 | speech | mos |" in report
     assert "settings that differ" not in report
+    results = tmp_path / "run2" / "evaluate" / "results.json"
+    results.write_text(json.dumps({**json.loads(results.read_text()), "step": 6}))
     main(["compare", *(str(tmp_path / f"run{n}") for n in (3, 0, 2)), "--out", str(tmp_path / "two")])
     report = (tmp_path / "two" / "report.md").read_text()
-    assert "settings that differ besides align: train.steps" in report
+    assert "settings that differ besides align: probe.clips, train.steps, the step of the checkpoint" in report
