@@ -5,7 +5,7 @@ from pathlib import Path
 from ..evaluation.stored import read_clips
 from .clip_rows import clips_within_budget, count_shown
 from .comparison_tables import Comparison, Grid, differences_to_baseline, selections, values
-from .evaluation_report import recorded_clips
+from .evaluation_report import about_codes, recorded_clips
 from .page.document import Document, Picture, Section, Table
 from .page.media import png_uri
 
@@ -81,7 +81,7 @@ def _clips(comparison: Comparison) -> list[Section]:
     if not recorded:
         return []
     clips = clips_within_budget(recorded, _CLIPS)
-    about = f"Samples of seed {seed}. Codes: the mean mel of each token, all that tokens alone say."
+    about = f"Samples of seed {seed}.{about_codes(recorded)}"
     return [Section("Clips", about + count_shown(clips, recorded), clips=clips)]
 
 

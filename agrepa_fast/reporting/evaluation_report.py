@@ -60,8 +60,15 @@ def _clips(folder: Path, results: Mapping, rows: Sequence[Mapping]) -> list[Sect
     if not recorded:
         return []
     clips = clips_within_budget(recorded, _CLIPS)
-    about = "Truth and sample, and codes: the mean mel of each token, all that tokens alone say."
+    names = [name for name in ROWS if any(name in one.files for one in recorded)]
+    about = f"{', '.join(names).capitalize()}.{about_codes(recorded)}"
     return [Section("Clips", about + count_shown(clips, recorded), clips=clips)]
+
+
+def about_codes(recorded: Sequence[Recorded]) -> str:
+    """Return a sentence on the version `codes`, if clips have it."""
+    there = any("codes" in one.files for one in recorded)
+    return " Codes: the mean mel of each token, all that tokens alone say." if there else ""
 
 
 def recorded_clips(evaluations: Mapping[str, tuple[Path, Sequence[Mapping]]], results: Mapping) -> list[Recorded]:

@@ -68,8 +68,9 @@ def footnotes(results: Mapping) -> list[str]:
     lines += [f"left out: {kind} failed its self-test: {why}" for kind, why in results["left_out"].items()]
     for name, about in _NAMED.items():
         if wavs := results.get(name):
+            count = len({wav.rpartition(": ")[0] for wav in wavs} if name == "failed" else wavs)  # of several models
             first = ", ".join(list(wavs)[:3])
-            lines.append(f"{len(wavs)} wavs {about} ({first}): results.json names them")
+            lines.append(f"{count} wavs {about} ({first}): results.json names them")
     return lines
 
 

@@ -57,6 +57,7 @@ def test_it_has_the_table_and_the_figures_of_each_clip(folder):
     assert re.findall(r'aria-pressed="false">(\w+)', text) == ["truth", "codes", "sample"] * 4
     assert "MOS 2.00 · mel L1 0.50 · 1 errors in 3 words · “one &lt;b&gt; three”" in text
     assert text.count("<q>one two three</q>") == 3
+    assert "Truth, codes, sample. Codes: the mean mel" in text
 
 
 def test_a_wav_that_cannot_be_read_is_named(folder):
@@ -83,8 +84,13 @@ def test_recordings_of_others_are_played_from_where_they_are(folder, tmp_path):
     results |= {"folder": str(tmp_path / "wavs/sample"), "flow": None, "files": files}
     del results["step"], results["averaged"]
     (folder / "results.json").write_text(json.dumps(results))
+    results["failed"] = {f"sample/s1.wav: {model}": "RuntimeError" for model in ("asr", "mos")}
+    (folder / "results.json").write_text(json.dumps(results))
     text = write_report(folder).read_text()
     assert re.findall(r'aria-pressed="false">(\w+)', text) == ["truth", "sample"] * 4
+    assert "Truth, sample." in text
+    assert "the mean mel of each token" not in text
+    assert "1 wavs could not be judged" in text
     (tmp_path / "truth").rename(tmp_path / "away")
     (tmp_path / "wavs").rename(tmp_path / "away too")
     assert "<audio" not in write_report(folder).read_text()
