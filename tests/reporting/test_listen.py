@@ -215,9 +215,11 @@ class TestRefusals:
 
     def test_an_evaluation_of_recordings_has_no_wavs_of_its_own(self, tmp_path, refused):
         run = write_evaluation(tmp_path, "one", ["a", "b"])
-        (run / "evaluate-step00000005/wavs").rename(tmp_path / "wavs")
-        line = refused(run, "--out", tmp_path / "page")
-        assert "is an evaluation of recordings elsewhere: name their folder, and --truth FOLDER" in line
+        for moved in ("truth", "sample"):  # of a list it has samples, of a folder neither
+            (run / "evaluate-step00000005/wavs" / moved).rename(tmp_path / moved)
+            line = refused(run, "--out", tmp_path / "page")
+            assert "has no truths of its own" in line
+            assert "name the folder of the samples, and --truth FOLDER" in line
 
     def test_a_test_is_not_written_over(self, tmp_path, refused):
         make_small_test(tmp_path)

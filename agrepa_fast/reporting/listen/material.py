@@ -72,8 +72,11 @@ def _read_system(path: Path) -> _System:
         folder = evaluated[0]
     if not (folder / "results.json").is_file():
         return _System(path.resolve().name, _recordings(path), None, {})
-    if not (folder / "wavs").is_dir():
-        raise UserError(f"{folder} is an evaluation of recordings elsewhere: name their folder, and --truth FOLDER")
+    if not (folder / "wavs" / "truth").is_dir():
+        raise UserError(
+            f"{folder} has no truths of its own, as an evaluation of recordings or of a list has none: name the folder "
+            "of the samples, and --truth FOLDER"
+        )
     truth, samples = (_recordings(folder / "wavs" / row) for row in ("truth", "sample"))
     drawn_first = {clip: file for clip, file in samples.items() if clip in truth}
     domains = {row["key"]: row["domain"] for row in read_clips(folder / "clips.csv")}
