@@ -20,10 +20,6 @@ class UserError(Exception):
         super().__init__(message)
 
 
-class LocalError(UserError):
-    """A UserError of this rank alone, while the others are fine."""
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "did you mean 'x'?" if one of `known` is close to `name`, and the list of all of them otherwise."""
     known = sorted(known)

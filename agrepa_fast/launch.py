@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import LocalError
+from .errors import UserError
 
 _LAUNCHERS = {  # its variables for the rank, the number of ranks, and the rank among those on the same machine
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # all three: inside a step, not a batch script
@@ -36,7 +36,7 @@ class _Place:
 
 def complete_launch_environment() -> int:
     """Set those of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT that are missing, and return the number of
-    ranks. Call it before a process group is joined. Raises LocalError naming the variable that is wrong, or that cannot
+    ranks. Call it before a process group is joined. Raises UserError naming the variable that is wrong, or that cannot
     be derived."""
     place = _place_by_launcher()
     on_its_own = "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1"
@@ -47,18 +47,18 @@ def complete_launch_environment() -> int:
     rank = _number("RANK", place and place.rank)
     world = _number("WORLD_SIZE", place and place.world)
     if rank >= world:
-        raise LocalError(f"RANK={rank} with WORLD_SIZE={world}: ranks are numbered from 0 to WORLD_SIZE - 1")
+        raise UserError(f"RANK={rank} with WORLD_SIZE={world}: ranks are numbered from 0 to WORLD_SIZE - 1")
     if world == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", free_port())
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            raise LocalError(
+            raise UserError(
                 f"{name} is not set, and {world} ranks find each other by it: export MASTER_ADDR=<the machine of rank "
                 "0> and MASTER_PORT=29500 for all ranks, or start them with deepspeed or torchrun"
             )
     if not 0 < _number("MASTER_PORT", None) < 2**16:
-        raise LocalError(f"MASTER_PORT={os.environ['MASTER_PORT']}: a port from 1 to 65535 is wanted")
+        raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']}: a port from 1 to 65535 is wanted")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     os.environ["LOCAL_RANK"] = str(_number("LOCAL_RANK", _local_rank(rank, world, place)))
     return world
@@ -74,7 +74,7 @@ def launched_rank() -> int:
 
 def check_master_address(patience: float = 60.0) -> None:
     """Wait until MASTER_ADDR has an address; torch would try for as long as ranks wait for each other. Raises
-    LocalError after `patience` seconds, in which a cluster may still be making its names known."""
+    UserError after `patience` seconds, in which a cluster may still be making its names known."""
     name, until = os.environ["MASTER_ADDR"], time.monotonic() + patience
     while True:
         try:
@@ -82,7 +82,7 @@ def check_master_address(patience: float = 60.0) -> None:
             return
         except (OSError, UnicodeError) as error:
             if time.monotonic() > until:
-                raise LocalError(f"MASTER_ADDR={name}: no address is known for it ({error}): correct it") from error
+                raise UserError(f"MASTER_ADDR={name}: no address is known for it ({error}): correct it") from error
         time.sleep(1)
 
 
@@ -101,7 +101,7 @@ def why_not_joined(error: Exception) -> str:
 
 
 def local_device() -> torch.device:
-    """Return the device of this rank: the GPU that LOCAL_RANK numbers, or the CPU. Raises LocalError if there is no
+    """Return the device of this rank: the GPU that LOCAL_RANK numbers, or the CPU. Raises UserError if there is no
     such GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -109,7 +109,7 @@ def local_device() -> torch.device:
     if number >= gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
         return torch.device("cuda", 0)  # srun --gpus-per-task=1 shows every rank its own GPU and no other
     if number >= gpus:
-        raise LocalError(f"LOCAL_RANK={number}, but this process sees {gpus} GPUs: start one rank per GPU")
+        raise UserError(f"LOCAL_RANK={number}, but this process sees {gpus} GPUs: start one rank per GPU")
     return torch.device("cuda", number)
 
 
@@ -130,14 +130,14 @@ def _place_by_launcher() -> _Place | None:
 
 
 def _number(name: str, derived: int | None) -> int:
-    """The variable's value, or else the one derived from the launcher's. Raises LocalError if there is neither."""
+    """The variable's value, or else the one derived from the launcher's. Raises UserError if there is neither."""
     text = os.environ.get(name)
     if text is None:
         if derived is None:
-            raise LocalError(f"{name} is not set, and no variable of srun or mpirun tells it: {_REMEDY}")
+            raise UserError(f"{name} is not set, and no variable of srun or mpirun tells it: {_REMEDY}")
         return derived
     if not _NUMBER.fullmatch(text):
-        raise LocalError(f"{name}={text}: a number from 0 on is wanted")
+        raise UserError(f"{name}={text}: a number from 0 on is wanted")
     return int(text)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .errors import LocalError, UserError, one_line
+from .errors import UserError, one_line
 from .launch import check_master_address, complete_launch_environment, local_device, why_not_joined
 
 PATIENCE = timedelta(hours=12)  # ranks wait while rank 0 prepares recordings; torch's default is 10 or 30 minutes
@@ -201,7 +201,7 @@ def _join() -> Ranks:
         store = dist.PrefixStore("agrepa-prepare", store)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
-        raise LocalError(why_not_joined(error)) from error
+        raise UserError(why_not_joined(error)) from error
     return Ranks(rank, world, store)
 
 

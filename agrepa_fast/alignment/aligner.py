@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ..attribution.selection import LayerSelection
 from ..config import Config
 from ..data.batch import Batch
-from ..errors import LocalError
+from ..errors import UserError
 from ..lr_schedule import lr_factor
 from ..models.backbone import Backbone, pool_frames
 from ..ranks import all_sum
@@ -194,14 +194,14 @@ class Aligner:
         return self._alignment(heads, hidden, batch, t, attention), [*heads.parameters()]
 
     def _alignment(self, heads: AlignmentHeads, hidden, batch: Batch, t: torch.Tensor, attention) -> torch.Tensor:
-        """Return the alignment term. Raises LocalError if a user's objective raises anything."""
+        """Return the alignment term. Raises UserError if a user's objective raises anything."""
         name = self.config.align.objective
         try:
             return alignment_loss(self.objective, heads, hidden, batch, t, self._partner, attention)[0]
         except Exception as error:
             if name in OBJECTIVES or isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise LocalError(f"align.objective={name}: {their_error(error)}") from error
+            raise UserError(f"align.objective={name}: {their_error(error)}") from error
 
     def reduce(self, step: int) -> torch.Tensor:
         """Average the gradients of a step over ranks in one all-reduce, and return their norm, 0-dim on the device.

@@ -6,9 +6,10 @@ import torch
 
 from ..config import Config
 from ..config_file import load_config, settings_that_differ
-from ..errors import LocalError, UserError
+from ..errors import UserError
 from ..lr_schedule import lr_factor
 from ..probing.schedule import LayerChoice
+from ..ranks import all_gather
 from ..seeds import derive_seed, draws_seed
 from ..zero.ema import Ema
 from ..zero.engine import set_rate
@@ -26,9 +27,7 @@ def load_checkpoint(path: Path, checkpoints: Checkpoints, engine, ema: Ema, choi
     checkpoint is another run's or later than train.steps, or if its settings or shards are not this run's."""
     config, facts = checkpoints.config, read_marker(path)
     if facts is None:
-        raise LocalError(
-            f"{path} is not seen by every rank: the run's folder has to be on storage that all nodes share"
-        )
+        raise UserError(f"{path} is not seen by every rank: the run's folder has to be on storage that all nodes share")
     if facts["run"] != config.run.id:
         raise UserError(
             f"{path} is a checkpoint of another run: --resume takes only the run's own; "
@@ -44,6 +43,7 @@ def load_checkpoint(path: Path, checkpoints: Checkpoints, engine, ema: Ema, choi
         raise UserError(f"{path} was trained on other shards than those in {checkpoints.index.folder}: set data.path")
     with tensors_only(path):
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    all_gather(None)  # DeepSpeed gathers next, and would wait for a rank that has failed
     if facts["layout"] == layout(engine, checkpoints.world):
         load_engine(engine, path)
     else:

@@ -25,7 +25,7 @@ from ..data.index import Index
 from ..errors import UserError, one_line
 from ..files import flush, write_atomically
 from ..probing.schedule import LayerChoice
-from ..ranks import all_gather, first_failure, from_rank_0, on_rank_0
+from ..ranks import AgreedError, first_failure, from_rank_0, on_rank_0
 from ..tensor_files import save_tensors
 from ..zero.ema import Ema
 from ..zero.masters import full_weights
@@ -35,8 +35,6 @@ from .random_state import random_state, rank_file
 from .retention import best_checkpoints, remove_checkpoint, remove_interrupted, remove_old
 from .shard_facts import shard_facts, shard_hash
 from .upload import Mirror
-
-_SHARED = "run.dir has to be on storage that all nodes share"
 
 
 @dataclass
@@ -57,15 +55,8 @@ class Checkpoints:
             on_rank_0(self._open_mirror)
 
     def remove_interrupted(self) -> None:
-        """Remove the remains of a save that was cut short. Every rank must call it, before the first save. Raises
-        UserError if a rank does not see the folder."""
-        if self.rank == 0:
-            remove_interrupted(self.folder)
-            self.folder.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
-        seen = all_gather(self.folder.is_dir())
-        if not all(seen):
-            raise UserError(f"{self.folder} is not seen by rank {seen.index(False)}: {_SHARED}")
+        """Remove the remains of a save that was cut short. Every rank must call it, before the first save."""
+        on_rank_0(lambda: remove_interrupted(self.folder))
 
     def save(self, engine, ema: Ema, choice: LayerChoice, step: int, *, must_succeed: bool) -> bool:
         """Write a complete checkpoint, point `latest` and `best` at it and remove old ones. Every rank must call it.
@@ -145,7 +136,7 @@ class Checkpoints:
         UserError, before the marker, if the files of a rank are missing."""
         for name in (rank_file(rank) for rank in range(self.world)):
             if not (path / name).is_file():
-                raise UserError(f"{name} is missing: {_SHARED}")
+                raise UserError(f"{name} is missing: run.dir has to be on storage that all nodes share")
         for file in path.iterdir():
             flush(file)
         # Rotation goes by this order: a clock that was set back must not make the newest the oldest.
@@ -174,7 +165,7 @@ class Checkpoints:
         dist.barrier()
         line = f"{path} could not be saved: {failure}"
         if must_succeed:
-            raise UserError(f"{line}, then --resume latest goes on from the checkpoint before")
+            raise AgreedError(f"{line}, then --resume latest goes on from the checkpoint before")
         self.say(f"{line}; training goes on, and the next save tries again")
 
 

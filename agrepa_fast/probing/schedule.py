@@ -16,6 +16,7 @@ from ..config import DOMAINS, Config
 from ..device import GRAPHS
 from ..errors import UserError
 from ..models.backbone import Backbone
+from ..ranks import AgreedError
 from .cost import probe_steps, refresh_period
 from .fixed_clips import FixedClips
 from .probe import ClipProbe, PendingScores
@@ -91,7 +92,7 @@ class LayerChoice:
             chooses = f"align.strategy={self.config.align.strategy} chooses no layers"
             if self.aligner.selection is not None:
                 chooses = "align.refresh chooses no layers again"
-            raise UserError(
+            raise AgreedError(
                 f"{len(self._failures)} probes in a row failed, up to step {step}: {self._failures[-1]}; "
                 f"without them {chooses}; checkpoints are as they were"
             )

@@ -17,7 +17,7 @@ from ..data.batch import Batch
 from ..data.layout import BatchLayout, ceil_div
 from ..data.plan import BatchPlan
 from ..device import CapturedPrograms, CaptureError, tensors_of
-from ..errors import LocalError, UserError
+from ..errors import UserError
 
 _ALIGNMENT = 128  # elements: each gradient starts where vectorised kernels want it
 _FEW_SHAPES = 8  # a graph of each is captured in the first steps, and again when layers are chosen
@@ -80,7 +80,7 @@ class GraphedLosses:
     ) -> tuple[torch.Tensor, Losses, torch.Tensor]:
         """Return the sum of compute(batch, keys)'s losses, to differentiate; the losses; each clip's loss.
 
-        keys (2, B) int64. variant: Aligner.variant; all graphs are captured again for another. Raises LocalError if
+        keys (2, B) int64. variant: Aligner.variant; all graphs are captured again for another. Raises UserError if
         the step cannot be captured, without `survive`.
         """
         parameters = list(self.parameters())
@@ -114,7 +114,7 @@ class GraphedLosses:
             self._programs.capture(key, forward_backward, batch, keys)
         except CaptureError as error:
             if self.survive is None:
-                raise LocalError(
+                raise UserError(
                     f"train.graphs: the step cannot be captured ({error}); train.graphs=0 runs without CUDA graphs"
                 ) from error
             self.limit = 0

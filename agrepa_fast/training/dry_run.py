@@ -10,11 +10,11 @@ from ..data.batch import Batch, TeacherFrames
 from ..data.index import Index
 from ..data.layout import BatchLayout
 from ..data.plan import BatchPlan
-from ..errors import LocalError, UserError
+from ..errors import UserError
 from ..flow import flow_loss
 from ..models.backbone import Backbone
 from ..models.condition import Condition
-from ..ranks import first_failure
+from ..ranks import AgreedError, first_failure
 
 
 def dry_run(engine, index: Index, plan: BatchPlan, layout: BatchLayout, device: torch.device, aligner: Aligner) -> str:
@@ -47,10 +47,10 @@ def dry_run(engine, index: Index, plan: BatchPlan, layout: BatchLayout, device: 
             f"train.accumulation, or prepare with a lower data.max_seconds ({str(error).splitlines()[0]})"
         )
         if engine.zero_optimization_stage() == 3:  # the others wait for this rank's partitions and cannot answer
-            raise LocalError(failure) from error
+            raise UserError(failure) from error
     engine.module.train(training)
     if (failure := first_failure(failure)) is not None:
-        raise UserError(failure)
+        raise AgreedError(failure)
     if not cuda:
         return f"dry run: {size}"
     peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory

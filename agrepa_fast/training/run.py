@@ -11,7 +11,7 @@ import torch
 
 from ..data.batch import Batch
 from ..device import GRAPHS, SideStream, tensors_of, to_device
-from ..errors import LocalError, UserError
+from ..errors import UserError
 from ..flow import counted_frames, expected_frames, training_loss
 from ..kernels import flow_mix
 from ..lr_schedule import lr_factor
@@ -180,12 +180,12 @@ class Run:
         return [*trained, *self.choice.aligner.parameters()]
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
-        """Return the next batch, counted. Raises LocalError for a fault in the shards, which this rank alone sees."""
+        """Return the next batch, counted. Raises UserError for a fault in the shards, which this rank alone sees."""
         start = time.perf_counter()
         try:
             batch = next(batches)
         except UserError as error:
-            raise LocalError(str(error)) from error
+            raise UserError(str(error)) from error
         wait = time.perf_counter() - start
         lengths = batch.condition.lengths.tolist()  # still on the host
         self.metrics.count_batch(clips=len(lengths), frames=sum(lengths), flops=self.flops(lengths), wait=wait)

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import torch
 
-from ..errors import LocalError, UserError
+from ..errors import UserError
 from ..kernels import active_backend
 from ..launch import check_master_address, complete_launch_environment, local_device, number_gpu, why_not_joined
 
@@ -14,7 +14,7 @@ START = timedelta(minutes=15)  # ranks wait for the last of them to be started, 
 
 def join_process_group() -> torch.device:
     """Join the group of the ranks that a launcher has started, or one of this process alone, and return this rank's
-    device. A process that has joined stays as it is. Raises LocalError for a launch that is incomplete, a port in use
+    device. A process that has joined stays as it is. Raises UserError for a launch that is incomplete, a port in use
     and ranks that do not come."""
     import deepspeed
 
@@ -30,7 +30,7 @@ def join_process_group() -> torch.device:
     try:
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=START, verbose=False)
     except (RuntimeError, ValueError) as error:
-        raise LocalError(why_not_joined(error)) from error
+        raise UserError(why_not_joined(error)) from error
     return device
 
 

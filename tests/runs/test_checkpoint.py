@@ -208,14 +208,8 @@ def test_old_checkpoints_that_cannot_be_removed_stay_until_the_next_save(made, m
     assert names(ours.folder) == {"step00000003"}
 
 
-def test_a_folder_that_another_node_does_not_see_is_no_place_for_checkpoints(made, monkeypatch):
-    """Refused before the first step. A disk that is lost later costs the saves: the files of rank 1 are missing."""
+def test_a_checkpoint_that_lacks_the_files_of_a_rank_is_none(made):
     ours, save = made()
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "all_gather", lambda seen: [seen, False])
-        with pytest.raises(UserError, match=r"is not seen by rank 1: .* storage that all nodes share"):
-            ours.remove_interrupted()
-    ours.remove_interrupted()
     ours.world = 2
     assert not save(1)
     assert "rank1.safetensors is missing: run.dir has to be on storage that all nodes share" in made.said[-1]

@@ -7,7 +7,7 @@ import torch
 
 from agrepa_fast.config import TrainConfig
 from agrepa_fast.data.layout import BatchLayout
-from agrepa_fast.errors import LocalError, UserError
+from agrepa_fast.errors import UserError
 from agrepa_fast.zero.ds_config import find_ds_config, resolve_ds_config
 from agrepa_fast.zero.ds_sections import adopt_sections
 from agrepa_fast.zero.refusals import check_ds_config, deepspeed_refusals
@@ -119,7 +119,7 @@ def test_every_type_of_deepspeed_s_is_a_refusal_and_no_other(tmp_path):
         OSError(28, "full"),
         MemoryError(),
         torch.OutOfMemoryError("x"),
-        LocalError("x"),
+        UserError("x"),
         RuntimeError("CUDA error: x"),
         RuntimeError("[gloo] Connection reset"),
     ):

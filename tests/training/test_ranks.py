@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from agrepa_fast import launch
-from agrepa_fast.errors import LocalError, UserError
+from agrepa_fast.errors import UserError
 from agrepa_fast.launch import (
     check_master_address,
     complete_launch_environment,
@@ -93,7 +93,7 @@ class TestLaunchEnvironment:
     )
     def test_what_cannot_be_known_is_named_with_its_remedy(self, given, message, environment):
         environment(given)
-        with pytest.raises(LocalError, match=message):  # every rank prints it: who could not be told apart
+        with pytest.raises(UserError, match=message):  # every rank prints it: who could not be told apart
             complete_launch_environment()
 
 
@@ -134,7 +134,7 @@ def test_more_ranks_than_gpus(environment, monkeypatch):
     environment({"LOCAL_RANK": "1"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(LocalError, match="LOCAL_RANK=1, but this process sees 1 GPUs"):
+    with pytest.raises(UserError, match="LOCAL_RANK=1, but this process sees 1 GPUs"):
         local_device()
 
 
@@ -166,7 +166,7 @@ class TestRanksThatDoNotJoin:
             for (ended,) in (fork_ranks(1, _join, place, 60.0), fork_ranks(1, _prepare, place | {"WORLD_SIZE": "2"})):
                 assert ended.value is not None, ended.output
                 kind, line = ended.value
-                assert kind == "LocalError"
+                assert kind == "UserError"
                 assert f"port {port} of this machine is in use" in line
                 assert "--master_port" in line
                 assert "\n" not in line
@@ -174,13 +174,13 @@ class TestRanksThatDoNotJoin:
     @pytest.mark.parametrize("name", ["no.such.host.invalid", "a" * 70, "é.." + "b" * 70])
     def test_a_machine_without_an_address_is_named(self, name, environment):
         environment({"MASTER_ADDR": name})
-        with pytest.raises(LocalError, match=f"MASTER_ADDR={name}: no address is known for it"):
+        with pytest.raises(UserError, match=f"MASTER_ADDR={name}: no address is known for it"):
             check_master_address(patience=-1)
 
     def test_a_rank_that_is_not_started_is_not_waited_for_without_end(self):
         (ended,) = fork_ranks(1, _join, {"WORLD_SIZE": "2"}, 1.0)
         kind, line = ended.value
-        assert kind == "LocalError"
+        assert kind == "UserError"
         assert "the 2 ranks did not find each other at 127.0.0.1:" in line
         assert "start all of them" in line
 

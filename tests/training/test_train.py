@@ -10,7 +10,7 @@ import pytest
 from agrepa_fast import train
 from agrepa_fast.checkpoints.load import load_checkpoint
 from agrepa_fast.config_file import load_config, save_config
-from agrepa_fast.errors import LocalError, UserError
+from agrepa_fast.errors import UserError
 from agrepa_fast.train import main, run_process
 from agrepa_fast.training import builder, inputs
 from agrepa_fast.training.inputs import read_inputs
@@ -62,7 +62,7 @@ def test_a_rank_that_sees_other_files_says_so(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not here"):
         builder.prepared_index(load_config("demo"))
     checkpoints = SimpleNamespace(config=load_config("demo"))
-    with pytest.raises(LocalError, match="is not seen by every rank"):
+    with pytest.raises(UserError, match="is not seen by every rank"):
         load_checkpoint(tmp_path / "step1", checkpoints, None, None, None)
 
 
