@@ -8,7 +8,7 @@ from ..errors import UserError
 from .arguments import a_count, a_path, add_command, add_overrides
 
 _COMMA = re.compile(r",(?![0-9 ])")  # not those of fixed:4,8,12
-_TRAINING = ("strategies", "seeds", "preset", "warmup", "ds_config", "ranks", "dry_run")
+_TRAINING = ("--strategies", "--seeds", "--preset", "--warmup", "--ds_config", "--ranks", "--dry-run")
 
 
 def add_compare(commands) -> None:
@@ -47,7 +47,7 @@ def _compare(args: argparse.Namespace) -> None:
     runs = [Path(a_path(text)) for text in args.overrides if "=" not in text]
     overrides = [text for text in args.overrides if "=" in text]
     if args.strategies is None:
-        given = [f"--{name.replace('_', '-')}" for name in _TRAINING if getattr(args, name) is not None]
+        given = [name for name in _TRAINING if getattr(args, name.strip("-").replace("-", "_")) is not None]
         if ignored := [*given, *overrides]:
             raise UserError(f"{', '.join(ignored)}: without effect but with --strategies")
         if len(runs) < 2:

@@ -171,6 +171,7 @@ def test_runs_are_compared_by_strategy_and_seed(tmp_path, capsys):
         ([folders[0], folders[1]], "all runs have align.strategy=foga"),
         ([folders[0], str(tmp_path)], "holds no evaluation"),
         ([folders[0], "train.steps=3"], "without effect but with --strategies"),
+        ([*folders, "--ds_config", "zero2.json", "--dry-run"], "--ds_config, --dry-run: without effect but with"),
         ([folders[0], folders[2], "--baseline", "deep"], "there are foga, none"),
         ([folders[0], folders[2], "--out", folders[2]], "holds a run or an export: choose another folder"),
     ):
