@@ -26,11 +26,6 @@ def folder_source(path: Path, domain: str) -> Source:
     return Source.of(str(path), domain, recordings, passed_over)
 
 
-def folder_recordings(path: Path, domain: str) -> list[Recording]:
-    """Return the recordings below a folder; see list_folder."""
-    return list_folder(path, domain)[0]
-
-
 def list_folder(path: Path, domain: str) -> tuple[list[Recording], list[PassedOver]]:
     """Return the audio files below `path` and below folders linked there, by relative path, and everything else there.
 

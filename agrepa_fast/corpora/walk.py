@@ -9,6 +9,8 @@ from pathlib import Path
 from ..audio.waves import AUDIO_SUFFIXES
 from .recordings import PassedOver, printable
 
+COPY = "file of a recording that is taken"  # ends the kind of a file beside one with the same stem
+
 
 class Walk:
     """A walk of a tree. `passed_over` grows as `folders` and `recordings` are called."""
@@ -68,7 +70,7 @@ class Walk:
         for name in audio:
             stem, suffix = _split(name)
             if of_stem[stem] != name:
-                kind = f"{suffix} file of a recording that is taken"
+                kind = f"{suffix} {COPY}"
                 self.pass_over(f"{folder}/{name}", kind, f"{printable(of_stem[stem])} is taken")
         return [name for name in audio if of_stem[_split(name)[0]] == name]
 

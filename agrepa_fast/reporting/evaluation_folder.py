@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from ..audio.waves import decode
 from ..config_file import check_used, load_config
-from ..corpora.folder import folder_recordings, list_folder
+from ..corpora.folder import list_folder
 from ..corpora.recordings import Recording, count_kinds
+from ..corpora.walk import COPY
 from ..data.index import Index
 from ..errors import UserError
 from ..evaluation.evaluate import Judges
@@ -122,7 +123,7 @@ def _recorded(recordings: Sequence[Recording], reference: Path | None, domain: s
 def _listed(recordings: Sequence[Recording], folder: Path, listed: Path, utterances: Sequence[Utterance]) -> Material:
     """Return the utterances of a list with the recordings <utterance>.wav of a folder, or of another suffix. Raises
     UserError if it has none of them."""
-    there = _by_name(recordings, folder)
+    there = _by_name(recordings)
     if not (taken := {u.key: there[u.key] for u in utterances if u.key in there}):
         raise UserError(
             f"{folder} has no recording of the {len(utterances)} utterances in {listed}: the first would be "
@@ -155,7 +156,10 @@ def clip_of(utterance: Utterance, draw: int = 0) -> Clip:
 
 def _pairs(recordings: Sequence[Recording], reference: Path, domain: str) -> dict[str, Recording]:
     """Return name -> the true recording of the same path below `reference`, with any suffix."""
-    truths = _by_name(folder_recordings(reference, domain), f"--reference {reference}")
+    found, passed_over = list_folder(reference, domain)
+    if copies := [entry for entry in passed_over if entry.kind.endswith(COPY)]:
+        raise UserError(f"--reference {reference}: {copies[0].name} has a copy, {copies[0].reason}: keep one")
+    truths = _by_name(found)
     missing = [r.source for r in recordings if str(Path(r.source).with_suffix("")) not in truths]
     if missing:
         named = ", ".join(missing[:3])
@@ -166,14 +170,9 @@ def _pairs(recordings: Sequence[Recording], reference: Path, domain: str) -> dic
     return {r.name: truths[str(Path(r.source).with_suffix(""))] for r in recordings}
 
 
-def _by_name(recordings: Sequence[Recording], where: object) -> dict[str, Recording]:
-    """Return path without suffix -> recording. Raises UserError if two have one name."""
-    found: dict[str, Recording] = {}
-    for recording in recordings:
-        first = found.setdefault(str(Path(recording.source).with_suffix("")), recording)
-        if first is not recording:
-            raise UserError(f"{where}: {first.source} and {recording.source} have one name: keep one")
-    return found
+def _by_name(recordings: Sequence[Recording]) -> dict[str, Recording]:
+    """Return path without suffix -> recording. No two have one name, see list_folder."""
+    return {str(Path(recording.source).with_suffix("")): recording for recording in recordings}
 
 
 def _clip(recording: Recording, domain: str, truth: Recording | None) -> Clip:

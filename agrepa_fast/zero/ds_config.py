@@ -94,7 +94,8 @@ def precision(train: TrainConfig, device: torch.device) -> str:
 
 
 def _computes_in_bf16() -> bool:
-    return torch.cuda.get_device_capability() >= (8, 0)
+    """Whether this process's GPU does. Settings that are checked where there is none are for one that does."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
 
 
 def zero_stage(ds_config: dict) -> int:

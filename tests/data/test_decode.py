@@ -9,7 +9,7 @@ import soundfile
 from agrepa_fast.audio.mel import LogMel
 from agrepa_fast.config_file import load_config
 from agrepa_fast.corpora import recordings
-from agrepa_fast.corpora.folder import folder_recordings
+from agrepa_fast.corpora.folder import list_folder
 from agrepa_fast.data.index import load_index
 from agrepa_fast.prepare import roles
 from agrepa_fast.prepare.decode import Clip, _features, cut_wave
@@ -51,7 +51,7 @@ def test_a_recording_is_decoded_once_for_mel_teacher_and_every_tokenizer(whisper
         for clip in split:
             np.testing.assert_array_equal(clip.mel, plain[clip.key].mel)
             np.testing.assert_array_equal(clip.teacher, plain[clip.key].teacher)
-            recording = next(r for r in folder_recordings(corpus, "speech") if r.name == clip.key)
+            recording = next(r for r in list_folder(corpus, "speech")[0] if r.name == clip.key)
             [ids] = Signs().encode([cut_wave(recording, config.data, 24000)], [""])
             np.testing.assert_array_equal(clip.tokens2, tokens_of_frames(ids, len(clip.tokens)))
 
@@ -63,7 +63,7 @@ def test_waves_are_kept_exactly(tmp_path, wave):
     values[5] = {"16 bits": 0.5, "clipped": 1.0, "float": 1 / 3}[wave]
     soundfile.write(tmp_path / "a.wav", values, 16000, subtype="FLOAT")
     data = load_config("demo").data
-    recording = folder_recordings(tmp_path, "speech")[0]
+    recording = list_folder(tmp_path, "speech")[0][0]
     write_work(tmp_path / "work" / "a.npz", **_features(recording, data, {16000, 8000}, LogMel(data)))
     clip = Clip(recording, tmp_path / "work" / "a.npz", 1, 1.0)
     np.testing.assert_array_equal(clip.wave(16000), values.astype(np.float32))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from agrepa_fast.cli import main
-from agrepa_fast.corpora.folder import folder_recordings
+from agrepa_fast.corpora.folder import list_folder
 from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
 from agrepa_fast.prepare import out_folder, passes
@@ -125,7 +125,7 @@ def files_below(folder, pattern):
 def places_of_mels(corpus, work):
     """Places, among the recordings, of those whose mel is there."""
     there = {path.name.rpartition("-")[0] for path in work.glob("*-mel-*/*/*.npz")}
-    return [place for place, r in enumerate(folder_recordings(corpus, "speech")) if r.name in there]
+    return [place for place, r in enumerate(list_folder(corpus, "speech")[0]) if r.name in there]
 
 
 def test_any_number_of_ranks_writes_the_same_bytes(single, whisper, corpus, tmp_path):

@@ -35,7 +35,7 @@ def test_librispeech_transcripts_and_odd_names(tmp_path):
         (folder / name).write_bytes(b"")
     (folder / "84-121.trans.txt").write_text("84-121-0000 GO ON\n84-121-0001 STOP\n")
     (folder / "a b.txt").write_text("  with\nspaces ")
-    found = sources.folder_recordings(tmp_path, "speech")
+    found = sources.list_folder(tmp_path, "speech")[0]
     texts = {Path(recording.path).name: recording.text for recording in found}
     assert texts["84-121-0000.flac"] == "GO ON"
     assert texts["84-121-0001.flac"] == "STOP"
@@ -45,7 +45,7 @@ def test_librispeech_transcripts_and_odd_names(tmp_path):
     assert len(set(names)) == 6
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_") for name in names)
     (folder / "84-121-0000.flac").unlink()
-    fewer = {recording.name for recording in sources.folder_recordings(tmp_path, "speech")}
+    fewer = {recording.name for recording in sources.list_folder(tmp_path, "speech")[0]}
     assert fewer < set(names)  # a name depends on no neighbour
 
 
@@ -63,7 +63,7 @@ def test_linked_folders_are_followed_once_and_real_paths_come_first(tmp_path):
     (root / "nowhere").symlink_to(tmp_path / "missing")
     walked = [Path(folder).relative_to(root).as_posix() for folder, _ in walk_folders(root)]
     assert walked == [".", "real", "real/deep", "again", "linked"]
-    found = [r.source for r in sources.folder_recordings(root, "audio")]
+    found = [r.source for r in sources.list_folder(root, "audio")[0]]
     assert found == ["again/take.wav", "real/deep/take.wav"]
 
 

@@ -141,7 +141,7 @@ def test_lengths_are_those_of_the_sound(folder):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--reference", "two"], "a.flac and a.wav have one name: keep one"),
+        (["--reference", "two"], "--reference two: a.flac has a copy, a.wav is taken: keep one"),
         (["--domain", "audio"], "all of them of speech"),
         (["metrics.only=[mmd,mel]"], "all of them of speech"),
     ],

@@ -118,7 +118,7 @@ def test_what_is_no_backbone_is_refused_by_name(folder, monkeypatch, backbone, m
         ("model.options.size=3", "unexpected keyword argument 'size'"),
         ("model.backbone=mine:Broken", "velocity returned"),
         ("model.backbone=mine:Narrow", "layer 1 says width=5, and its states are (2, 24, 12)"),
-        ("model.backbone=mine:Raises", "mine.py:57, in velocity: AttributeError: 'Raises' object has no attribute"),
+        ("model.backbone=mine:Raises", "mine.py:56, in velocity: AttributeError: 'Raises' object has no attribute"),
         ("align.k=4", "align.k=4 is more than the model's 3 layers"),
         ("align.strategy=fixed:7", "layers are numbered 1 to 3"),
         ("align.strategy=lasp", "align.strategy=lasp"),

@@ -184,6 +184,7 @@ def test_a_deepspeed_user_s_file_trains(preset, tmp_path):
 
 
 def test_a_gpu_older_than_ampere_trains_in_fp32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
     train, gpu, layout = load_config("demo").train, torch.device("cuda"), BatchLayout(8, 1, 0, 1)
     for capability in ((8, 0), (7, 5)):

@@ -243,7 +243,7 @@ def settings(whisper, *more):
 @pytest.mark.parametrize("primary", ["kmeans", "own", "other"])
 def test_preparation_writes_both_tokens_whatever_teacher_they_are_of(primary, whisper, corpus, fitted, tmp_path):
     """`own` is of the domain's own teacher and costs no pass, `other` of another."""
-    from agrepa_fast.corpora.folder import folder_recordings
+    from agrepa_fast.corpora.folder import list_folder
     from agrepa_fast.prepare.decode import cut_wave
     from agrepa_fast.teachers import load_teacher
     from agrepa_fast.teachers.whisper import WhisperTeacher
@@ -267,7 +267,7 @@ def test_preparation_writes_both_tokens_whatever_teacher_they_are_of(primary, wh
     assert (entry["tokens"]["offset"], entry["tokens2"]["offset"]) == (8, 0)
     assert entry["tokens2"]["identity"]["sha256"] == VqTokenizer.load(Path(second[3:])).identity["sha256"]
 
-    by_key = {recording.name: recording for recording in folder_recordings(corpus, "audio")}
+    by_key = {recording.name: recording for recording in list_folder(corpus, "audio")[0]}
     for name, role in (("tokens", first), ("tokens2", second)):
         if role == "kmeans":
             continue
