@@ -96,6 +96,7 @@ def train(config: VqFitConfig, frames: FitFrames, path) -> FrameCodec:
 CONFIG = VqFitConfig(teacher="none", codes=16, steps=150, batch=16, lr=3e-3)
 
 
+@pytest.mark.drill
 def test_it_keeps_more_of_held_out_frames_than_k_means_with_as_many_codes(tmp_path):
     frames = FitFrames(melodies(), melodies(4, seed=1))
     found = vq_fit.lost_variance(train(CONFIG, frames, tmp_path), frames, CONFIG, "cpu")

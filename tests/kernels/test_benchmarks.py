@@ -48,6 +48,7 @@ def test_an_operation(name, operations, program, tmp_path):
             assert ("backward" in result) == (name == "gated_residual")
 
 
+@pytest.mark.drill
 def test_the_block(program, tmp_path, capsys):
     program("bench_block.py", "--shapes", "128,9,1", *QUICK, "--profile", "--out", tmp_path / "out.json")
     written = json.loads((tmp_path / "out.json").read_text())

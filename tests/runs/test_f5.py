@@ -56,6 +56,7 @@ def check_run(run: Path, preset: str) -> dict:
     return summary
 
 
+@pytest.mark.drill
 def test_e2_learns_and_aligns_under_zero_3(folder):
     run_training(1, "--preset", "./e2.yaml", "--ds_config", "zero3.json", "run.dir=run", cwd=folder)
     check_run(folder / "run", "e2")

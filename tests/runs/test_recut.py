@@ -53,6 +53,7 @@ def test_ranks_draw_dropout_masks_of_their_own(saved):
     assert not torch.equal(one["cpu_rng"], two["cpu_rng"])
 
 
+@pytest.mark.drill
 def test_bf16_goes_on_at_stage_0_with_the_optimizer_of_stage_3(preset, ds_configs, tmp_path):
     args = ("--preset", str(preset), "run.dir=run", "train.precision=bf16", "align.strategy=none")
     run_training(1, "--ds_config", ds_configs[3], *args, "train.save_every=3", "train.steps=4", cwd=tmp_path)

@@ -69,7 +69,7 @@ def test_every_stage_and_rank_count_gives_the_same_curve(stage, ranks, extra, pr
     assert (tmp_path / "run" / "selection.json").is_file()
 
 
-@pytest.mark.parametrize("strategy", ["gradnorm", "foga-vjp"])
+@pytest.mark.parametrize("strategy", ["gradnorm", pytest.param("foga-vjp", marks=pytest.mark.drill)])
 def test_strategies_measure_the_same_at_every_stage(strategy, preset, ds_configs, tmp_path):
     """Gradients of whole batches, gathered from partitions; a backward beside the engine's; pooled states."""
     args = ("--preset", str(preset), f"align.strategy={strategy}", "model.token_dim=32")

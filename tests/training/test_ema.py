@@ -64,7 +64,7 @@ def plant_late_stream() -> None:
     averages.SideStream = LateStream
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.drill), 3])
 def test_the_average_may_be_updated_late(stage, preset, baseline, ds_configs, tmp_path):
     """Until the next optimizer step, or until it is read: by a checkpoint, by the end of the run."""
     given = (

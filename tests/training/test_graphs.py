@@ -182,7 +182,7 @@ def test_other_layers_or_moved_weights_are_captured_again(captures):
     assert len(captures) == 3
 
 
-@pytest.mark.parametrize("objective", ["pooled", "layersync"])
+@pytest.mark.parametrize("objective", ["pooled", pytest.param("layersync", marks=pytest.mark.drill)])
 def test_new_weights_of_the_same_layers_are_captured_again(objective, captures):
     """As a refresh gives them: heads stay where they are, and layersync has none."""
     model = small_model(4)
@@ -204,7 +204,10 @@ def test_new_weights_of_the_same_layers_are_captured_again(objective, captures):
     assert abs(found[0] - found[1]) > 1e-4
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    "objective",
+    [name if name in ("haste", "sra") else pytest.param(name, marks=pytest.mark.drill) for name in OBJECTIVES],
+)
 def test_replays_of_every_objective(objective, captures):
     """Losses and gradients of a second batch, with other targets of every kind, are those without a graph."""
     model, layers = small_model(4), (1, 2)
