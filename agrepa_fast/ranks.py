@@ -118,7 +118,13 @@ class Ranks:
         if self.rank or not known:  # a line without a rank is about the input, or about rank 0's machine
             line = f"rank {self.rank} on {socket.gethostname()}: {line}"
         self._post_failure()
-        self._agree(None, line)
+        try:
+            self._agree(None, line)
+        except AgreedError:
+            raise
+        except Exception:  # the others were in another collective
+            print(line, file=sys.stderr)
+            raise
 
     def _agree(self, value: object, failure: str | None) -> list:
         """Return the value of every rank, or raise the first failure on all."""

@@ -14,7 +14,7 @@ import traceback
 from agrepa_fast.config import Config
 from agrepa_fast.errors import UserError, one_line
 from agrepa_fast.launch import end_process, launched_rank
-from agrepa_fast.ranks import AgreedError, agreeing, of_lost_rank
+from agrepa_fast.ranks import AgreedError, of_lost_rank
 from agrepa_fast.reporting.summary import finish
 from agrepa_fast.training.builder import Training, build
 from agrepa_fast.training.inputs import share_inputs
@@ -47,9 +47,8 @@ def train(config: Config, ds_values: dict, resume: str | None) -> None:
     training = build(config, ds_values, resume)
     with StopRequest(training.run.device) as request:  # from the last step on, a signal must not cost the results
         if take_steps(training, request):
-            with agreeing():  # rank 0 writes alone, at the end
-                finish(training.run, training.validation_clips, training.vocoder)
-        training.close()
+            finish(training.run, training.validation_clips, training.vocoder)
+    training.close()
 
 
 def take_steps(training: Training, request: StopRequest) -> bool:

@@ -54,8 +54,6 @@ def load_checkpoint(path: Path, checkpoints: Checkpoints, engine, ema: Ema, choi
     checkpoints.score = facts["val/flow_loss"] if is_comparable(facts, checkpoints.validated_on) else None
     seed = derive_seed(draws_seed(config), facts["step"], checkpoints.rank)
     restore_random_state(path / rank_file(checkpoints.rank), seed)
-    if checkpoints.mirror is not None:  # a run that was stopped or killed has not waited for its copy
-        checkpoints.mirror.update()
     return facts["step"]
 
 

@@ -78,8 +78,7 @@ class Checkpoints:
             return False
         if self.rank == 0:
             self._remove_old()
-            if self.mirror is not None:
-                self.mirror.update()
+            self.continue_copy()
         dist.barrier()
         return True
 
@@ -92,6 +91,11 @@ class Checkpoints:
         """Wait for the copy that is under way."""
         if self.mirror is not None:
             self.mirror.close()
+
+    def continue_copy(self) -> None:
+        """Copy in the background whatever the copy lacks: a run that was stopped or killed has not waited for it."""
+        if self.mirror is not None:
+            self.mirror.update()
 
     def leave_copy(self) -> None:
         """Let `close` wait for no copy. A scheduler kills a run that is not gone soon after its signal."""

@@ -9,11 +9,12 @@ import time
 import torch
 
 from ..audio.vocoder import Vocoder
+from ..data.batch import Batch
 from ..files import write_atomically
 from ..kernels import active_backend
 from ..probing.fixed_clips import FixedClips
 from ..probing.validation import validation_loss
-from ..ranks import all_sum
+from ..ranks import all_sum, on_rank_0
 from ..training.metrics import read_metrics
 from ..training.run import Run
 from ..zero.ds_config import precision
@@ -26,21 +27,31 @@ from .samples import sample_clips, write_samples
 def finish(run: Run, validation_clips: FixedClips, vocoder: Vocoder | None) -> None:
     """Measure the layers and the averaged weights after the last step, and write plots, wavs, summary.json and
     report.html. Every rank must call it; rank 0, which has the vocoder, writes."""
-    config, index, folder = run.config, run.context.index, run.context.folder
-    on_rank_0 = run.context.rank == 0
+    config, index, shows = run.config, run.context.index, run.context.rank == 0
     with run.timed("probe"):
         evidence = run.choice.finish(config.train.steps)
-    selection = run.choice.aligner.selection
     with run.ema.applied():
         with run.timed("validation"):
-            averaged = validation_loss(run.engine.module, validation_clips, progress=on_rank_0)
+            averaged = validation_loss(run.engine.module, validation_clips, progress=shows)
         with run.timed("samples"):
-            batch, sampled = sample_clips(run.engine.module, index, config, 1, run.device, progress=on_rank_0)
+            sampled = sample_clips(run.engine.module, index, config, 1, run.device, progress=shows)
     clips = all_sum(torch.tensor([run.metrics.clips], dtype=torch.float64, device=run.device)).item()
-    if not on_rank_0:
-        return
+    on_rank_0(lambda: _write(run, vocoder, evidence, averaged, sampled, clips))
+
+
+def _write(
+    run: Run,
+    vocoder: Vocoder,
+    evidence: dict[str, dict],
+    averaged: dict[str, float],
+    sampled: tuple[Batch, torch.Tensor],
+    clips: float,
+) -> None:
+    """Write what `finish` has measured. clips: that all ranks have trained on."""
+    config, index, folder = run.config, run.context.index, run.context.folder
+    selection, (batch, mels) = run.choice.aligner.selection, sampled
     with run.timed("samples"):
-        wavs = write_samples(batch, sampled, index, vocoder, folder / "samples", folder / "plots" / "mel.png")
+        wavs = write_samples(batch, mels, index, vocoder, folder / "samples", folder / "plots" / "mel.png")
     correlations = plot_all(folder / "attribution.csv", evidence, selection, folder / "plots", config.align.k)
     plot_loss(folder / "metrics.jsonl", folder / "plots" / "loss.png", selection.step if selection else None)
     if selection:

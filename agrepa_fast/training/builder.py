@@ -85,7 +85,8 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     ds_values: the content of the --ds_config file. resume: latest, best or a checkpoint's tag. Raises UserError if the
     settings do not fit each other, the machine, the shards or the checkpoint; a new run has then left at most its
     lock and an empty folder, and the records of an earlier attempt or of a resumed run are as they were. An error of
-    one rank is raised on all, except while DeepSpeed makes its engine.
+    one rank is raised on all, except where DeepSpeed's collectives run: while it makes its engine, and while it loads
+    one at stage 3 or of other ranks.
     """
     started = time.perf_counter()
     device = join_process_group()
@@ -136,6 +137,7 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
             drop_later_probes(context.folder / "attribution.csv", first_step)
             save_config(config, context.folder / "config.yaml")
         metrics.open(config.train.steps, first_step, tracker)
+        checkpoints.continue_copy()
     replayable = model.replayable and aligner.objective.replayable
     shapes = count_shapes(replayable, config.train, device, zero_stage(ds_config), plan, layout)
     run = Run(context, engine, ema, choice, metrics, started, auto_graphs=shapes)

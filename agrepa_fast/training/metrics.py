@@ -50,6 +50,7 @@ class Metrics:
             self._bar = tqdm(
                 total=steps, initial=first_step, desc="train", unit="step", smoothing=0.1, dynamic_ncols=True
             )
+        self._clock = time.perf_counter()
 
     def _open_board(self, purge_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter

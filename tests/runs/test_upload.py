@@ -125,6 +125,7 @@ class TestMirror:
         thread.join()
         ours, _, _ = self.copies(made, f"{copy}", keep=1)
         made.resume(ours, 1)
+        ours.continue_copy()
         ours.close()
         assert damage(copy / "checkpoints" / "step00000001") is None
 
