@@ -20,6 +20,7 @@ _GAP = 0.01  # seconds; times in Matroska are rounded to 1 ms
 _UNKNOWN = 2**62  # frames: libsndfile's mark of a stream whose header has no length is 2**63 - 1
 # libsndfile stops at the end that it takes from the first frames of an MP3, or from the first of joined files.
 _MAY_BE_LONGER = {"MP3", "OGG"}
+_SYNC, _TAGS = b"\xff", (b"ID3", b"TAG", b"APETAGEX")  # begin a frame of an MP3, and a tag
 _TRIMMED = 0.3  # seconds; decoders leave out the encoder's delay and padding, up to 4 frames of an MP3
 # Demuxers of recordings. The others include playlists, which open the files and the URLs that they name.
 _DEMUXERS = (
@@ -86,7 +87,7 @@ def read_pyav(
             if track.codec_context is None:
                 raise DecodeError("an unknown codec")
             # FLAC numbers its samples. Other timestamps may have gaps by design, as of silence that is not sent.
-            frames = stream.reset_after(container.decode(track))
+            frames = stream.reset_after(frame for packet in _packets(container, track) for frame in packet.decode())
             rate, pieces = _pieces(frames, start, seconds, numbered=track.codec.name == "flac")
             return np.concatenate(pieces) if pieces else np.zeros(0, np.float32), rate or track.rate
     except av.error.FFmpegError as error:
@@ -97,9 +98,21 @@ def read_pyav(
         raise DecodeError(_describe(error)) from error
 
 
+def _packets(container, track) -> Iterator:
+    """Yield the packets of a track, without the tags between joined MP3s, which the decoder would refuse. The last
+    packet is empty, and asks the decoder for what it still has."""
+    in_tag = False  # a tag may be several packets long
+    for packet in container.demux(track):
+        if container.format.name == "mp3" and packet.size:
+            start = bytes(packet)[:8]
+            in_tag = start.startswith(_TAGS) or (in_tag and start[:1] != _SYNC)
+        if not in_tag or not packet.size:
+            yield packet
+
+
 def _packet_seconds(source: str | os.PathLike | bytes) -> float:
     """Return the length of the packets of the first audio stream without decoding them, 0 if FFmpeg cannot tell it.
-    Tags and junk between the frames of an MP3 do not count: a frame begins with the byte 0xFF."""
+    Junk between or after the frames of an MP3 does not count."""
     import av
 
     try:
@@ -109,7 +122,7 @@ def _packet_seconds(source: str | os.PathLike | bytes) -> float:
         ):
             track, ticks = container.streams.audio[0], 0
             for packet in stream.reset_after(container.demux(track)):
-                if container.format.name != "mp3" or bytes(packet)[:1] == b"\xff":
+                if container.format.name != "mp3" or bytes(packet)[:1] == _SYNC:
                     ticks += packet.duration or 0
             return float(ticks * track.time_base)
     except Exception:  # of PyAV, for a damaged file: libsndfile's length stands

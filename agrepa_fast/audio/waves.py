@@ -15,7 +15,7 @@ from ..torchaudio_import import import_torchaudio as import_torchaudio
 from ..torchaudio_import import make_torchaudio_importable as make_torchaudio_importable
 from .decoders import DecodeError, NoAudioError, read_pyav, read_soundfile
 
-# Of copies of a recording beside each other, the one whose suffix comes first is taken: lossless ones come first.
+# Of copies of a recording beside each other, the one whose suffix comes first is taken: see `Walk.recordings`.
 SOUNDFILE_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 MORE_SUFFIXES = (
     *(".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".au", ".caf", ".dsf", ".eac3", ".g722", ".gsm"),

@@ -121,6 +121,14 @@ def test_an_mp3_without_its_length_and_joined_files_are_read_to_their_end(tag, s
             np.testing.assert_allclose(found, read[round(start * RATE) :][: round(part * RATE)], atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [25, 300, 2000])
+def test_tags_between_joined_mp3s_are_left_out(size):
+    content, _ = encoded("MP3", bitrate_mode="VARIABLE", compression_level=0.5)
+    tag = b"ID3\x04\0\0\0\0" + bytes([size >> 7, size & 127]) + bytes(size)
+    read, rate = decode(tag + content + tag + content, "a.mp3")
+    assert abs(len(read) / rate - 20) < 0.3
+
+
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
 def test_joined_ogg_files_are_read_to_their_end(subtype):
     content, _ = encoded("OGG", subtype=subtype)
