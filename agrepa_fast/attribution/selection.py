@@ -241,8 +241,10 @@ def _held(before: LayerSelection | None, domain: str, times: tuple[float, ...]) 
     rows = range(len(times)) if times else (None,)
     if before is None or domain not in before.layers or before.times != times:
         return dict.fromkeys(rows, frozenset())
-    # Not those with a weight: that of a cosine below 0 is 0. Earlier choices kept no layers of each time.
-    chosen = before.evidence.get(domain, {}).get("chosen", [before.layers[domain]] * len(rows))
+    chosen = before.evidence.get(domain, {}).get("chosen")
+    if chosen is None:  # a choice of version 0.1: all but those at a cosine below 0, whose weight is 0
+        tables = before.weights_at.get(domain, (before.weights[domain],))
+        chosen = [[k for k, weight in zip(before.layers[domain], table, strict=True) if weight > 0] for table in tables]
     return {row: frozenset(layer - 1 for layer in layers) for row, layers in zip(rows, chosen, strict=True)}
 
 
