@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..audio.waves import decode
+from ..audio.waves import SOUNDFILE_SUFFIXES, decode
 from ..config_file import check_used, load_config
 from ..corpora.folder import list_folder
 from ..corpora.recordings import Recording, count_kinds
@@ -157,9 +157,11 @@ def clip_of(utterance: Utterance, draw: int = 0) -> Clip:
 def _pairs(recordings: Sequence[Recording], reference: Path, domain: str) -> dict[str, Recording]:
     """Return name -> the true recording of the same path below `reference`, with any suffix."""
     found, passed_over = list_folder(reference, domain)
-    if copies := [entry for entry in passed_over if entry.kind.endswith(COPY)]:
-        raise UserError(f"--reference {reference}: {copies[0].name} has a copy, {copies[0].reason}: keep one")
-    truths = _by_name(found)
+    truths, wanted = _by_name(found), _by_name(recordings).keys()
+    for entry in passed_over:  # a video beside a sound is no question, two sounds are
+        name = Path(entry.name)
+        if entry.kind.endswith(COPY) and name.suffix in SOUNDFILE_SUFFIXES and str(name.with_suffix("")) in wanted:
+            raise UserError(f"--reference {reference}: {name} has a copy, {entry.reason}: keep one")
     missing = [r.source for r in recordings if str(Path(r.source).with_suffix("")) not in truths]
     if missing:
         named = ", ".join(missing[:3])
