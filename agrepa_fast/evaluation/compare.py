@@ -63,7 +63,12 @@ class Evaluated:
         vectors, keys = self._array(domain, ROW), self._arrays.get(f"{domain}/{ROW}/keys")
         if keys is None:  # written before keys were: every clip had a vector then, or the numbers differ
             keys = np.array(sorted({row["key"] for row in self.of_domain(domain)}))
-        draws = len({row["draw"] for row in self.of_domain(domain)})  # older files have the mean of several
+        draws = len({row["draw"] for row in self.of_domain(domain)})
+        if draws > 1 and vectors.ndim == 2:
+            raise UserError(
+                f"{self.folder}: embeddings.npz has means over {draws} draws, as version 0.1 wrote them, which vary "
+                "less than samples: remove this folder, and run the same command or agrepa evaluate again"
+            )
         shape = (draws,) * (draws > 1) + self._array(domain, "reference").shape[1:]
         if len(keys) != len(vectors) or vectors.shape[1:] != shape:
             raise self._unlike(f"{domain}/{ROW}")
