@@ -108,7 +108,8 @@ class Ranks:
 
     def fail_everywhere(self, error: Exception) -> None:
         """Tell all ranks of this one's error; they raise it in their next `all_gather`, `on_rank_0` or `check_others`,
-        and so does this one. Returns if `error` came from another rank or from its end, or there is none."""
+        and so does this one. Does nothing if `error` was raised because another rank failed or ended, or if this
+        process has no other ranks."""
         if self.world == 1 or isinstance(error, (AgreedError, LostRankError)) or of_lost_rank(error):
             return
         line, known = str(_in_one_line(error)), isinstance(error, (UserError, OSError))

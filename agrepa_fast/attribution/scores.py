@@ -150,7 +150,7 @@ class LayerScores:
         over all layers. time: as in `resampled`. A single clip is its only resample."""
         resampled = self.resampled(domain, time).nan_to_num(neginf=0)
         others = [layer for layer in range(self.depth) if layer not in layers]
-        # What the others carry: all layers carry all, in whichever order they are summed.
+        # The share of the other layers is exactly 0 if there are none; two sums of all layers could differ by rounding.
         return float((resampled[:, others].sum(1) <= (1 - share) * resampled.sum(1)).double().mean())
 
     def rank_correlation(self, other: "LayerScores", domain: str) -> float:

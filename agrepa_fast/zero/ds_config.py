@@ -94,7 +94,8 @@ def precision(train: TrainConfig, device: torch.device) -> str:
 
 
 def _computes_in_bf16() -> bool:
-    """Whether this process's GPU does. Settings that are checked where there is none are for one that does."""
+    """Return whether the current GPU computes in bf16. On a machine without a GPU, settings for one are checked as
+    if it did."""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
 
 
