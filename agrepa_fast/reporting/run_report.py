@@ -48,11 +48,15 @@ def _selection(folder: Path) -> LayerSelection | None:
 
 def _facts(summary: dict) -> dict[str, str]:
     losses = summary["val/flow_loss"]
-    by_domain = ", ".join(f"{domain} {loss:.3f}" for domain, loss in summary["val/flow_loss_by_domain"].items())
+    by_domain, by_time = (
+        ", ".join(f"{name} {loss:.3f}" for name, loss in summary.get(f"val/flow_loss_by_{part}", {}).items())
+        for part in ("domain", "time")  # runs of version 0.1 have no times
+    )
     speed = summary["clips_per_s_median"]
     return {
         "validation flow loss": f"{losses['first']:.3f} → {losses['last']:.3f}",
         "of the averaged weights": f"{losses['ema']:.3f} ({by_domain})",
+        "at flow times": by_time or "unknown",
         f"aligned layers ({summary['strategy']})": summary["selection"] or "none",
         "speed": f"{speed:.1f} clips/s",
         "time": f"{summary['seconds_total'] / 60:.1f} min, of which training {summary['seconds']['train'] / 60:.1f}",

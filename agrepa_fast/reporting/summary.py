@@ -68,6 +68,7 @@ def _write(
         "steps": config.train.steps,
         "val/flow_loss": losses,
         "val/flow_loss_by_domain": {domain: averaged[f"val/flow_loss_{domain}"] for domain in index.domains},
+        "val/flow_loss_by_time": {f"{time:g}": averaged[f"val/flow_loss_t{time:g}"] for time in config.eval.times},
         "strategy": config.align.strategy,
         "selection": selection.describe() if selection else None,
         "selection_warning": selection.warning if selection else None,

@@ -1,6 +1,7 @@
 """One rank's work against values worked out by hand: what hits every run alike shows in no comparison of runs."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -129,21 +130,25 @@ def test_graphs_are_asked_for_the_variant_of_the_aligner(index, tmp_path):
 
 @pytest.mark.parametrize(("world", "chunk"), [(1, 10), (3, 3), (4, 2)])
 def test_validation_by_hand_on_ranks_that_do_not_divide_the_clips(world, chunk, index):
-    config, model, total = load_config("demo", ["eval.times=[0.3,0.6]", f"probe.chunk={chunk}"]), Still(), 0
+    config, model, total = load_config("demo", ["eval.times=[0.3,0.6]", f"probe.chunk={chunk}"]), Still(), Counter()
     for rank in range(world):
         clips = FixedClips(index, "val", 5, config, "cpu", rank, world)
-        total += validation_loss(model, clips)["val/flow_loss"]  # one process: the ranks' parts of the mean
+        total.update(validation_loss(model, clips))  # one process: the ranks' parts of the mean
         reference = model.seen[2].reference[0]
         frames = max(1, int(0.15 * model.seen[2].lengths[0]))
         assert reference[:frames].any(-1).all()
         assert not reference[frames:].any()
-    wanted = []
+    wanted = torch.zeros(len(clips), 2)
     for place, clip in enumerate(clips.samples):
         mel = collate([clip], (0,), index).mel
         for n in range(2):
             _, target = flow_mix(mel, torch.zeros(1), clip_keys(0, n, [place], "validation"), 0.5)
-            wanted.append(target.square().mean())
-    assert total == pytest.approx(torch.stack(wanted).mean().item(), rel=1e-5)
+            wanted[place, n] = target.square().mean()
+    assert total["val/flow_loss"] == pytest.approx(wanted.mean().item(), rel=1e-5)
+    times = [total["val/flow_loss_t0.3"], total["val/flow_loss_t0.6"]]
+    assert times == pytest.approx(wanted.mean(0).tolist(), rel=1e-5)
+    domains = [total[f"val/flow_loss_{name}"] for name in index.domains]
+    assert domains == pytest.approx(wanted.unflatten(0, (len(index.domains), -1)).mean((1, 2)).tolist(), rel=1e-5)
     assert model.training
 
 

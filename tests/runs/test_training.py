@@ -43,12 +43,15 @@ def test_a_run_as_users_start_it_shows_its_work(preset, baseline, tmp_path):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["vocoder"].startswith("Griffin-Lim")
     assert summary["store_contribute_rank_correlation"].keys() == {"speech", "audio"}
+    assert summary["val/flow_loss_by_time"] == {"0.5": pytest.approx(summary["val/flow_loss"]["ema"])}
     for name in ("attribution", "loss", "mel", "layer_time", "stability", "store_contribute"):
         assert (run / "plots" / f"{name}.png").stat().st_size > 5000
     wavs = {f"{domain}-1-{kind}.wav" for domain in ("speech", "audio") for kind in ("truth", "sample", "codes")}
     assert {path.name for path in (run / "samples").iterdir()} == wavs
     assert all(soundfile.read(run / "samples" / name)[0].any() for name in wavs)
-    assert (run / "report.html").read_text().count("data:image/png") == 6 + 4, "of the clips and of the plots"
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png") == 6 + 4, "of the clips and of the plots"
+    assert f"0.5 {summary['val/flow_loss']['ema']:.3f}" in page
     assert list((run / "tensorboard").iterdir())
 
 
