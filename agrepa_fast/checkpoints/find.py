@@ -37,19 +37,27 @@ def read_marker(path: Path) -> dict | None:
 def damage(path: Path) -> str | None:
     """Return the first fault of a checkpoint that has its marker; None if it is complete."""
     facts = read_marker(path)
-    if facts is None:
-        return f"{MARKER} is damaged"
+    return f"{MARKER} is damaged" if facts is None else _damaged_file(path, facts)
+
+
+def _damaged_file(path: Path, facts: dict) -> str | None:
+    """Return the first file of a checkpoint that has another size than its marker names; None if there is none."""
     for name, size in facts["files"].items():
-        found = (path / name).stat().st_size if (path / name).is_file() else "no"
+        try:
+            found = (path / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            found = "no"
         if found != size:
             return f"{name} has {found} bytes, not {size}"
     return None
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints of a checkpoints folder, in the order in which they were saved."""
-    paths = [path for path in _marked(folder) if damage(path) is None]
-    return sorted(paths, key=lambda path: read_marker(path)["saved"])
+def complete_checkpoints(folder: Path) -> dict[Path, dict]:
+    """Return the complete checkpoints of a checkpoints folder and their markers, in the order in which they were saved.
+    One that is removed meanwhile may be among them, or not."""
+    marked = [(path, read_marker(path)) for path in _marked(folder)]
+    whole = [(path, facts) for path, facts in marked if facts is not None and _damaged_file(path, facts) is None]
+    return dict(sorted(whole, key=lambda pair: pair[1]["saved"]))
 
 
 def _marked(folder: Path) -> list[Path]:
@@ -67,7 +75,7 @@ def find_checkpoint(run: Path, name: str, say: Callable[[str], object] = lambda 
     """Return a complete checkpoint of a run by its tag, or by `latest` or `best`. If the crash of a machine has damaged
     the newest one, `latest` is the newest that is whole, and `say` is told. Raises UserError if there is none."""
     folder = run / "checkpoints"
-    whole = complete_checkpoints(folder)
+    whole = [*complete_checkpoints(folder)]
     if not whole and (damaged := _marked(folder)):
         raise UserError(f"{damaged[-1]} is damaged: {damage(damaged[-1])}; no checkpoint of {run} is whole")
     if not whole:

@@ -5,15 +5,14 @@ import shutil
 from pathlib import Path
 
 from ..zero.recut import FOLDER as UNIVERSAL
-from .find import MARKER, TAG, complete_checkpoints, read_marker
+from .find import MARKER, TAG, complete_checkpoints
 
 
 def best_checkpoints(folder: Path, count: int, validated_on: dict) -> list[Path]:
     """Return the `count` checkpoints with the lowest validation flow loss, the lowest first, of those that were
     validated on the same as the run is now; of all until there is one. Several saves may share one validation: the
     first of them counts as better."""
-    saved = [(path, read_marker(path)) for path in own_checkpoints(folder)]
-    scored = [(path, facts) for path, facts in saved if not math.isnan(_score(facts))]
+    scored = [(path, facts) for path, facts in own_checkpoints(folder).items() if not math.isnan(_score(facts))]
     comparable = [(path, facts) for path, facts in scored if is_comparable(facts, validated_on)]
     ranked = sorted(comparable or scored, key=lambda pair: _score(pair[1]))  # stable, in the order of their saves
     return [path for path, _ in ranked[:count]]
@@ -32,7 +31,7 @@ def is_comparable(facts: dict, validated_on: dict) -> bool:
 def remove_old(folder: Path, keep: int, keep_best: int, validated_on: dict, uploading: str | None = None) -> None:
     """Remove all checkpoints but the `keep` newest, the `keep_best` best, and the tag that is being uploaded. Universal
     checkpoints go too: the run has saved since it needed them."""
-    saved = own_checkpoints(folder)
+    saved = [*own_checkpoints(folder)]
     kept = [*saved[-keep:], *best_checkpoints(folder, keep_best, validated_on)]
     for path in saved:
         if path not in kept and path.name != uploading:
@@ -54,9 +53,9 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def own_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints that saves have made, in their order."""
-    return [path for path in complete_checkpoints(folder) if _is_ours(path)]
+def own_checkpoints(folder: Path) -> dict[Path, dict]:
+    """Return the complete checkpoints that saves have made and their markers, in their order."""
+    return {path: facts for path, facts in complete_checkpoints(folder).items() if _is_ours(path)}
 
 
 def _is_ours(path: Path) -> bool:

@@ -30,7 +30,7 @@ from ..tensor_files import save_tensors
 from ..zero.ema import Ema
 from ..zero.masters import full_weights
 from ..zero.state_files import layout, save_engine, step_counters
-from .find import MARKER, complete_checkpoints, read_marker
+from .find import MARKER, complete_checkpoints
 from .random_state import random_state, rank_file
 from .retention import best_checkpoints, remove_checkpoint, remove_interrupted, remove_old
 from .shard_facts import shard_facts, shard_hash
@@ -144,7 +144,7 @@ class Checkpoints:
         for file in path.iterdir():
             flush(file)
         # Rotation goes by this order: a clock that was set back must not make the newest the oldest.
-        saved = max([time.time_ns(), *(read_marker(older)["saved"] + 1 for older in complete_checkpoints(self.folder))])
+        saved = max([time.time_ns(), *(older["saved"] + 1 for older in complete_checkpoints(self.folder).values())])
         facts = {"step": step, "saved": saved, "run": self.config.run.id, "val/flow_loss": self.score}
         facts["validated_on"] = self.validated_on
         facts |= {"shards": shard_hash(self.index), "layout": layout(engine, self.world)}

@@ -12,8 +12,9 @@ import torch
 
 from agrepa_fast import config_file
 from agrepa_fast.checkpoints import save as checkpoint
-from agrepa_fast.checkpoints.find import damage, find_checkpoint, resolve_checkpoint
+from agrepa_fast.checkpoints.find import complete_checkpoints, damage, find_checkpoint, resolve_checkpoint
 from agrepa_fast.checkpoints.load import load_checkpoint
+from agrepa_fast.checkpoints.retention import remove_checkpoint
 from agrepa_fast.checkpoints.shard_facts import shard_hash
 from agrepa_fast.data.index import load_index
 from agrepa_fast.errors import UserError
@@ -249,6 +250,32 @@ def test_files_that_a_crash_of_the_machine_cut_are_noticed(saved, tmp_path):
         assert file.name in said[0]
         with pytest.raises(UserError, match="is damaged"):
             find_checkpoint(run, "step00000005")
+
+
+def test_a_checkpoint_that_is_removed_amid_a_listing_is_in_it_or_not(saved, tmp_path, monkeypatch):
+    """The one that the other process removes goes before the n-th look at a file."""
+    first, second = "step00000003", "step00000005"
+    for moment in range(999):
+        folder, looks = tmp_path / f"{moment}", iter(range(9999))
+        shutil.copytree(saved / "checkpoints", folder, copy_function=os.link)
+
+        def removing(look, folder=folder, looks=looks, moment=moment):
+            def instead(file, *args, **kwargs):
+                if next(looks) == moment:
+                    remove_checkpoint(folder / first)
+                return look(file, *args, **kwargs)
+
+            return instead
+
+        with monkeypatch.context() as patch:
+            for name in ("stat", "read_bytes"):
+                patch.setattr(Path, name, removing(getattr(Path, name)))
+            found = [path.name for path in complete_checkpoints(folder)]
+        assert found in ([first, second], [second]), moment
+        if next(looks) <= moment:
+            break
+    assert moment > 10
+    assert found == [first, second]
 
 
 def test_a_teacher_that_is_added_to_the_shards_is_no_change_of_the_run(preset):
