@@ -153,6 +153,8 @@ class Checkpoints:
         write_atomically(self.folder / "latest", path.name)
         if best := best_checkpoints(self.folder, self.config.train.keep_best, self.validated_on):
             write_atomically(self.folder / "best", best[0].name)
+        else:  # that of another train.keep_best would name one that goes
+            (self.folder / "best").unlink(missing_ok=True)
 
     def _remove_old(self) -> None:
         """Remove old checkpoints. A failure is only printed: the save before it is complete, and the ranks wait."""

@@ -120,6 +120,8 @@ class Mirror:
         for name in POINTERS:
             if (here / name).is_file():
                 self._put(here / name, f"checkpoints/{name}")
+            elif self.fs.isfile(f"{self.root}/checkpoints/{name}"):
+                self.fs.rm_file(f"{self.root}/checkpoints/{name}")
         for tag in self._tags():
             if not (here / tag).exists() and self._is_ours(tag):
                 self._remove(tag)

@@ -109,6 +109,20 @@ def test_the_best_stay_beside_the_newest(made, tmp_path):
     assert resolve_checkpoint(ours.folder / "latest").name == resolve_checkpoint(tmp_path).name == "step00000006"
 
 
+def test_a_resume_that_keeps_no_best_leaves_no_name_of_one(made, tmp_path):
+    ours, save = made(keep=1, keep_best=1)
+    for step, score in enumerate((1.0, 2.0)):
+        ours.score = score
+        save(step)
+    assert find_checkpoint(tmp_path, "best").name == "step00000000"
+    ours, save = made(keep=1, keep_best=0)
+    made.resume(ours, 1)
+    save(2)
+    assert {path.name for path in ours.folder.iterdir()} == {"latest", "step00000002"}
+    with pytest.raises(UserError, match="no checkpoint 'best': there are step00000002"):
+        find_checkpoint(tmp_path, "best")
+
+
 def test_losses_on_other_clips_or_times_are_no_rivals(made, tmp_path):
     """A resume may change what validation measures. Until it has measured once, the ranking of before stands."""
     ours, save = made(keep=1, keep_best=1)

@@ -78,6 +78,15 @@ class TestMirror:
         assert damage(copy / "checkpoints" / "step00000001") is None
         assert not [line for line in made.said if "incomplete" in line]
 
+    def test_a_best_that_the_run_no_longer_keeps_goes_from_the_copy(self, made, copy):
+        for step, keep_best in ((1, 1), (2, 0)):
+            ours, save, _ = self.copies(made, f"{copy}", keep=1, keep_best=keep_best)
+            ours.score = 1.0
+            assert save(step)
+            ours.close()
+            found = {path.name for path in (copy / "checkpoints").iterdir()}
+            assert found == {"latest", f"step{step:08d}"} | ({"best"} if keep_best else set())
+
     def test_missing_credentials_are_one_line(self, made, copy, monkeypatch):
         def fails(self, path):
             raise RuntimeError("no credentials")  # botocore's are no OSError, either
