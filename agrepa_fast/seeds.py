@@ -2,12 +2,8 @@
 
 import hashlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    from .config import Config
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -24,7 +20,10 @@ def clip_keys(seed: int, step: int, places: Iterable[int], stream: str) -> torch
     return torch.tensor([derive_seed(seed, step, int(place), stream) for place in places], dtype=torch.int64)
 
 
-def draws_seed(config: "Config") -> int:
-    """Return the seed of a run's clips, noise, flow times and masks. A run that starts from given weights draws others
-    than one of its seed that starts from random weights, since they may be that one's."""
-    return config.run.seed if config.train.start_from is None else derive_seed(config.run.seed, "train.start_from")
+def draws_seed(seed: int, generation: int) -> int:
+    """Return the seed of a run's clips, noise, flow times and masks. seed: run.seed. generation: how many runs have
+    trained its weights before it; they may have had its seed, and it draws others than they did."""
+    if generation == 0:
+        return seed
+    seed = derive_seed(seed, "train.start_from")
+    return seed if generation == 1 else derive_seed(seed, generation)

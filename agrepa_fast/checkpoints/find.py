@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..config_file import load_config
 from ..errors import UserError
 from ..files import read_json
 
@@ -111,13 +112,24 @@ def resolve_checkpoint(path: Path) -> Path:
 
 def step_of(path: Path) -> int:
     """Return the optimizer step of a checkpoint or an export."""
-    name = MARKER if (path / MARKER).is_file() else EXPORT
-    return read_facts(path / name, "step")
+    return read_facts(_facts_file(path), "step")
 
 
-def read_facts(file: Path, name: str) -> Any:
-    """Return one entry of a marker or of an export.json. Raises UserError if the file or the entry cannot be read."""
+def generation_of(path: Path) -> int:
+    """Return how many runs had trained the weights of a checkpoint or an export before its own run did. Versions that
+    do not record it draw as if it were 1 wherever train.start_from is set."""
+    unrecorded = int(load_config(path / "config.yaml").train.start_from is not None)
+    return read_facts(_facts_file(path), "generation", unrecorded)
+
+
+def _facts_file(path: Path) -> Path:
+    return path / (MARKER if (path / MARKER).is_file() else EXPORT)
+
+
+def read_facts(file: Path, name: str, default: object = None) -> Any:
+    """Return one entry of a marker or of an export.json. Raises UserError if the file cannot be read, or has no such
+    entry and there is no default."""
     facts = read_json(file, REMEDY)
-    if not isinstance(facts, dict) or name not in facts:
+    if not isinstance(facts, dict) or (name not in facts and default is None):
         raise UserError(f"{file} is damaged (no {name!r}): {REMEDY}")
-    return facts[name]
+    return facts.get(name, default)

@@ -52,7 +52,7 @@ def load_checkpoint(path: Path, checkpoints: Checkpoints, engine, ema: Ema, choi
     ema.load(whole_tensors(path / "ema.safetensors"), state["ema_updates"])
     choice.load_state_dict(state["choice"])
     checkpoints.score = facts["val/flow_loss"] if is_comparable(facts, checkpoints.validated_on) else None
-    seed = derive_seed(draws_seed(config), facts["step"], checkpoints.rank)
+    seed = derive_seed(draws_seed(config.run.seed, checkpoints.generation), facts["step"], checkpoints.rank)
     restore_random_state(path / rank_file(checkpoints.rank), seed)
     return facts["step"]
 

@@ -47,6 +47,7 @@ class Checkpoints:
     config: Config
     index: Index
     say: Callable[[str], object]
+    generation: int = 0  # of the run, see find.generation_of
     score: float | None = None  # the newest validation flow loss
     mirror: Mirror | None = None  # on rank 0, with train.copy_to
 
@@ -146,7 +147,7 @@ class Checkpoints:
         # Rotation goes by this order: a clock that was set back must not make the newest the oldest.
         saved = max([time.time_ns(), *(older["saved"] + 1 for older in complete_checkpoints(self.folder).values())])
         facts = {"step": step, "saved": saved, "run": self.config.run.id, "val/flow_loss": self.score}
-        facts["validated_on"] = self.validated_on
+        facts |= {"validated_on": self.validated_on, "generation": self.generation}
         facts |= {"shards": shard_hash(self.index), "layout": layout(engine, self.world)}
         facts["files"] = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
         write_atomically(path / MARKER, json.dumps(facts, indent=1))

@@ -18,7 +18,7 @@ from ..files import check_writable, read_json, write_atomically
 from ..models.backbone import Backbone
 from ..models.registry import make_model
 from ..tensor_files import open_tensors
-from .find import EXPORT, REMEDY, read_facts, resolve_checkpoint, step_of
+from .find import EXPORT, REMEDY, generation_of, read_facts, resolve_checkpoint, step_of
 
 _REMEDY = "take it from another checkpoint"
 
@@ -101,6 +101,7 @@ def export(path: Path, out: Path, *, live: bool = False) -> None:
     _, config = load_model(path, live=live)  # so that nothing is exported that does not load
     of_export = read_facts(path / EXPORT, "weights") if (path / EXPORT).is_file() else None
     facts = {"step": step_of(path), "weights": of_export or ("live" if live else "averaged")}
+    facts["generation"] = generation_of(path)
     for name in ("shards", "selection"):
         file = path / f"{name}.json"
         facts[name] = read_json(file, REMEDY) if file.is_file() else None

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
-from ..seeds import draws_seed
 from .buckets import Bucket, length_buckets
 from .index import Index
 from .layout import BatchLayout, ceil_div
@@ -74,12 +73,12 @@ class BatchPlan:
         self.cycle = sum(bucket.steps for bucket in self.buckets)
 
     @classmethod
-    def of(cls, index: Index, config: "Config", layout: BatchLayout, attention_cost: float) -> Self:
-        """Return the plan of a run. attention_cost: of its model, Backbone.attention_cost."""
+    def of(cls, index: Index, config: "Config", layout: BatchLayout, attention_cost: float, seed: int) -> Self:
+        """Return the plan of a run. attention_cost: of its model, Backbone.attention_cost. seed: of its draws."""
         train = config.train
         size = {"clips": train.batch_clips} if train.batch_frames is None else {"budget": train.batch_frames}
         options = {**size, "attention_cost": attention_cost, "least": layout.parts, "fixed_shapes": bool(train.graphs)}
-        return cls(index, config.data.speech_share, draws_seed(config), **options)
+        return cls(index, config.data.speech_share, seed, **options)
 
     def cost(self, frames: int) -> float:
         """Return the cost of a clip, in frames: its linear layers cost one per frame, attention a share per pair."""

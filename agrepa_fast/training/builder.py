@@ -14,7 +14,7 @@ from ..alignment.aligner import Aligner
 from ..alignment.registry import check_backbone, check_layers, check_shards, make_objective
 from ..attribution.csv import drop_later_probes
 from ..audio.vocoder import Vocoder, load_vocoder
-from ..checkpoints.find import resolve_checkpoint
+from ..checkpoints.find import generation_of, resolve_checkpoint
 from ..checkpoints.load import load_checkpoint
 from ..checkpoints.save import Checkpoints
 from ..checkpoints.upstream import is_upstream_file, other_settings, start_from_upstream
@@ -33,7 +33,7 @@ from ..models.backbone import Backbone
 from ..probing.fixed_clips import FixedClips, probe_clips, storage_clips, validation_clips
 from ..probing.schedule import LayerChoice
 from ..ranks import agreeing, all_gather, from_rank_0, on_rank_0
-from ..seeds import derive_seed, draws_seed
+from ..seeds import derive_seed
 from ..zero.construction import gathered, new_model
 from ..zero.ds_config import resolve_ds_config, zero_stage
 from ..zero.ema import Ema
@@ -106,13 +106,15 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
         on_rank_0(lambda: check_tracker(config.train))
         index = prepared_index(config)
         config = fit_to_shards(config, index)
-        context = RunContext(config, index, device, rank, world, Path(config.run.dir))
+        generation = from_rank_0(lambda: own_generation(config, checkpoint))
+        context = RunContext(config, index, device, rank, world, Path(config.run.dir), generation)
         clips = make_fixed_clips(context, partitioned=zero_stage(ds_config) == 3)
         vocoder = load_vocoder_on_rank_0(config)
         model = build_model(config, index, ds_config, checkpoint is not None)
-        plan = BatchPlan.of(index, config, layout, model.attention_cost)
+        plan = BatchPlan.of(index, config, layout, model.attention_cost, context.draws_seed)
         metrics = Metrics(context.folder, rank, world, peak_flops(config.train, device))
-        checkpoints = Checkpoints(context.folder / "checkpoints", rank, world, config, index, metrics.print)
+        where = context.folder / "checkpoints", rank, world
+        checkpoints = Checkpoints(*where, config, index, metrics.print, generation=generation)
         lock = open_folder(context.folder, new=checkpoint is None)
 
     prepared = time.perf_counter()
@@ -144,7 +146,7 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     run.seconds |= {"prepare": prepared - started, "build": time.perf_counter() - prepared}
     for line in (*filter(None, [precision_line]), *lines):
         metrics.print(line)
-    reading = {"seed": draws_seed(config), "center": config.align.center, "step": first_step}
+    reading = {"seed": context.draws_seed, "center": config.align.center, "step": first_step}
     targets = {"teacher_frames": aligner.objective.target == "frames", "attention": aligner.objective.attention}
     batches = TrainBatches(index, config.data, layout, **reading, plan=plan, **targets)
     return Training(run, batches, checkpoints, clips.validation, vocoder, first_step, lock)
@@ -158,6 +160,16 @@ def fix_start(config: Config) -> Config:
         return config
     checkpoint = from_rank_0(lambda: resolve_checkpoint(Path(start_from)))
     return replace(config, train=replace(config.train, start_from=str(checkpoint)))
+
+
+def own_generation(config: Config, checkpoint: Path | None) -> int:
+    """Return how many runs have trained a run's weights before it. checkpoint: its own, if it goes on from one."""
+    start_from = config.train.start_from
+    if checkpoint is not None:
+        return generation_of(checkpoint)
+    if start_from is None:
+        return 0
+    return 1 if is_upstream_file(Path(start_from)) else generation_of(Path(start_from)) + 1
 
 
 def prepared_index(config: Config) -> Index:
@@ -313,7 +325,7 @@ def begin(context: RunContext, choice: LayerChoice) -> None:
     if start_from is not None and not is_upstream_file(Path(start_from)):
         choice.aligner.start_from(load_projections(Path(start_from)))
     choice.start(context.index.domains)
-    torch.manual_seed(derive_seed(draws_seed(context.config), 0, context.rank))
+    torch.manual_seed(derive_seed(context.draws_seed, 0, context.rank))
 
 
 def lines_before_the_first_step(

@@ -7,6 +7,7 @@ import torch
 
 from ..config import Config
 from ..data.index import Index
+from ..seeds import draws_seed
 
 
 @dataclass(frozen=True)
@@ -19,3 +20,9 @@ class RunContext:
     rank: int
     world: int
     folder: Path
+    generation: int = 0  # how many runs have trained the weights before this one
+
+    @property
+    def draws_seed(self) -> int:
+        """The seed of the run's clips, noise, flow times and masks."""
+        return draws_seed(self.config.run.seed, self.generation)

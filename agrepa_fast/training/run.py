@@ -18,7 +18,7 @@ from ..lr_schedule import lr_factor
 from ..probing.fixed_clips import FixedClips
 from ..probing.schedule import LayerChoice
 from ..probing.validation import validation_loss
-from ..seeds import clip_keys, draws_seed
+from ..seeds import clip_keys
 from ..zero.ema import Ema
 from ..zero.engine import announce_backward
 from ..zero.gradients import gradient_norms, make_gradient_nan
@@ -105,7 +105,7 @@ class Run:
     def _to_device(self, batch: Batch, step: int) -> tuple[Batch, torch.Tensor]:
         """Return the batch and the keys (2, B) of its draws on the device. A GPU copies them beside its work: the
         optimizer of the step before, by which the host runs ahead of it."""
-        keys = torch.stack([clip_keys(draws_seed(self.config), step, batch.places, use) for use in ("draws", "noise")])
+        keys = torch.stack([clip_keys(self.context.draws_seed, step, batch.places, use) for use in ("draws", "noise")])
         copies = self._copies.run(lambda: (batch.to(self.device), to_device(keys, self.device)), after_queued=False)
         self._copies.join(tensors_of(*copies))
         return copies

@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 
 from agrepa_fast import train
 from agrepa_fast.checkpoints.save import Checkpoints
+from agrepa_fast.checkpoints.weights import export
 from agrepa_fast.config_file import load_config
+from agrepa_fast.seeds import clip_keys
+from agrepa_fast.training import run as run_module
 from agrepa_fast.training.run import Run
 
 from ..ranks import run_training
@@ -171,6 +174,38 @@ def test_a_run_starts_from_the_averaged_weights_of_another(preset, baseline, tmp
     output = run_training(1, *args, cwd=tmp_path, wanted=2)
     assert "another architecture than this run's" in output
     assert not (tmp_path / "other").exists()
+
+
+def note_seed() -> None:
+    """Write the seed of the noise to a file."""
+
+    def noted(seed: int, *given) -> torch.Tensor:
+        Path("seed").write_text(str(seed))
+        return clip_keys(seed, *given)
+
+    run_module.clip_keys = noted
+
+
+def test_no_run_of_a_line_repeats_the_draws_of_another(preset, baseline, tmp_path):
+    """Each starts from the one before and has its seed. A resume, of earlier versions' checkpoints too, draws on."""
+
+    def seed_of(name: str, *given: str) -> int:
+        run_training(1, f"run.dir={name}", *given, cwd=tmp_path, plant=note_seed)
+        return int((tmp_path / "seed").read_text())
+
+    given = ("--preset", str(preset), "align.strategy=none", "train.steps=1")
+    child = seed_of("child", *given, f"train.start_from={baseline}")
+    grandchild = seed_of("grandchild", *given, "train.start_from=child")
+    export(tmp_path / "grandchild/checkpoints/step00000001", tmp_path / "exported")
+    last = seed_of("last", *given, "train.start_from=exported")
+    assert len({load_config(baseline / "config.yaml").run.seed, child, grandchild, last}) == 4
+    shutil.rmtree(tmp_path / "child")  # a resume does not need it
+    assert seed_of("grandchild", "--resume", "latest", "train.steps=2") == grandchild
+    assert seed_of("grandchild", "--resume", "latest", "train.steps=3") == grandchild
+    marker = tmp_path / "grandchild/checkpoints/step00000003/checkpoint.json"
+    facts = json.loads(marker.read_text())
+    marker.write_text(json.dumps({name: value for name, value in facts.items() if name != "generation"}))
+    assert seed_of("grandchild", "--resume", "latest", "train.steps=4") == child  # as its version drew
 
 
 def test_a_longer_run_goes_on_at_the_rate_of_its_own_schedule(preset, tmp_path):

@@ -99,7 +99,7 @@ def train_three_steps(preset: str, stage: int, dry: bool) -> tuple[list[float], 
     layout, device = BatchLayout(None, 1, dist.get_rank(), dist.get_world_size()), torch.device("cpu")
     torch.manual_seed(0)
     model = AudioDiT(config.model)
-    plan = BatchPlan.of(index, config, layout, model.attention_cost)
+    plan = BatchPlan.of(index, config, layout, model.attention_cost, config.run.seed)
     engine = build_engine(model, config, resolve_ds_config(ds_values(stage), config.train, layout, device))
     aligner = Aligner(config, model, teacher_dims(index), device)
     total, aligned = aligner.objective.total, []

@@ -1,5 +1,6 @@
 """The draws of a step, and the states of the averaged weights that the step is compared with."""
 
+import itertools
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -49,17 +50,19 @@ def test_averaged_states_are_of_the_average_nearer_to_the_data_for_the_steps_noi
 
 
 def draws_of_a_start(preset: str, folder: Path) -> list[tuple]:
-    """The plan's seed and the first keys of a run with random weights, of one with given ones, and of that again."""
+    """The plan's seed and the first keys of a run with random weights, of the two after it, and of the last again."""
     run, batches = make_run(preset, ds_values(0), folder)
     batch, found = next(iter(batches)), []
-    for start_from in (None, "runs/a", "runs/a"):
-        run.config = config = replace(run.config, train=replace(run.config.train, start_from=start_from))
-        plan = BatchPlan.of(run.context.index, config, BatchLayout(config.train.batch_clips, 1, 0, 1), 0.0)
+    layout = BatchLayout(run.config.train.batch_clips, 1, 0, 1)
+    for generation in (0, 1, 2, 2):
+        run.context = context = replace(run.context, generation=generation)
+        plan = BatchPlan.of(context.index, run.config, layout, 0.0, context.draws_seed)
         found.append((plan.seed, run._to_device(batch, 0)[1].tolist()))  # of the clips' order, and of noise and times
     return found
 
 
-def test_a_run_from_given_weights_draws_other_clips_and_noise_than_one_from_random_weights(preset, tmp_path):
-    ((first, second, again),) = call_on_ranks(1, draws_of_a_start, str(preset), tmp_path)
-    assert second == again
-    assert all(one != other for one, other in zip(first, second, strict=True))
+def test_a_run_draws_other_clips_and_noise_than_those_that_trained_its_weights_before(preset, tmp_path):
+    ((*given, again),) = call_on_ranks(1, draws_of_a_start, str(preset), tmp_path)
+    assert given[-1] == again
+    for seeds_or_keys in zip(*given, strict=True):
+        assert all(one != other for one, other in itertools.combinations(seeds_or_keys, 2))
