@@ -23,6 +23,7 @@ from .launch import check_master_address, complete_launch_environment, local_dev
 
 PATIENCE = timedelta(hours=12)  # ranks wait while rank 0 prepares recordings; torch's default is 10 or 30 minutes
 _CHECK_SECONDS = 1.0  # between two looks for failed ranks
+_ALIKE_SECONDS = 5.0  # between the first and the last rank that raise the same error
 
 
 class AgreedError(UserError):
@@ -239,6 +240,33 @@ def _training_ranks() -> Ranks:
 def agreeing() -> AbstractContextManager[None]:
     """Inside, an error of one rank is raised on all, see Ranks.agreeing. Every rank must enter it."""
     return _training_ranks().agreeing()
+
+
+@contextmanager
+def raising_alike() -> Iterator[None]:
+    """Inside, a UserError that every rank raises becomes an AgreedError. Use it where another library's collectives
+    run: a rank that fails alone raises its error seconds later, in no collective that the others would not come to."""
+    try:
+        yield
+    except AgreedError:
+        raise
+    except UserError as error:
+        if dist.is_initialized() and _every_rank_has(str(error)):
+            raise AgreedError(str(error)) from error
+        raise
+
+
+def _every_rank_has(line: str) -> bool:
+    """Return whether every rank calls this with the same line, all within seconds."""
+    store, known_to_all = dist.distributed_c10d._get_default_store(), f"{line}: on all ranks"
+    try:
+        if store.add(line, 1) == dist.get_world_size():
+            store.set(known_to_all, "")
+        else:
+            store.wait([known_to_all], timedelta(seconds=_ALIKE_SECONDS))
+    except RuntimeError:  # the time is over, or the rank that keeps the store has ended
+        return False
+    return True
 
 
 def on_rank_0(action: Callable[[], object]) -> None:

@@ -32,7 +32,7 @@ from ..files import FolderLock, check_readable
 from ..models.backbone import Backbone
 from ..probing.fixed_clips import FixedClips, probe_clips, storage_clips, validation_clips
 from ..probing.schedule import LayerChoice
-from ..ranks import agreeing, all_gather, from_rank_0, on_rank_0
+from ..ranks import agreeing, all_gather, from_rank_0, on_rank_0, raising_alike
 from ..seeds import derive_seed
 from ..zero.construction import gathered, new_model
 from ..zero.ds_config import resolve_ds_config, zero_stage
@@ -85,8 +85,8 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     ds_values: the content of the --ds_config file. resume: latest, best or a checkpoint's tag. Raises UserError if the
     settings do not fit each other, the machine, the shards or the checkpoint; a new run has then left at most its
     lock and an empty folder, and the records of an earlier attempt or of a resumed run are as they were. An error of
-    one rank is raised on all, except where DeepSpeed's collectives run: while it makes its engine, and while it loads
-    one at stage 3 or of other ranks.
+    one rank is raised on all, except where DeepSpeed's collectives run: while it makes its engine, while it loads one
+    at stage 3 or of other ranks, and in the dry run, unless memory ran out.
     """
     started = time.perf_counter()
     device = join_process_group()
@@ -118,7 +118,8 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
         lock = open_folder(context.folder, new=checkpoint is None)
 
     prepared = time.perf_counter()
-    engine = build_engine(model, config, ds_config)
+    with raising_alike():
+        engine = build_engine(model, config, ds_config)
     ema = Ema(engine, config.train.ema_decay)
     aligner = Aligner(config, model, teacher_dims(index), device, metrics.print)
     own_folder = context.folder if rank == 0 else None
@@ -130,7 +131,8 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
             begin(context, choice)
         else:
             first_step = load_checkpoint(checkpoint, checkpoints, engine, ema, choice)
-    lines = lines_before_the_first_step(engine, context, plan, layout, aligner)
+    with raising_alike():
+        lines = lines_before_the_first_step(engine, context, plan, layout, aligner)
     with agreeing():  # from here on the run writes
         tracker = open_tracker(context)  # it may still refuse
         if rank == 0:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from agrepa_fast.errors import UserError
+from agrepa_fast.ranks import raising_alike
 from agrepa_fast.train import main
 from agrepa_fast.training import builder
 from agrepa_fast.zero.ds_config import zero_stage
@@ -112,6 +113,37 @@ def test_an_error_of_one_rank_ends_all_with_one_line_and_costs_no_records(saved,
         assert ("planted" if "planted" in str(error) else "a-file: No space left") in lines[0]
     assert not (tmp_path / "new" / "config.yaml").exists()
     assert before == {path: path.read_bytes() for path in before}
+
+
+def refuse_everywhere(arguments: tuple[str, ...], folder: Path) -> list[tuple[int, str]]:
+    """`refuse` with faults that every rank has."""
+    faults = ["training.builder.build_engine", "training.builder.lines_before_the_first_step"]
+    given = [(*arguments, f"run.dir={folder}/{place}") for place in faults]
+    return refuse([(place, UserError(place), _rank(), run) for place, run in zip(faults, given, strict=True)])
+
+
+def test_an_error_of_all_ranks_amid_collectives_of_deepspeed_s_is_one_line(preset, tmp_path):
+    arguments = ("--ds_config", "zero3.json", "--preset", str(preset))
+    first, second = call_on_ranks(2, refuse_everywhere, arguments, tmp_path)
+    assert [code for code, _ in (*first, *second)] == 4 * [2]
+    for (_, said), end in zip(first, ("build_engine", "lines_before_the_first_step"), strict=True):
+        assert said.splitlines()[-1] == f"agrepa train: training.builder.{end}"
+    assert not any("agrepa train:" in said for _, said in second)
+
+
+def raise_on_rank_1() -> type | None:
+    with mock.patch("agrepa_fast.ranks._ALIKE_SECONDS", 0.2):
+        try:
+            with raising_alike():
+                if _rank() == 1:
+                    raise UserError("planted")
+        except UserError as error:
+            return type(error)
+    return None
+
+
+def test_an_error_of_one_rank_amid_collectives_of_deepspeed_s_is_its_own():
+    assert call_on_ranks(2, raise_on_rank_1) == [None, UserError]
 
 
 def refuse_on_two_nodes(folder: Path, arguments: tuple[str, ...]) -> list[tuple[int, str]]:
