@@ -43,10 +43,10 @@ class Teacher(ABC):
     def frames(self, waves: list[np.ndarray]) -> list[np.ndarray]:
         """Return (frames, dim) float32 per wave (samples,) float32 at `sample_rate`, of any lengths.
 
-        Without a `start` the frames cover the recording, to a frame. With one they may begin after the recording's
-        begin, and end up to two frames before its end or one after it. Those of a wave do not depend on the others,
-        except for rounding of about 1e-5 of their size. Raises ValueError for an empty wave, and for one that is not
-        1-D.
+        Without a `start` the frames cover the recording, to a frame. With one they may begin before the recording's
+        begin or after it, and end up to two frames before its end or one after it. Those of a wave do not depend on the
+        others, except for rounding of about 1e-5 of their size. Raises ValueError for an empty wave, and for one that
+        is not 1-D.
         """
 
     def attention_shape(self, layers: int, seconds: float) -> tuple[int, int, int, int]:

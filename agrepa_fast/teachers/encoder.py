@@ -19,6 +19,7 @@ from .base import Teacher, batches_by_length, check_layer, check_waves, file_nam
 MASKS = ("attention_mask", "input_features_mask", "padding_mask")  # encoders' names for the mask: 0 is padding
 _GPU_SECONDS = 60  # of a batch, padding included
 _HARMLESS = 1e-4  # change of a frame by padding beside it, in units of the frames' size
+_BESIDE = 0.02  # seconds: frames that begin nearer to the recording's begin than this cover the recording
 
 
 class _Reached(Exception):
@@ -123,7 +124,8 @@ class EncoderTeacher(Teacher):
         return output
 
     def _measure(self) -> None:
-        """Set dim, rate, the samples up to the first frame and between frames, and whether batches may be padded."""
+        """Set dim, rate, start, the samples up to the first frame and between frames, and whether batches may be
+        padded."""
         noise = _noise(2 * self.sample_rate)
         self.first = self.step = 0
         short, long = self._features(noise[: self.sample_rate]), self._features(noise)
@@ -148,6 +150,9 @@ class EncoderTeacher(Teacher):
                 f"{count(2 * self.sample_rate)} in 2 s), so they cannot be targets: choose another"
             )
         self.rate = self.sample_rate / self.step
+        # Features and convolutions are symmetric: the middle of a frame is that of the shortest wave that has it.
+        start = (self.first - self.step) / 2 / self.sample_rate
+        self.start = start if abs(start) > _BESIDE else None
         self.equal_lengths = not self._padding_is_harmless()
 
     def _padding_is_harmless(self) -> bool:

@@ -23,6 +23,13 @@ WINDOWED = {"qwen2_audio": 16000, "voxtral": 16000, "audioflamingo3": 16000, "au
 # frames are made of patches or of a map. The others, most of which differ in names alone, are drills.
 COMMON = ("hubert", "speech_to_text", "parakeet", "qwen2_audio", "audio-spectrogram-transformer", "clap")
 
+# Seconds. The middles of the first frames: AST's 16 windows at 0.0875 s; those of Parakeet at its first 25 ms, those of
+# LASR at its first 13 windows, 0.0725 s; SeamlessM4T's 7 windows and 9 of padding, 0.0075 s.
+STARTS = {"audio-spectrogram-transformer": 0.0375, "clap": 0.0, "lasr": 0.0525} | dict.fromkeys(
+    ("parakeet", "canary"), -0.035
+)
+END_STARTS = dict.fromkeys(("seamless_m4t", "seamless_m4t_v2"), -0.0725)
+
 
 def params(families) -> list:
     return [pytest.param(name, marks=() if name in COMMON else pytest.mark.drill) for name in families]
@@ -103,9 +110,29 @@ def test_frames_are_transformers_own(saved):
             assert differs(teacher.frames([wave])[0], own(saved, wave, layer)) < 1e-4, (layer, len(wave))
         assert teacher.rate == pytest.approx(saved.family.end_rate if layer is None else saved.family.layer_rate)
         assert teacher.dim == own(saved, WAVE, layer).shape[1]
-        # AST: the middle of 16 windows is at 0.0875 s.
-        starts = {"audio-spectrogram-transformer": 0.0375, "clap": 0.0}
-        assert teacher.start == teacher.identity.get("start") == starts.get(saved.name)
+        start = (END_STARTS if layer is None else {}).get(saved.name, STARTS.get(saved.name))
+        assert teacher.start == teacher.identity.get("start") == start
+
+
+def middle_frame(before: np.ndarray, after: np.ndarray) -> float:
+    """The centre of the change, in frames from the begin of the first; without those that attention spreads."""
+    change = ((after - before) ** 2).sum(axis=1)
+    change[change < 0.2 * change.max()] = 0
+    return float((np.arange(len(change)) + 0.5) @ change / change.sum())
+
+
+@pytest.mark.parametrize("saved", params(("parakeet", "canary", "lasr", "speech_to_text", "glmasr")), indirect=True)
+def test_a_louder_moment_changes_the_frames_of_its_time(saved):
+    teacher = teacher_of(saved, 1)
+    wave = np.resize(WAVES[1], 2 * teacher.sample_rate)
+    quiet, late = teacher.frames([wave])[0], []
+    place = (len(quiet) / 2, 0.0) if teacher.start is None else (teacher.rate, teacher.start)  # rate, start
+    for middle in range(8000, 24000, 1500):
+        louder = wave.copy()
+        louder[middle - 80 : middle + 80] *= 10
+        time = middle_frame(quiet, teacher.frames([louder])[0]) / place[0] + place[1]
+        late.append(time - middle / teacher.sample_rate)
+    assert abs(np.mean(late)) < 0.02
 
 
 def test_frames_do_not_depend_on_the_batch_and_cover_the_clip(saved):
