@@ -1,4 +1,4 @@
-"""Embeddings of clips, for Fréchet distance and MMD: one vector per clip, the mean over its frames.
+"""Embeddings of clips, for Fréchet distance and MMD: one vector per clip, the mean over its time.
 
 load_embedding("package:aisfx")                       # 512, for speech and sounds, without a model hub
 load_embedding("microsoft/wavlm-base-plus@9")         # any teacher of data.speech_teacher and data.audio_teacher
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..prepare.targets import resample_frames
 from ..teachers import Teacher, load_teacher
 from ..teachers.base import split_layer
 from ..teachers.packages import ENCODERS
@@ -24,11 +25,11 @@ class Embedder(ABC):
     """A frozen encoder in fp32.
 
     dim       width of a vector
-    identity  spec, sha256, licence and version; a teacher has the sha256 that it has in training
+    identity  spec, sha256, licence and version; a teacher has the sha256 that it has in training, and its start
     """
 
     dim: int
-    identity: dict[str, str | None]
+    identity: dict[str, str | float | None]
 
     @abstractmethod
     def embed(self, wave: np.ndarray, rate: int) -> np.ndarray:
@@ -54,10 +55,18 @@ class TeacherEmbedder(Embedder):
         self._teacher, self.dim = teacher, teacher.dim
         known = teacher.identity
         self.identity = {"spec": spec, **{name: known.get(name) for name in ("sha256", "licence", "version")}}
+        if teacher.start is not None:
+            self.identity["start"] = teacher.start
 
     def embed(self, wave: np.ndarray, rate: int) -> np.ndarray:
-        wave = wave_at(wave, rate, self._teacher.sample_rate)
-        return self._teacher.frames([wave])[0].mean(axis=0, dtype=np.float64)
+        teacher = self._teacher
+        wave = wave_at(wave, rate, teacher.sample_rate)
+        (frames,) = teacher.frames([wave])
+        if teacher.start is None:
+            return frames.mean(axis=0, dtype=np.float64)
+        # CLAP's last frame hangs over the end of the clip, where the clip begins anew.
+        length = len(wave) / teacher.sample_rate * teacher.rate
+        return resample_frames(frames, 1, -teacher.start * teacher.rate, length)[0].astype(np.float64)
 
 
 def load_embedding(spec: str, device: str | torch.device = "cpu") -> Embedder:

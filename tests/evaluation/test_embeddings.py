@@ -2,6 +2,7 @@
 teachers, and what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from agrepa_fast.audio.waves import resample
 from agrepa_fast.errors import UserError
 from agrepa_fast.evaluation.aisfx import load_aisfx
-from agrepa_fast.evaluation.embeddings import load_embedding
+from agrepa_fast.evaluation.embeddings import TeacherEmbedder, load_embedding
 from agrepa_fast.evaluation.vggish import Vggish
 from agrepa_fast.teachers import load_teacher
 
@@ -119,6 +120,18 @@ def test_any_teacher_is_an_embedding(whisper):
     assert embedder.identity["sha256"] == teacher.identity["sha256"]
     assert embedder.identity != load_embedding(f"{whisper}@2").identity
     assert json.loads(json.dumps(embedder.identity)) == embedder.identity
+
+
+def test_a_frame_that_hangs_over_the_end_counts_for_its_part_of_the_clip():
+    """Of CLAP, 3.2 frames per second."""
+    frames = np.arange(1, 9, dtype=np.float32)[:, None] ** 2
+    teacher = SimpleNamespace(dim=1, rate=3.2, sample_rate=48000, start=0.0, identity={"sha256": "0", "start": 0.0})
+    teacher.frames = lambda waves: [frames[: -(-len(wave) // 15000)] for wave in waves]
+    embedder = TeacherEmbedder(teacher, "clap")
+    assert embedder.embed(np.zeros(96000, np.float32), 48000) == pytest.approx((91 + 0.4 * 49) / 6.4)
+    assert embedder.embed(np.zeros(75000, np.float32), 48000) == pytest.approx(55 / 5)
+    assert embedder.embed(np.zeros(600, np.float32), 48000) == pytest.approx(1)
+    assert embedder.identity["start"] == 0.0  # figures that are kept are of the same mean
 
 
 def test_what_is_no_embedding_is_refused(vggish, tmp_path):
