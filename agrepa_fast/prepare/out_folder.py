@@ -34,6 +34,8 @@ def read_existing(
         return {"schema": SCHEMA, "features": settings, "domains": {}, "shards": []}
     content = load_index(out, verify=False).content
     features = known_features(out, content["features"])
+    if data.speaker is None and any(_has_added_vectors(domain) for domain in content["domains"].values()):
+        features["speaker"] = None  # as the shards were prepared, before --add-speaker
     for name in settings.keys() - set(but):
         check_setting(out, name, features.get(name), settings[name])
     check_extra_tokens(out, data, content["domains"])
@@ -44,6 +46,10 @@ def read_existing(
                 _check_targets(out, data, domain, source.domain)
             _check_recordings(out, domain["recordings"], source)
     return content
+
+
+def _has_added_vectors(domain: dict) -> bool:
+    return "speaker" in domain and domain["speaker"]["files"] is not None
 
 
 def _check_targets(out: Path, data: DataConfig, domain: dict, name: str) -> None:
@@ -76,6 +82,8 @@ def finish(out: Path, content: dict, throughput: dict[str, dict], kinds: str) ->
     """Write index.json, after all files that it names. Then remove the work folders of the domains in `throughput`
     whose kind matches the pattern `kinds`; another domain's may still be needed."""
     content["domains"] = {d: content["domains"][d] for d in DOMAINS if d in content["domains"]}
+    if any("speaker" not in domain for domain in content["domains"].values()):
+        content["features"]["speaker"] = None
     # Stable: a domain's shards of a split stay in the order in which they were planned.
     content["shards"].sort(key=lambda shard: (DOMAINS.index(shard["domain"]), shard["split"]))
     write_report(out, throughput)

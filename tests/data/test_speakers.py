@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from agrepa_fast.data.matching import matching_index
 from agrepa_fast.data.reading import fixed_clips
 from agrepa_fast.data.verifying import verify_folder
 from agrepa_fast.errors import UserError
+from agrepa_fast.prepare import pipeline
 from agrepa_fast.prepare.pipeline import prepare_folder
-from agrepa_fast.prepare.sidecars import add_speaker
+from agrepa_fast.prepare.sidecars import add_speaker, add_teacher
 from agrepa_fast.ranks import ALONE
 from agrepa_fast.teachers.campplus import CampPlus
 from agrepa_fast.torchaudio_import import import_torchaudio
@@ -150,6 +152,27 @@ def test_vectors_are_added_to_shards_that_stay_as_they_are(model, corpus, whispe
     content["domains"]["speech"]["speaker"]["files"]["train-speech-0000.tar"]["sha256"] = "0"
     (out / "index.json").write_text(json.dumps(content))
     assert shard_hash(matching_index(config.data)) != hashed  # a run on other vectors is another run
+
+
+def test_a_preparation_goes_on_after_vectors_were_added(model, corpus, whisper, tmp_path, monkeypatch, capsys):
+    config, spec, out = settings(whisper), f"campplus:{model}", tmp_path / "out"
+    shutil.copytree(corpus, tmp_path / "sounds/other")
+    prepare_folder(config, corpus, "speech", out)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.ShardStage, "run", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_folder(config, tmp_path / "sounds", "audio", out)
+    assert add_speaker(config, lambda: [folder_source(corpus, "speech")], out, spec).speaker_dim == DIM
+    prepare_folder(config, corpus, "speech", out)
+    add_teacher(config, lambda: [folder_source(corpus, "speech")], out, f"{whisper}@1")
+    assert "nothing to do" in capsys.readouterr().out
+    both = prepare_folder(config, tmp_path / "sounds", "audio", out)
+    assert "12 were there" in capsys.readouterr().out
+    assert (both.domains, both.speaker_dim) == (("speech", "audio"), None)  # as long as audio has none
+    verify_folder(out)
+    both = add_speaker(config, lambda: [folder_source(tmp_path / "sounds", "audio")], out, spec)
+    assert both.speaker_dim == DIM
+    verify_folder(out)
 
 
 @pytest.mark.parametrize(
