@@ -29,9 +29,9 @@ def folder_source(path: Path, domain: str) -> Source:
 def list_folder(path: Path, domain: str) -> tuple[list[Recording], list[PassedOver]]:
     """Return the audio files below `path` and below folders linked there, by relative path, and everything else there.
 
-    Transcripts: `<name>.txt` beside the file, else LibriSpeech's `*.trans.txt` of its folder; a recording whose .txt
-    cannot be read has a problem. Labels of general audio are the names of the folders above the file. Raises UserError
-    if the folder is missing or holds no recordings.
+    Transcripts: `<name>.txt` or `.TXT` beside the file, else LibriSpeech's `*.trans.txt` of its folder; a recording
+    whose .txt cannot be read has a problem. Labels of general audio are the names of the folders above the file. Raises
+    UserError if the folder is missing or holds no recordings.
     """
     suffixes = ", ".join(AUDIO_SUFFIXES)
     if not path.is_dir():
@@ -39,12 +39,13 @@ def list_folder(path: Path, domain: str) -> tuple[list[Recording], list[PassedOv
     walk, recordings = Walk(path), []
     for name, files in walk.folders():
         stems = {Path(file).stem for file in files if Path(file).suffix.lower() in AUDIO_SUFFIXES}
-        texts = {
-            file for file in files if stems and (file.endswith(".trans.txt") or file.removesuffix(".txt") in stems)
-        }
-        audio = walk.recordings(name, files, texts)
+        # Of a.TXT and a.txt, the second in order is taken.
+        texts = {Path(file).stem: file for file in files if Path(file).suffix.lower() == ".txt"}
+        texts = {stem: file for stem, file in texts.items() if stem in stems}
+        of_many = {file for file in files if stems and file.endswith(".trans.txt")}
+        audio = walk.recordings(name, files, of_many.union(texts.values()))
         lines = _transcripts(Path(name), files) if audio else {}
-        recordings += [_recording(path, Path(name, file), domain, lines) for file in audio]
+        recordings += [_recording(path, Path(name, file), domain, texts, lines) for file in audio]
     if not recordings:
         seen = count_kinds(entry.kind for entry in walk.passed_over)
         raise UserError(
@@ -53,9 +54,9 @@ def list_folder(path: Path, domain: str) -> tuple[list[Recording], list[PassedOv
     return sorted(recordings, key=lambda recording: recording.source), walk.passed_over
 
 
-def _recording(root: Path, path: Path, domain: str, lines: dict[str, str]) -> Recording:
+def _recording(root: Path, path: Path, domain: str, texts: dict[str, str], lines: dict[str, str]) -> Recording:
     inside = path.relative_to(root)
-    text, problem = _text(path.with_suffix(".txt"), lines.get(path.stem, ""))
+    text, problem = _text(path.with_name(texts.get(path.stem, f"{path.stem}.txt")), lines.get(path.stem, ""))
     return Recording(
         name=key_of_path(inside.as_posix()),
         path=str(path),

@@ -35,11 +35,14 @@ def test_librispeech_transcripts_and_odd_names(tmp_path):
         (folder / name).write_bytes(b"")
     (folder / "84-121.trans.txt").write_text("84-121-0000 GO ON\n84-121-0001 STOP\n")
     (folder / "a b.txt").write_text("  with\nspaces ")
-    found = sources.list_folder(tmp_path, "speech")[0]
+    (folder / "ä.TXT").write_bytes(b"\xef\xbb\xbfupper\r\ncase\r\n")
+    found, passed_over = sources.list_folder(tmp_path, "speech")
+    assert [Path(entry.name).name for entry in passed_over] == ["._junk.wav"]
     texts = {Path(recording.path).name: recording.text for recording in found}
     assert texts["84-121-0000.flac"] == "GO ON"
     assert texts["84-121-0001.flac"] == "STOP"
     assert texts["a b.WAV"] == "with spaces"
+    assert texts["ä.ogg"] == "upper case"
     assert "._junk.wav" not in texts
     names = [recording.name for recording in found]
     assert len(set(names)) == 6
