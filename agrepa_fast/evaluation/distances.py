@@ -1,6 +1,6 @@
 """Distances between two sets of clip embeddings, each (clips, dim): Fréchet, its extrapolation, and MMD.
 
-A clip is one vector, the mean over its frames. The reference must hold other clips than the evaluated ones: a set
+A clip is one vector, the mean over its time. The reference must hold other clips than the evaluated ones: a set
 compared with its own truths has a Fréchet distance of 0 and a negative MMD by construction.
 """
 
