@@ -85,7 +85,7 @@ class ModelConfig:
     position: Literal["sinusoidal", "rotary_conv"] = setting(
         "sinusoidal", "absolute (the paper's), or rotary with a depthwise convolution"
     )
-    time_scale: float = setting(1.0, "t is multiplied by it before its sinusoidal embedding; the release uses 1")
+    time_scale: float = setting(1.0, "t is multiplied by it before its sinusoidal embedding; the release 1, DiT 1000")
     token_dim: Size = setting(1024, "width of the token condition")
     token_scale: float = setting(1.0, "norm of each frame of the token condition; the release uses 1")
     n_mels: Size | None = setting(None, "mel bands; null: those of the shards")
