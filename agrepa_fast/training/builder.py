@@ -52,6 +52,7 @@ from .tracker import check_tracker, open_tracker
 
 DEMOS = ("demo", "demo-f5", "demo-long")  # presets on the demo corpus
 DEMO_MINUTES = 12 * 60.0  # that ranks wait while rank 0 prepares it
+IN_NO_SHAPE = ("heads", "gelu", "time_scale", "token_scale", "padding")  # settings of model.* that no weight tells
 
 
 @dataclass
@@ -86,7 +87,7 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     settings do not fit each other, the machine, the shards or the checkpoint; a new run has then left at most its
     lock and an empty folder, and the records of an earlier attempt or of a resumed run are as they were. An error of
     one rank is raised on all, except where DeepSpeed's collectives run: while it makes its engine, while it loads one
-    at stage 3 or of other ranks, and in the dry run, unless memory ran out.
+    at stage 3 or of other ranks, and in the dry run, unless memory ran out below stage 3.
     """
     started = time.perf_counter()
     device = join_process_group()
@@ -285,7 +286,7 @@ def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> 
             if (warning := other_settings(model, config)) is not None:
                 print(warning, file=sys.stderr)
     else:
-        start_from_run(model, start_from)
+        start_from_run(model, config, start_from)
     return model
 
 
@@ -304,15 +305,17 @@ def check_together(config: Config, model: Backbone, index: Index) -> None:
     check_shards(config.align, objective, index)
 
 
-def start_from_run(model: Backbone, checkpoint: Path) -> None:
+def start_from_run(model: Backbone, config: Config, checkpoint: Path) -> None:
     """Fill the model with the averaged weights of a run's checkpoint or of an export. Every rank must call it. Raises
     UserError if they are those of another architecture or of another flow.prediction."""
-    prediction = load_config(checkpoint / "config.yaml").flow.prediction
-    if prediction != model.predicts:
-        raise UserError(
-            f"train.start_from={checkpoint}: its flow.prediction is {prediction}, and this run's is "
-            f"{model.predicts}: set flow.prediction={prediction}"
-        )
+    trained = load_config(checkpoint / "config.yaml")
+    settings = {f"model.{name}": [getattr(one.model, name) for one in (trained, config)] for name in IN_NO_SHAPE}
+    settings["flow.prediction"] = [trained.flow.prediction, model.predicts]
+    for name, (theirs, ours) in settings.items():
+        if theirs != ours:
+            raise UserError(
+                f"train.start_from={checkpoint}: its {name} is {theirs}, and this run's is {ours}: set {name}={theirs}"
+            )
     load_weights(model, weights_file(checkpoint), "this run's")
 
 

@@ -170,9 +170,10 @@ def test_a_run_starts_from_the_averaged_weights_of_another(preset, baseline, tmp
     torch.testing.assert_close(ours["bitc.speech.weight"], theirs["bitc.speech.weight"], atol=1e-6, rtol=0)
     shutil.rmtree(source)  # a resume does not need it
     run_training(1, "--resume", "step00000002", "run.dir=gone", cwd=tmp_path)
-    args = ("--preset", str(preset), f"run.dir={tmp_path}/other", f"train.start_from={baseline}", "model.dim=16")
-    output = run_training(1, *args, cwd=tmp_path, wanted=2)
-    assert "another architecture than this run's" in output
+    args = ("--preset", str(preset), f"run.dir={tmp_path}/other", f"train.start_from={baseline}")
+    assert "another architecture than this run's" in run_training(1, *args, "model.dim=16", cwd=tmp_path, wanted=2)
+    output = run_training(1, *args, "model.time_scale=30", cwd=tmp_path, wanted=2)
+    assert "its model.time_scale is 1000.0, and this run's is 30.0: set model.time_scale=1000.0" in output
     assert not (tmp_path / "other").exists()
 
 

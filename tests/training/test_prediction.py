@@ -183,11 +183,11 @@ def exported(tmp_path) -> Path:
 def test_a_checkpoint_knows_its_prediction(exported):
     model, config = load_model(exported)
     assert (model.predicts, config.flow.prediction) == ("x", "x")
-    start_from_run(make_model(config.model, "x"), exported)
+    start_from_run(make_model(config.model, "x"), config, exported)
     with pytest.raises(
         UserError, match=r"its flow\.prediction is x, and this run's is velocity: set flow\.prediction=x"
     ):
-        start_from_run(make_model(config.model), exported)
+        start_from_run(make_model(config.model), config, exported)
     with pytest.raises(UserError, match=r"flow\.prediction is the checkpoint's"):
         open_checkpoint(exported, ["flow.prediction=velocity"], live=False, uses=("flow",))
     velocity = replace(config, flow=replace(config.flow, prediction="velocity"))
