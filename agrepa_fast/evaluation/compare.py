@@ -137,8 +137,8 @@ def check_comparable(runs: Sequence[Evaluated]) -> None:
             known = [one.results[name] for one in (first, run) if name in one.results]  # older results lack the last
             if known[1:] and known[0] != known[1]:
                 raise UserError(
-                    f"{first.folder} and {run.folder} were evaluated with {about}: evaluate them again with the same "
-                    "data.*, flow.*, eval.vocoder and metrics.*"
+                    f"{first.folder} and {run.folder} were evaluated with {about}: evaluate them again with one "
+                    "version and the same data.*, flow.*, eval.vocoder and metrics.*"
                 )
 
 

@@ -54,20 +54,14 @@ def compare_strategies(
     check_out(out)
     with FolderLock(out, "choose another --out"):
         write_plan(jobs, out / "plan.json")
+        if evaluated := _evaluations(experiment)[0]:
+            check_comparable(evaluated)  # not only after hours of training
         interrupted = None
         try:
             failed = run_jobs(jobs, print)
         except KeyboardInterrupt as signal:
             interrupted, failed = signal, [job for job in jobs if not job.finished]
-        runs, unaligned = [], []
-        for arm, seed in product(experiment.arms, seeds):
-            folder = experiment.run_folder(arm, seed)
-            if not (folder / "evaluate" / "results.json").is_file():
-                continue
-            if arm.strategy in experiment.measured and not read_layers(folder):
-                unaligned.append(f"{arm.label}, seed {seed}")
-            else:
-                runs.append(_evaluated(folder / "evaluate", arm.label))
+        runs, unaligned = _evaluations(experiment)
         missing = [*(job.name for job in failed), *(f"{name} (chose no layers)" for name in unaligned)]
         shared = {run.seed for run in runs if run.label == baseline}
         runs = [run for run in runs if run.seed in shared]  # a seed without its baseline has nothing to compare with
@@ -89,6 +83,20 @@ def compare_strategies(
             f"{'; '.join(unaligned)}: no probe could rank the layers, so nothing was aligned, and their cells are "
             "empty: lower probe.every, or raise probe.clips"
         )
+
+
+def _evaluations(experiment: Experiment) -> tuple[list[Evaluated], list[str]]:
+    """Return what is evaluated so far, and the runs that could not choose layers."""
+    runs, unaligned = [], []
+    for arm, seed in product(experiment.arms, experiment.seeds):
+        folder = experiment.run_folder(arm, seed)
+        if not (folder / "evaluate" / "results.json").is_file():
+            continue
+        if arm.strategy in experiment.measured and not read_layers(folder):
+            unaligned.append(f"{arm.label}, seed {seed}")
+        else:
+            runs.append(_evaluated(folder / "evaluate", arm.label))
+    return runs, unaligned
 
 
 def compare_runs(folders: Sequence[Path], *, out: Path, baseline: str | None) -> None:

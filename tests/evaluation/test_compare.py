@@ -286,6 +286,25 @@ def test_an_arm_that_has_chosen_no_layers_is_not_compared_as_if_it_had(tmp_path,
     assert "foga, seed 0: no probe could rank the layers" in capsys.readouterr().err
 
 
+def test_evaluations_that_cannot_be_compared_are_refused_before_more_is_trained(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def finish(jobs, say):
+        trained.append(jobs)
+        for label, manifest in (("none", "m"), ("shallow", "other")):
+            evaluated(tmp_path / "out" / f"{label}-seed0" / "evaluate", label, 0, manifest=manifest)
+        return []
+
+    monkeypatch.setattr(comparison, "run_jobs", finish)
+    monkeypatch.setattr(comparison, "_evaluated", lambda folder, label: Evaluated(label, 0, folder))
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            main(["compare", "--strategies", "none,shallow", "--seeds", "0", "--out", str(tmp_path / "out")])
+        assert ended.value.code == 2
+        assert "were evaluated with other clips" in capsys.readouterr().err
+    assert len(trained) == 1
+
+
 def test_finished_runs_are_labelled_by_their_settings_of_alignment(tmp_path, capsys):
     for number, (weight, steps) in enumerate(((0.1, 5), (1, 5), (1, 6))):
         run = tmp_path / f"run{number}"
