@@ -82,8 +82,9 @@ def finish(out: Path, content: dict, throughput: dict[str, dict], kinds: str) ->
     """Write index.json, after all files that it names. Then remove the work folders of the domains in `throughput`
     whose kind matches the pattern `kinds`; another domain's may still be needed."""
     content["domains"] = {d: content["domains"][d] for d in DOMAINS if d in content["domains"]}
-    if any("speaker" not in domain for domain in content["domains"].values()):
+    if content["features"].get("speaker") and any("speaker" not in domain for domain in content["domains"].values()):
         content["features"]["speaker"] = None
+        print(f"{out}: a domain has no speaker vectors, so runs take none: add them by --add-speaker")
     # Stable: a domain's shards of a split stay in the order in which they were planned.
     content["shards"].sort(key=lambda shard: (DOMAINS.index(shard["domain"]), shard["split"]))
     write_report(out, throughput)
