@@ -245,7 +245,8 @@ def agreeing() -> AbstractContextManager[None]:
 @contextmanager
 def raising_alike() -> Iterator[None]:
     """Inside, a UserError that every rank raises becomes an AgreedError. Use it where another library's collectives
-    run: a rank that fails alone raises its error seconds later, in no collective that the others would not come to."""
+    run: here is none, since ranks that did not fail would not come to it. A rank that fails alone raises its error
+    seconds later."""
     try:
         yield
     except AgreedError:
@@ -262,8 +263,7 @@ def _every_rank_has(line: str) -> bool:
     try:
         if store.add(line, 1) == dist.get_world_size():
             store.set(known_to_all, "")
-        else:
-            store.wait([known_to_all], timedelta(seconds=_ALIKE_SECONDS))
+        store.wait([known_to_all], timedelta(seconds=_ALIKE_SECONDS))
     except RuntimeError:  # the time is over, or the rank that keeps the store has ended
         return False
     return True

@@ -39,7 +39,7 @@ def list_folder(path: Path, domain: str) -> tuple[list[Recording], list[PassedOv
     walk, recordings = Walk(path), []
     for name, files in walk.folders():
         stems = {Path(file).stem for file in files if Path(file).suffix.lower() in AUDIO_SUFFIXES}
-        # Of a.TXT and a.txt, the second in order is taken.
+        # Of a.TXT and a.txt, a.txt is taken.
         texts = {Path(file).stem: file for file in files if Path(file).suffix.lower() == ".txt"}
         texts = {stem: file for stem, file in texts.items() if stem in stems}
         of_many = {file for file in files if stems and file.endswith(".trans.txt")}
