@@ -6,7 +6,7 @@
 #
 #   phones   all ways to choose layers, FoG-A's by hard and soft choice and aligned by time-means and by frames; tokens
 #            of speech are phones, which carry the words: 10 arms
-#   weights  total weights of 0.1 and 1 by time-means and by frames, in the folder of phones: 4 more arms
+#   weights  these, and total weights of 0.1 and 1 by time-means and by frames, in the same folder: 4 more arms
 #   codes    three selectors, weight 1 and frames; tokens are 32 codes, and half of the clips train without them, so
 #            that a teacher has more to add: 5 arms
 #
@@ -25,14 +25,13 @@ metrics=('metrics.only=[wer,mos,mel]')
 out=runs/compare-$name
 frames=align.strategy=foga,align.objective=frames
 case $name in
-phones)
+phones | weights)
+  out=runs/compare-phones
   arms=(--strategies none,shallow,foga,middle,deep,random,lasp,gradnorm
     --strategies foga-soft:align.strategy=foga,align.choice=soft --strategies "frames-weight-0.3:$frames")
-  ;;
-weights)
-  out=runs/compare-phones
-  arms=(--strategies none,foga --strategies "frames-weight-0.3:$frames")
-  for weight in 0.1 1; do
+  weights=()
+  [ "$name" = phones ] || weights=(0.1 1)
+  for weight in "${weights[@]}"; do
     arms+=(--strategies "foga-weight-$weight:align.strategy=foga,align.weight=$weight")
     arms+=(--strategies "frames-weight-$weight:$frames,align.weight=$weight")
   done
