@@ -1,4 +1,4 @@
-"""The update rule of each parameter: Muon for the hidden matrices of the layers, AdamW for all others."""
+"""The update rule of each parameter: Muon for the hidden matrices, AdamW for all others."""
 
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ from .construction import whole_shape
 
 _FUSED = {"qkv": 3, "kv": 2}  # in the name of a layer: the matrices in its weight, one below the other
 _MODULATIONS = ("modulation", "adaln", "norm")  # in the name of a layer, or in the name or class of its holder
+_TIMES = ("time", "sinu_pos_emb")  # in the name of a module that embeds the flow time
 
 
 class Rule(NamedTuple):
@@ -28,13 +29,18 @@ def adamw_rules(model: nn.Module) -> dict[nn.Parameter, Rule]:
 
 def muon_rules(model: Backbone) -> dict[nn.Parameter, Rule]:
     """Return the rule of every parameter under Muon, which takes the weights of all nn.Linear in the model's layers,
-    except modulations, and the fused weight of nn.MultiheadAttention. Queries, keys and values that share one weight
-    are matrices of their own.
+    except modulations, those that embed the flow time, and the fused weight of nn.MultiheadAttention. Queries, keys and
+    values that share one weight are matrices of their own.
 
     A modulation maps one vector per clip to scales, shifts and gates. Its gradient has at most as many directions as
-    the batch has clips, and orthogonalisation would give the weakest of them the length of the strongest.
+    the batch has clips, and orthogonalisation would give the weakest of them the length of the strongest. The embedding
+    of the time is read through a SiLU: AdamW's first updates, of one length and one sign for all weights of a row, have
+    driven it to where that is 0, for every t (docs/training.md).
     """
     rules, names = adamw_rules(model), {module: name for name, module in model.named_modules()}
+    for module, name in names.items():
+        if isinstance(module, nn.Linear) and any(part in name.lower() for part in _TIMES):
+            rules[module.weight] = Rule(True, 1)
     for module in (module for layer in model.layers for part in layer.parts for module in part.modules()):
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
             rules[module.in_proj_weight] = Rule(True, 3)

@@ -127,6 +127,7 @@ class Mine(Backbone):
     def __init__(self):
         super().__init__()
         self.embed, self.into = torch.nn.Embedding(9, 8), torch.nn.Linear(8, 8)
+        self.time_embed = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 8))
         block = torch.nn.ModuleDict({"attn_norm": torch.nn.ModuleDict({"linear": torch.nn.Linear(8, 16)})})
         block["attn"] = torch.nn.MultiheadAttention(8, 2)
         block["to_kv"], block["conv"] = torch.nn.Linear(8, 16), torch.nn.Conv1d(8, 8, 3)
@@ -138,11 +139,13 @@ class Mine(Backbone):
         return [Layer((self.block,), 8)]
 
 
-def test_muon_takes_the_layers_matrices_alone():
+def test_muon_takes_the_matrices_of_the_layers_and_of_the_flow_time():
     model = Mine()
     rules = {name: muon_rules(model)[parameter] for name, parameter in model.named_parameters()}
     by_muon = {name: rule.matrices for name, rule in rules.items() if rule.matrices}
-    assert by_muon == {"block.attn.in_proj_weight": 3, "block.attn.out_proj.weight": 1, "block.to_kv.weight": 2}
+    of_time = {"time_embed.0.weight": 1, "time_embed.2.weight": 1}
+    of_layers = {"block.attn.in_proj_weight": 3, "block.attn.out_proj.weight": 1, "block.to_kv.weight": 2}
+    assert by_muon == of_time | of_layers
     decayed = {name for name, rule in rules.items() if rule == Rule(True)}
     assert decayed == {
         *("into.weight", "block.conv.weight", "block.attn_norm.linear.weight", "block.adaLN_modulation.weight"),
