@@ -23,6 +23,7 @@ TWO += [(0, "muon", ("train.precision=bf16",)), (2, "muon", ("train.precision=bf
 ONE = [(0, "adamw", ()), (0, "muon", ()), (3, "muon", ())]
 CASES = [(ranks, case) for ranks, cases in ((1, ONE), (2, TWO)) for case in cases]
 MATRICES = {"attn.qkv.weight": 3, "attn.out.weight": 1, "ffn.fc1.weight": 1, "ffn.fc2.weight": 1}
+MATRICES |= {"time.mlp.0.weight": 1, "time.mlp.2.weight": 1}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_weights_are_those_of_torchs_optimizers(ranks, case, followed, monkeypat
     found = followed[ranks, case][0]
     names = {name: re.sub(r"^blocks\.\d+\.", "", name) for name in found["before"]}
     matrices = {name: MATRICES[own] for name, own in names.items() if case[1] == "muon" and own in MATRICES}
-    assert len(matrices) == (4 * 4 if case[1] == "muon" else 0)
+    assert len(matrices) == (4 * 4 + 2 if case[1] == "muon" else 0)
     undecayed = {name for name, weight in found["before"].items() if weight.ndim < 2 or "embed" in name}
     assert any(found["before"][name].ndim == 2 for name in undecayed)
     for name, weight in by_torch(found, matrices, undecayed).items():
