@@ -245,8 +245,8 @@ def agreeing() -> AbstractContextManager[None]:
 @contextmanager
 def raising_alike() -> Iterator[None]:
     """Inside, a UserError that every rank raises becomes an AgreedError. Use it where another library's collectives
-    run: here is none, since ranks that did not fail would not come to it. A rank that fails alone raises its error
-    seconds later."""
+    run: this function calls no collective, since ranks that did not fail would not come to it. A rank that fails alone
+    raises its error seconds later."""
     try:
         yield
     except AgreedError:

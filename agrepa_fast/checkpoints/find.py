@@ -42,7 +42,7 @@ def damage(path: Path) -> str | None:
 
 
 def _damaged_file(path: Path, facts: dict) -> str | None:
-    """Return the first file of a checkpoint that has another size than its marker names; None if there is none."""
+    """Return the first file of a checkpoint whose size is not that in its marker; None if all sizes are right."""
     for name, size in facts["files"].items():
         try:
             found = (path / name).stat().st_size
