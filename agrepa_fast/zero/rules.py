@@ -28,9 +28,9 @@ def adamw_rules(model: nn.Module) -> dict[nn.Parameter, Rule]:
 
 
 def muon_rules(model: Backbone) -> dict[nn.Parameter, Rule]:
-    """Return the rule of every parameter under Muon, which takes the weights of all nn.Linear in the model's layers,
-    except modulations, those that embed the flow time, and the fused weight of nn.MultiheadAttention. Queries, keys and
-    values that share one weight are matrices of their own.
+    """Return the rule of every parameter under Muon, which takes the weights of all nn.Linear in the model's layers and
+    of those that embed the flow time, except modulations, and the fused weight of nn.MultiheadAttention. Queries, keys
+    and values that share one weight are matrices of their own.
 
     A modulation maps one vector per clip to scales, shifts and gates. Its gradient has at most as many directions as
     the batch has clips, and orthogonalisation would give the weakest of them the length of the strongest. The embedding
@@ -39,7 +39,8 @@ def muon_rules(model: Backbone) -> dict[nn.Parameter, Rule]:
     """
     rules, names = adamw_rules(model), {module: name for name, module in model.named_modules()}
     for module, name in names.items():
-        if isinstance(module, nn.Linear) and any(part in name.lower() for part in _TIMES):
+        embeds_time = any(part in name.lower() for part in _TIMES) and isinstance(module, nn.Linear)
+        if embeds_time and not _modulates(name, model):
             rules[module.weight] = Rule(True, 1)
     for module in (module for layer in model.layers for part in layer.parts for module in part.modules()):
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:

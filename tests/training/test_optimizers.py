@@ -132,6 +132,7 @@ class Mine(Backbone):
         block = torch.nn.ModuleDict({"attn_norm": torch.nn.ModuleDict({"linear": torch.nn.Linear(8, 16)})})
         block["attn"] = torch.nn.MultiheadAttention(8, 2)
         block["to_kv"], block["conv"] = torch.nn.Linear(8, 16), torch.nn.Conv1d(8, 8, 3)
+        block["time_modulation"] = torch.nn.Linear(8, 16)
         block["adaLN_modulation"], block["norm"] = torch.nn.Linear(8, 16), torch.nn.LayerNorm(8)
         self.block = block
 
@@ -150,6 +151,7 @@ def test_muon_takes_the_matrices_of_the_layers_and_of_the_flow_time():
     decayed = {name for name, rule in rules.items() if rule == Rule(True)}
     assert decayed == {
         *("into.weight", "block.conv.weight", "block.attn_norm.linear.weight", "block.adaLN_modulation.weight"),
+        "block.time_modulation.weight",
     }
 
 
