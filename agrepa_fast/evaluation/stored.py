@@ -61,6 +61,7 @@ class _Losses(_Checked):
 
 
 class _Summary(_Checked):
+    steps: int
     losses: _Losses = Field(alias="val/flow_loss")
 
 
@@ -73,11 +74,16 @@ def read_results(file: Path) -> dict:
     return _checked(file, _Results, _REMEDY)
 
 
-def read_loss(run: Path) -> float | None:
-    """Return the validation flow loss of a run's averaged weights, None if it has no summary.json. Raises UserError for
-    one that is damaged."""
+def read_loss(run: Path, results: dict) -> float | None:
+    """Return the validation flow loss of the weights that an evaluation of a run measured. None if that is unknown:
+    summary.json is missing, or of another step, or the weights are not the averaged ones. Raises UserError for a
+    damaged one."""
     file = run / "summary.json"
-    return _checked(file, _Summary, _OTHER_RUN)["val/flow_loss"]["ema"] if file.is_file() else None
+    if not file.is_file():
+        return None
+    summary = _checked(file, _Summary, _OTHER_RUN)
+    same = results.get("averaged", True) and results.get("step", summary["steps"]) == summary["steps"]
+    return summary["val/flow_loss"]["ema"] if same else None
 
 
 def read_layers(run: Path) -> dict[str, list[int]]:

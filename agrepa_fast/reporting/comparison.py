@@ -8,13 +8,18 @@ from itertools import product
 from math import isfinite
 from pathlib import Path
 
-from ..config import MEASURED
+import torch
+
+from ..config import MEASURED, Config
 from ..config_file import load_config
+from ..data.matching import matching_index
 from ..errors import UserError
 from ..evaluation.compare import Difference, Evaluated, check_comparable, differences
 from ..evaluation.jobs import Arm, Experiment, Job, run_jobs, write_plan
-from ..evaluation.stored import read_layers, read_loss
+from ..evaluation.stored import read_layers, read_loss, read_results
 from ..files import FolderLock, write_atomically
+from ..models.registry import make_model
+from ..training.builder import check_together, fit_to_shards
 from ..zero.ds_config import find_ds_config
 from .comparison_plots import plot_curves, plot_forest
 from .comparison_report import comparison_document, report_markdown
@@ -22,7 +27,9 @@ from .comparison_tables import Comparison, value_rows
 from .opened import check_out
 from .page.document import write_document
 
+_PLAN = "plan.json"  # only a comparison that trains has it
 _CHOSEN = ("val/flow_loss", "mmd", "mos", "wer_truth_capped", "mel_l1", "similarity")  # forest plots
+_BITC = ("bitc_speech", "bitc_audio")  # of align: a run that aligns no layer trains it, too
 _LONGEST = 200  # characters of a label; a name in a folder has at most 255 bytes
 _OF_ARMS = ("align", "probe", "train", "flow.times", "flow.average", "flow.drop_tokens", "flow.drop_reference")
 
@@ -53,7 +60,7 @@ def compare_strategies(
         return
     check_out(out)
     with FolderLock(out, "choose another --out"):
-        write_plan(jobs, out / "plan.json")
+        write_plan(jobs, out / _PLAN)
         if evaluated := _evaluations(experiment)[0]:
             check_comparable(evaluated)  # not only after hours of training
         interrupted = None
@@ -113,17 +120,20 @@ def compare_runs(folders: Sequence[Path], *, out: Path, baseline: str | None) ->
     if len(labels) < 2:
         raise UserError(f"all runs have align.strategy={labels[0]}: there is nothing to compare")
     check_out(out)
+    if (out / _PLAN).exists():
+        raise UserError(f"--out {out} holds a comparison that trains, with a report of its own: choose another folder")
     with FolderLock(out, "choose another --out"):
         write_comparison(runs, _baseline(baseline, labels), out, settings, [])
 
 
 def _arms(runs: Sequence[Evaluated]) -> tuple[list[Evaluated], dict[str, object]]:
-    """Return finished runs, labelled by align.strategy and the settings of align.* in which runs of that one differ,
+    """Return finished runs, labelled by align.strategy and the settings of align.* in which those that align differ,
     and the names of other settings of training in which they differ."""
     configs = [load_config(run.folder.parent / "config.yaml") for run in runs]
-    labelled = []
-    for run, align in zip(runs, (config.align for config in configs), strict=True):
-        own = _differing([config.align for config in configs if config.align.strategy == align.strategy])
+    aligns, labelled = [config.align for config in configs], []
+    for run, align in zip(runs, aligns, strict=True):
+        alike = _differing([one for one in aligns if (one.strategy == "none") == (align.strategy == "none")])
+        own = [name for name in _differing(aligns) if name in (*alike, *_BITC) and name != "strategy"]
         label = ", ".join([run.label, *(f"{name}={getattr(align, name)}" for name in own)])
         labelled.append(replace(run, label=label))
     sections = ("model", "data", "flow", "probe", "train", "eval")
@@ -156,6 +166,8 @@ def _experiment(strategies, seeds, overrides, preset, warmup, out, ds_config, ra
     for name in ("align.strategy", "run.seed", "run.dir", "train.start_from"):
         if given := [one for one in overrides if one.startswith(f"{name}=")]:
             raise UserError(f"{given[0]}: `agrepa compare` sets it itself")
+    if given := [one for one in overrides if one.startswith(("train.copy_to=", "run.id="))]:
+        raise UserError(f"{given[0]}: all runs of a comparison would have one: leave it out, and copy {out} afterwards")
     config = load_config(preset, [*overrides, "align.strategy=none"])  # its own may not fit the steps
     warmup = config.probe.warmup_steps if warmup is None else warmup
     if not 0 < warmup < config.train.steps:
@@ -165,9 +177,8 @@ def _experiment(strategies, seeds, overrides, preset, warmup, out, ds_config, ra
     for arm in arms:  # so that no arm is refused after hours of training
         _check_arm(arm)
         probe = ("probe.start_step=1", "probe.warmup_steps=1") if arm.strategy in MEASURED else ()
-        load_config(
-            preset, [*training, f"align.strategy={arm.strategy}", f"train.steps={steps}", *probe, *arm.overrides]
-        )
+        settings = (f"align.strategy={arm.strategy}", f"train.steps={steps}", *probe, *arm.overrides)
+        _check_shards(load_config(preset, [*training, *settings]))
     experiment = Experiment(
         arms, tuple(seeds), preset, warmup, steps, out, ds_config, ranks, training, metrics, frozenset(MEASURED)
     )
@@ -184,6 +195,17 @@ def _check_arm(arm: Arm) -> None:
         shared = name not in _OF_ARMS and name.partition(".")[0] not in _OF_ARMS
         if shared or name == "train.start_from":
             raise UserError(f"--strategies {arm.label}: {name} has to be the same for all arms")
+
+
+def _check_shards(config: Config) -> None:
+    """Raise UserError if the shards, where there are some already, or the model do not go with an arm's alignment."""
+    if not (Path(config.data.path) / "index.json").is_file():
+        return
+    index = matching_index(config.data)
+    config = fit_to_shards(config, index)
+    with torch.device("meta"):
+        model = make_model(config.model, config.flow.prediction)
+    check_together(config, model, index)
 
 
 def _check_folders(experiment: Experiment) -> None:
@@ -240,7 +262,8 @@ def _evaluated(folder: Path, label: str | None) -> Evaluated:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is no run (no config.yaml): its strategy and seed are unknown")
     config = load_config(run / "config.yaml")
-    return Evaluated(label or config.align.strategy, config.run.seed, found[0], read_loss(run))
+    loss = read_loss(run, read_results(found[0] / "results.json"))
+    return Evaluated(label or config.align.strategy, config.run.seed, found[0], loss)
 
 
 def write_comparison(
@@ -253,17 +276,23 @@ def write_comparison(
     report = report_markdown(comparison)  # reads all files, so that a damaged one leaves no half of a result
     plots = out / "plots"
     plots.mkdir(exist_ok=True)
+    for old in (*(_forest(plots, metric) for metric in _CHOSEN), plots / "curves.png"):
+        old.unlink(missing_ok=True)  # of an earlier comparison, which may have had metrics that this one lacks
     write_atomically(out / "compare.csv", _csv(_VALUES, value_rows(runs)))
     write_atomically(out / "differences.csv", _csv(_DIFFERENCES, [_difference_row(one, baseline) for one in found]))
     write_atomically(out / "report.md", report)
     for metric in _CHOSEN:
         part = [one for one in found if one.metric == metric]
         if part:
-            plot_forest(part, baseline, plots / f"{metric.replace('/', '-')}.png")
+            plot_forest(part, baseline, _forest(plots, metric))
     plot_curves({(run.label, run.seed): run.folder.parent / "metrics.jsonl" for run in runs}, plots / "curves.png")
     write_document(comparison_document(comparison, plots), out / "report.html")
     print(report)
     print(f"wrote {out}: report.html, report.md, compare.csv, differences.csv and plots")
+
+
+def _forest(plots: Path, metric: str) -> Path:
+    return plots / f"{metric.replace('/', '-')}.png"
 
 
 _VALUES = ("strategy", "seed", "row", "domain", "metric", "value", "low", "high", "n")

@@ -42,5 +42,6 @@ def plot_curves(files: Mapping[tuple[str, int], Path], path: Path) -> None:
             axes.plot(steps, values, color=colour, alpha=0.8, label=None if known else label)
     axes.set_xlabel("optimizer steps after the warm-up")
     axes.set_ylabel("validation flow loss")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(path, dpi=110)

@@ -141,7 +141,7 @@ def test_runs_are_compared_by_strategy_and_seed(tmp_path, capsys):
             evaluated(run / "evaluate", label, seed, worse=0.3 if label == "foga" else 0.0)
             write_recordings(run / "evaluate" / "wavs" / "sample", CLIPS[:1])
             (run / "config.yaml").write_text(f"align: {{strategy: {label}}}\nrun: {{seed: {seed}}}\n")
-            (run / "summary.json").write_text(json.dumps({"val/flow_loss": {"ema": 0.5 + seed}}))
+            (run / "summary.json").write_text(json.dumps({"steps": 5, "val/flow_loss": {"ema": 0.5 + seed}}))
             (run / "metrics.jsonl").write_text('{"step": 1, "val/flow_loss": 0.5}\n{"step": 2, "val/flow_loss": 0.4}\n')
     (tmp_path / "foga-1" / "selection.json").write_text(json.dumps({"layers": {"speech": [1, 3]}}))
     (tmp_path / "none-1" / "selection.json").write_text(json.dumps({"layers": {}}))
@@ -165,6 +165,17 @@ def test_runs_are_compared_by_strategy_and_seed(tmp_path, capsys):
     }
     assert (out / "differences.csv").read_text().startswith("strategy,baseline,domain,metric,difference")
     assert len((out / "compare.csv").read_text().splitlines()) > 8
+    results = tmp_path / "foga-1" / "evaluate" / "results.json"
+    results.write_text(json.dumps({**json.loads(results.read_text()), "mmd": None, "step": 3, "averaged": True}))
+    (out / "plots" / "mos.png").write_text("of an earlier comparison")
+    (out / "plots" / "similarity.png").write_text("of an earlier comparison")
+    main(["compare", *folders, "--baseline", "none", "--out", str(out)])
+    assert "of an earlier comparison" not in {path.read_text("latin1") for path in (out / "plots").iterdir()}
+    rows = [row.split(",") for row in (out / "compare.csv").read_text().splitlines()]
+    losses = {(row[0], row[1]) for row in rows if row[4] == "val/flow_loss"}
+    assert losses == {("foga", "0"), ("none", "0"), ("none", "1")}, "the loss of foga-1 is of step 5"
+    (tmp_path / "trains").mkdir()
+    (tmp_path / "trains" / "plan.json").write_text("[]")
     for bad, message in (
         ([folders[0]], "at least two runs"),
         ([folders[0], folders[0]], "are both foga with seed 0"),
@@ -174,6 +185,7 @@ def test_runs_are_compared_by_strategy_and_seed(tmp_path, capsys):
         ([*folders, "--ds_config", "zero2.json", "--dry-run"], "--ds_config, --dry-run: without effect but with"),
         ([folders[0], folders[2], "--baseline", "deep"], "there are foga, none"),
         ([folders[0], folders[2], "--out", folders[2]], "holds a run or an export: choose another folder"),
+        ([folders[0], folders[2], "--out", str(tmp_path / "trains")], "holds a comparison that trains"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(["compare", "--out", str(tmp_path / "other"), *bad])
@@ -192,6 +204,7 @@ def test_runs_are_compared_by_strategy_and_seed(tmp_path, capsys):
         (["--strategies", "none,foga", "--warmup", "400"], "must leave steps"),
         (["--strategies", "none,foga", "runs/a"], "name runs or --strategies"),
         (["--strategies", "none,foga", "run.seed=3"], "run.seed=3: `agrepa compare` sets it itself"),
+        (["--strategies", "none,foga", "train.copy_to=x"], "train.copy_to=x: all runs of a comparison would have one"),
         (["--strategies", "none,foga", "--strategies", "k:align.kk=2"], "align.kk"),
         (["--strategies", "a b:align.k=1", "--strategies", "a-b:align.k=2"], "'a-b' and a b would share a folder"),
         (["--strategies", "none", "--strategies", "warmup:align.k=1"], "'warmup' and the warm-up would share a folder"),
@@ -213,6 +226,23 @@ def test_a_plan_that_cannot_work_is_refused_before_anything_is_trained(arguments
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ("last:align.strategy=deep,align.objective=layersync", "takes the last"),
+        ("far:align.strategy=fixed:99", "numbered 1 to 4"),
+        ("mine:align.strategy=shallow,align.objective=nomodule:Nope", "nomodule"),
+    ],
+)
+def test_an_arm_that_its_shards_or_model_refuse_is_refused_before_the_warm_up(arm, message, preset, tmp_path, capsys):
+    plan = ["--preset", str(preset), "--warmup", "2", "--dry-run", "train.steps=6", "--out", str(tmp_path / "out")]
+    main(["compare", "--strategies", "none,shallow", *plan])
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "--strategies", "none,shallow", "--strategies", arm, *plan])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_plan_may_be_shorter_than_the_preset_s_own_warm_up(tmp_path, capsys):
@@ -319,6 +349,12 @@ def test_finished_runs_are_labelled_by_their_settings_of_alignment(tmp_path, cap
     assert "| shallow, weight=0.1 | speech | mos |" in report
     assert "| shallow, weight=1.0 | speech | mos |" in report
     assert "settings that differ" not in report
+    other = tmp_path / "run4"
+    evaluated(other / "evaluate", "deep", 0)
+    (other / "config.yaml").write_text("align: {strategy: deep, bitc_audio: 0.2}\ntrain: {steps: 5}\n")
+    main(["compare", *(str(tmp_path / f"run{n}") for n in (3, 0, 4)), "--out", str(tmp_path / "four")])
+    report = (tmp_path / "four" / "report.md").read_text()
+    assert "# none, bitc_audio=1.0 · shallow, weight=0.1, bitc_audio=1.0 · deep, weight=1.0, bitc_audio=0.2" in report
     results = tmp_path / "run2" / "evaluate" / "results.json"
     results.write_text(json.dumps({**json.loads(results.read_text()), "step": 6}))
     main(["compare", *(str(tmp_path / f"run{n}") for n in (3, 0, 2)), "--out", str(tmp_path / "two")])

@@ -27,7 +27,7 @@ def compared_run(folder: Path, label: str) -> Path:
     """A run that was evaluated, as `agrepa compare` and `agrepa report` read it."""
     evaluated(folder / "evaluate", label, 0)
     (folder / "config.yaml").write_text(f"align: {{strategy: {label}}}\n")
-    (folder / "summary.json").write_text(json.dumps({"val/flow_loss": {"ema": 0.5}}))
+    (folder / "summary.json").write_text(json.dumps({"steps": 5, "val/flow_loss": {"ema": 0.5}}))
     (folder / "selection.json").write_text(json.dumps({"layers": {"speech": [1]}}))
     (folder / "metrics.jsonl").write_text('{"step": 1, "val/flow_loss": 0.5}\n')
     return folder
@@ -122,7 +122,7 @@ def test_a_wrong_row_of_clips_is_named(change, said, runs, tmp_path):
 
 
 def test_a_run_without_its_own_files_is_none(tmp_path):
-    assert read_loss(tmp_path) is None
+    assert read_loss(tmp_path, {}) is None
     assert read_layers(tmp_path) == {}
 
 
