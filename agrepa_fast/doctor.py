@@ -117,4 +117,4 @@ def _device() -> tuple[str, str]:
 
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, bf16", ""
-    return f"CPU, {os.cpu_count()} cores, fp32", "a CUDA build of torch trains in bf16 on GPUs"
+    return f"CPU, {os.cpu_count()} cores, fp32 or bf16", "a CUDA build of torch trains in bf16 on GPUs"

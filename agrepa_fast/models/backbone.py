@@ -3,11 +3,11 @@
 class Mine(Backbone):
     def __init__(self, n_mels, vocab, dim=256):
         super().__init__()
-        self.net, self.no_token = MyTransformer(n_mels, vocab + 1, dim), vocab
+        self.net, self.dim, self.no_token = MyTransformer(n_mels, vocab + 1, dim), dim, vocab
 
     @property
     def layers(self):
-        return [Layer((block,), width=256) for block in self.net.blocks]
+        return [Layer((block,), width=self.dim) for block in self.net.blocks]
 
     def velocity(self, x_t, t, condition):
         ids = condition.tokens
