@@ -14,7 +14,6 @@ from ..alignment.aligner import Aligner
 from ..alignment.registry import check_backbone, check_layers, check_shards, make_objective
 from ..attribution.csv import drop_later_probes
 from ..audio.vocoder import Vocoder, load_vocoder
-from ..checkpoints.find import generation_of, resolve_checkpoint
 from ..checkpoints.load import load_checkpoint
 from ..checkpoints.save import Checkpoints
 from ..checkpoints.upstream import is_upstream_file, other_settings, start_from_upstream
@@ -48,6 +47,7 @@ from .folder import locate_run, open_folder, set_attempt_aside
 from .metrics import Metrics
 from .precision import choose_precision
 from .run import Run
+from .start import fix_start, keep_start, own_generation
 from .tracker import check_tracker, open_tracker
 
 DEMOS = ("demo", "demo-f5", "demo-long")  # presets on the demo corpus
@@ -96,8 +96,7 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     with agreeing():
         check_backend()
         config, checkpoint = locate_run(config, resume)
-        if checkpoint is None:
-            config = fix_start(config)
+        config = fix_start(config) if checkpoint is None else keep_start(config, checkpoint)
         config, precision_line = choose_precision(config, ds_values, device, checkpoint is not None)
         fixed_clips_per_step = config.train.batch_clips if config.train.batch_frames is None else None
         layout = BatchLayout(fixed_clips_per_step, config.train.accumulation, rank, world)
@@ -153,26 +152,6 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     targets = {"teacher_frames": aligner.objective.target == "frames", "attention": aligner.objective.attention}
     batches = TrainBatches(index, config.data, layout, **reading, plan=plan, **targets)
     return Training(run, batches, checkpoints, clips.validation, vocoder, first_step, lock)
-
-
-def fix_start(config: Config) -> Config:
-    """Return the settings with the checkpoint that train.start_from stands for at present: `latest` of a run that still
-    trains is another a moment later. The same on every rank; every rank must call it."""
-    start_from = config.train.start_from
-    if start_from is None or is_upstream_file(Path(start_from)):
-        return config
-    checkpoint = from_rank_0(lambda: resolve_checkpoint(Path(start_from)))
-    return replace(config, train=replace(config.train, start_from=str(checkpoint)))
-
-
-def own_generation(config: Config, checkpoint: Path | None) -> int:
-    """Return how many runs have trained a run's weights before it. checkpoint: its own, if it goes on from one."""
-    start_from = config.train.start_from
-    if checkpoint is not None:
-        return generation_of(checkpoint)
-    if start_from is None:
-        return 0
-    return 1 if is_upstream_file(Path(start_from)) else generation_of(Path(start_from)) + 1
 
 
 def prepared_index(config: Config) -> Index:

@@ -162,7 +162,8 @@ def test_a_run_starts_from_the_averaged_weights_of_another(preset, baseline, tmp
     source = tmp_path / "source"
     shutil.copytree(baseline, source)
     args = ("--preset", str(preset), "run.dir=gone", "train.steps=4", f"train.start_from={source}")
-    run_training(1, *args, "train.save_every=2", "train.lr=1e-12", "align.lr=1e-12", cwd=tmp_path)
+    args = (*args, "train.save_every=2", "train.lr=1e-12", "align.lr=1e-12")
+    run_training(1, *args, cwd=tmp_path)
     theirs, ours = (
         load_file(next((run / "checkpoints").glob("step*")) / "heads.safetensors")
         for run in (source, tmp_path / "gone")
@@ -170,6 +171,10 @@ def test_a_run_starts_from_the_averaged_weights_of_another(preset, baseline, tmp
     torch.testing.assert_close(ours["bitc.speech.weight"], theirs["bitc.speech.weight"], atol=1e-6, rtol=0)
     shutil.rmtree(source)  # a resume does not need it
     run_training(1, "--resume", "step00000002", "run.dir=gone", cwd=tmp_path)
+    run_training(1, *args, "--resume", "step00000002", cwd=tmp_path)  # the whole command, as of a job that is requeued
+    other = (*args, "--resume", "step00000002", f"train.start_from={baseline}")
+    output = run_training(1, *other, cwd=tmp_path, wanted=2)
+    assert f"train.start_from is {source}/checkpoints/step00000005 there and {baseline} in this run" in output
     args = ("--preset", str(preset), f"run.dir={tmp_path}/other", f"train.start_from={baseline}")
     assert "another architecture than this run's" in run_training(1, *args, "model.dim=16", cwd=tmp_path, wanted=2)
     output = run_training(1, *args, "model.time_scale=30", cwd=tmp_path, wanted=2)
@@ -201,7 +206,8 @@ def test_no_run_of_a_line_repeats_the_draws_of_another(preset, baseline, tmp_pat
     last = seed_of("last", *given, "train.start_from=exported")
     assert len({load_config(baseline / "config.yaml").run.seed, child, grandchild, last}) == 4
     shutil.rmtree(tmp_path / "child")  # a resume does not need it
-    assert seed_of("grandchild", "--resume", "latest", "train.steps=2") == grandchild
+    again = (*given, "train.start_from=child", "train.steps=2")
+    assert seed_of("grandchild", "--resume", "latest", *again) == grandchild
     assert seed_of("grandchild", "--resume", "latest", "train.steps=3") == grandchild
     marker = tmp_path / "grandchild/checkpoints/step00000003/checkpoint.json"
     facts = json.loads(marker.read_text())

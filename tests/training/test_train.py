@@ -12,7 +12,7 @@ from agrepa_fast.checkpoints.load import load_checkpoint
 from agrepa_fast.config_file import load_config, save_config
 from agrepa_fast.errors import UserError
 from agrepa_fast.train import main, run_process
-from agrepa_fast.training import builder, inputs
+from agrepa_fast.training import builder, inputs, start
 from agrepa_fast.training.inputs import read_inputs
 
 from ..ranks import ROOT
@@ -67,12 +67,12 @@ def test_a_rank_that_sees_other_files_says_so(tmp_path, monkeypatch):
 
 
 def test_all_ranks_start_from_the_checkpoint_that_rank_0_finds(tmp_path, monkeypatch):
-    monkeypatch.setattr(builder, "from_rank_0", lambda find: tmp_path / "step2")  # this rank would find another
-    config = builder.fix_start(load_config("demo", [f"train.start_from={tmp_path}/run"]))
+    monkeypatch.setattr(start, "from_rank_0", lambda find: tmp_path / "step2")  # this rank would find another
+    config = start.fix_start(load_config("demo", [f"train.start_from={tmp_path}/run"]))
     assert config.train.start_from == f"{tmp_path}/step2"
     for given in ("null", f"{tmp_path}/theirs.pt"):
         config = load_config("demo", [f"train.start_from={given}"])
-        assert builder.fix_start(config) == config
+        assert start.fix_start(config) == config
 
 
 def test_main_raises_and_a_process_exits_at_once_where_other_ranks_may_wait(capsys, monkeypatch):
