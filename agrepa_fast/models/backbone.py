@@ -16,6 +16,7 @@ class Mine(Backbone):
         return self.net(x_t, t, ids, condition.reference, lengths=condition.lengths)
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
@@ -66,6 +67,8 @@ class Backbone(nn.Module):
     upstream, upstream_suffix: the package that the model comes from, with its version and its weights' licence, for the
     line of train.start_from; and how the names of its weight files end.
     upstream_settings: of a run whose mels and noise are those of that package's weights; a run with others is warned.
+    neutral_options: names of model.options that change no velocity in evaluation mode, beside those with "dropout" in
+    them: train.start_from takes a run that has other values of these.
     attention_cost: FLOPs of a pair of frames over those of a frame, for train.batch_frames; set by the builder.
     partitioned: weights are whole only inside a module's forward (ZeRO-3); set by the engine.
     predicts: "velocity", or "x" if `velocity` returns the clean mel, from which `forward` computes the velocity; set
@@ -83,6 +86,7 @@ class Backbone(nn.Module):
     upstream = ""
     upstream_suffix = ".safetensors"
     upstream_settings: Mapping[str, object] = MappingProxyType({})
+    neutral_options: frozenset[str] = frozenset()
     attention_cost = 0.0
     partitioned = False
     predicts = "velocity"
@@ -92,6 +96,11 @@ class Backbone(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.condition_tap: nn.Module | None = None
+
+    @classmethod
+    def option_defaults(cls, options: Mapping[str, object]) -> dict[str, object]:
+        """Return the values of model.options that are left out. options: those that are given."""
+        return defaults_of(cls)
 
     @property
     def layers(self) -> Sequence[Layer]:
@@ -210,6 +219,12 @@ class Backbone(nn.Module):
     def to_upstream(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the content of that package's file, from this model's weights and buffers (export --upstream)."""
         raise UserError(f"{type(self).__name__} writes no other package's weights: it has no to_upstream(state)")
+
+
+def defaults_of(made: Callable) -> dict[str, object]:
+    """Return the parameters of a class or function that have a default."""
+    parameters = inspect.signature(made).parameters.values()
+    return {part.name: part.default for part in parameters if part.default is not part.empty}
 
 
 def _recomputed(forward: Callable) -> Callable:

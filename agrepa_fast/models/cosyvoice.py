@@ -33,6 +33,7 @@ class CosyVoice(Backbone):
     needs = frozenset({"speaker"})
     upstream_suffix = ".pt"
     upstream_settings = MappingProxyType({"data.normalize": False, "flow.sigma": 1.0})
+    neutral_options = frozenset({"streaming", "layers"})
     version: str
 
     def __init__(self, n_mels: int, vocab: int, speaker_dim: int, width: int, streaming: float = 0.0):

@@ -29,6 +29,7 @@ class CosyVoice3(CosyVoice):
     upstream = "CosyVoice 3's CausalMaskedDiffWithDiT (Apache-2.0)"
     version = "CosyVoice 3"
     replayable = True
+    neutral_options = CosyVoice.neutral_options | {"chunk"}  # of clips that stream, which is a matter of training
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """F5-TTS (Chen et al. 2024) and E2 TTS: the networks of the f5_tts package as a Backbone."""
 
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..kernels import valid_frames
-from .backbone import Backbone, Layer
+from .backbone import Backbone, Layer, defaults_of
 from .condition import Condition
 from .f5_clips import AttentionOfOwnFrames, TappedUNet, TextBlockOfOwnFrames, TextOfOwnFrames, TextPerClip, swap
 from .f5_package import import_network
@@ -26,6 +27,12 @@ class F5(Backbone):
 
     needs = frozenset({"text"})
     upstream_settings = MappingProxyType({"data.normalize": False, "flow.sigma": 1.0})
+    neutral_options = frozenset({"fused", "checkpoint_activations"})
+
+    @classmethod
+    def option_defaults(cls, options: Mapping[str, object]) -> dict[str, object]:
+        own = defaults_of(cls)
+        return defaults_of(import_network(options.get("network", own["network"]))) | own
 
     def __init__(
         self,

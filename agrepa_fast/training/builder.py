@@ -47,12 +47,11 @@ from .folder import locate_run, open_folder, set_attempt_aside
 from .metrics import Metrics
 from .precision import choose_precision
 from .run import Run
-from .start import fix_start, keep_start, own_generation
+from .start import check_start, fix_start, keep_start, own_generation
 from .tracker import check_tracker, open_tracker
 
 DEMOS = ("demo", "demo-f5", "demo-long")  # presets on the demo corpus
 DEMO_MINUTES = 12 * 60.0  # that ranks wait while rank 0 prepares it
-IN_NO_SHAPE = ("heads", "gelu", "time_scale", "token_scale", "padding")  # settings of model.* that no weight tells
 
 
 @dataclass
@@ -255,17 +254,19 @@ def build_model(config: Config, index: Index, ds_config: dict, resume: bool) -> 
         check_readable(start_from)
     else:
         weights_file(start_from)
+        warning = check_start(config, model, index, start_from)
     all_gather(None)  # ZeRO-3 gathers weights next, and would wait for a rank that lacks a file
     if start_from is None:
         model.start_from_codes(code_mels, gathered)
-    elif is_upstream_file(start_from):
-        line = start_from_upstream(model, start_from)
-        if dist.get_rank() == 0:
-            print(line)
-            if (warning := other_settings(model, config)) is not None:
-                print(warning, file=sys.stderr)
     else:
-        start_from_run(model, config, start_from)
+        if is_upstream_file(start_from):
+            line, warning = start_from_upstream(model, start_from), other_settings(model, config)
+            if dist.get_rank() == 0:
+                print(line)
+        else:
+            load_weights(model, weights_file(start_from), "this run's")
+        if warning is not None and dist.get_rank() == 0:
+            print(warning, file=sys.stderr)
     return model
 
 
@@ -282,20 +283,6 @@ def check_together(config: Config, model: Backbone, index: Index) -> None:
     check_backbone(config.align, objective, config.model.backbone, type(model))
     check_layers(config.align, objective, widths)
     check_shards(config.align, objective, index)
-
-
-def start_from_run(model: Backbone, config: Config, checkpoint: Path) -> None:
-    """Fill the model with the averaged weights of a run's checkpoint or of an export. Every rank must call it. Raises
-    UserError if they are those of another architecture or of another flow.prediction."""
-    trained = load_config(checkpoint / "config.yaml")
-    settings = {f"model.{name}": [getattr(one.model, name) for one in (trained, config)] for name in IN_NO_SHAPE}
-    settings["flow.prediction"] = [trained.flow.prediction, model.predicts]
-    for name, (theirs, ours) in settings.items():
-        if theirs != ours:
-            raise UserError(
-                f"train.start_from={checkpoint}: its {name} is {theirs}, and this run's is {ours}: set {name}={theirs}"
-            )
-    load_weights(model, weights_file(checkpoint), "this run's")
 
 
 def teacher_dims(index: Index) -> dict[str, int]:

@@ -28,7 +28,7 @@ FAULTS = (  # that one rank alone has: where, the error, the ranks, and whether 
     ("training.builder.check_backend", UserError("planted"), (0, 1), False),
     ("training.builder.validation_clips", UserError("planted"), (0, 1), False),
     ("training.builder.make_objective", TypeError("planted"), (0, 1), False),
-    ("training.builder.start_from_run", FULL, (0, 1), False),
+    ("training.builder.load_weights", FULL, (0, 1), False),
     ("training.folder.check_writable", FULL, (0,), False),
     ("training.builder.load_vocoder", FULL, (0,), False),
     ("training.folder.FolderLock.acquire", FULL, (0,), False),

@@ -162,8 +162,9 @@ def test_a_run_starts_from_the_averaged_weights_of_another(preset, baseline, tmp
     source = tmp_path / "source"
     shutil.copytree(baseline, source)
     args = ("--preset", str(preset), "run.dir=gone", "train.steps=4", f"train.start_from={source}")
-    args = (*args, "train.save_every=2", "train.lr=1e-12", "align.lr=1e-12")
-    run_training(1, *args, cwd=tmp_path)
+    args = (*args, "train.save_every=2", "train.lr=1e-12", "align.lr=1e-12", "flow.sigma=0.4")
+    output = run_training(1, *args, cwd=tmp_path)
+    assert "its weights are of flow.sigma=0.5, and this run's are not" in output
     theirs, ours = (
         load_file(next((run / "checkpoints").glob("step*")) / "heads.safetensors")
         for run in (source, tmp_path / "gone")

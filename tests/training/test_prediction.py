@@ -20,7 +20,7 @@ from agrepa_fast.models.registry import make_model
 from agrepa_fast.models.voicebox import Voicebox
 from agrepa_fast.reporting.opened import open_checkpoint
 from agrepa_fast.seeds import clip_keys
-from agrepa_fast.training.builder import start_from_run
+from agrepa_fast.training.start import check_start
 
 from ..ranks import call_on_ranks
 from ..testing import MEL_BINS, VOCAB, small_batch, small_model
@@ -183,11 +183,11 @@ def exported(tmp_path) -> Path:
 def test_a_checkpoint_knows_its_prediction(exported):
     model, config = load_model(exported)
     assert (model.predicts, config.flow.prediction) == ("x", "x")
-    start_from_run(make_model(config.model, "x"), config, exported)
+    assert check_start(config, make_model(config.model, "x"), None, exported) is None
     with pytest.raises(
         UserError, match=r"its flow\.prediction is x, and this run's is velocity: set flow\.prediction=x"
     ):
-        start_from_run(make_model(config.model), config, exported)
+        check_start(config, make_model(config.model), None, exported)
     with pytest.raises(UserError, match=r"flow\.prediction is the checkpoint's"):
         open_checkpoint(exported, ["flow.prediction=velocity"], live=False, uses=("flow",))
     velocity = replace(config, flow=replace(config.flow, prediction="velocity"))
