@@ -147,11 +147,13 @@ class LayerScores:
 
     def share_probability(self, domain: str, layers: Sequence[int], share: float, time: int | None = None) -> float:
         """Return the share of bootstrap resamples in which these layers (0-based) carry at least `share` of the sum
-        over all layers. time: as in `resampled`. A single clip is its only resample."""
-        resampled = self.resampled(domain, time).nan_to_num(neginf=0)
-        others = [layer for layer in range(self.depth) if layer not in layers]
+        over all layers. A layer below 0 counts as 0, and a resample without a layer above 0 has no share. time: as in
+        `resampled`. A single clip is its only resample."""
+        resampled = self.resampled(domain, time).clamp(min=0)  # a cosine may be negative
+        others, total = [layer for layer in range(self.depth) if layer not in layers], resampled.sum(1)
         # The share of the other layers is exactly 0 if there are none; two sums of all layers could differ by rounding.
-        return float((resampled[:, others].sum(1) <= (1 - share) * resampled.sum(1)).double().mean())
+        carried = (total > 0) & (resampled[:, others].sum(1) <= (1 - share) * total)
+        return float(carried.double().mean())
 
     def rank_correlation(self, other: "LayerScores", domain: str) -> float:
         """Return Spearman's correlation of the layers' mean scores with those of another probe or measure.

@@ -104,10 +104,11 @@ def select_layers(
 ) -> LayerSelection:
     """Return the layers of each domain with the highest scores, and their weights.
 
-    k: how many. share: instead, the fewest highest layers that carry this share of the sum of all scores with at least
-    this `confidence` (bootstrap over clips). weighting: "normalized" lambda = score / sum of the selected scores;
-    "equal" 1 / number; "raw2x" 2 x score, as the release hard-codes. per_time: the same at each of the scores' times
-    (AG-REPA's timestep-adaptive set): `layers` are the union, and a layer has weight 0 at times that did not choose it.
+    k: how many. share: instead, the fewest highest layers that carry this share of the sum of all scores above 0, with
+    at least this `confidence` (bootstrap over clips). weighting: "normalized" lambda = score / sum of the selected
+    scores; "equal" 1 / number; "raw2x" 2 x score, as the release hard-codes. per_time: the same at each of the scores'
+    times (AG-REPA's timestep-adaptive set): `layers` are the union, and a layer has weight 0 at times that did not
+    choose it.
 
     choice: "hard" takes the Top-K. "soft" takes every layer that is in the Top-K with a probability P of at least
     SOFT_BOUND (bootstrap over clips), and multiplies its score, or its 1 of "equal", by P. Rounding then decides
@@ -212,13 +213,18 @@ def _fewest(
     confidence: float,
 ) -> int:
     """Return the fewest layers of a hard choice that carry a share of all scores; one more than were measured if those
-    do not."""
+    do not. Raises NotRankableError if no score is above 0 with this `confidence`."""
     most = int(measured.sum())
     for k in range(1, most + 1):
         layers = _keep_or_replace(scores, domain, k, measured, time, held)
         enough = min(confidence, SHARE_KEEPS) if k == len(held) else confidence
         if scores.share_probability(domain, layers, share, time) >= enough:
             return k
+    if most and scores.share_probability(domain, range(scores.depth), share, time) < confidence:
+        raise NotRankableError(
+            f"{domain}: no layer scores above 0 with probability {confidence:g}, so none carries a share: train longer "
+            "before ranking"
+        )
     return most + 1
 
 

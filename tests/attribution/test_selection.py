@@ -154,6 +154,16 @@ class TestSelection:
         assert chosen.layers == {"speech": (2, 3), "audio": (1, 2)}
         assert chosen.weights == {"speech": pytest.approx((0, 1)), "audio": (0.5, 0.5)}
 
+    def test_a_layer_below_zero_takes_nothing_of_a_share(self):
+        """L1 carries 0.30 of 0.85, L1, L2 and L3 0.75: the others would take 0.65 away from both."""
+        scores = replace(TestSoftChoice().scores([0.30, 0.25, 0.20, 0.10, -0.30, -0.35], 0.001), measure="lasp")
+        assert select_layers(scores, share=0.85).layers["speech"] == (1, 2, 3)
+        assert select_layers(scores, share=0.9).layers["speech"] == (1, 2, 3, 4)
+        assert scores.share_probability("speech", [0], 0.9) == 0
+        scores = replace(TestSoftChoice().scores([-0.1, -0.2, -0.3], 0.001), measure="lasp")
+        with pytest.raises(NotRankableError, match=r"speech: no layer scores above 0 with probability 0\.9"):
+            select_layers(scores, share=0.9)
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
