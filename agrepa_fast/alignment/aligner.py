@@ -95,7 +95,8 @@ class Aligner:
             self.optimizer.state.update({p: before.state[p] for p in parameters if p in before.state})
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        return [*self.bitc.parameters(), *(self.heads.parameters() if self.heads is not None else ())]
+        """Return the parameters that training changes."""
+        return [*self.bitc.parameters(), *(self.heads.trained_parameters() if self.heads is not None else ())]
 
     def begin(self, step: int) -> None:
         """Set the weight of a step. Call it before the losses, outside of a captured step."""
@@ -191,7 +192,7 @@ class Aligner:
         weights = dict.fromkeys(domains, (1.0,) * len(layers))
         selection = LayerSelection("trial", dict.fromkeys(domains, layers), weights)
         heads = AlignmentHeads(self.objective, selection, self.widths, self.target_widths, 0).to(self.device)
-        return self._alignment(heads, hidden, batch, t, attention), [*heads.parameters()]
+        return self._alignment(heads, hidden, batch, t, attention), heads.trained_parameters()
 
     def _alignment(self, heads: AlignmentHeads, hidden, batch: Batch, t: torch.Tensor, attention) -> torch.Tensor:
         """Return the alignment term. Raises UserError if a user's objective raises anything."""
@@ -207,7 +208,7 @@ class Aligner:
         """Average the gradients of a step over ranks in one all-reduce, and return their norm, 0-dim on the device.
         Call it after the last backward, at the same point on every rank."""
         if self._aligns(step):  # a user's objective may not reach the heads of a domain that this rank has no clip of
-            for parameter in self.heads.parameters():
+            for parameter in self.heads.trained_parameters():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         parameters = self._trained()

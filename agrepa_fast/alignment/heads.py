@@ -49,6 +49,10 @@ class AlignmentHeads(nn.Module):
         name = _name(domain, layer)
         return dict(self.heads.items()).get(name)
 
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of all heads without those that a user's objective has frozen."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
     def layer_weights(self, domain: str, t: torch.Tensor) -> torch.Tensor:
         """Return lambda (K,), or (K, N) for clips at times t (N,) if the selection's weights differ by time: linear
         between the probe's times, constant beyond them."""

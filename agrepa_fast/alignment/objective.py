@@ -63,7 +63,7 @@ class Objective:
 
     def head(self, width: int, target_width: int) -> nn.Module | None:
         """Return a new head of a layer of `width` channels. Its weights are fp32. They are drawn from PyTorch's random
-        state, which the run has set for this head."""
+        state, which the run has set for this head. Parameters with requires_grad=False stay as they are."""
         return None
 
     def loss(

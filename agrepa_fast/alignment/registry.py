@@ -119,7 +119,7 @@ def _try(objective: Objective, width: int, target_width: int) -> None:
 def _losses(
     objective: Objective, head: nn.Module | None, tap: torch.Tensor, target: torch.Tensor, padding: int
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return each clip's loss (N,), and the gradients of their sum to tap and to the head."""
+    """Return each clip's loss (N,), and the gradients of their sum to tap and to the head's trained parameters."""
     lengths = torch.tensor(_LENGTHS)
     tap, target = F.pad(tap, (0, 0, 0, padding)), F.pad(target, (0, 0, 0, padding))
     mask = valid_frames(lengths, tap.shape[1])
@@ -128,6 +128,6 @@ def _losses(
     target = {"pooled": target[:, 0], None: None}.get(objective.target, target)
     layer = AlignedLayer(head, tap.clone().requires_grad_(), target, mask)
     total, losses = objective.total([layer], torch.ones(1), torch.full((len(mask),), 0.5), torch.ones(len(mask)))
-    leaves = [layer.tap, *(head.parameters() if head is not None else ())]
+    leaves = [layer.tap, *(p for p in (head.parameters() if head is not None else ()) if p.requires_grad)]
     gradients = torch.autograd.grad(total, leaves, allow_unused=True)
     return losses, [gradient for gradient in gradients if gradient is not None]

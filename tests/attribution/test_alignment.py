@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from agrepa_fast.alignment import aligner as aligner_module
@@ -13,6 +14,7 @@ from agrepa_fast.alignment.aligner import Aligner
 from agrepa_fast.alignment.bitc import BitcProjections, bitc_loss
 from agrepa_fast.alignment.heads import AlignmentHeads
 from agrepa_fast.alignment.losses import alignment_loss
+from agrepa_fast.alignment.objective import Objective
 from agrepa_fast.alignment.pooled import Pooled
 from agrepa_fast.attribution.selection import LayerSelection, unmeasured_selection
 from agrepa_fast.config import AlignConfig
@@ -27,6 +29,18 @@ SELECTION = LayerSelection("foga", {"speech": (1, 3), "audio": (2,)}, {"speech":
 DIMS = {"speech": 5, "audio": 7}
 WIDTHS = (32,) * 4
 SIZES = SimpleNamespace(layers=[Layer((), width=16)] * 4, condition_width=16)
+
+
+class HalfFrozen(Objective):
+    """As a user may write it: a trained layer before a fixed random projection."""
+
+    tap = "pooled"
+
+    def head(self, width, target_width):
+        return nn.Sequential(nn.Linear(width, 6), nn.Linear(6, target_width).requires_grad_(False))
+
+    def loss(self, head, tap, target, mask, t):
+        return 1 - F.cosine_similarity(head(tap), target, dim=-1)
 
 
 def heads(seed: int = 0) -> AlignmentHeads:
@@ -246,6 +260,7 @@ class TestHeads:
         for step in steps:
             losses = made.losses(self.hidden(), self.batch(), torch.rand(4), None, step)
             sum(losses.values()).backward()
+            made.reduce(step)
             made.step(step)
 
     def selection(self, speech, audio):
@@ -283,6 +298,24 @@ class TestHeads:
             self.train(aligner, range(4, 6))
         for a, b in zip(made.parameters(), other.parameters(), strict=True):
             assert torch.equal(a, b)
+
+    def test_frozen_parts_of_a_head_stay_and_come_back(self, monkeypatch):
+        monkeypatch.setattr(aligner_module, "make_objective", lambda *_: HalfFrozen())
+        made, other = (self.aligner(monkeypatch, "align.lr=0.1", "train.warmup_steps=0") for _ in range(2))
+        made.select(self.selection((1, 2), (3,)))
+        before = deepcopy(made.heads.heads["speech_L2"])
+        self.train(made, range(2))
+        other.load_state_dict(deepcopy(made.state_dict()))
+        for aligner in (made, other):
+            self.train(aligner, range(2, 4))
+        live, frozen = made.heads.heads["speech_L2"]
+        assert not torch.equal(live.weight, before[0].weight)
+        assert torch.equal(frozen.weight, before[1].weight)
+        for a, b in zip(made.heads.parameters(), other.heads.parameters(), strict=True):
+            assert torch.equal(a, b)
+        _, trained = made.trial(self.hidden(), self.batch(), torch.rand(4), None)
+        assert trained
+        assert all(parameter.requires_grad for parameter in trained)
 
     def test_a_state_with_all_parameters_in_one_group_comes_back(self, monkeypatch):
         """As version 0.1 wrote it."""

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from agrepa_fast import device
 from agrepa_fast.alignment.aligner import Aligner
@@ -52,6 +53,25 @@ def batch(frames=37, seed=1, lengths=(20, 11)) -> Batch:
     mel, condition = small_batch((frames, *lengths), frames, seed)
     teacher = {"speech": torch.randn(3, 5, generator=torch.Generator().manual_seed(seed))}
     return Batch(("a", "b", "c"), torch.tensor([0, 1, 0]), mel, condition, teacher, (0, 1, 2))
+
+
+FROZEN = """
+import torch.nn as nn
+import torch.nn.functional as F
+from agrepa_fast import Objective
+
+class Frozen(Objective):
+    tap = "pooled"
+
+    def head(self, width, target_width):
+        live, frozen = nn.Linear(width, target_width), nn.Linear(target_width, target_width)
+        for part in (live, frozen):
+            nn.init.eye_(part.weight)
+        return nn.Sequential(live, frozen.requires_grad_(False))
+
+    def loss(self, head, tap, target, mask, t):
+        return 1 - F.cosine_similarity(head(tap.float()), target, dim=-1)
+"""
 
 
 class Step:
@@ -324,6 +344,18 @@ def test_an_objective_that_may_choose_in_python_is_not_captured(preset, tmp_path
     (tmp_path / "mine.py").write_text("\n".join(lines))
     given = ("--ds_config", "zero2.json", "--preset", str(preset), "align.objective=mine:Mine", "run.dir=run")
     assert "captured" not in run_training(1, *given, "train.steps=4", cwd=tmp_path, plant=plant_few_shapes)
+
+
+def test_a_head_with_a_frozen_part_trains_captured(preset, tmp_path):
+    """Both of its parts begin as the identity."""
+    (tmp_path / "mine.py").write_text(FROZEN)
+    given = ("--ds_config", "zero2.json", "--preset", str(preset), "align.objective=mine:Frozen", "run.dir=run")
+    given += ("align.strategy=shallow", "train.steps=3", "train.warmup_steps=0", "align.lr=0.1", "train.graphs=1")
+    assert "captured, 1 of" in run_training(1, *given, cwd=tmp_path, plant=plant_captures)
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step00000003" / "heads.safetensors")
+    live, frozen = (saved[f"heads.speech_L1.{part}.weight"] for part in (0, 1))
+    assert torch.equal(frozen, torch.eye(len(frozen)))
+    assert not torch.equal(live, torch.eye(*live.shape))
 
 
 def test_a_default_capture_that_fails_costs_one_line(preset, baseline, tmp_path):
