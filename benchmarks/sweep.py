@@ -20,6 +20,8 @@ from statistics import mean
 
 from _results import RESULTS, print_table, run_program, write_json
 
+from agrepa_fast.config_file import load_config
+from agrepa_fast.errors import UserError
 from agrepa_fast.evaluation.jobs import Job, run_jobs, split_overrides, training_job, write_plan
 
 # Arms and overrides may say otherwise.
@@ -68,6 +70,15 @@ def summarise(folders: Sequence[Path], goal: float | None) -> dict:
     }
 
 
+def check_precision(folders: Sequence[Path]) -> None:
+    """Raise UserError if the runs were trained in different precisions: on a CPU each run with train.precision=auto
+    measures for itself whether bf16 is worth it."""
+    of = {json.loads((folder / "summary.json").read_text())["precision"]: folder.name for folder in folders}
+    if len(of) > 1:
+        found = ", ".join(f"{folder} in {precision}" for precision, folder in sorted(of.items()))
+        raise UserError(f"runs of different precisions do not compare ({found}): set train.precision, with a new NAME")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
@@ -82,21 +93,25 @@ def main() -> None:
     overrides = [text for text in args.arms if text not in labelled]
     seeds = args.seeds.split(",")
     folder = Path("runs/sweep") / args.name
-    folder.mkdir(parents=True, exist_ok=True)
 
     runs: dict[str, list[Path]] = {label: [] for label in arms}
     jobs: list[Job] = []
+    auto = False
     for seed in seeds:
         for label in arms:
             run = folder / f"{label}-seed{seed}"
             runs[label].append(run)
-            arguments = ("--preset", args.preset, *FLOW_ALONE, *overrides, *arms[label], f"run.seed={seed}")
+            settings = (*FLOW_ALONE, *overrides, *arms[label], f"run.seed={seed}")
+            # A wrong setting ends here: a plan with it would refuse the corrected command.
+            auto |= load_config(args.preset, settings).train.precision == "auto"
             # steps=1: all count alike in the time left
-            jobs.append(training_job(f"{label}, seed {seed}", run, arguments, steps=1))
+            jobs.append(training_job(f"{label}, seed {seed}", run, ("--preset", args.preset, *settings), steps=1))
     write_plan(jobs, folder / "plan.json")
     if failed := run_jobs(jobs, print):
         sys.exit(f"{len(failed)} of {len(jobs)} runs failed, {failed[0].name} first: the same command tries again")
 
+    if auto:
+        check_precision([job.folder for job in jobs])
     table = {label: {"settings": arms[label], **summarise(runs[label], args.goal)} for label in arms}
     out = args.out or RESULTS / f"sweep_{args.name}.json"
     out = write_json(f"sweep_{args.name}", {"seeds": seeds, "goal": args.goal, "arms": table}, out)

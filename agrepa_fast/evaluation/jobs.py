@@ -51,8 +51,8 @@ class Arm:
 
 
 def split_overrides(text: str) -> tuple[str, ...]:
-    """Return section.field=value,… as a tuple; commas inside a value stay."""
-    return tuple(re.split(r",(?=[a-z_]+\.)", text))
+    """Return section.field=value,… as a tuple; commas inside a value stay. An empty text has none."""
+    return tuple(re.split(r",(?=[a-z_]+\.)", text)) if text else ()
 
 
 @dataclass(frozen=True)

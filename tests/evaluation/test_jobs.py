@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agrepa_fast.errors import UserError
-from agrepa_fast.evaluation.jobs import Arm, Experiment, Job, run_jobs, write_plan
+from agrepa_fast.evaluation.jobs import Arm, Experiment, Job, run_jobs, split_overrides, write_plan
 
 from ..ranks import ROOT
 
@@ -19,6 +19,7 @@ from ..ranks import ROOT
 def test_arms():
     assert Arm.parse("fixed:4,8") == Arm("fixed:4,8", "fixed:4,8")
     assert Arm.parse("k2:align.k=2,align.strategy=deep") == Arm("k2", "deep", ("align.k=2",))
+    assert split_overrides("") == ()
     assert Arm.parse("far:probe.times=[0.1,0.9],align.k=1").overrides == ("probe.times=[0.1,0.9]", "align.k=1")
 
 

@@ -197,6 +197,16 @@ def test_parts_without_results_leave_their_questions_open():
     assert {row[1:] for row in decide({})} == {("not measured", "", "")}
 
 
+def finish_run(job, losses, precision="fp32", seconds_since_step=0) -> None:
+    """Write the files of a run that a sweep reads."""
+    job.folder.mkdir(parents=True)
+    lines = [{"step": 10 * n, "val/flow_loss": loss} for n, loss in enumerate(losses)]
+    lines = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 20}])
+    (job.folder / "metrics.jsonl").write_text(lines)
+    summary = {"val/flow_loss": {"last": losses[-1], "ema": losses[-1]}, "steps": 20, "precision": precision}
+    job.done.write_text(json.dumps(summary | {"seconds": {"train": 20}, "seconds_since_step": seconds_since_step}))
+
+
 def test_a_sweep_of_finished_runs(program, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     curves = {
@@ -210,14 +220,8 @@ def test_a_sweep_of_finished_runs(program, tmp_path, monkeypatch, capsys):
 
     def finish(jobs, say) -> list:
         for job in jobs:
-            losses = curves[job.folder.name]
-            job.folder.mkdir(parents=True)
-            lines = [{"step": 10 * n, "val/flow_loss": loss} for n, loss in enumerate(losses)]
-            lines = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 20}])
-            (job.folder / "metrics.jsonl").write_text(lines)
-            summary = {"val/flow_loss": {"last": losses[-1], "ema": losses[-1]}, "steps": 20}
             resumed = 20 if job.folder.name == "c-seed0" else 10  # after its last step, or half-way
-            job.done.write_text(json.dumps(summary | {"seconds": {"train": 20}, "seconds_since_step": resumed}))
+            finish_run(job, curves[job.folder.name], seconds_since_step=resumed)
         return []
 
     monkeypatch.setattr("agrepa_fast.evaluation.jobs.run_jobs", finish)
@@ -236,3 +240,37 @@ def test_a_sweep_of_finished_runs(program, tmp_path, monkeypatch, capsys):
     assert (a["steps_to_goal"], a["s_to_goal"]) == (12.5, 25)
     assert b["steps_to_goal"] is None  # one of its seeds never reaches it
     assert (c["loss"]["30"], c["s_per_step"], c["s_to_goal"]) == (0.2, None, None)
+
+
+def test_a_wrong_arm_of_a_sweep_is_refused_before_the_plan(program, tmp_path, monkeypatch, capsys):
+    """The corrected command runs. An arm may have no settings."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("agrepa_fast.evaluation.jobs.run_jobs", lambda jobs, say: jobs)
+    with pytest.raises(SystemExit) as refused:
+        program("sweep.py", "width", "base:", "wide:model.dims=384")
+    assert refused.value.code == 2
+    assert "model.dims" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2 of 2 runs failed"):
+        program("sweep.py", "width", "base:", "wide:model.dim=384")
+    base, wide = (job["command"] for job in json.loads((tmp_path / "runs/sweep/width/plan.json").read_text()))
+    assert "" not in base
+    assert "model.dim=384" in wide
+
+
+def test_a_sweep_compares_precisions_only_if_they_were_set(program, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def finish(jobs, say) -> list:
+        for job in jobs:
+            finish_run(job, (1.0, 0.5), "bf16" if job.folder.name.startswith("b") else "fp32")
+        return []
+
+    monkeypatch.setattr("agrepa_fast.evaluation.jobs.run_jobs", finish)
+    out = tmp_path / "out.json"
+    with pytest.raises(SystemExit) as refused:
+        program("sweep.py", "auto", "a:train.precision=auto", "b:train.precision=bf16", "--out", out)
+    assert refused.value.code == 2
+    assert "different precisions do not compare (b-seed0 in bf16, a-seed0 in fp32)" in capsys.readouterr().err
+    assert not out.exists()
+    program("sweep.py", "set", "a:train.precision=fp32", "b:train.precision=bf16", "--out", out)
+    assert json.loads(out.read_text())["arms"].keys() == {"a", "b"}
