@@ -96,7 +96,7 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
         check_backend()
         config, checkpoint = locate_run(config, resume)
         config = fix_start(config) if checkpoint is None else keep_start(config, checkpoint)
-        config, precision_line = choose_precision(config, ds_values, device, checkpoint is not None)
+        config, precision_line = choose_precision(config, ds_values, device, checkpoint)
         fixed_clips_per_step = config.train.batch_clips if config.train.batch_frames is None else None
         layout = BatchLayout(fixed_clips_per_step, config.train.accumulation, rank, world)
         ds_config = resolve_ds_config(ds_values, config.train, layout, device)

@@ -18,16 +18,20 @@ _NARROW = 128  # models of a lower width spend their time between operations, no
 _CLIPS, _FRAMES, _ROUNDS = 4, 200, 3
 
 
-def choose_precision(config: Config, ds_values: dict, device: torch.device, resumed: bool) -> tuple[Config, str | None]:
+def choose_precision(
+    config: Config, ds_values: dict, device: torch.device, resumed: Path | None
+) -> tuple[Config, str | None]:
     """Return the settings with the precision that `auto` stands for, and a line that names it; None if it was set.
 
     bf16 is taken on a CPU with instructions for it, if forward and backward of a block run GAIN times as fast. A run
-    that is resumed, a narrow model, a user's model, and a ds_config that decides, keep their precision. One that starts
-    from a run takes that run's: two measurements may differ, and branches of one warm-up are compared. Every rank must
-    call it: the speed is rank 0's. Weights and random states stay as they are.
+    that is resumed from a checkpoint, a narrow model, a user's model, and a ds_config that decides, keep their
+    precision. One that starts from a run takes that run's: two measurements may differ, and branches of one warm-up are
+    compared. Every rank must call it: the speed is rank 0's. Weights and random states stay as they are.
     """
+    if resumed is not None and config.train.precision == "auto":  # as the command that began the run may say
+        return replace(config, train=replace(config.train, precision=_precision_of(str(resumed)))), None
     decided = ds_values.get("bf16", {}).get("enabled", "auto") != "auto"
-    if config.train.precision != "auto" or device.type != "cpu" or resumed or decided:
+    if config.train.precision != "auto" or device.type != "cpu" or decided:
         return config, None
     instructions = [name for name in _INSTRUCTIONS if torch.cpu.get_capabilities().get(name)]
     if not instructions or config.model.backbone != "audio_dit" or config.model.dim < _NARROW:

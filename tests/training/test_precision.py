@@ -28,7 +28,7 @@ def gain(monkeypatch):
 
 
 def choose(
-    train="auto", model=WIDE, ds_values=None, device=CPU, resumed=False, start_from=None
+    train="auto", model=WIDE, ds_values=None, device=CPU, resumed=None, start_from=None
 ) -> tuple[str, str | None]:
     config = Config(model=model, train=TrainConfig(precision=train, start_from=start_from))
     config, line = choose_precision(config, ds_values or {}, device, resumed)
@@ -50,7 +50,6 @@ def test_what_is_decided_is_not_measured(gain):
     gain(2.0)
     assert choose("fp32") == ("fp32", None)
     assert choose(device=torch.device("cuda")) == ("auto", None)
-    assert choose(resumed=True) == ("auto", None)
     assert choose(ds_values={"bf16": {"enabled": False}}) == ("auto", None)
     assert choose(model=replace(WIDE, dim=64)) == ("auto", None)
     assert choose(ds_values={"bf16": {"enabled": "auto"}})[0] == "bf16"
@@ -67,7 +66,9 @@ def test_branches_have_the_precision_of_their_warm_up(gain, tmp_path):
         taken, line = choose(start_from=str(tmp_path))
         assert taken == of_run
         assert line == f"train.precision=auto: {of_run}, that of train.start_from={tmp_path}"
+        assert choose(resumed=tmp_path) == (of_run, None)
     save_config(Config(model=WIDE), tmp_path / "config.yaml")  # of a GPU
+    assert choose(resumed=tmp_path) == ("auto", None)
     assert choose(start_from=str(tmp_path))[0] == "fp32"
 
 
