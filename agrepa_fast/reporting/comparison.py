@@ -163,11 +163,9 @@ def _experiment(strategies, seeds, overrides, preset, warmup, out, ds_config, ra
         raise UserError("--strategies: at least two, of which the first is the baseline")
     metrics = tuple(one for one in overrides if one.startswith("metrics."))
     training = tuple(one for one in overrides if not one.startswith("metrics."))
-    for name in ("align.strategy", "run.seed", "run.dir", "train.start_from"):
+    for name in ("align.strategy", "run.seed", "run.dir", "run.id", "train.start_from"):
         if given := [one for one in overrides if one.startswith(f"{name}=")]:
             raise UserError(f"{given[0]}: `agrepa compare` sets it itself")
-    if given := [one for one in overrides if one.startswith(("train.copy_to=", "run.id="))]:
-        raise UserError(f"{given[0]}: all runs of a comparison would have one: leave it out, and copy {out} afterwards")
     config = load_config(preset, [*overrides, "align.strategy=none"])  # its own may not fit the steps
     warmup = config.probe.warmup_steps if warmup is None else warmup
     if not 0 < warmup < config.train.steps:
@@ -178,7 +176,13 @@ def _experiment(strategies, seeds, overrides, preset, warmup, out, ds_config, ra
         _check_arm(arm)
         probe = ("probe.start_step=1", "probe.warmup_steps=1") if arm.strategy in MEASURED else ()
         settings = (f"align.strategy={arm.strategy}", f"train.steps={steps}", *probe, *arm.overrides)
-        _check_shards(load_config(preset, [*training, *settings]))
+        branch = load_config(preset, [*training, *settings])
+        if branch.train.copy_to is not None:
+            raise UserError(
+                f"train.copy_to={branch.train.copy_to}: the runs of a comparison would all copy into it: set "
+                f"train.copy_to=null, and copy {out} afterwards"
+            )
+        _check_shards(branch)
     experiment = Experiment(
         arms, tuple(seeds), preset, warmup, steps, out, ds_config, ranks, training, metrics, frozenset(MEASURED)
     )

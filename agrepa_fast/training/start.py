@@ -48,7 +48,7 @@ def keep_start(config: Config, checkpoint: Path) -> Config:
 
 
 def _may_become(given: Path, stored: Path) -> bool:
-    """Whether fix_start may have made `stored` of `given`. Neither has to exist any more."""
+    """Return whether fix_start may have made `stored` of `given`. Neither has to exist any more."""
     names, folder = [stored], stored.absolute().parent
     if folder.name == "checkpoints":
         names += [folder.parent, *(folder / pointer for pointer in POINTERS)]

@@ -40,7 +40,7 @@ def rows(out: Path) -> list[dict]:
 
 
 def logged_step(run: Path) -> int:
-    """The last whole step in a run's metrics.jsonl; -1 if there is none."""
+    """Return the last whole step in a run's metrics.jsonl, -1 if it has none."""
     file = run / "metrics.jsonl"
     lines = file.read_text().rpartition("\n")[0].splitlines() if file.exists() else []
     return max((json.loads(line)["step"] for line in lines), default=-1)

@@ -204,7 +204,9 @@ def test_runs_are_compared_by_strategy_and_seed(tmp_path, capsys):
         (["--strategies", "none,foga", "--warmup", "400"], "must leave steps"),
         (["--strategies", "none,foga", "runs/a"], "name runs or --strategies"),
         (["--strategies", "none,foga", "run.seed=3"], "run.seed=3: `agrepa compare` sets it itself"),
-        (["--strategies", "none,foga", "train.copy_to=x"], "train.copy_to=x: all runs of a comparison would have one"),
+        (["--strategies", "none,foga", "run.id=x"], "run.id=x: `agrepa compare` sets it itself"),
+        (["--strategies", "none,foga", "train.copy_to=x"], "train.copy_to=x: the runs of a comparison would all copy"),
+        (["--strategies", "none", "--strategies", "c:train.copy_to=x"], "train.copy_to=x: the runs of a comparison"),
         (["--strategies", "none,foga", "--strategies", "k:align.kk=2"], "align.kk"),
         (["--strategies", "a b:align.k=1", "--strategies", "a-b:align.k=2"], "'a-b' and a b would share a folder"),
         (["--strategies", "none", "--strategies", "warmup:align.k=1"], "'warmup' and the warm-up would share a folder"),
@@ -222,7 +224,7 @@ def test_runs_are_compared_by_strategy_and_seed(tmp_path, capsys):
 )
 def test_a_plan_that_cannot_work_is_refused_before_anything_is_trained(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["compare", *arguments, "--out", str(tmp_path / "out")])
+        main(["compare", *arguments, "--dry-run", "--out", str(tmp_path / "out")])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -336,22 +338,18 @@ def test_evaluations_that_cannot_be_compared_are_refused_before_more_is_trained(
 
 
 def test_finished_runs_are_labelled_by_their_settings_of_alignment(tmp_path, capsys):
-    for number, (weight, steps) in enumerate(((0.1, 5), (1, 5), (1, 6))):
+    shallow = "strategy: shallow, weight"
+    aligns = (f"{shallow}: 0.1", f"{shallow}: 1", f"{shallow}: 1", "strategy: none", "strategy: deep, bitc_audio: 0.2")
+    for number, (align, steps) in enumerate(zip(aligns, (5, 5, 6, 5, 5), strict=True)):
         run = tmp_path / f"run{number}"
-        evaluated(run / "evaluate", "shallow", 0)
-        align = f"align: {{strategy: shallow, weight: {weight}}}\n"
-        (run / "config.yaml").write_text(f"{align}train: {{steps: {steps}}}\nprobe: {{clips: {steps}}}\n")
-    none = tmp_path / "run3"
-    evaluated(none / "evaluate", "none", 0)
-    (none / "config.yaml").write_text("align: {strategy: none}\ntrain: {steps: 5}\nprobe: {clips: 5}\n")
+        evaluated(run / "evaluate", f"run{number}", 0)
+        settings = f"align: {{{align}}}\ntrain: {{steps: {steps}}}\nprobe: {{clips: {steps}}}\n"
+        (run / "config.yaml").write_text(settings)
     main(["compare", *(str(tmp_path / f"run{n}") for n in (3, 0, 1)), "--out", str(tmp_path / "one")])
     report = (tmp_path / "one" / "report.md").read_text()
     assert "| shallow, weight=0.1 | speech | mos |" in report
     assert "| shallow, weight=1.0 | speech | mos |" in report
     assert "settings that differ" not in report
-    other = tmp_path / "run4"
-    evaluated(other / "evaluate", "deep", 0)
-    (other / "config.yaml").write_text("align: {strategy: deep, bitc_audio: 0.2}\ntrain: {steps: 5}\n")
     main(["compare", *(str(tmp_path / f"run{n}") for n in (3, 0, 4)), "--out", str(tmp_path / "four")])
     report = (tmp_path / "four" / "report.md").read_text()
     assert "# none, bitc_audio=1.0 · shallow, weight=0.1, bitc_audio=1.0 · deep, weight=1.0, bitc_audio=0.2" in report
