@@ -5,25 +5,28 @@ python benchmarks/sweep.py NAME LABEL:section.field=value,… … [--seeds 0,1,2
 
 Runs go to runs/sweep/NAME, one process each, through the real launcher. The same command goes on after an interruption,
 and may name more arms and seeds. Finished runs are not repeated: take another NAME after a change of the code. The
-table goes to benchmarks/results/sweep_NAME.json. `agrepa compare` compares strategies, from one warm-up per seed and by
-sound.
+table goes to benchmarks/results/sweep_NAME.json; differences are to the first arm, with a 95 % interval over seeds.
+`agrepa compare` compares strategies, from one warm-up per seed and by sound.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
-from math import log
+from math import isfinite, log
 from operator import mul
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 from _results import RESULTS, print_table, run_program, write_json
 
 from agrepa_fast.config_file import load_config
 from agrepa_fast.errors import UserError
+from agrepa_fast.evaluation.intervals import mean_interval
 from agrepa_fast.evaluation.jobs import Job, run_jobs, split_overrides, training_job, write_plan
 
+CONFIDENCE = 0.95
 # Arms and overrides may say otherwise.
 FLOW_ALONE = ("align.strategy=none", "align.bitc_speech=0", "align.bitc_audio=0")
 
@@ -62,12 +65,21 @@ def summarise(folders: Sequence[Path], goal: float | None) -> dict:
     every = None not in reached
     return {
         "loss": {step: mean(run[step] for run in runs) for step in runs[0] if step},
+        "last": last,  # by seed
         "range": max(last) - min(last),
         "ema": mean(summary["val/flow_loss"]["ema"] for summary in summaries),
         "s_per_step": mean(seconds) if timed else None,
         "steps_to_goal": mean(reached) if every else None,
         "s_to_goal": mean(map(mul, reached, seconds)) if every and timed else None,
     }
+
+
+def difference(last: Sequence[float], first: Sequence[float]) -> dict:
+    """Return the mean difference of two arms' last losses, seed by seed, with its t interval over seeds: None for the
+    ends if there is one seed."""
+    found = mean_interval(np.subtract(last, first), CONFIDENCE)
+    low, high = (end if isfinite(end) else None for end in (found.low, found.high))
+    return {"value": found.value, "low": low, "high": high}
 
 
 def check_precision(folders: Sequence[Path]) -> None:
@@ -113,17 +125,29 @@ def main() -> None:
     if auto:
         check_precision([job.folder for job in jobs])
     table = {label: {"settings": arms[label], **summarise(runs[label], args.goal)} for label in arms}
+    first = next(iter(arms))
+    for label, arm in table.items():
+        arm["to_first"] = None if label == first else difference(arm["last"], table[first]["last"])
     out = args.out or RESULTS / f"sweep_{args.name}.json"
     out = write_json(f"sweep_{args.name}", {"seeds": seeds, "goal": args.goal, "arms": table}, out)
     steps = sorted({step for arm in table.values() for step in arm["loss"]})
-    header = ("arm", *steps, "range", "EMA", "s per step", f"steps to {args.goal}", "seconds")
+    header = ("arm", *steps, "range", "EMA", "s per step", f"steps to {args.goal}", "seconds", f"to {first}")
     rows = []
     for label, arm in table.items():
         losses = (*map(arm["loss"].get, steps), arm["range"], arm["ema"], arm["s_per_step"])
         to_goal = ("" if arm[name] is None else f"{arm[name]:.0f}" for name in ("steps_to_goal", "s_to_goal"))
-        rows.append((label, *("" if loss is None else f"{loss:.3f}" for loss in losses), *to_goal))
+        cells = ("" if loss is None else f"{loss:.3f}" for loss in losses)
+        rows.append((label, *cells, *to_goal, _signed(arm["to_first"])))
     print_table(f"validation flow loss, mean over seeds {args.seeds}", header, rows)
     print("wrote", out)
+
+
+def _signed(found: dict | None) -> str:
+    """Return the text of a difference and, with several seeds, its interval."""
+    if found is None:
+        return ""
+    ends = "" if found["low"] is None else f" [{found['low']:+.3f}, {found['high']:+.3f}]"
+    return f"{found['value']:+.3f}{ends}"
 
 
 if __name__ == "__main__":

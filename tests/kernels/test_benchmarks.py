@@ -235,7 +235,8 @@ def test_a_sweep_of_finished_runs(program, tmp_path, monkeypatch, capsys):
     a, b, c = json.loads((tmp_path / "out.json").read_text())["arms"].values()
     assert a["settings"] == ["train.lr=1e-3", "train.betas=[0.9,0.95]"]
     assert a["loss"] == {"10": 0.6, "20": 0.25}
-    assert a["range"] == 0.1
+    assert (a["range"], a["last"], a["to_first"]) == (0.1, [0.2, 0.3], None)
+    assert b["to_first"] == pytest.approx({"value": 0.1, "low": -2.441, "high": 2.641}, rel=1e-3)  # t(1) of 0.3, -0.1
     # seed 0 from 0.8 to 0.2: half of the two octaves, so step 15; seed 1 at step 10; 2 s per step
     assert (a["steps_to_goal"], a["s_to_goal"]) == (12.5, 25)
     assert b["steps_to_goal"] is None  # one of its seeds never reaches it

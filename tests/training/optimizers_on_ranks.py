@@ -135,3 +135,13 @@ def _go_on(run, batches) -> dict:
         run.step(batches, step)
         losses.append(run.metrics.flush(step + 1)["train/loss"])
     return {"losses": losses, "weights": full_weights(run.engine)}
+
+
+def time_embedding(preset: str, folder: Path) -> torch.Tensor:
+    """Return the embedding (9, 192) of nine flow times after 30 steps by Muon at the rate of the preset `demo`."""
+    settings = ("model.dim=192", "train.optimizer=muon", "train.lr=4e-3", "train.warmup_steps=0", "train.steps=30")
+    run, batches = make_run(preset, ds_values(0), folder, *settings, "train.final_lr=1.0")
+    for number in range(30):
+        run.step(batches, number)
+    with torch.no_grad():
+        return run.engine.module.time(torch.linspace(0, 1, 9))

@@ -16,7 +16,7 @@ from agrepa_fast.zero.optimizers import Layout, RuledOptimizer
 from agrepa_fast.zero.rules import Rule, muon_rules
 
 from ..ranks import call_on_ranks
-from .optimizers_on_ranks import by_torch, follow_all, resume, save_and_go_on
+from .optimizers_on_ranks import by_torch, follow_all, resume, save_and_go_on, time_embedding
 
 TWO = [(stage, optimizer, ()) for optimizer in ("adamw", "muon") for stage in range(4)]
 TWO += [(0, "muon", ("train.precision=bf16",)), (2, "muon", ("train.precision=bf16",))]
@@ -153,6 +153,13 @@ def test_muon_takes_the_matrices_of_the_layers_and_of_the_flow_time():
         *("into.weight", "block.conv.weight", "block.attn_norm.linear.weight", "block.adaLN_modulation.weight"),
         "block.time_modulation.weight",
     }
+
+
+def test_the_embedding_of_the_flow_time_keeps_its_size_at_muons_rate(preset, tmp_path):
+    """AdamW drives it to 2.5 in these steps, and far below 0 in `demo-long`, where a SiLU is 0 for every t."""
+    (embedding,) = call_on_ranks(1, time_embedding, str(preset), tmp_path / "run")
+    assert embedding.abs().max() < 1
+    assert torch.nn.functional.silu(embedding).std(0).mean() > 0.05  # over t: the blocks can tell times apart
 
 
 def test_an_unknown_optimizer_is_refused():
