@@ -34,7 +34,7 @@ PENDING_CHOICE = ("align.refresh=2", "train.steps=7", "align.choice=soft", "prob
         pytest.param(3, 2, (3,), (), marks=pytest.mark.drill),
         pytest.param(2, 2, (4,), PENDING_CHOICE, marks=pytest.mark.drill),  # a second choice is under way
         # averaged weights take part, the weight falls, and the state of the random generator comes back
-        (3, 2, (3,), (*FALLING, "model.dropout=0.2")),
+        (3, 2, (3,), (*FALLING, "model.dropout=0.2", "train.optimizer=muon")),
     ],
 )
 def test_resume_equals_the_uninterrupted_run(stage, ranks, stops, extra, preset, baseline, ds_configs, tmp_path):
