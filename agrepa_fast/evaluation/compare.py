@@ -6,7 +6,7 @@ t interval of the seeds' own differences, and exact sign flips, corrected by Hol
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from math import isfinite
@@ -35,13 +35,13 @@ ROW = "sample"
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What `agrepa evaluate` wrote about one run. label: of its arm; seed: of the run; loss: its validation flow loss
-    with averaged weights, None if it is unknown."""
+    """What `agrepa evaluate` wrote about one run. label: of its arm; seed: of the run; losses: its validation flow loss
+    with averaged weights by domain, and of all clips as "", {} if it is unknown."""
 
     label: str
     seed: int
     folder: Path
-    loss: float | None = None
+    losses: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def results(self) -> dict:
@@ -177,10 +177,11 @@ def _of_arm(label: str, pairs: Sequence[Pair], confidence: float) -> list[Differ
                 continue
             of_seeds = [a - b for a, b in values]
             found.append(Difference(label, domain, metric, of_seeds, clips, *_over_seeds(of_seeds, confidence)))
-    if all(run.loss is not None for pair in pairs for run in pair):
-        losses = [a.loss - b.loss for a, b in pairs]
-        over_seeds = _over_seeds(losses, confidence, alone=True)
-        found.append(Difference(label, "", "val/flow_loss", losses, None, *over_seeds))
+    for domain in pairs[0][0].losses:
+        if all(domain in run.losses for pair in pairs for run in pair):
+            losses = [a.losses[domain] - b.losses[domain] for a, b in pairs]
+            over_seeds = _over_seeds(losses, confidence, alone=True)
+            found.append(Difference(label, domain, "val/flow_loss", losses, None, *over_seeds))
     return found
 
 

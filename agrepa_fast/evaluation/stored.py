@@ -63,6 +63,7 @@ class _Losses(_Checked):
 class _Summary(_Checked):
     steps: int
     losses: _Losses = Field(alias="val/flow_loss")
+    by_domain: dict[str, float] = Field(alias="val/flow_loss_by_domain")
 
 
 class _Selection(_Checked):
@@ -74,16 +75,17 @@ def read_results(file: Path) -> dict:
     return _checked(file, _Results, _REMEDY)
 
 
-def read_loss(run: Path, results: dict) -> float | None:
-    """Return the validation flow loss of the weights that an evaluation of a run measured. None if that is unknown:
-    summary.json is missing, or of another step, or the weights are not the averaged ones. Raises UserError for a
-    damaged one."""
+def read_losses(run: Path, results: dict) -> dict[str, float]:
+    """Return the validation flow loss of the weights that an evaluation of a run measured: of all clips, as "", and of
+    each domain. {} if that is unknown: summary.json is missing, or of another step, or the weights are not the averaged
+    ones. Raises UserError for a damaged one."""
     file = run / "summary.json"
     if not file.is_file():
-        return None
+        return {}
     summary = _checked(file, _Summary, _OTHER_RUN)
-    same = results.get("averaged", True) and results.get("step", summary["steps"]) == summary["steps"]
-    return summary["val/flow_loss"]["ema"] if same else None
+    if not results.get("averaged", True) or results.get("step", summary["steps"]) != summary["steps"]:
+        return {}
+    return {"": summary["val/flow_loss"]["ema"], **summary["val/flow_loss_by_domain"]}
 
 
 def read_layers(run: Path) -> dict[str, list[int]]:

@@ -16,7 +16,7 @@ from ..data.matching import matching_index
 from ..errors import UserError
 from ..evaluation.compare import Difference, Evaluated, check_comparable, differences
 from ..evaluation.jobs import Arm, Experiment, Job, run_jobs, write_plan
-from ..evaluation.stored import read_layers, read_loss, read_results
+from ..evaluation.stored import read_layers, read_losses, read_results
 from ..files import FolderLock, write_atomically
 from ..models.registry import make_model
 from ..training.builder import check_together, fit_to_shards
@@ -266,8 +266,8 @@ def _evaluated(folder: Path, label: str | None) -> Evaluated:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is no run (no config.yaml): its strategy and seed are unknown")
     config = load_config(run / "config.yaml")
-    loss = read_loss(run, read_results(found[0] / "results.json"))
-    return Evaluated(label or config.align.strategy, config.run.seed, found[0], loss)
+    losses = read_losses(run, read_results(found[0] / "results.json"))
+    return Evaluated(label or config.align.strategy, config.run.seed, found[0], losses)
 
 
 def write_comparison(
@@ -287,6 +287,7 @@ def write_comparison(
     write_atomically(out / "report.md", report)
     for metric in _CHOSEN:
         part = [one for one in found if one.metric == metric]
+        part = [one for one in part if not one.domain] or part  # the flow loss has rows of its domains in the tables
         if part:
             plot_forest(part, baseline, _forest(plots, metric))
     plot_curves({(run.label, run.seed): run.folder.parent / "metrics.jsonl" for run in runs}, plots / "curves.png")

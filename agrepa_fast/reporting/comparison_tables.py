@@ -45,8 +45,8 @@ def value_rows(runs: Sequence[Evaluated]) -> list[dict[str, object]]:
                 for metric, entry in metrics.items():
                     values = {part: entry[part] for part in ("value", "low", "high", "n")}
                     rows.append({**arm, "row": name, "domain": domain, "metric": metric, **values})
-        if run.loss is not None:
-            rows.append({**arm, "row": ROW, "domain": "", "metric": "val/flow_loss", "value": run.loss})
+        for domain, loss in run.losses.items():
+            rows.append({**arm, "row": ROW, "domain": domain, "metric": "val/flow_loss", "value": loss})
     return rows
 
 

@@ -38,7 +38,7 @@ def evaluated(folder: Path, label: str, seed: int, *, worse: float = 0.0, manife
     summary["sample"]["speech"]["mmd"] = {"value": distances.value("mmd", moved), "low": None, "high": None, "n": 24}
     facts = {"manifest": manifest, "vocoder": "v", "flow": {}, "models": {}, "circular": {}, "confidence": 0.95}
     (folder / "results.json").write_text(json.dumps(facts | {"rows": summary}))
-    return Evaluated(label, seed, folder, 0.3 + worse + 0.001 * seed)
+    return Evaluated(label, seed, folder, {"": 0.3 + worse + 0.001 * seed})
 
 
 def test_rows_of_clips_survive_their_file(tmp_path):
@@ -141,7 +141,9 @@ def test_runs_are_compared_by_strategy_and_seed(tmp_path, capsys):
             evaluated(run / "evaluate", label, seed, worse=0.3 if label == "foga" else 0.0)
             write_recordings(run / "evaluate" / "wavs" / "sample", CLIPS[:1])
             (run / "config.yaml").write_text(f"align: {{strategy: {label}}}\nrun: {{seed: {seed}}}\n")
-            (run / "summary.json").write_text(json.dumps({"steps": 5, "val/flow_loss": {"ema": 0.5 + seed}}))
+            by_domain = {"speech": 0.5 + seed, "audio": 0.75 if label == "foga" else 0.5}
+            losses = {"val/flow_loss": {"ema": 0.5 + seed}, "val/flow_loss_by_domain": by_domain}
+            (run / "summary.json").write_text(json.dumps({"steps": 5, **losses}))
             (run / "metrics.jsonl").write_text('{"step": 1, "val/flow_loss": 0.5}\n{"step": 2, "val/flow_loss": 0.4}\n')
     (tmp_path / "foga-1" / "selection.json").write_text(json.dumps({"layers": {"speech": [1, 3]}}))
     (tmp_path / "none-1" / "selection.json").write_text(json.dumps({"layers": {}}))
@@ -154,6 +156,9 @@ def test_runs_are_compared_by_strategy_and_seed(tmp_path, capsys):
     assert "speech L1 L3" in page
     report = (out / "report.md").read_text()
     assert "| foga | speech | mos | -0.300 |" in report
+    assert "| foga | both | val/flow_loss | +0.000 | — | [+0.000, +0.000] |" in report
+    assert "| foga | audio | val/flow_loss | +0.250 | — | [+0.250, +0.250] |" in report
+    assert "| audio | val/flow_loss | 0.750 | 0.500 |" in report
     assert "speech L1 L3" in report
     assert "| none | 1 | none |" in report
     assert "With 2 seeds no p-value can be below 0.500" in report
@@ -172,7 +177,7 @@ def test_runs_are_compared_by_strategy_and_seed(tmp_path, capsys):
     main(["compare", *folders, "--baseline", "none", "--out", str(out)])
     assert "of an earlier comparison" not in {path.read_text("latin1") for path in (out / "plots").iterdir()}
     rows = [row.split(",") for row in (out / "compare.csv").read_text().splitlines()]
-    losses = {(row[0], row[1]) for row in rows if row[4] == "val/flow_loss"}
+    losses = {(row[0], row[1]) for row in rows if row[4] == "val/flow_loss" and not row[3]}
     assert losses == {("foga", "0"), ("none", "0"), ("none", "1")}, "the loss of foga-1 is of step 5"
     (tmp_path / "trains").mkdir()
     (tmp_path / "trains" / "plan.json").write_text("[]")

@@ -14,7 +14,7 @@ from agrepa_fast.errors import UserError
 from agrepa_fast.evaluation.aggregate import SetDistances
 from agrepa_fast.evaluation.compare import differences
 from agrepa_fast.evaluation.results import FIELDS, write_embeddings
-from agrepa_fast.evaluation.stored import read_clips, read_embeddings, read_layers, read_loss, read_results
+from agrepa_fast.evaluation.stored import read_clips, read_embeddings, read_layers, read_losses, read_results
 from agrepa_fast.reporting import comparison
 from agrepa_fast.reporting.report import write_report
 
@@ -27,7 +27,8 @@ def compared_run(folder: Path, label: str) -> Path:
     """A run that was evaluated, as `agrepa compare` and `agrepa report` read it."""
     evaluated(folder / "evaluate", label, 0)
     (folder / "config.yaml").write_text(f"align: {{strategy: {label}}}\n")
-    (folder / "summary.json").write_text(json.dumps({"steps": 5, "val/flow_loss": {"ema": 0.5}}))
+    losses = {"val/flow_loss": {"ema": 0.5}, "val/flow_loss_by_domain": {"speech": 0.5}}
+    (folder / "summary.json").write_text(json.dumps({"steps": 5, **losses}))
     (folder / "selection.json").write_text(json.dumps({"layers": {"speech": [1]}}))
     (folder / "metrics.jsonl").write_text('{"step": 1, "val/flow_loss": 0.5}\n')
     return folder
@@ -122,7 +123,7 @@ def test_a_wrong_row_of_clips_is_named(change, said, runs, tmp_path):
 
 
 def test_a_run_without_its_own_files_is_none(tmp_path):
-    assert read_loss(tmp_path, {}) is None
+    assert read_losses(tmp_path, {}) == {}
     assert read_layers(tmp_path) == {}
 
 
@@ -198,7 +199,7 @@ def test_keys_stand_beside_their_embeddings(tmp_path):
 
 def test_a_loss_that_diverged_has_no_p_value(tmp_path):
     runs = [evaluated(tmp_path / f"{label}{seed}", label, seed) for label in ("none", "foga") for seed in (0, 1)]
-    runs[3].__dict__["loss"] = float("nan")
+    runs[3].losses[""] = float("nan")
     (loss,) = (one for one in differences(runs, "none", 0.95) if one.metric == "val/flow_loss")
     assert loss.p is None
     assert not loss.clear
