@@ -2,7 +2,7 @@
 # compare_alignment.sh phones|weights|codes [OPTION ...]: compare where alignment goes, on the demo's recordings by the
 # preset demo-long. An arm takes three to seven minutes on a CPU core (OMP_NUM_THREADS=1, two side by side). The same
 # command goes on after an interruption. Runs and reports go to runs/compare-NAME. OPTION: of `agrepa compare`, such as
-# --dry-run.
+# --dry-run. SHARDS, in the environment: where the shards are or will be, instead of data/short or data/codes.
 #
 #   phones   all ways to choose layers, FoG-A's by hard and soft choice and aligned by time-means and by frames; tokens
 #            of speech are phones, which carry the words: 10 arms
@@ -15,11 +15,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${1:?one of phones, weights, codes}
 shift
-agrepa=agrepa
-[ -x .venv/bin/agrepa ] && agrepa=.venv/bin/agrepa
+python=python3
+[ -x .venv/bin/python ] && python=.venv/bin/python
 
 path=data/short
 [ "$name" = codes ] && path=data/codes
+path=${SHARDS:-$path}
 settings=(data.path="$path" data.max_seconds=4.5 'data.bucket_seconds=[1.5,2.0,3.0]' data.teacher_rate=12.5)
 metrics=('metrics.only=[wer,mos,mel]')
 out=runs/compare-$name
@@ -27,8 +28,8 @@ frames=align.strategy=foga,align.objective=frames
 case $name in
 phones | weights)
   out=runs/compare-phones
-  arms=(--strategies none,shallow,foga,middle,deep,random,lasp,gradnorm
-    --strategies foga-soft:align.strategy=foga,align.choice=soft --strategies "frames-weight-0.3:$frames")
+  arms=(--strategies none,foga --strategies "frames-weight-0.3:$frames" --strategies shallow,middle,deep,random,lasp
+    --strategies gradnorm --strategies foga-soft:align.strategy=foga,align.choice=soft)
   weights=()
   [ "$name" = phones ] || weights=(0.1 1)
   for weight in "${weights[@]}"; do
@@ -48,10 +49,10 @@ codes)
   ;;
 esac
 
-[ -f "$path/index.json" ] || "$agrepa" prepare demo --preset demo-long "${settings[@]}"
+[ -f "$path/index.json" ] || "$python" -m agrepa_fast.cli prepare demo --preset demo-long "${settings[@]}"
 [ "$name" = codes ] && settings+=(flow.drop_tokens=0.5)
 # align.bitc_*: lasp asks BiT-C's projections. Their optimizer is AdamW, so a small weight trains them as well.
-exec "$agrepa" compare --out "$out" --seeds 0,1,2 "${arms[@]}" --preset demo-long --warmup 300 \
+exec "$python" -m agrepa_fast.cli compare --out "$out" --seeds 0,1,2 "${arms[@]}" --preset demo-long --warmup 300 \
   "${settings[@]}" align.weight=0.3 align.bitc_speech=0.1 align.bitc_audio=0.1 train.batch_frames=800 train.steps=550 \
   train.val_every=250 train.save_every=550 eval.clips=6 flow.steps=8 \
   probe.storage_clips=16 "${metrics[@]}" metrics.clips=12 "$@"

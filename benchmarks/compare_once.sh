@@ -1,26 +1,25 @@
 #!/usr/bin/env bash
-# compare_once.sh [SECONDS [OPTION ...]]: compare the selectors on the demo within SECONDS (570), on a machine with one GPU.
+# compare_once.sh [SECONDS [OPTION ...]]: `compare_alignment.sh weights` within SECONDS (570), on a machine with one GPU.
 #
-# The machine needs this checkout and either its virtual environment, .venv, with the demo's shards in data/demo (25 MB), or
-# the pack of gpu_once.sh in .gpu_once/. No network, and no model of a metric: what is measured is the validation flow loss
-# and the distance of mels. Seeds follow each other, and in each the baseline and FoG-A come first, so that every run that
-# has finished at the limit has its partner. $OUT (runs/compare_once) gets the report, the tables, and the settings,
-# curves and choices of each run, without weights and sound. OPTION: of `agrepa compare`. WARMUP, STEPS: of a branch's
-# whole training, in the environment.
+# The machine needs this checkout and either its virtual environment, .venv, with compare_alignment.sh's shards in data/short
+# (34 MB), or the pack of `SHARDS=data/short benchmarks/gpu_once.sh` in .gpu_once/. No network, and no model of a metric:
+# what is measured is the validation flow loss and the distance of mels. Seeds follow each other, and in each the baseline,
+# FoG-A and its frames come first, so that every run that has finished at the limit has its partner. $OUT
+# (runs/compare_once) gets the report, the tables, and the settings, curves and choices of each run, without weights and
+# sound. OPTION: of `agrepa compare`. WARMUP, STEPS: of a branch's whole training, in the environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seconds=${1:-570}
 shift || true
-out=${OUT:-runs/compare_once} shards=${SHARDS:-data/demo} python=python3
-warmup=${WARMUP:-200} steps=${STEPS:-600}
+out=${OUT:-runs/compare_once} shards=${SHARDS:-data/short}
+warmup=${WARMUP:-300} steps=${STEPS:-1500}
 mkdir -p "$out"
 out=$(realpath "$out") # keep() leaves this folder
 work=$(mktemp -d)
-[ -x .venv/bin/python ] && python=.venv/bin/python
 if [ -f .gpu_once/once.tar.gz ]; then
   tar -xzf .gpu_once/once.tar.gz -C "$work"
   export PYTHONPATH=$work/site TRITON_CACHE_DIR=$work/triton
-  shards=$work/demo python=python3
+  shards=$work/demo
 fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
@@ -36,8 +35,7 @@ keep() {
 mkdir -p "$work/compare"
 trap keep EXIT
 
-timeout --kill-after=45 $((seconds - 60)) "$python" -m agrepa_fast.cli compare --out "$work/compare" --seeds 0,1,2 \
-  --strategies none,foga,shallow --strategies foga-soft:align.strategy=foga,align.choice=soft \
-  --strategies random,deep,middle,lasp,gradnorm --preset demo --warmup "$warmup" "$@" \
-  data.path="$shards" train.steps="$steps" train.val_every=200 'metrics.only=[mel]' eval.vocoder=griffin-lim 2>&1 |
+SHARDS=$(realpath "$shards") timeout --kill-after=45 $((seconds - 60)) benchmarks/compare_alignment.sh weights \
+  --out "$work/compare" --warmup "$warmup" train.steps="$steps" train.val_every=250 train.save_every="$steps" \
+  'metrics.only=[mel]' eval.vocoder=griffin-lim "$@" 2>&1 |
   tee "$out/log.txt" || echo "compare_once.sh: stopped at the limit or failed; the table has what had finished"
