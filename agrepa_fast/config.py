@@ -375,7 +375,8 @@ class Config:
             f"probe.warmup_steps={probe.warmup_steps} leaves no step to align before train.steps={self.train.steps}: "
             f"lower it, raise train.steps, or choose another align.strategy",
         )
-        first = probe.start_step + 1 if probe.confidence < 1 and clips > 1 else first
+        if probe.confidence < 1 and clips > 1:  # gradnorm is sure of nothing before a second probe
+            first = min(first, probe.start_step + 1 + (probe.every if name == "pool" else 0))
         check(
             align.stop is None or align.stop > first,
             f"align.stop={align.stop} comes before the layers are chosen: raise it above {first}",

@@ -51,7 +51,8 @@ class Aligner:
         align = config.align
         self._varies = bool(align.warmup_steps or align.decay)
         self._factor = torch.ones((), device=device)  # of the step; a captured step reads it
-        self.objective = make_objective(align.objective, self.widths, teacher_dims)
+        dtype = next(model.parameters()).dtype
+        self.objective = make_objective(align.objective, self.widths, teacher_dims, dtype)
         self.target_widths = target_widths(self.objective, self.widths, teacher_dims)
         weights = {"speech": align.bitc_speech, "audio": align.bitc_audio}
         given = teacher_dims if model.condition_width is not None else ()

@@ -76,9 +76,9 @@ class Objective:
     ) -> torch.Tensor:
         """Return the loss (N,) of each clip at one layer, without its weight lambda.
 
-        tap (N, T, width), or pooled (N, width), in the model's dtype; target (N, T, E), or pooled (N, E), fp32; mask
-        (N, T) bool: frames that count, or pooled (N,): clips that do; t (N,) flow times. Tap and target are zero where
-        mask is False. Clips without a frame that counts are left out of the sum afterwards.
+        tap (N, T, width) in the model's dtype, or pooled (N, width) fp32; target (N, T, E), or pooled (N, E), fp32;
+        mask (N, T) bool: frames that count, or pooled (N,): clips that do; t (N,) flow times. Tap and target are zero
+        where mask is False. Clips without a frame that counts are left out of the sum afterwards.
         """
         raise NotImplementedError(f"{type(self).__name__} has no loss(head, tap, target, mask, t)")
 

@@ -33,12 +33,14 @@ OBJECTIVES: dict[str, type[Objective]] = {
 _LENGTHS = (7, 3, 0)  # frames of the trial's clips; the last is of another domain
 
 
-def make_objective(name: str, widths: Sequence[int], teacher_dims: dict[str, int]) -> Objective:
+def make_objective(
+    name: str, widths: Sequence[int], teacher_dims: dict[str, int], dtype: torch.dtype = torch.float32
+) -> Objective:
     """Return the objective of align.objective=name. widths: channels of the model's layers, L1 first; teacher_dims:
-    domain -> width of its teacher's vectors.
+    domain -> width of its teacher's vectors; dtype: the model's.
 
-    A MODULE:CLASS is tried on random clips of these widths. Raises UserError, with the place in the user's
-    code, if the class cannot be imported or fails the trial.
+    A MODULE:CLASS is tried on random clips of these widths, its frames in fp32 and in dtype. Raises UserError, with the
+    place in the user's code, if the class cannot be imported or fails the trial.
     """
     if name in OBJECTIVES:
         return OBJECTIVES[name]()
@@ -52,7 +54,7 @@ def make_objective(name: str, widths: Sequence[int], teacher_dims: dict[str, int
         check(objective.tap == "frames" or one_vector, f"target={objective.target!r} needs tap='frames'")
         for width in {*widths}:
             for target_width in {*target_widths(objective, widths, teacher_dims).values()}:
-                _try(objective, width, target_width)
+                _try(objective, width, target_width, dtype)
     except Exception as error:  # anything, in code that is not ours
         raise UserError(f"align.objective={name}: {their_error(error)}") from error
     return objective
@@ -82,6 +84,8 @@ def check_layers(align: AlignConfig, objective: Objective, widths: Sequence[int]
     check(len({*widths}) == 1, f"{name} compares layers with deeper ones, and these have {different} channels")
     last = align.strategy == "deep" or len(widths) in align.fixed_layers
     check(not last, f"{name} compares layers with deeper ones, and align.strategy={align.strategy} takes the last")
+    every = align.strategy != "none" and not align.fixed_layers and align.share is None and align.k >= len(widths)
+    check(not every, f"{name} compares layers with deeper ones, and align.k={align.k} takes the last: lower it")
 
 
 def check_shards(align: AlignConfig, objective: Objective, index: Index) -> None:
@@ -100,8 +104,9 @@ def check_shards(align: AlignConfig, objective: Objective, index: Index) -> None
         )
 
 
-def _try(objective: Objective, width: int, target_width: int) -> None:
-    """Raise ValueError if the losses of random clips or their gradients are not finite, or change with the padding."""
+def _try(objective: Objective, width: int, target_width: int, dtype: torch.dtype) -> None:
+    """Raise ValueError if the losses of random clips or their gradients are not finite, or change with the padding; any
+    error that it raises for frames in dtype."""
     head = make_head(objective, width, target_width, seed=0)
     if head is not None:
         head.eval()
@@ -114,6 +119,8 @@ def _try(objective: Objective, width: int, target_width: int) -> None:
         )
     if not torch.allclose(*losses, rtol=1e-3, atol=1e-5):
         raise ValueError("padding changes the loss of a clip: average over the frames of mask alone")
+    if objective.tap == "frames" and dtype != torch.float32:
+        _losses(objective, head, tap.to(dtype), target, 0)
 
 
 def _losses(

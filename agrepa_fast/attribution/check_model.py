@@ -27,7 +27,7 @@ def check_model(model: Backbone, config: ModelConfig, flow: FlowConfig) -> list[
     try:
         with evaluation_mode(model), torch.no_grad():
             batch = _random_clips(config)
-            _check_widths(model, batch)
+            _check_states(model, batch)
             FogaProbe(model, ProbePoints((0.5,))).check_blocks(batch)
             change = _change_by_padding(model, batch)
             ignored = (flow.drop_tokens or flow.drop_all or flow.guidance != 1) and _ignores_drops(model, batch)
@@ -61,14 +61,22 @@ def _random_clips(config: ModelConfig) -> ProbeBatch:
     return ProbeBatch(mel, condition, torch.zeros(2, dtype=torch.int64), (0, 1))
 
 
-def _check_widths(model: Backbone, batch: ProbeBatch) -> None:
-    """Raise ValueError if a layer's states have another width than it says."""
+def _check_states(model: Backbone, batch: ProbeBatch) -> None:
+    """Raise ValueError if a layer's states have another width than it says, or are not those of frames at a stride:
+    other tokens before them, or the frames that a convolution without padding lacks, would put each frame beside the
+    target of another."""
     layers = range(1, len(model.layers) + 1)
     out = model(batch.mel, clip_times(batch, 0.5), batch.condition, capture=tuple(layers))
     for number, layer in enumerate(model.layers, 1):
         shape = tuple(out.hidden[number].shape)
         if len(shape) != 3 or shape[0] != 2 or shape[2] != layer.width:
             raise ValueError(f"layer {number} says width={layer.width}, and its states are {shape}, not (2, T, width)")
+        stride = -(-_FRAMES[0] // shape[1])
+        if shape[1] != -(-_FRAMES[0] // stride):
+            raise ValueError(
+                f"layer {number} has {shape[1]} states for {_FRAMES[0]} frames, where a stride leaves T/1, T/2, …: set "
+                "Layer.tap to a module behind which there are states of frames alone"
+            )
 
 
 def _change_by_padding(model: Backbone, batch: ProbeBatch) -> float:

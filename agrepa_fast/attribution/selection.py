@@ -195,10 +195,13 @@ def select_as(
 
 
 def _measured(scores: LayerScores, domain: str) -> torch.Tensor:
-    """Return the layers (L,) bool that stand out of the floor. Storage scores have no floor: every finite one does."""
+    """Return the layers (L,) bool that stand out of the floor. Storage scores have no floor: every finite one does.
+    Nor have gradient norms, whose spread over steps is that of the whole gradient's: every layer that has one does."""
     mean = scores.mean(domain)
     if scores.measure in STORAGE:
         return mean.isfinite()
+    if scores.measure == "gradnorm":
+        return mean > 0
     stderr = scores.stderr(domain).nan_to_num(posinf=0)  # one clip has no standard error
     return mean - 2 * stderr > ABOVE_FLOOR * scores.floor_of(domain)
 

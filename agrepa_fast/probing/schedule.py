@@ -88,6 +88,9 @@ class LayerChoice:
             self.read_pending()
             if launches and self.due(step):  # not if the layers have just been chosen
                 self.pending = self._launch(step)
+        align = self.config.align
+        if align.measured and step == align.stop and self.aligner.selection is None:
+            self.report(f"step {step}: align.stop={step} came before any layers were chosen: nothing was aligned")
         if len(self._failures) >= MAX_FAILED:
             chooses = f"align.strategy={self.config.align.strategy} chooses no layers"
             if self.aligner.selection is not None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ..alignment.aligner import Aligner
 from ..alignment.registry import check_backbone, check_layers, check_shards, make_objective
 from ..attribution.csv import drop_later_probes
+from ..attribution.selection import LayerSelection
 from ..audio.vocoder import Vocoder, load_vocoder
 from ..checkpoints.load import load_checkpoint
 from ..checkpoints.save import Checkpoints
@@ -138,6 +139,7 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
             if checkpoint is None:
                 set_attempt_aside(context.folder)
             drop_later_probes(context.folder / "attribution.csv", first_step)
+            _keep_choice(context.folder / "selection.json", aligner.selection)
             save_config(config, context.folder / "config.yaml")
         metrics.open(config.train.steps, first_step, tracker)
         checkpoints.continue_copy()
@@ -288,6 +290,14 @@ def check_together(config: Config, model: Backbone, index: Index) -> None:
 def teacher_dims(index: Index) -> dict[str, int]:
     """Return domain -> width of its teacher's vectors."""
     return {domain: index.teacher(domain).dim for domain in index.domains}
+
+
+def _keep_choice(file: Path, selection: LayerSelection | None) -> None:
+    """Write the layers that a run aligns from its first step on. Those of an attempt that had chosen already go."""
+    if selection is None:
+        file.unlink(missing_ok=True)
+    else:
+        selection.save(file)
 
 
 def begin(context: RunContext, choice: LayerChoice) -> None:

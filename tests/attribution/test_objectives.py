@@ -323,6 +323,12 @@ class Broken(Mine):
     def loss(self, head, tap, target, mask, t):
         raise KeyError("gone")
 
+class Mixed(Mine):
+    tap = target = "frames"
+
+    def loss(self, head, tap, target, mask, t):
+        return (F.mse_loss(head(tap), target, reduction="none").mean(2) * mask).sum(1) / mask.sum(1).clamp(min=1)
+
 class NoLoss(Objective):
     pass
 
@@ -383,3 +389,9 @@ def test_what_cannot_be_an_objective_is_refused_in_one_line(name, message, their
     with pytest.raises(UserError, match=message) as refusal:
         make_objective(name.format(theirs), WIDTHS, DIMS)
     assert "\n" not in str(refusal.value)
+
+
+def test_an_objective_of_frames_is_tried_in_the_models_dtype(theirs):
+    make_objective(f"{theirs}:Mixed", WIDTHS, DIMS)
+    with pytest.raises(UserError, match=r"their_objective.py:35, in loss: RuntimeError: mat1 and mat2"):
+        make_objective(f"{theirs}:Mixed", WIDTHS, DIMS, torch.bfloat16)

@@ -39,6 +39,12 @@ def test_refresh_measures_again_and_stop_ends_it(index, tmp_path):
     assert made.aligner.layers(14) == (0,)
 
 
+def test_a_stop_before_any_choice_is_said(index, tmp_path):
+    made = Choice(index, tmp_path, "align.stop=4", "align.k=3", "probe.confidence=0.9999", "train.steps=50")
+    assert made.run(range(1, 9)) == []
+    assert made.said[-1] == "step 4: align.stop=4 came before any layers were chosen: nothing was aligned"
+
+
 def probe(means, step):
     """LayerScores of 16 clips per domain whose scores spread about the means by 0.1."""
     noise = torch.randn(len(means), 2, 16, generator=torch.Generator().manual_seed(0))

@@ -221,12 +221,12 @@ def test_the_end_of_a_run_measures_what_layers_contribute_and_store(index, tmp_p
 def test_gradnorm_counts_a_step_as_a_clip(index, tmp_path):
     made = Choice(index, tmp_path, "align.strategy=gradnorm", "probe.pool=3", "align.k=2")
     for step in range(1, 8):
-        made.choice._norms = torch.tensor([0.1, 0.4, 0.2, 0.3]) * step
+        made.choice._norms = torch.tensor([0.1, 0.4, 0.2, 0.3]) * 2.0**step  # their order is the same in all
         made.choice.after_step(step)
     selection = made.aligner.selection
     assert selection.layers == {"speech": (2, 4), "audio": (2, 4)}
     assert selection.evidence["audio"]["clips"] == 3
-    assert selection.evidence["audio"]["mean"] == pytest.approx([0.4, 1.6, 0.8, 1.2])  # steps 2, 4 and 6
+    assert selection.evidence["audio"]["mean"] == pytest.approx([2.8, 11.2, 5.6, 8.4])  # steps 2, 4 and 6
 
 
 def test_a_layer_without_trained_parameters_has_no_gradient_to_rank():
@@ -265,6 +265,10 @@ def test_a_layer_without_trained_parameters_has_no_gradient_to_rank():
         (["align.stop=7", "probe.confidence=0.9", "probe.clips=1"], "align.stop=7 comes before the layers are chosen"),
         (["align.stop=7", "probe.confidence=0.9", "align.strategy=gradnorm"], "align.stop=7 comes before the layers"),
         (["align.stop=3", "probe.confidence=0.9"], "align.stop=3 comes before the layers are chosen: raise it above 3"),
+        (
+            ["align.stop=5", "probe.confidence=0.9", "align.strategy=gradnorm", "probe.pool=2"],
+            "align.stop=5 comes before the layers are chosen: raise it above 5",
+        ),
         (["train.steps=7"], "probe.warmup_steps=6 leaves no step to align before train.steps=7: lower it, raise"),
         (["probe.times=[0.5,0.3]"], "must rise"),
         (["probe.times=[0.5,0.5]"], "must rise"),

@@ -51,6 +51,18 @@ class Narrow(Mine):
         return [Layer((block,), width=5) for block in self.blocks]
 
 
+class Prefixed(Mine):
+    """A token stands before the frames, and the tap sees it."""
+
+    def velocity(self, x_t, t, condition):
+        time = self.time(self.scale * t[:, None, None]) + self.said(condition)
+        x = self.enter(torch.cat((x_t, condition.reference), -1))
+        x = torch.cat((time, x), dim=1)
+        for block in self.blocks:
+            x = block(x, time=time)
+        return self.leave(x[:, 1:])
+
+
 class Raises(Mine):
     def velocity(self, x_t, t, condition):
         return self.speaker(condition)

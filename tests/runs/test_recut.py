@@ -55,7 +55,8 @@ def test_ranks_draw_dropout_masks_of_their_own(saved):
 
 @pytest.mark.drill
 def test_bf16_goes_on_at_stage_0_with_the_optimizer_of_stage_3(preset, ds_configs, tmp_path):
-    args = ("--preset", str(preset), "run.dir=run", "train.precision=bf16", "align.strategy=none", "train.optimizer=muon")
+    args = ("--preset", str(preset), "run.dir=run", "train.precision=bf16", "train.optimizer=muon")
+    args += ("align.strategy=none",)
     run_training(1, "--ds_config", ds_configs[3], *args, "train.save_every=3", "train.steps=4", cwd=tmp_path)
     uninterrupted = metrics(tmp_path / "run")
     run_training(1, "--ds_config", "zero0.json", "--resume", "step00000003", "run.dir=run", cwd=tmp_path)

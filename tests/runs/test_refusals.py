@@ -275,6 +275,7 @@ class TestRefusals:
             (("data.audio_teacher=package:whisper-base",), "prepared with data.audio_teacher=openai/whisper-large-v3"),
             (("align.objective=frames",), "one vector per clip of speech: prepare with data.teacher_rate"),
             (("align.objective=sra", "align.strategy=deep"), "align.strategy=deep takes the last"),
+            (("align.objective=layersync", "align.k=4"), "align.k=4 takes the last: lower it"),
             (("model.backbone=voicebox", "model.extra_vocab=9"), "voicebox takes no second token"),
             (("eval.vocoder=package:hifigan",), "eval.vocoder"),
             (("eval.vocoder=grifin-lim",), "did you mean 'griffin-lim'"),

@@ -241,6 +241,17 @@ def test_an_interrupted_save_loses_nothing(preset, tmp_path):
     assert (folder / "latest").read_text() == "step00000004-2"
 
 
+def choices_at_steps() -> None:
+    step = Run.step
+
+    def step_after_a_copy(self, batches, at):
+        if (file := self.context.folder / "selection.json").exists():
+            shutil.copy(file, file.with_name(f"before{at + 1}.json"))
+        step(self, batches, at)
+
+    Run.step = step_after_a_copy
+
+
 def test_layers_are_chosen_early_once_the_choice_is_sure(preset, tmp_path):
     """Pooled over two probes; a resume from before the choice makes the same one."""
     arguments = ["--preset", str(preset), "run.dir=run", "probe.warmup_steps=4", "train.steps=6"]
@@ -256,6 +267,6 @@ def test_layers_are_chosen_early_once_the_choice_is_sure(preset, tmp_path):
     whole = json.loads((tmp_path / "unsure" / "selection.json").read_text())
     assert whole["step"] == 4
     shutil.rmtree(tmp_path / "unsure" / "checkpoints" / "step00000006")
-    (tmp_path / "unsure" / "selection.json").unlink()
-    run_training(1, *arguments, "train.keep=9", "--resume", "step00000003", cwd=tmp_path)
+    run_training(1, *arguments, "train.keep=9", "--resume", "step00000003", cwd=tmp_path, plant=choices_at_steps)
+    assert not (tmp_path / "unsure" / "before4.json").exists(), "layers of the later checkpoint, before it chose again"
     assert json.loads((tmp_path / "unsure" / "selection.json").read_text()) == whole
