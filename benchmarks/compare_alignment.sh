@@ -15,8 +15,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${1:?one of phones, weights, codes}
 shift
-python=python3
-[ -x .venv/bin/python ] && python=.venv/bin/python
+python=${PYTHON:-python3}
+[ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ] && python=.venv/bin/python
 
 path=data/short
 [ "$name" = codes ] && path=data/codes

@@ -104,6 +104,12 @@ def main() -> None:
     arms = {label: split_overrides(settings) for label, _, settings in (text.partition(":") for text in labelled)}
     overrides = [text for text in args.arms if text not in labelled]
     seeds = args.seeds.split(",")
+    labels = [text.partition(":")[0] for text in labelled]
+    for name, values in (("--seeds", seeds), ("the arms", labels)):
+        if repeated := [value for value in values if values.count(value) > 1]:
+            raise UserError(f"{name}: {repeated[0]} twice")
+    if not arms:
+        raise UserError("no arm: name one as LABEL:section.field=value, or LABEL: alone for the preset as it is")
     folder = Path("runs/sweep") / args.name
 
     runs: dict[str, list[Path]] = {label: [] for label in arms}

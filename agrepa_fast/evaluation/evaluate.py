@@ -79,7 +79,8 @@ class Judges:
         long as a tenth of an evaluation."""
         sounds = _usable(truths)
         gauge = gauge_of(model, sounds)
-        asked = {**model.identity, "clips": [self._sha256(wav.path) for wav in truths], "bounds": gauge[1:]}
+        asked = {**model.identity, "language": self.metrics.language, "bounds": gauge[1:]}
+        asked["clips"] = [self._sha256(wav.path) for wav in truths]
         kept = ScoreCache(cache_dir() / "self-tests", kind, asked)
         if (before := kept.read("test")) is not None:
             return SelfTest(**before)

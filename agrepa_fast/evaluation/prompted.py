@@ -24,7 +24,7 @@ from ..models.condition import Condition
 from ..ranks import Ranks
 from .lists import Utterance
 from .manifest import Clip
-from .synthesis import wav_content
+from .synthesis import has_content, wav_content
 
 LONGEST = 40  # seconds of a prompt and its sample (eval/utils_eval.py, get_inference_prompt)
 LEVEL = 0.1  # root of the mean square that quiet prompts are raised to, and their samples lowered from
@@ -46,7 +46,7 @@ class PromptedSynthesis:
         UserError for a prompt that cannot be read or is silent, or that would make a sample too long."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for clip, utterance in ranks.part_of(clips):
-            if not self.path(clip).is_file():
+            if not has_content(self.path(clip)):
                 content = wav_content(self.say(utterance, clip.noise_key), self.vocoder.sample_rate)
                 write_atomically(self.path(clip), content, durable=False)
             ranks.check_others()

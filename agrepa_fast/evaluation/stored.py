@@ -77,15 +77,16 @@ def read_results(file: Path) -> dict:
 
 def read_losses(run: Path, results: dict) -> dict[str, float]:
     """Return the validation flow loss of the weights that an evaluation of a run measured: of all clips, as "", and of
-    each domain. {} if that is unknown: summary.json is missing, or of another step, or the weights are not the averaged
-    ones. Raises UserError for a damaged one."""
+    each domain if there are several. {} if that is unknown: summary.json is missing, or of another step, or the weights
+    are not the averaged ones. Raises UserError for a damaged one."""
     file = run / "summary.json"
     if not file.is_file():
         return {}
     summary = _checked(file, _Summary, _OTHER_RUN)
     if not results.get("averaged", True) or results.get("step", summary["steps"]) != summary["steps"]:
         return {}
-    return {"": summary["val/flow_loss"]["ema"], **summary["val/flow_loss_by_domain"]}
+    by_domain = summary["val/flow_loss_by_domain"]
+    return {"": summary["val/flow_loss"]["ema"], **(by_domain if len(by_domain) > 1 else {})}
 
 
 def read_layers(run: Path) -> dict[str, list[int]]:

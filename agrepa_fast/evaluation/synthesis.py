@@ -102,7 +102,7 @@ class Synthesis:
             return self._vocode(mel)
         made = f"{self.vocoder.name} {self.vocoder.sample_rate}".encode() + mel.numpy().tobytes()
         kept = cache_dir() / "wavs" / f"{hashlib.sha256(made).hexdigest()[:32]}.wav"
-        if not _has_content(kept):
+        if not has_content(kept):
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(kept, self._vocode(mel), durable=False)
         return kept.read_bytes()
@@ -130,10 +130,11 @@ def _is_whole(wav: Path) -> bool:
             float(json.loads(wav.with_suffix(".json").read_bytes())["mel_l1"])
         except (OSError, ValueError, TypeError, KeyError):
             return False
-    return _has_content(wav)
+    return has_content(wav)
 
 
-def _has_content(file: Path) -> bool:
+def has_content(file: Path) -> bool:
+    """Whether a file is there, and no crash of the machine has left it empty."""
     return file.is_file() and file.stat().st_size > 0
 
 

@@ -8,6 +8,7 @@ from ..evaluation.compare import Difference
 from ..training.metrics import read_metrics
 from .figure import new_figure
 
+_STYLES = ("-", "--", ":", "-.")  # of each ten arms
 _INK, _ACCENT, _FAINT = "#333333", "#1f77b4", "#b0b0b0"
 
 
@@ -30,17 +31,17 @@ def plot_forest(found: Sequence[Difference], baseline: str, path: Path) -> None:
 
 
 def plot_curves(files: Mapping[tuple[str, int], Path], path: Path) -> None:
-    """Draw the validation flow losses of all runs, a colour per arm."""
+    """Draw the validation flow losses of all runs, a colour and a style per arm."""
     figure = new_figure(7, 4)
     axes = figure.subplots()
     labels = list(dict.fromkeys(label for label, _ in files))
     for (label, _seed), file in files.items():
         if file.is_file() and (points := read_metrics(file).get("val/flow_loss")):
             steps, values = zip(*points, strict=True)
-            colour = f"C{labels.index(label)}"
+            colour, style = f"C{labels.index(label) % 10}", _STYLES[labels.index(label) // 10 % len(_STYLES)]
             known = label in [line.get_label() for line in axes.lines]
-            axes.plot(steps, values, color=colour, alpha=0.8, label=None if known else label)
-    axes.set_xlabel("optimizer steps after the warm-up")
+            axes.plot(steps, values, style, color=colour, alpha=0.8, label=None if known else label)
+    axes.set_xlabel("optimizer steps of the run")
     axes.set_ylabel("validation flow loss")
     if axes.lines:
         axes.legend()

@@ -54,8 +54,8 @@ def _facts(comparison: Comparison) -> dict[str, object]:
 
 
 def _warnings(comparison: Comparison) -> list[str]:
-    circular = comparison.runs[0].results["circular"]
-    lines = [f"{kind} is {teacher} and rewards alignment by construction" for kind, teacher in circular.items()]
+    circular = dict.fromkeys(pair for run in comparison.runs for pair in run.results["circular"].items())
+    lines = [f"{kind} is {teacher} and rewards alignment by construction" for kind, teacher in circular]
     missing = f"failed twice or not run, and missing below: {', '.join(comparison.failed)}"
     return [*lines, missing] if comparison.failed else lines
 
@@ -73,10 +73,9 @@ def _table(grid: Grid, texts: tuple[int, ...]) -> Table:
 def _clips(comparison: Comparison) -> list[Section]:
     """Return the clips of the first seed that the most strategies have."""
     seed = max(comparison.seeds, key=lambda one: (sum(run.seed == one for run in comparison.runs), -one))
-    runs = {run.label: run.folder for run in comparison.runs if run.seed == seed}
+    runs = [run for run in comparison.runs if run.seed == seed]
     recorded = recorded_clips(
-        {label: (folder, read_clips(folder / "clips.csv")) for label, folder in runs.items()},
-        comparison.runs[0].results,
+        {run.label: (run.folder, run.results, read_clips(run.folder / "clips.csv")) for run in runs}
     )
     if not recorded:
         return []

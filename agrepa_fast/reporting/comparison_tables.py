@@ -100,8 +100,8 @@ def differences_to_baseline(comparison: Comparison) -> Grid:
         ]
         for one in comparison.found
     ]
-    seeds = len(comparison.seeds)
-    if seeds == 1:
+    seeds = max((len(one.of_seeds) for one in comparison.found), default=0)  # that both have
+    if seeds < 2:
         note = "One seed: the table says nothing of the methods, only of these models."
     else:
         note = (

@@ -147,11 +147,10 @@ def listed_material(
 
 
 def clip_of(utterance: Utterance, draw: int = 0) -> Clip:
-    """Return the clip of an utterance, which its text and the contents of its recordings make."""
-    files = [file_sha256(file) for file in (utterance.truth, utterance.prompt) if file]
-    return Clip(
-        "speech", utterance.key, draw, 0, utterance.text, hashlib.sha256("".join(files).encode()).hexdigest()[:16]
-    )
+    """Return the clip of an utterance, which its text, its prompt's and the contents of its recordings make."""
+    said = utterance.prompt_text + utterance.lead
+    made = "".join([*(file_sha256(file) for file in (utterance.truth, utterance.prompt) if file), said])
+    return Clip("speech", utterance.key, draw, 0, utterance.text, hashlib.sha256(made.encode()).hexdigest()[:16])
 
 
 def _pairs(recordings: Sequence[Recording], reference: Path, domain: str) -> dict[str, Recording]:

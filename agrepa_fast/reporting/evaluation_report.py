@@ -56,7 +56,7 @@ def _facts(results: Mapping) -> dict[str, str]:
 
 
 def _clips(folder: Path, results: Mapping, rows: Sequence[Mapping]) -> list[Section]:
-    recorded = recorded_clips({"": (folder, rows)}, results)
+    recorded = recorded_clips({"": (folder, results, rows)})
     if not recorded:
         return []
     clips = clips_within_budget(recorded, _CLIPS)
@@ -71,11 +71,11 @@ def about_codes(recorded: Sequence[Recorded]) -> str:
     return " Codes: the mean mel of each token, all that tokens alone say." if there else ""
 
 
-def recorded_clips(evaluations: Mapping[str, tuple[Path, Sequence[Mapping]]], results: Mapping) -> list[Recorded]:
+def recorded_clips(evaluations: Mapping[str, tuple[Path, Mapping, Sequence[Mapping]]]) -> list[Recorded]:
     """Return the clips of evaluations of one manifest, domains in turns: truth and codes of the first, and the samples
-    of all. evaluations: the name of its samples, "" for a single one, -> its folder and clips.csv."""
+    of all. evaluations: the name of its samples, "" for a single one, -> its folder, results.json and clips.csv."""
     found: dict[str, dict[str, Recorded]] = {}
-    for name, (folder, rows) in evaluations.items():
+    for name, (folder, results, rows) in evaluations.items():
         for row in rows:
             path = _wav(folder, results, row)
             if row["draw"] or path is None:

@@ -14,6 +14,9 @@ from agrepa_fast.evaluation.compare import Evaluated, agreement, check_comparabl
 from agrepa_fast.evaluation.results import FIELDS, clip_rows, summarise, write_clips
 from agrepa_fast.evaluation.stored import read_clips
 from agrepa_fast.reporting import comparison
+from agrepa_fast.reporting.comparison_report import report_markdown
+from agrepa_fast.reporting.comparison_tables import Comparison
+from agrepa_fast.reporting.evaluation_report import recorded_clips
 
 from ..reporting.listening import write_recordings
 
@@ -127,6 +130,20 @@ def test_other_clips_and_other_seeds_are_refused(tmp_path):
         check_comparable(runs)
     with pytest.raises(UserError, match="no seed in common"):
         differences([runs[0], evaluated(tmp_path / "c", "foga", 1)], "none", 0.95)
+
+
+def test_a_report_tells_the_facts_of_every_run(tmp_path):
+    """The teacher of any that judges it, the seeds that both arms have, and no sample of another run."""
+    runs = [evaluated(tmp_path / f"{label}{seed}", label, seed) for label, seed in (("none", 0), ("a", 0), ("a", 1))]
+    sound = write_recordings(tmp_path / "elsewhere", CLIPS[:1]) / f"{CLIPS[0]}.wav"
+    runs[0].results["files"] = {"sample": {CLIPS[0]: str(sound)}}
+    runs[2].results["circular"] = {"asr": "the teacher of speech"}
+    comparison = Comparison(runs, differences(runs, "none", 0.95), "none", {}, [])
+    report = report_markdown(comparison)
+    assert "* asr is the teacher of speech and rewards alignment by construction" in report
+    assert "One seed: the table says nothing of the methods" in report
+    (clip,) = recorded_clips({run.label: (run.folder, run.results, run.clips) for run in runs[:2]})
+    assert clip.files == {"none": sound}
 
 
 def test_agreement_of_choices():

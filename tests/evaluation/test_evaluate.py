@@ -109,6 +109,22 @@ def test_the_same_command_does_nothing_twice_and_goes_on_after_an_interruption(r
     assert float(again["mos"]) == 1 != float(speech["mos"])
 
 
+def test_a_self_test_counts_for_its_language_alone(run, tmp_path, calls, monkeypatch):
+    tested = []
+
+    def failing(gauge, _):
+        tested.append(gauge)
+        return SelfTest(-1.5, 1.0, 1.0, False)
+
+    monkeypatch.setattr(evaluate, "self_test", failing)
+    main(["evaluate", str(run), "--out", str(tmp_path / "en"), *FLAGS])
+    first = len(tested)
+    main(["evaluate", str(run), "--out", str(tmp_path / "again"), *FLAGS])
+    assert len(tested) == first > 0
+    main(["evaluate", str(run), "--out", str(tmp_path / "fr"), *FLAGS, "metrics.language=fr"])
+    assert len(tested) == 2 * first
+
+
 def test_ranks_share_the_work_and_change_nothing(run, tmp_path, calls):
     def on_rank(ranks):
         evaluate_checkpoint(run, FLAGS, ranks, live=False, domains=None, out=tmp_path / "two")

@@ -179,9 +179,10 @@ def test_samples_of_f5_s_list(tmp_path, librispeech, listeners, capsys, text, er
     row = next(row for row in clips(out) if (row["row"], row["key"]) == ("sample", "3-4-0007"))
     assert (row["del"], row["words"], row["heard"], row["seconds"], row["sha256"]) == ("3", "3", "", "", "")
     assert (out / "report.html").read_text().count("<audio") == 5
-    with pytest.raises(SystemExit):  # of another prompt
-        main([*command[:3], str(write_list(file, file.read_text().replace("1-2-0001", "3-4-0005"))), *command[4:]])
-    assert "holds an evaluation of other clips" in capsys.readouterr().err
+    for old, new in (("A prompt.", "My prompt."), ("1-2-0001", "3-4-0005")):  # another text of the prompt, and another
+        with pytest.raises(SystemExit):
+            main([*command[:3], str(write_list(file, file.read_text().replace(old, new))), *command[4:]])
+        assert "holds an evaluation of other clips" in capsys.readouterr().err
 
 
 def test_samples_of_a_list_without_truths(tmp_path, listeners, monkeypatch):

@@ -122,6 +122,16 @@ def test_a_wrong_row_of_clips_is_named(change, said, runs, tmp_path):
     assert said in str(refused.value)
 
 
+def test_the_losses_of_domains_are_told_if_there_are_several(runs, tmp_path):
+    run, results = shutil.copytree(runs / "none", tmp_path / "run"), {"averaged": True, "step": 5}
+    assert read_losses(run, results) == {"": 0.5}
+    summary = json.loads((run / "summary.json").read_text())
+    summary["val/flow_loss_by_domain"] = {"speech": 0.25, "audio": 0.75}
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert read_losses(run, results) == {"": 0.5, "speech": 0.25, "audio": 0.75}
+    assert read_losses(run, {**results, "averaged": False}) == read_losses(run, {**results, "step": 3}) == {}
+
+
 def test_a_run_without_its_own_files_is_none(tmp_path):
     assert read_losses(tmp_path, {}) == {}
     assert read_layers(tmp_path) == {}

@@ -258,6 +258,23 @@ def test_a_wrong_arm_of_a_sweep_is_refused_before_the_plan(program, tmp_path, mo
     assert "model.dim=384" in wide
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.lr=1e-3"], "no arm: name one as LABEL:section.field=value"),
+        (["a:train.lr=1e-3", "a:train.lr=2e-3"], "the arms: a twice"),
+        (["a:", "--seeds", "0,1,0"], "--seeds: 0 twice"),
+    ],
+)
+def test_arms_and_seeds_of_a_sweep_differ(arguments, message, program, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as refused:
+        program("sweep.py", "lr", *arguments)
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_sweep_compares_precisions_only_if_they_were_set(program, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
