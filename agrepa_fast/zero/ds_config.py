@@ -19,6 +19,21 @@ _POSITIVE = {  # of each section, "" for none: DeepSpeed divides by them
     "": ("steps_per_print", "gradient_predivide_factor"),
     "zero_optimization": ("reduce_bucket_size", "allgather_bucket_size", "sub_group_size"),
 }
+_IN_BF16 = "averaged weights would hardly move: masters and averages are fp32"
+_REFUSED = {  # section, name and value of what DeepSpeed takes -> why a run does not
+    ("bf16", "check_grad_overflow", False): "steps that are not finite must be left out",
+    ("bf16", "bf16_master_weights_and_grads", True): _IN_BF16,
+    ("bf16", "bf16_optimizer_states", True): _IN_BF16,
+    ("fp16", "auto_cast", True): "inputs would be rounded to fp16",
+    ("zero_optimization", "compute_grad_norm", False): (
+        "the norm shows which steps are not finite, and gradients are clipped by it"
+    ),
+    ("zero_optimization", "elastic_checkpoint", True): (
+        "no run could be resumed from its checkpoints; those without it are for other ranks, too"
+    ),
+    ("zero_optimization", "load_from_fp32_weights", False): "a resumed run would begin at rounded weights",
+    ("offload_optimizer", "super_offload", True): "DeepSpeed's own Adam would take the place of train.optimizer",
+}
 _TYPES = ("fp32", "fp16", "bf16", "float32", "float16", "bfloat16", "float", "half")
 _NEVER = 2**62  # steps between DeepSpeed's own progress lines: the run has a bar
 
@@ -128,13 +143,11 @@ def _check_sections(values: dict, train: TrainConfig) -> None:
         raise UserError(
             "train.compile: ZeRO-3 gathers weights inside a block, which cannot be compiled: use stage 0, 1 or 2"
         )
-    if values.get("bf16", {}).get("check_grad_overflow") is False:
-        raise UserError('ds_config "bf16": remove check_grad_overflow, steps that are not finite must be left out')
-    if values.get("zero_optimization", {}).get("compute_grad_norm") is False:
-        raise UserError(
-            'ds_config "zero_optimization": remove compute_grad_norm, the norm shows which steps are not finite, and '
-            "gradients are clipped by it"
-        )
+    offload = values.get("zero_optimization", {}).get("offload_optimizer")
+    sections = {**values, "offload_optimizer": offload if isinstance(offload, dict) else {}}
+    for (section, name, value), reason in _REFUSED.items():
+        if sections.get(section, {}).get(name) is value:
+            raise UserError(f'ds_config "{section}": remove {name}, {reason}')
     if values.get("fp16", {}).get("enabled") is True:
         raise UserError('ds_config "fp16": this engine trains in bf16 or fp32; remove it and set train.precision')
     for section in ("offload_optimizer", "offload_param"):

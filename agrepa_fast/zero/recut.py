@@ -28,7 +28,7 @@ from .masters import (
     write_untrained,
 )
 from .optimizers import optimizer_inside
-from .state_files import tensors_only
+from .state_files import plain_path, tensors_only
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FOLDER = "universal"
@@ -45,7 +45,7 @@ def load_recut(engine, path: Path, stage: int, counters: dict, say: Callable[[st
 
     counters: those of `step_counters` at the save. Raises UserError if DeepSpeed's files cannot be converted.
     """
-    moments = _whole_moments(engine, path, stage, say)
+    moments = _whole_moments(engine, path, stage, say) if counters["updates"] else _no_moments(engine)
     parts = {key: write_masters(engine, lambda name, key=key: moments(name, key)) for key in MOMENTS}
     weights = whole_tensors(path / "model.safetensors")
     write_masters(engine, weights)
@@ -59,6 +59,12 @@ def load_recut(engine, path: Path, stage: int, counters: dict, say: Callable[[st
     engine.lr_scheduler.load_state_dict(counters["schedule"])
     for group, lr in zip(optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = lr
+
+
+def _no_moments(engine) -> Callable[[str, str], torch.Tensor]:
+    """Return the moments before the first update: DeepSpeed's files have none then."""
+    shapes = {name: whole_shape(parameter) for name, parameter in engine.module.named_parameters()}
+    return lambda name, key: torch.zeros(shapes[name])
 
 
 def _whole_moments(engine, path: Path, stage: int, say) -> Callable[[str, str], torch.Tensor]:
@@ -97,12 +103,12 @@ def _convert(path: Path, folder: Path) -> None:
 
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    arguments = {"input_folder": str(path), "output_folder": str(part), "strict": True, "keep_temp_folder": False}
-    workers = {"num_extract_workers": 1, "num_merge_workers": 1}
+    options = {"strict": True, "keep_temp_folder": False, "num_extract_workers": 1, "num_merge_workers": 1}
     printed = StringIO()
     try:
-        with redirect_stdout(printed), redirect_stderr(printed), tensors_only(path):
-            main(Namespace(**arguments, **workers, inject_missing_state=True))
+        with redirect_stdout(printed), redirect_stderr(printed), tensors_only(path), plain_path(path) as plain:
+            folders = {"input_folder": str(plain), "output_folder": str(plain / part.name)}
+            main(Namespace(**folders, **options, inject_missing_state=True))
         (path / "latest_universal").unlink()
         part.rename(folder)
     except Exception as error:  # a rank that dies of it leaves the others waiting

@@ -39,15 +39,20 @@ def muon_rules(model: Backbone) -> dict[nn.Parameter, Rule]:
     """
     rules, names = adamw_rules(model), {module: name for name, module in model.named_modules()}
     for module, name in names.items():
-        embeds_time = any(part in name.lower() for part in _TIMES) and isinstance(module, nn.Linear)
-        if embeds_time and not _modulates(name, model):
+        embeds_time = any(part in name.lower() for part in _TIMES)
+        if embeds_time and _is_linear(module) and not _modulates(name, model):
             rules[module.weight] = Rule(True, 1)
     for module in (module for layer in model.layers for part in layer.parts for module in part.modules()):
-        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+        if isinstance(module, nn.MultiheadAttention) and isinstance(module.in_proj_weight, nn.Parameter):
             rules[module.in_proj_weight] = Rule(True, 3)
-        elif isinstance(module, nn.Linear) and not _modulates(names[module], model):
+        elif _is_linear(module) and not _modulates(names[module], model):
             rules[module.weight] = Rule(True, _matrices(names[module], whole_shape(module.weight)[0]))
     return rules
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module has a matrix of its own; one that a parametrization computes is none."""
+    return isinstance(module, nn.Linear) and isinstance(module.weight, nn.Parameter)
 
 
 def _modulates(name: str, model: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -45,8 +46,8 @@ def save_engine(engine, path: Path, write: Callable[..., object]) -> None:
 def load_engine(engine, path: Path) -> None:
     """Load DeepSpeed's files from the folder `path`, written by an engine of the same layout. Every rank must call it.
     Raises UserError where a file holds more than tensors and numbers."""
-    with tensors_only(path):
-        engine.load_checkpoint(str(path.parent), tag=path.name)
+    with tensors_only(path), plain_path(path) as plain:
+        engine.load_checkpoint(str(plain.parent), tag=plain.name)
     detach_fragments(engine)  # loading has made them again
 
 
@@ -73,6 +74,15 @@ def _stage_by_name(owner, name: str):
 
 
 @contextmanager
+def plain_path(path: Path) -> Iterator[Path]:
+    """Give a folder a path of letters: DeepSpeed takes brackets, plus signs and the like in a path for a pattern."""
+    with TemporaryDirectory() as folder:
+        link = Path(folder, "checkpoint")
+        link.symlink_to(path.absolute())
+        yield link
+
+
+@contextmanager
 def tensors_only(path: Path) -> Iterator[None]:
     """Inside, DeepSpeed reads tensors, numbers and three classes of its own, and runs no pickled code. Raises UserError
     where a file of the checkpoint `path` holds more."""
@@ -81,8 +91,9 @@ def tensors_only(path: Path) -> Iterator[None]:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     # DeepSpeed passes weights_only=False at a dozen places; only torch's own variable overrules an explicit argument.
+    # torch raises if its opposite is set as well.
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
+    before = {of: os.environ.pop(of, None) for of in (name, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")}
     os.environ[name] = "1"
     try:
         classes = [LossScaler, ZeroStageEnum, fragment_address, (_stage_by_name, "builtins.getattr")]
@@ -98,7 +109,5 @@ def tensors_only(path: Path) -> Iterator[None]:
             f"{path} holds more than numbers, and was not loaded: no run of agrepa_fast wrote it"
         ) from error
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        del os.environ[name]
+        os.environ.update({of: value for of, value in before.items() if value is not None})

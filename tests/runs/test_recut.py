@@ -28,7 +28,7 @@ from ..testing import assert_same_curve, metrics
 
 def test_other_ranks_and_stages_go_on_with_the_same_curve(saved, ds_configs, tmp_path):
     """2 ranks at stage 2, 1 rank at stage 3, 2 ranks at stage 1, from the background's copy of the run."""
-    run = tmp_path / "run"
+    run = tmp_path / "run [1]+(2)"  # of a preset's name, say: patterns to glob and re
     shutil.copytree(saved.with_name("copy"), run)
     args = ("--resume", "step00000003", f"run.dir={run}", "train.copy_to=null", "train.save_every=4")
     output = run_training(1, "--ds_config", ds_configs[3], *args, cwd=tmp_path)
@@ -177,6 +177,7 @@ class Attack:
 
 def test_a_pickle_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
     monkeypatch.setenv("ATTACKED", str(tmp_path / "attacked"))
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # as for other programs that load old files
     torch.save({"optimizer_state_dict": Attack()}, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
@@ -186,6 +187,7 @@ def test_a_pickle_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
         universal._convert(tmp_path, tmp_path / "universal")
     assert not (tmp_path / "attacked").exists()
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
 
 
 class ByName:

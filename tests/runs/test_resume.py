@@ -38,7 +38,8 @@ PENDING_CHOICE = ("align.refresh=2", "train.steps=7", "align.choice=soft", "prob
     ],
 )
 def test_resume_equals_the_uninterrupted_run(stage, ranks, stops, extra, preset, baseline, ds_configs, tmp_path):
-    run, args = tmp_path / "run", ("--ds_config", ds_configs[stage], f"run.dir={tmp_path}/run")
+    run = tmp_path / "run [1]+(2)"
+    args = ("--ds_config", ds_configs[stage], f"run.dir={run}")
     first = ("--preset", str(preset), "train.save_every=1", "train.keep=9", *extra)
     run_training(ranks, *args, *first, cwd=tmp_path)
     uninterrupted, ema_loss = metrics(run), averaged_loss(run)

@@ -113,6 +113,20 @@ def save_and_go_on(preset: str, folder: Path, stages: list[int]) -> dict[int, di
     return found
 
 
+def recut_without_updates(preset: str, folder: Path) -> list[dict]:
+    """Save a run at stage 2 whose every step was skipped, go on at stage 0, and return the moments there."""
+    folder.mkdir(parents=True)
+    saved, _ = make_run(preset, ds_values(2), folder, "train.optimizer=muon", *SETTINGS, *ALONE)
+    save_engine(saved.engine, folder, lambda function, *args, **kwargs: function(*args, **kwargs))
+    save_tensors(full_weights(saved.engine), folder / "model.safetensors")
+    run, batches = make_run(preset, ds_values(0), folder, "train.optimizer=muon", *SETTINGS, *ALONE)
+    load_recut(run.engine, folder, 2, step_counters(saved.engine), print)
+    states = run.engine.basic_optimizer.state.values()
+    moments = [{name: torch.as_tensor(value).clone() for name, value in state.items()} for state in states]
+    run.step(batches, 0)
+    return moments
+
+
 def resume(preset: str, folder: Path, cases: list[tuple[Path, int, dict, int, bool]]) -> list[dict]:
     """Per case (folder, its stage and counters, stage, same layout): the losses and weights of two steps more."""
     found = []

@@ -124,5 +124,14 @@ def test_host_memory_is_offloaded_to_without_a_compiler_and_from_no_stage_0():
         resolve_ds_config(find_ds_config("zero3.json"), TrainConfig(compile=True), layout, cpu)
     with pytest.raises(UserError, match="compute_grad_norm"):
         resolve_ds_config({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, train, layout, cpu)
-    with pytest.raises(UserError, match="check_grad_overflow"):
-        resolve_ds_config({"bf16": {"check_grad_overflow": False}}, train, layout, cpu)
+    for section, name, value in (
+        ("bf16", "check_grad_overflow", False),
+        ("bf16", "bf16_master_weights_and_grads", True),
+        ("bf16", "bf16_optimizer_states", True),
+        ("fp16", "auto_cast", True),
+        ("zero_optimization", "elastic_checkpoint", True),
+        ("zero_optimization", "load_from_fp32_weights", False),
+        ("zero_optimization", "offload_optimizer", {"device": "cpu", "super_offload": True}),
+    ):
+        with pytest.raises(UserError, match="super_offload" if isinstance(value, dict) else name):
+            resolve_ds_config({section: {name: value}}, train, layout, cpu)

@@ -16,7 +16,7 @@ from agrepa_fast.zero.optimizers import Layout, RuledOptimizer
 from agrepa_fast.zero.rules import Rule, muon_rules
 
 from ..ranks import call_on_ranks
-from .optimizers_on_ranks import by_torch, follow_all, resume, save_and_go_on, time_embedding
+from .optimizers_on_ranks import by_torch, follow_all, recut_without_updates, resume, save_and_go_on, time_embedding
 
 ONE = [(stage, optimizer, ()) for optimizer in ("adamw", "muon") for stage in range(4)]
 TWO = [*ONE, (0, "muon", ("train.precision=bf16",)), (2, "muon", ("train.precision=bf16",))]
@@ -90,6 +90,12 @@ def test_muon_goes_on_with_other_ranks_and_stages(preset, tmp_path):
     again(1, (2, 2, 0), (2, 3, 2), (1, 0, 0), (2, 1, 3))
 
 
+def test_a_checkpoint_before_the_first_update_has_no_moments(preset, tmp_path):
+    (moments,) = call_on_ranks(1, recut_without_updates, str(preset), tmp_path / "run")
+    assert moments
+    assert all((state["exp_avg"] == 0).all() and state["step"] == 0 for state in moments)
+
+
 @pytest.mark.parametrize("shape", [(1, 7, 7), (3, 5, 8), (2, 4, 16)])
 def test_the_iterations_make_matrices_about_orthogonal_for_the_stated_flops(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -154,6 +160,16 @@ def test_muon_takes_the_matrices_of_the_layers_and_of_the_flow_time():
         *("into.weight", "block.conv.weight", "block.attn_norm.linear.weight", "block.adaLN_modulation.weight"),
         "block.time_modulation.weight",
     }
+
+
+def test_a_matrix_that_a_parametrization_computes_stays_with_adamw():
+    model = Mine()
+    torch.nn.utils.parametrizations.weight_norm(model.block["to_kv"])
+    torch.nn.utils.parametrizations.weight_norm(model.time_embed[0])
+    rules = muon_rules(model)
+    assert rules.keys() == {*model.parameters()}
+    assert sum(rule.matrices for rule in rules.values()) == 1 + 3 + 1  # of time_embed.2, in_proj and out_proj
+    RuledOptimizer(rules, TrainConfig())
 
 
 def test_the_embedding_of_the_flow_time_keeps_its_size_at_muons_rate(preset, tmp_path):
