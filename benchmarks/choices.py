@@ -85,6 +85,13 @@ def weights(scores: LayerScores, domain: str, k: int, choice: str, per_time: boo
     return torch.zeros(len(rows), scores.depth).index_copy(1, places, rows)
 
 
+def describe(scores: LayerScores, k: int) -> dict:
+    """Return the layers of both choices, and how probable the Top-K of each domain is."""
+    made = {choice: select_layers(scores, k, choice=choice) for choice in ("hard", "soft")}
+    sure = {domain: measured["top_k_probability"] for domain, measured in made["hard"].evidence.items()}
+    return {choice: selection.describe() for choice, selection in made.items()} | {"top_k_probability": sure}
+
+
 def distances(choices: dict[tuple, torch.Tensor], change: str) -> list[float]:
     """Return the total-variation distance, the mean over times, of every pair that differs by one change alone."""
     alike = ALIKE[change]
@@ -132,7 +139,7 @@ def main() -> None:
             cells += [f"{number:.1f}" for number in heads.values()]
             rows.append(("per time" if per_time else "one set", domain, change, entry["pairs"], *cells))
     layers = {
-        f"{backend}, seed {seed}": {c: select_layers(one, args.k, choice=c).describe() for c in ("hard", "soft")}
+        f"{backend}, seed {seed}": describe(one, args.k)
         for (backend, seed, *part), one in sets.items()
         if part == [0, 0]
     }
