@@ -28,7 +28,7 @@ from .choice import small_config
 SELECTION = LayerSelection("foga", {"speech": (1, 3), "audio": (2,)}, {"speech": (0.75, 0.25), "audio": (1.0,)})
 DIMS = {"speech": 5, "audio": 7}
 WIDTHS = (32,) * 4
-SIZES = SimpleNamespace(layers=[Layer((), width=16)] * 4, condition_width=16)
+SIZES = SimpleNamespace(layers=[Layer((), width=16)] * 4, condition_width=16, parameters=nn.Linear(1, 1).parameters)
 
 
 class HalfFrozen(Objective):
@@ -132,7 +132,7 @@ def test_flow_times_may_be_a_view(monkeypatch):
 )
 def test_a_dry_run_has_as_many_heads_as_may_be_chosen(overrides, count):
     """Of 8 layers."""
-    model = SimpleNamespace(layers=[Layer((), width=16)] * 8, condition_width=16)
+    model = SimpleNamespace(**{**vars(SIZES), "layers": SIZES.layers * 2})
     made = Aligner(load_config("demo", overrides), model, DIMS, torch.device("cpu"))
     assert len(made.trial_layers) == count
 

@@ -237,7 +237,7 @@ def test_tokens_and_reference_are_dropped_apart():
     assert both == pytest.approx(0.28, abs=0.03)
 
 
-SIZES = SimpleNamespace(layers=[Layer((), width=8)], condition_width=192)
+SIZES = SimpleNamespace(layers=[Layer((), width=8)], condition_width=192, parameters=torch.nn.Linear(1, 1).parameters)
 
 
 def test_heads_step_on_the_mean_gradient_clipped_and_scheduled(monkeypatch):
