@@ -120,8 +120,8 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     prepared = time.perf_counter()
     with raising_alike():
         engine = build_engine(model, config, ds_config)
+        aligner = Aligner(config, model, teacher_dims(index), device, metrics.print)  # the model has its dtype now
     ema = Ema(engine, config.train.ema_decay)
-    aligner = Aligner(config, model, teacher_dims(index), device, metrics.print)
     own_folder = context.folder if rank == 0 else None
     choice = LayerChoice(config, engine.module, aligner, clips.probe, clips.storage, metrics.print, own_folder)
     checkpoints.remove_interrupted()
