@@ -34,6 +34,7 @@ _REFUSED = {  # section, name and value of what DeepSpeed takes -> why a run doe
     ("zero_optimization", "load_from_fp32_weights", False): "a resumed run would begin at rounded weights",
     ("offload_optimizer", "super_offload", True): "DeepSpeed's own Adam would take the place of train.optimizer",
 }
+_TRUE = ("true", "1", "on", "yes", "t", "y")  # to DeepSpeed
 _TYPES = ("fp32", "fp16", "bf16", "float32", "float16", "bfloat16", "float", "half")
 _NEVER = 2**62  # steps between DeepSpeed's own progress lines: the run has a bar
 
@@ -146,9 +147,9 @@ def _check_sections(values: dict, train: TrainConfig) -> None:
     offload = values.get("zero_optimization", {}).get("offload_optimizer")
     sections = {**values, "offload_optimizer": offload if isinstance(offload, dict) else {}}
     for (section, name, value), reason in _REFUSED.items():
-        if sections.get(section, {}).get(name) is value:
+        if sections.get(section, {}).get(name, not value) is not (not value):  # DeepSpeed takes 1 and "true", too
             raise UserError(f'ds_config "{section}": remove {name}, {reason}')
-    if values.get("fp16", {}).get("enabled") is True:
+    if str(values.get("fp16", {}).get("enabled")).lower() in _TRUE:
         raise UserError('ds_config "fp16": this engine trains in bf16 or fp32; remove it and set train.precision')
     for section in ("offload_optimizer", "offload_param"):
         if _offloads(values, section) and stage == 0:

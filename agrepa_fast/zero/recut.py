@@ -45,7 +45,7 @@ def load_recut(engine, path: Path, stage: int, counters: dict, say: Callable[[st
 
     counters: those of `step_counters` at the save. Raises UserError if DeepSpeed's files cannot be converted.
     """
-    moments = _whole_moments(engine, path, stage, say) if counters["updates"] else _no_moments(engine)
+    moments = _whole_moments(engine, path, stage, counters["updates"], say)
     parts = {key: write_masters(engine, lambda name, key=key: moments(name, key)) for key in MOMENTS}
     weights = whole_tensors(path / "model.safetensors")
     write_masters(engine, weights)
@@ -61,15 +61,11 @@ def load_recut(engine, path: Path, stage: int, counters: dict, say: Callable[[st
         group["lr"] = lr
 
 
-def _no_moments(engine) -> Callable[[str, str], torch.Tensor]:
-    """Return the moments before the first update: DeepSpeed's files have none then."""
-    shapes = {name: whole_shape(parameter) for name, parameter in engine.module.named_parameters()}
-    return lambda name, key: torch.zeros(shapes[name])
-
-
-def _whole_moments(engine, path: Path, stage: int, say) -> Callable[[str, str], torch.Tensor]:
+def _whole_moments(engine, path: Path, stage: int, updates: int, say) -> Callable[[str, str], torch.Tensor]:
     """Return a function (parameter's name, exp_avg or exp_avg_sq) -> the whole moment."""
     shapes = {name: whole_shape(parameter) for name, parameter in engine.module.named_parameters()}
+    if updates == 0:  # DeepSpeed's files have no moments yet
+        return lambda name, key: torch.zeros(shapes[name])
     if stage == 0:  # already whole, in the model's order; Muon's matrices have no exp_avg_sq
         file = path / "mp_rank_00_model_states.pt"
         saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["optimizer"]

@@ -51,7 +51,8 @@ def muon_rules(model: Backbone) -> dict[nn.Parameter, Rule]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a module has a matrix of its own; one that a parametrization computes is none."""
+    """Return whether a module is linear and its matrix is a parameter, which a computed matrix of a parametrization is
+    not."""
     return isinstance(module, nn.Linear) and isinstance(module.weight, nn.Parameter)
 
 

@@ -146,7 +146,7 @@ def test_a_universal_checkpoint_is_complete_or_absent_and_made_once(saved, tmp_p
     engine = SimpleNamespace(module=module)
 
     monkeypatch.setattr(universal, "on_rank_0", lambda action: None)
-    universal._whole_moments(engine, path, 2, said.append)
+    universal._whole_moments(engine, path, 2, 1, said.append)
     assert not said  # the other ranks do not look
     monkeypatch.setattr(universal, "on_rank_0", lambda action: action())
 
@@ -157,12 +157,12 @@ def test_a_universal_checkpoint_is_complete_or_absent_and_made_once(saved, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(ds_to_universal, "main", half)
         with pytest.raises(UserError, match=r"No space left on device.*resume with the ranks"):
-            universal._whole_moments(engine, path, 2, said.append)
+            universal._whole_moments(engine, path, 2, 1, said.append)
     assert not list(path.glob("universal*"))
-    first = universal._whole_moments(engine, path, 2, said.append)("out.weight", "exp_avg")
+    first = universal._whole_moments(engine, path, 2, 1, said.append)("out.weight", "exp_avg")
     with monkeypatch.context() as patch:
         patch.setattr(ds_to_universal, "main", half)
-        again = universal._whole_moments(engine, path, 2, said.append)("out.weight", "exp_avg")
+        again = universal._whole_moments(engine, path, 2, 1, said.append)("out.weight", "exp_avg")
     assert torch.equal(first, again)
     assert first.shape == weights["out.weight"].shape
     assert first.abs().sum() > 0

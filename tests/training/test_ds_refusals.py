@@ -59,6 +59,7 @@ def test_a_wrong_field_of_zero(values, message, tmp_path):
         ({"comms_logger": True}, '"comms_logger": an object is wanted'),
         ({"comms_logger": {"enabled": "perhaps"}}, '"comms_logger": enabled='),
         ({"fp16": {"enabled": "perhaps"}}, '"fp16": enabled='),
+        ({"fp16": {"enabled": 1}}, "this engine trains in bf16 or fp32"),
         ({"steps_per_print": 0}, 'steps_per_print": 0: a number above 0'),
         ({"gradient_predivide_factor": "x"}, 'gradient_predivide_factor": "x": a number above 0'),
         ({"prescale_gradients": "no"}, 'prescale_gradients": "no": true or false'),
