@@ -1,6 +1,7 @@
 """DeepSpeed's own files of a checkpoint: weights, masters and moments as its engine holds them, one set per rank."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,7 +76,11 @@ def _stage_by_name(owner, name: str):
 
 @contextmanager
 def plain_path(path: Path) -> Iterator[Path]:
-    """Give a folder a path of letters: DeepSpeed takes brackets, plus signs and the like in a path for a pattern."""
+    """Give a folder a path of letters, a link if its own has others: DeepSpeed takes brackets, plus signs and the like
+    for a pattern."""
+    if re.fullmatch(r"[\w/.-]+", str(path.absolute())):
+        yield path
+        return
     with TemporaryDirectory() as folder:
         link = Path(folder, "checkpoint")
         link.symlink_to(path.absolute())
