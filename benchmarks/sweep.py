@@ -69,6 +69,7 @@ def summarise(folders: Sequence[Path], goal: float | None) -> dict:
         "range": max(last) - min(last),
         "ema": mean(summary["val/flow_loss"]["ema"] for summary in summaries),
         "s_per_step": mean(seconds) if timed else None,
+        "s_per_step_by_seed": seconds,
         "steps_to_goal": mean(reached) if every else None,
         "s_to_goal": mean(map(mul, reached, seconds)) if every and timed else None,
     }

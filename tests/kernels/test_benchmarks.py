@@ -239,6 +239,7 @@ def test_a_sweep_of_finished_runs(program, tmp_path, monkeypatch, capsys):
     assert b["to_first"] == pytest.approx({"value": 0.1, "low": -2.441, "high": 2.641}, rel=1e-3)  # t(1) of 0.3, -0.1
     # seed 0 from 0.8 to 0.2: half of the two octaves, so step 15; seed 1 at step 10; 2 s per step
     assert (a["steps_to_goal"], a["s_to_goal"]) == (12.5, 25)
+    assert (a["s_per_step"], a["s_per_step_by_seed"]) == (2, [2, 2])
     assert b["steps_to_goal"] is None  # one of its seeds never reaches it
     assert (c["loss"]["30"], c["s_per_step"], c["s_to_goal"]) == (0.2, None, None)
 
