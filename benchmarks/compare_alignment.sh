@@ -4,8 +4,8 @@
 # command goes on after an interruption. Runs and reports go to runs/compare-NAME. OPTION: of `agrepa compare`, such as
 # --dry-run. SHARDS, in the environment: where the shards are or will be, instead of data/short or data/codes.
 #
-#   phones   all ways to choose layers, FoG-A's by hard and soft choice and aligned by time-means and by frames; tokens
-#            of speech are phones, which carry the words: 10 arms
+#   phones   all ways to choose layers, by time-means; FoG-A's by soft choice, too; all but gradnorm's by frames as well;
+#            tokens of speech are phones, which carry the words: 15 arms
 #   weights  these, and total weights of 0.1 and 1 by time-means and by frames, in the same folder: 4 more arms
 #   codes    three selectors, weight 1 and frames; tokens are 32 codes, and half of the clips train without them, so
 #            that a teacher has more to add: 5 arms
@@ -24,24 +24,27 @@ path=${SHARDS:-$path}
 settings=(data.path="$path" data.max_seconds=4.5 'data.bucket_seconds=[1.5,2.0,3.0]' data.teacher_rate=12.5)
 metrics=('metrics.only=[wer,mos,mel]')
 out=runs/compare-$name
-frames=align.strategy=foga,align.objective=frames
+frames=align.objective=frames
 case $name in
 phones | weights)
   out=runs/compare-phones
-  arms=(--strategies none,foga --strategies "frames-weight-0.3:$frames" --strategies shallow,middle,deep,random,lasp
-    --strategies gradnorm --strategies foga-soft:align.strategy=foga,align.choice=soft)
+  arms=(--strategies none,foga --strategies "frames-weight-0.3:align.strategy=foga,$frames"
+    --strategies shallow,middle,deep,random,lasp,gradnorm --strategies foga-soft:align.strategy=foga,align.choice=soft)
+  for strategy in shallow middle deep random lasp; do
+    arms+=(--strategies "frames-$strategy:align.strategy=$strategy,$frames")
+  done
   weights=()
   [ "$name" = phones ] || weights=(0.1 1)
   for weight in "${weights[@]}"; do
     arms+=(--strategies "foga-weight-$weight:align.strategy=foga,align.weight=$weight")
-    arms+=(--strategies "frames-weight-$weight:$frames,align.weight=$weight")
+    arms+=(--strategies "frames-weight-$weight:align.strategy=foga,$frames,align.weight=$weight")
   done
   ;;
 codes)
   settings+=(data.speech_tokens=kmeans data.codebook=32)
   metrics=('metrics.only=[mos,mel]') # 32 codes carry no words
   arms=(--strategies none,foga,shallow --strategies foga-weight-1:align.strategy=foga,align.weight=1
-    --strategies "frames-weight-0.3:$frames")
+    --strategies "frames-weight-0.3:align.strategy=foga,$frames")
   ;;
 *)
   echo "compare_alignment.sh: $name: one of phones, weights, codes" >&2
