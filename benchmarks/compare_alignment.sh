@@ -4,8 +4,8 @@
 # command goes on after an interruption. Runs and reports go to runs/compare-NAME. OPTION: of `agrepa compare`, such as
 # --dry-run. SHARDS, in the environment: where the shards are or will be, instead of data/short or data/codes.
 #
-#   phones   all ways to choose layers, by time-means; FoG-A's by soft choice, too; all but gradnorm's by frames as well;
-#            tokens of speech are phones, which carry the words: 15 arms
+#   phones   all ways to choose layers, by time-means; FoG-A's by soft choice, too, and four of them by frames as well;
+#            tokens of speech are phones, which carry the words: 13 arms
 #   weights  these, and total weights of 0.1 and 1 by time-means and by frames, in the same folder: 4 more arms
 #   codes    three selectors, weight 1 and frames; tokens are 32 codes, and half of the clips train without them, so
 #            that a teacher has more to add: 5 arms
@@ -30,7 +30,7 @@ phones | weights)
   out=runs/compare-phones
   arms=(--strategies none,foga --strategies "frames-weight-0.3:align.strategy=foga,$frames"
     --strategies shallow,middle,deep,random,lasp,gradnorm --strategies foga-soft:align.strategy=foga,align.choice=soft)
-  for strategy in shallow middle deep random lasp; do
+  for strategy in middle deep lasp; do
     arms+=(--strategies "frames-$strategy:align.strategy=$strategy,$frames")
   done
   weights=()
