@@ -26,7 +26,7 @@ def plot_forest(found: Sequence[Difference], baseline: str, path: Path) -> None:
         axes.plot([one.value], [place], "D", color=_ACCENT, markersize=6, zorder=4)
     axes.set_yticks(range(len(found)), [f"{one.label} {one.domain}".strip() for one in reversed(found)])
     axes.set_xlabel(f"{found[0].metric}: difference to {baseline} (bar: clips, line: seeds, circles: each seed)")
-    axes.margins(y=0.2)
+    axes.set_ylim(-0.6, len(found) - 0.4)
     figure.savefig(path, dpi=110)
 
 
@@ -44,5 +44,5 @@ def plot_curves(files: Mapping[tuple[str, int], Path], path: Path) -> None:
     axes.set_xlabel("optimizer steps of the run")
     axes.set_ylabel("validation flow loss")
     if axes.lines:
-        axes.legend()
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # outside: a dozen arms would cover the curves
     figure.savefig(path, dpi=110)
