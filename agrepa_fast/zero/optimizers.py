@@ -101,8 +101,8 @@ class RuledOptimizer(torch.optim.AdamW):
             numbers = {piece.number for theirs in held for piece in theirs}
             if numbers:
                 found = {number: shapes[number] for number in numbers}
-                bf16 = engine.bfloat16_enabled() and engine.device.type == "cuda"
-                where = {"device": engine.device, "dtype": torch.bfloat16 if bf16 else torch.float32}
+                dtype = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
+                where = {"device": engine.device, "dtype": dtype}
                 orthogonalizer = Orthogonalizer(found, held, shared=self.partitioned, **where)
                 self.shares.append(MuonShare([masters[n] for n in group], orthogonalizer, ours))
 
