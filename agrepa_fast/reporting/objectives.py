@@ -25,8 +25,8 @@ _HEAD = """# Alignment objectives
 prints this page.
 
 "More per step" is counted: FLOPs of matrix products for 24 x 1024, 16 clips of 10 s, a teacher of 1280 channels, 20
-heads and 12.5 frames a second, and three layers per domain, over those of the model's own forward and backward. On
-a CPU they were [timed](benchmarks.md#what-an-objective-costs)."""
+heads and 12.5 frames a second, and three layers per domain, over those of the model's own forward and backward. Each
+objective was also [timed on a CPU](benchmarks.md#cost-of-each-objective)."""
 _TOGETHER = """
 ## Settings that go together
 
