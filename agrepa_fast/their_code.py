@@ -18,7 +18,7 @@ def named_object(place: str) -> object:
     another form, and whatever the import raises."""
     module, _, name = place.partition(":")
     if not (module and name):
-        raise ValueError(f"{place!r} is not MODULE:CLASS")
+        raise ValueError(f"{place!r} is not MODULE:NAME")
     if "" not in sys.path:
         sys.path.insert(0, "")  # the current folder, which a script's path lacks
     return getattr(importlib.import_module(module), name)

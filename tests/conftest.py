@@ -36,6 +36,17 @@ def _default_device(request):
         yield
 
 
+@pytest.fixture(autouse=True)
+def _forget_users_modules(tmp_path_factory):
+    """A module that a test wrote, such as mine.py, is not the next test's, nor is a search path."""
+    modules, path = set(sys.modules), list(sys.path)
+    yield
+    sys.path[:] = path
+    for name in sys.modules.keys() - modules:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path_factory.getbasetemp())):
+            del sys.modules[name]
+
+
 @pytest.fixture
 def model() -> AudioDiT:
     return small_model()

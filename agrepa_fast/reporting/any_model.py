@@ -1,7 +1,5 @@
 """`agrepa probe --model`: FoG-A of a model that a user's factory makes."""
 
-import importlib
-import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from ..attribution.blocks import find_blocks
 from ..audio.waves import make_torchaudio_importable
 from ..errors import UserError
 from ..files import check_writable
-from ..their_code import their_error
+from ..their_code import named_object, their_error
 from .probe import report
 
 
@@ -70,10 +68,8 @@ def probe_any_model(request: ModelRequest, out: Path) -> None:
 
 def _built(factory: str) -> tuple[nn.Module, Mapping]:
     """Return the factory's model and inputs. Modules are found from the current folder."""
-    module, _, name = factory.partition(":")
-    sys.path.insert(0, "")
     make_torchaudio_importable()  # transformers imports it
-    made = getattr(importlib.import_module(module), name)()
+    made, name = named_object(factory)(), factory.partition(":")[2]
     if not (isinstance(made, tuple | list) and len(made) == 2):
         raise ValueError(f"{name}() returned {type(made).__name__}, not (model, inputs)")
     model, inputs = made

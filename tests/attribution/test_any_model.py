@@ -228,8 +228,6 @@ def probe(tmp_path, monkeypatch):
     (tmp_path / "their_models.py").write_text(MODELS)
     (tmp_path / "no_syntax.py").write_text("def make(:\n    pass\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    sys.modules.pop("their_models", None)
 
     def run(factory: str, *options: str) -> None:
         factory = factory if ":" in factory else f"their_models:{factory}"

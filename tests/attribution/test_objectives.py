@@ -1,6 +1,5 @@
 """Alignment objectives against naive versions: values and gradients, ragged lengths, mixed domains, exact zeros."""
 
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -347,8 +346,7 @@ class Attends(Objective):
 def theirs(tmp_path, monkeypatch):
     (tmp_path / "their_objective.py").write_text(THEIRS)
     monkeypatch.chdir(tmp_path)
-    yield "their_objective"
-    sys.modules.pop("their_objective", None)
+    return "their_objective"
 
 
 def test_a_users_objective_counts_frames_and_clips_as_ours_do(theirs):
