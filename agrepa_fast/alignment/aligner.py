@@ -240,7 +240,12 @@ class Aligner:
     def export(self) -> dict[str, torch.Tensor]:
         """Return the weights of projections ("bitc.speech.weight") and heads ("heads.speech_L1.0.weight", ...)."""
         parts = {"bitc": self.bitc.state_dict(), "heads": self.heads.heads.state_dict() if self.heads else {}}
-        return {f"{part}.{name}": p.detach().cpu() for part, state in parts.items() for name, p in state.items()}
+        # Copies: a user's head may tie two weights or keep a transposed view, and safetensors takes neither.
+        return {
+            f"{part}.{name}": value.detach().cpu().clone().contiguous()
+            for part, state in parts.items()
+            for name, value in state.items()
+        }
 
     def state_dict(self) -> dict:
         """Return selection, heads, projections and optimizer; the same on every rank."""

@@ -6,6 +6,7 @@ from itertools import chain
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parameter import is_lazy
 
 from ..config import AlignConfig
 from ..data.index import Index
@@ -110,6 +111,8 @@ def _try(objective: Objective, width: int, target_width: int, dtype: torch.dtype
     head = make_head(objective, width, target_width, seed=0)
     if head is not None:
         head.eval()
+        if any(map(is_lazy, (*head.parameters(), *head.buffers()))):
+            raise ValueError("a head's layers need their sizes from the start: nn.Linear, not nn.LazyLinear")
     draw = torch.Generator().manual_seed(0)
     tap, target = (torch.randn(len(_LENGTHS), max(_LENGTHS), size, generator=draw) for size in (width, target_width))
     losses, gradients = zip(*(_losses(objective, head, tap, target, padding) for padding in (0, 5)), strict=True)
@@ -134,7 +137,9 @@ def _losses(
         tap, mask = tap[:, 0], lengths > 0
     target = {"pooled": target[:, 0], None: None}.get(objective.target, target)
     layer = AlignedLayer(head, tap.clone().requires_grad_(), target, mask)
-    total, losses = objective.total([layer], torch.ones(1), torch.full((len(mask),), 0.5), torch.ones(len(mask)))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # an objective may draw
+        total, losses = objective.total([layer], torch.ones(1), torch.full((len(mask),), 0.5), torch.ones(len(mask)))
     leaves = [layer.tap, *(p for p in (head.parameters() if head is not None else ()) if p.requires_grad)]
     gradients = torch.autograd.grad(total, leaves, allow_unused=True)
     return losses, [gradient for gradient in gradients if gradient is not None]

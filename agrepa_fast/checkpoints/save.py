@@ -190,9 +190,9 @@ class _Writer:
                 write(*args, **kwargs)
             except UserError as error:
                 self.failure = str(error)
-            except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                self.failure = f"{reason} ({_free_mib(self.folder)} MiB free): make room"
+            # torch.save raises RuntimeError on a full disk
+            except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+                self.failure = f"{one_line(error)} ({_free_mib(self.folder)} MiB free): make room"
 
 
 def _free_mib(folder: Path) -> int:

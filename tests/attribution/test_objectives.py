@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from agrepa_fast import config
+from agrepa_fast.alignment.aligner import Aligner
 from agrepa_fast.alignment.heads import AlignmentHeads
 from agrepa_fast.alignment.losses import alignment_loss
 from agrepa_fast.alignment.objective import OF_LAYERS, Objective
@@ -22,6 +24,9 @@ from agrepa_fast.errors import UserError
 from agrepa_fast.kernels import align_loss_sum, force_backend
 from agrepa_fast.reporting.objectives import attention_flops
 from agrepa_fast.seeds import derive_seed
+from agrepa_fast.tensor_files import save_tensors
+
+from ..testing import small_model
 
 DIMS = {"speech": 5, "audio": 7}
 WIDTHS = (8, 8, 12, 8)
@@ -334,6 +339,29 @@ class NoLoss(Objective):
 class Plain:
     pass
 
+class Sliced(Mine):
+    tap = target = "frames"
+
+    def loss(self, head, tap, target, mask, t):
+        direction = torch.randn(target.shape[-1])
+        return (((head(tap.float()) - target) @ direction).square() * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+class Tied(Mine):
+    def head(self, width, target_width):
+        first, second = nn.Linear(width, width), nn.Linear(width, width)
+        second.weight = first.weight
+        return nn.Sequential(first, second, nn.Linear(width, target_width))
+
+class Transposed(Mine):
+    def head(self, width, target_width):
+        made = nn.Linear(width, target_width)
+        made.weight = nn.Parameter(torch.randn(width, target_width).T, requires_grad=False)
+        return made
+
+class Lazy(Mine):
+    def head(self, width, target_width):
+        return nn.Sequential(nn.LazyLinear(width), nn.Linear(width, target_width))
+
 class Elsewhere(Objective):
     tap = "everything"
 
@@ -381,12 +409,40 @@ def test_a_users_objective_counts_frames_and_clips_as_ours_do(theirs):
         ("{}:Broken", "their_objective.py:29, in loss: KeyError: 'gone'"),
         ("{}:Padded", "padding changes the loss of a clip"),
         ("{}:NotFinite", "not finite"),
+        ("{}:Lazy", "a head's layers need their sizes from the start: nn.Linear, not nn.LazyLinear"),
     ],
 )
 def test_what_cannot_be_an_objective_is_refused_in_one_line(name, message, theirs):
     with pytest.raises(UserError, match=message) as refusal:
         make_objective(name.format(theirs), WIDTHS, DIMS)
     assert "\n" not in str(refusal.value)
+
+
+def test_an_objective_may_draw_numbers(theirs):
+    state = torch.get_rng_state()
+    make_objective(f"{theirs}:Sliced", WIDTHS, DIMS)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", ["Tied", "Transposed"])
+def test_heads_are_saved_whatever_memory_their_weights_share(name, theirs, tmp_path):
+    model = small_model()
+
+    def aligner() -> Aligner:
+        config = load_config("demo", [f"align.objective={theirs}:{name}", "align.strategy=fixed:1,3"])
+        return Aligner(config, model, DIMS, torch.device("cpu"))
+
+    made, other = aligner(), aligner()
+    made.select(SELECTION)
+    with torch.no_grad():
+        for parameter in made.heads.parameters():
+            parameter.add_(1)
+    save_tensors(made.export(), tmp_path / "heads.safetensors")
+    other.load_state_dict(made.state_dict())
+    saved = load_file(tmp_path / "heads.safetensors")
+    for key, weight in other.heads.heads.state_dict().items():
+        assert torch.equal(weight, saved[f"heads.{key}"])
+        assert torch.equal(weight, made.heads.heads.state_dict()[key])
 
 
 def test_an_objective_of_frames_is_tried_in_the_models_dtype(theirs):
