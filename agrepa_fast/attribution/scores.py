@@ -112,7 +112,8 @@ class LayerScores:
         *,
         chosen: Sequence[int] | None = None,
     ) -> float | None:
-        """Return how sure a choice of k layers is: the share of bootstrap resamples in which they are the k highest.
+        """Return how sure a choice of k layers is: the share of bootstrap resamples in which they are the k highest. A
+        resample in which layers tie for the last place counts as if a coin decided.
 
         among: (L,) bool, the layers that may be chosen. time: index of one of the times; None: the mean over all.
         chosen: the k layers, 0-based; None: the highest. None is returned for a single clip, whose only resample is
@@ -122,22 +123,33 @@ class LayerScores:
             return None
         if chosen is None:
             mean = self.mean(domain) if time is None else self.mean_at(domain)[:, time]
-            best = _highest(mean.double().nan_to_num(nan=-torch.inf)[None], k, among)
-        else:
-            best = torch.zeros(self.depth, dtype=torch.bool).index_fill(0, torch.tensor(chosen), True)
-        return float((self._highest_of_resamples(domain, k, among, time) == best).all(1).double().mean())
+            mean = _only(mean.double().nan_to_num(nan=-torch.inf), among)
+            chosen = mean.argsort(descending=True, stable=True)[:k].tolist()
+        best = torch.zeros(self.depth, dtype=torch.bool).index_fill(0, torch.tensor(chosen), True)
+        above, tied, places = self._ranked(domain, k, among, time)
+        possible = ((above <= best) & (best <= (above | tied))).all(1)
+        ways = torch.tensor([math.comb(*pair) for pair in zip(tied.sum(1).tolist(), places.tolist(), strict=True)])
+        return float((possible.double() / ways).mean())
 
     def in_top_k(
         self, domain: str, k: int, among: torch.Tensor | None = None, time: int | None = None
     ) -> torch.Tensor | None:
         """Return the probability of each layer to be one of the k highest, (L,) fp64 with the sum k: the share of
-        bootstrap resamples in which it is. Arguments and None as in top_k_probability."""
+        bootstrap resamples in which it is. Ties, arguments and None as in top_k_probability."""
         if self.clips(domain) < 2:
             return None
-        return self._highest_of_resamples(domain, k, among, time).double().mean(0)
+        above, tied, places = self._ranked(domain, k, among, time)
+        return (above + tied * (places.double() / tied.sum(1))[:, None]).mean(0)
 
-    def _highest_of_resamples(self, domain: str, k: int, among: torch.Tensor | None, time: int | None) -> torch.Tensor:
-        return _highest(self.resampled(domain, time), k, among)
+    def _ranked(
+        self, domain: str, k: int, among: torch.Tensor | None, time: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return of every bootstrap resample which layers score above the k-th highest, which as much as it, each
+        (RESAMPLES, L) bool, and how many of the latter are among the k highest, (RESAMPLES,)."""
+        scores = _only(self.resampled(domain, time), among)
+        lowest = scores.topk(k, dim=1).values[:, -1:]
+        above = scores > lowest
+        return above, scores == lowest, k - above.sum(1)
 
     def higher_probability(self, domain: str, layer: int, other: int, time: int | None = None) -> float:
         """Return the share of bootstrap resamples in which a layer (0-based) scores higher than another. A single clip
@@ -211,12 +223,9 @@ class LayerScores:
         }
 
 
-def _highest(scores: torch.Tensor, k: int, among: torch.Tensor | None) -> torch.Tensor:
-    """Return which layers are the k highest of each row, (rows, L) bool. scores: (rows, L); among: as in
-    LayerScores.top_k_probability."""
-    if among is not None:
-        scores = scores.masked_fill(~among, -torch.inf)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.topk(k, dim=1).indices, True)
+def _only(scores: torch.Tensor, among: torch.Tensor | None) -> torch.Tensor:
+    """Return scores (..., L), -inf for layers that may not be chosen."""
+    return scores if among is None else scores.masked_fill(~among, -torch.inf)
 
 
 def _plain(values: torch.Tensor) -> list[float | None]:

@@ -30,6 +30,20 @@ class TestStatistics:
         assert torn.top_k_probability("speech", 1) == pytest.approx(0.75, abs=0.03)
         assert torn.top_k_probability("speech", 1) == torn.top_k_probability("speech", 1)
 
+    def test_layers_that_tie_share_the_place(self):
+        """Clip 4 moves every layer alike, so that four layers tie in every resample and L3 is above or below them."""
+        tied = [[0.30, 0.31, 0.32, 0.10]] * 2 + [[0.40, 0.41, 0.42, 0.12]] + [[0.30, 0.31, 0.32, 0.10]] * 2
+        scores = self.scores(tied)
+        assert scores.in_top_k("speech", 3).tolist() == pytest.approx([0.5, 0.5, 1, 0.5, 0.5])
+        assert scores.top_k_probability("speech", 3) == pytest.approx(1 / 6)
+        soft = select_layers(scores, k=3, choice="soft")
+        assert soft.layers == {"speech": (1, 2, 3, 4, 5)}
+        hard = select_layers(scores, k=3)
+        assert hard.layers == {"speech": (1, 2, 3)}
+        assert "0.17" in hard.warning
+        assert self.scores(tied[:2]).top_k_probability("speech", 1) == 0.5
+        assert self.scores(tied).top_k_probability("speech", 5) == 1
+
     def test_one_clip_says_nothing_about_others(self):
         assert self.scores([[0.9], [0.1]]).top_k_probability("speech", 1) is None
         assert select_layers(self.scores([[0.9], [0.1]]), k=1).evidence["speech"]["top_k_probability"] is None
