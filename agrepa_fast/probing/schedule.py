@@ -268,6 +268,7 @@ class LayerChoice:
             "probes": [asdict(scores) for scores in self.probes],
             "last": None if self.last is None else asdict(self.last),
             "pending": None if self.pending is None else asdict(self.pending),
+            "failures": self._failures,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -276,6 +277,7 @@ class LayerChoice:
         self.last, self.pending = (
             None if state[name] is None else LayerScores(**state[name]) for name in ("last", "pending")
         )
+        self._failures = state.get("failures", [])  # version 0.1 kept none
 
 
 def _describe_change(before: LayerSelection, after: LayerSelection) -> str:

@@ -187,6 +187,19 @@ def test_three_probes_in_a_row_that_fail_end_the_run(index, tmp_path):
         made.run([14])
 
 
+def test_a_resume_counts_the_probes_that_failed_before_it(index, tmp_path):
+    state = None
+    for steps in (range(1, 6), range(6, 7)):  # the probes of steps 2 and 4 fail in the first
+        made = Choice(index, tmp_path)
+        made.model.blocks[1].ffn.fc2.bias.data.fill_(float("nan"))
+        if state is not None:
+            made.choice.load_state_dict(state)
+        made.run(steps)
+        state = made.choice.state_dict()
+    with pytest.raises(UserError, match=r"3 probes in a row failed, up to step 7"):
+        made.run([7])
+
+
 @pytest.mark.parametrize("strategy", ["none", "fixed:1,3"])
 def test_a_strategy_without_probes_is_not_ended_by_the_last_one(strategy, index, tmp_path):
     made = Choice(index, tmp_path, f"align.strategy={strategy}")
