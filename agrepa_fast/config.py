@@ -211,10 +211,10 @@ class AlignConfig:
     center: bool = setting(True, "subtract each domain's mean teacher vector")
 
     def __post_init__(self) -> None:
-        name, _, layers = self.strategy.partition(":")
+        name, colon, layers = self.strategy.partition(":")
         check(name in STRATEGIES, f"align.strategy={self.strategy!r} is unknown: {nearest(name, STRATEGIES)}")
         check(
-            (name == "fixed") == bool(layers) and (not layers or _LAYERS.fullmatch(layers)),
+            (name == "fixed") == bool(colon) and (not colon or _LAYERS.fullmatch(layers)),
             f"align.strategy={self.strategy!r}: layers are written fixed:4,8,12, and only for fixed",
         )
         own = ":" in self.objective  # MODULE:CLASS

@@ -57,6 +57,8 @@ def test_another_backbone_leaves_out_the_sizes_of_the_presets_own(tmp_path):
         ("train.lr=-1", "must be positive"),
         ("align.strategy=fogga", "did you mean 'foga'"),
         ("align.strategy=fixed", "fixed:4,8,12"),
+        ("align.strategy=fixed:", "fixed:4,8,12"),
+        ("align.strategy=deep:", "fixed:4,8,12, and only for fixed"),
         ("align.strategy=fixed:0,4", "numbered 1 to 8"),
         ("align.strategy=fixed:9", "numbered 1 to 8"),
         ("align.k=9", "more than the model's 8 layers"),
