@@ -46,7 +46,7 @@ def muon_rules(model: Backbone) -> dict[nn.Parameter, Rule]:
         if isinstance(module, nn.MultiheadAttention) and isinstance(module.in_proj_weight, nn.Parameter):
             rules[module.in_proj_weight] = Rule(True, 3)
         elif _is_linear(module) and not _modulates(names[module], model):
-            rules[module.weight] = Rule(True, _matrices(names[module], whole_shape(module.weight)[0]))
+            rules[module.weight] = Rule(True, _matrices(names[module], model))
     return rules
 
 
@@ -62,7 +62,12 @@ def _modulates(name: str, model: nn.Module) -> bool:
     return any(part in word.lower() for word in words for part in _MODULATIONS)
 
 
-def _matrices(name: str, rows: int) -> int:
-    own = name.rpartition(".")[2].lower()
-    count = next((count for part, count in _FUSED.items() if part in own), 1)
-    return count if rows % count == 0 else 1
+def _matrices(name: str, model: nn.Module) -> int:
+    """Return how many matrices the weight of a layer holds. Queries, keys and values of one size have that of the
+    layer's input, or of a layer beside it that takes the attention's output; keys of fewer heads than the queries have
+    neither, and such a weight is one matrix."""
+    holder, _, own = name.rpartition(".")
+    count = next((count for part, count in _FUSED.items() if part in own.lower()), 1)
+    beside = [module for module in model.get_submodule(holder).children() if isinstance(module, nn.Linear)]
+    sizes = {whole_shape(module.weight)[1] * count for module in beside}
+    return count if whole_shape(model.get_submodule(name).weight)[0] in sizes else 1

@@ -167,6 +167,17 @@ def test_muon_takes_the_matrices_of_the_layers_and_of_the_flow_time():
     }
 
 
+@pytest.mark.parametrize(
+    ("columns", "rows", "taken", "matrices"), [(8, 24, 8, 3), (8, 48, 16, 3), (8, 12, 8, 1), (16, 24, 16, 1)]
+)
+def test_queries_and_fewer_keys_in_one_weight_are_one_matrix(columns, rows, taken, matrices):
+    """Of 8 columns: of one size, of more heads than the model is wide, of two queries per key; of 16 the last again."""
+    model = Mine()
+    attention = torch.nn.ModuleDict({"qkv": torch.nn.Linear(columns, rows), "out": torch.nn.Linear(taken, columns)})
+    model.block["self_attn"] = attention
+    assert muon_rules(model)[attention["qkv"].weight].matrices == matrices
+
+
 def test_a_matrix_that_a_parametrization_computes_stays_with_adamw():
     model = Mine()
     torch.nn.utils.parametrizations.weight_norm(model.block["to_kv"])
