@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +30,7 @@ from .intervals import Interval, holm, jackknife, mean_interval, sign_flip
 from .stored import read_clips, read_embeddings, read_results
 
 ROW = "sample"
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class Evaluated:
             raise self._unlike(f"{domain}/{ROW}")
         return dict(zip(keys.tolist(), vectors, strict=True))
 
-    def distance(self, domain: str, metric: str) -> float | None:
-        """Return a distance of the clips of a domain; None if they have none."""
-        return self.results["rows"][ROW].get(domain, {}).get(metric, {}).get("value")
+    def has_distance(self, domain: str, metric: str) -> bool:
+        """Return whether the clips of a domain have a distance."""
+        return self.results["rows"][ROW].get(domain, {}).get(metric, {}).get("value") is not None
 
     def distances(self, domain: str) -> SetDistances:
         return SetDistances(self._array(domain, "reference"))
@@ -116,8 +116,13 @@ class Difference(NamedTuple):
 
     @property
     def clear(self) -> bool:
-        """Whether both intervals exclude 0."""
-        return all(one is not None and isfinite(one.low) and one.low * one.high > 0 for one in (self.clips, self.seeds))
+        """Whether both intervals exclude 0 by more than rounding. One over seeds without width says nothing: counts of
+        a few clips may agree by chance."""
+        if not all(
+            one is not None and (one.low > _ROUNDING or one.high < -_ROUNDING) for one in (self.clips, self.seeds)
+        ):
+            return False
+        return self.seeds.high - self.seeds.low > _ROUNDING
 
 
 def check_comparable(runs: Sequence[Evaluated]) -> None:
@@ -133,6 +138,7 @@ def check_comparable(runs: Sequence[Evaluated]) -> None:
             ("models", "other metric models"),
             ("reference_clips", "other numbers of reference clips"),
             ("words", "another metrics.text or metrics.language"),
+            ("confidence", "another metrics.confidence"),
         ):
             known = [one.results[name] for one in (first, run) if name in one.results]  # older results lack the last
             if known[1:] and known[0] != known[1]:
@@ -172,11 +178,11 @@ def _of_arm(label: str, pairs: Sequence[Pair], confidence: float) -> list[Differ
                 of_seeds = [clip_value(metric, a) - clip_value(metric, b) for a, b in rows]
                 found.append(Difference(label, domain, metric, of_seeds, clips, *_over_seeds(of_seeds, confidence)))
         for metric in SET_METRICS:
-            values = [[run.distance(domain, metric) for run in pair] for pair in pairs]
-            if None in chain(*values) or (clips := _set_difference(domain, metric, pairs, confidence)) is None:
+            if not all(run.has_distance(domain, metric) for run in chain(*pairs)):
                 continue
-            of_seeds = [a - b for a, b in values]
-            found.append(Difference(label, domain, metric, of_seeds, clips, *_over_seeds(of_seeds, confidence)))
+            if (both := _set_difference(domain, metric, pairs, confidence)) is not None:
+                clips, of_seeds = both
+                found.append(Difference(label, domain, metric, of_seeds, clips, *_over_seeds(of_seeds, confidence)))
     for domain in pairs[0][0].losses:
         if all(domain in run.losses for pair in pairs for run in pair):
             losses = [a.losses[domain] - b.losses[domain] for a, b in pairs]
@@ -203,9 +209,12 @@ def _over_seeds(
     return mean_interval(np.array(values), confidence), (sign_flip(values) if tested else None)
 
 
-def _set_difference(domain: str, metric: str, pairs: Sequence[Pair], confidence: float) -> Interval | None:
+def _set_difference(
+    domain: str, metric: str, pairs: Sequence[Pair], confidence: float
+) -> tuple[Interval, list[float]] | None:
     """Return the mean over seeds of the distances' differences, jackknifed over the clips of all at once: those that
-    have an embedding in all runs. None if fewer than two have."""
+    have an embedding in all runs; and the differences of each seed's pair, of the same clips, since a distance grows as
+    clips get fewer. None if fewer than two have."""
     distances = pairs[0][0].distances(domain)
     embedded = [[run.embeddings(domain) for run in pair] for pair in pairs]
     shared = sorted(set.intersection(*(set(of_run) for pair in embedded for of_run in pair)))
@@ -213,12 +222,11 @@ def _set_difference(domain: str, metric: str, pairs: Sequence[Pair], confidence:
         return None
     matrices = [[np.array([of_run[key] for key in shared]) for of_run in pair] for pair in embedded]
 
-    def statistic(places: np.ndarray) -> float:
-        return float(
-            np.mean([distances.value(metric, a, places) - distances.value(metric, b, places) for a, b in matrices])
-        )
+    def of_seeds(places: np.ndarray) -> list[float]:
+        return [distances.value(metric, a, places) - distances.value(metric, b, places) for a, b in matrices]
 
-    return jackknife(len(shared), statistic, GROUPS, confidence, SEED)
+    interval = jackknife(len(shared), lambda places: float(np.mean(of_seeds(places))), GROUPS, confidence, SEED)
+    return interval, of_seeds(np.arange(len(shared)))
 
 
 def _corrected(found: Sequence[Difference]) -> list[Difference]:

@@ -50,6 +50,7 @@ def _facts(comparison: Comparison) -> dict[str, object]:
     results = comparison.runs[0].results
     models = ", ".join(f"{kind} {model['spec']}" for kind, model in results["models"].items())
     made = {"clips (manifest)": results["manifest"], "vocoder": results["vocoder"], "metric models": models or "none"}
+    made["intervals"] = f"{100 * results['confidence']:g} %"
     return {**comparison.settings, **made}
 
 

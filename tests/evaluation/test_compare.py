@@ -72,7 +72,7 @@ def test_arms_that_are_the_same_do_not_differ(tmp_path):
 
 def test_a_planted_difference_is_found_with_its_sign(tmp_path):
     runs = [evaluated(tmp_path / f"none{seed}", "none", seed) for seed in (0, 1, 2)]
-    runs += [evaluated(tmp_path / f"bad{seed}", "bad", seed + 0, worse=0.4) for seed in (0, 1, 2)]
+    runs += [evaluated(tmp_path / f"bad{seed}", "bad", seed, worse=0.39 + 0.01 * seed) for seed in (0, 1, 2)]
     runs += [evaluated(tmp_path / f"same{seed}", "same", seed) for seed in (0, 1, 2)]
     found = {(one.label, one.metric): one for one in differences(runs, "none", 0.95)}
     mos = found["bad", "mos"]
@@ -125,6 +125,10 @@ def test_other_clips_and_other_seeds_are_refused(tmp_path):
     with pytest.raises(UserError, match="were evaluated with other numbers of reference clips"):
         check_comparable(runs)
     runs[1].results["reference_clips"] = runs[0].results["reference_clips"]
+    runs[1].results["confidence"] = 0.9
+    with pytest.raises(UserError, match=r"were evaluated with another metrics\.confidence"):
+        check_comparable(runs)
+    runs[0].results["confidence"] = 0.9
     runs[0].results["averaged"], runs[1].results["averaged"] = True, False
     with pytest.raises(UserError, match="were evaluated with averaged and with live weights"):
         check_comparable(runs)
@@ -270,19 +274,8 @@ def test_an_arm_that_its_shards_or_model_refuse_is_refused_before_the_warm_up(ar
 
 
 def test_a_plan_may_be_shorter_than_the_preset_s_own_warm_up(tmp_path, capsys):
-    main(
-        [
-            "compare",
-            "--strategies",
-            "none,foga",
-            "--warmup",
-            "80",
-            "--dry-run",
-            "train.steps=160",
-            "--out",
-            str(tmp_path / "x"),
-        ]
-    )
+    plan = ["--warmup", "80", "--dry-run", "train.steps=160", "--out", str(tmp_path / "x")]
+    main(["compare", "--strategies", "none,foga", *plan])
     assert "3 warm-ups of 80 steps, 6 runs of 80 steps" in capsys.readouterr().out
     assert not (tmp_path / "x").exists()
 
@@ -315,6 +308,7 @@ def test_a_comparison_that_a_signal_ends_compares_what_is_finished(tmp_path, mon
     assert settings["deep"] == "deep, align.k=2"  # of an arm with settings of its own
     assert "none" not in settings
     assert "deep, seed 0" in failed
+    assert "shallow, seed 1 (its seed has no none to compare with)" in failed
 
 
 def test_an_arm_that_has_chosen_no_layers_is_not_compared_as_if_it_had(tmp_path, monkeypatch, capsys):
