@@ -46,7 +46,7 @@ def measure(backend: str, seed: str, overrides: list[str]) -> LayerScores:
     folder = RUNS / f"{backend}-seed{seed}"
     settings = ("align.strategy=none", f"train.steps={STEPS}", "train.final_lr=1.0", f"run.seed={seed}", *overrides)
     job = training_job(f"{backend}, seed {seed}", folder, ("--ds_config", "zero2.json", *settings), STEPS)
-    write_plan([job], folder.with_suffix(".json"))
+    write_plan([job], folder.with_suffix(".json"), f"remove {RUNS} first")
     with mock.patch.dict(os.environ, AGREPA_BACKEND=backend):  # of the two processes
         if run_jobs([job], print):
             raise SystemExit(f"{folder}: the warm-up failed")

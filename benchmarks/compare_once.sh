@@ -44,6 +44,9 @@ SHARDS=$(realpath "$shards") timeout --kill-after=45 $((seconds - 60)) benchmark
   'metrics.only=[mel]' eval.vocoder=griffin-lim "$@" 2>&1 | tee "$out/log.txt"
 code=${PIPESTATUS[0]}
 case $code in
-124 | 137) echo "compare_once.sh: stopped at the limit; the table has what had finished" ;;
+124 | 137)
+  [ -f "$work/compare/report.md" ] || { echo "compare_once.sh: stopped at the limit, before a pair of runs had finished" >&2 && exit 1; }
+  echo "compare_once.sh: stopped at the limit; the table has what had finished"
+  ;;
 *) exit "$code" ;;
 esac

@@ -125,7 +125,7 @@ def main() -> None:
             auto |= load_config(args.preset, settings).train.precision == "auto"
             # steps=1: all count alike in the time left
             jobs.append(training_job(f"{label}, seed {seed}", run, ("--preset", args.preset, *settings), steps=1))
-    write_plan(jobs, folder / "plan.json")
+    write_plan(jobs, folder / "plan.json", "take another NAME")
     if failed := run_jobs(jobs, print):
         sys.exit(f"{len(failed)} of {len(jobs)} runs failed, {failed[0].name} first: the same command tries again")
 

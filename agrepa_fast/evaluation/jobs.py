@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 
 from ..checkpoints.find import complete_checkpoints
@@ -19,6 +18,7 @@ from ..files import FolderLock, read_json, write_atomically
 from ..launch import free_port
 
 _ATTEMPTS = 2
+ANOTHER = "choose another --out"
 _TRAIN = Path(__file__).parents[1] / "train.py"
 _LAUNCHER = (
     sys.executable,
@@ -134,30 +134,55 @@ def training_job(name: str, folder: Path, arguments: Sequence[str], steps: int, 
     return Job(name, (*launcher, str(_TRAIN), *arguments, f"run.dir={folder}"), folder, folder / "summary.json", steps)
 
 
-def write_plan(jobs: Sequence[Job], file: Path) -> None:
-    """Write the jobs, beside those of earlier calls: arms and seeds may be added. Raises UserError if an earlier job in
-    the folder of one of them had another command, and for the folder of a run of no comparison: `run_jobs` would remove
-    it if it has no checkpoint."""
-    plan = _read_plan(file) if file.is_file() else {}
-    for job in jobs:
-        folder, command = str(job.folder), [_PLACES.get(part, part) for part in job.command]
-        if folder not in plan and job.folder.exists():
-            raise UserError(f"{job.folder} is there, and not of this comparison: choose another --out")
-        there = plan.setdefault(folder, {"name": job.name, "command": command, "folder": folder})["command"]
-        if there != command:
-            changed = (f"{old}, now {new}" for old, new in zip_longest(there, command) if old != new)
-            raise UserError(f"{file.parent} holds another comparison ({next(changed)}): choose another --out")
+def write_plan(jobs: Sequence[Job], file: Path, remedy: str = ANOTHER) -> None:
+    """Write the jobs, beside those of earlier calls, as `merge_plan` returns them."""
+    plan = merge_plan(jobs, file, remedy)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(list(plan.values()), indent=1) + "\n")
 
 
-def _read_plan(file: Path) -> dict[str, dict]:
+def merge_plan(jobs: Sequence[Job], file: Path, remedy: str = ANOTHER) -> dict[str, dict]:
+    """Return the jobs by folder, with those of earlier calls: arms and seeds may be added, and an evaluation that has
+    not finished may change. Raises UserError, which ends with `remedy`, if an earlier job in the folder of one of them
+    had other settings, and for the folder of a run of no comparison: `run_jobs` would remove it if it has no
+    checkpoint."""
+    plan = _read_plan(file, remedy) if file.is_file() else {}
+    for job in jobs:
+        folder, command = str(job.folder), [_PLACES.get(part, part) for part in job.command]
+        if folder not in plan and job.folder.exists():
+            raise UserError(f"{job.folder} is there, and not of this comparison: {remedy}")
+        there = plan.get(folder, {}).get("command", command)
+        change = _change(there, command)
+        if change is not None and (job.steps or job.finished):
+            again = "" if job.steps else f"remove {job.folder} to evaluate again, or "
+            raise UserError(f"{file.parent} holds another comparison ({change}): {again}{remedy}")
+        plan[folder] = {"name": job.name, "command": command, "folder": folder}
+    return plan
+
+
+def _change(before: Sequence[str], after: Sequence[str]) -> str | None:
+    """Return the first setting in which two commands differ, None if they agree. Of one name, the last counts."""
+    old, new = _by_name(before), _by_name(after)
+    name = next((name for name in {**old, **new} if old.get(name) != new.get(name)), None)
+    return None if name is None else f"{old.get(name, f'no {name}')}, now {new.get(name, f'no {name}')}"
+
+
+def _by_name(command: Sequence[str]) -> dict[str, str]:
+    """Return name -> "name=value" or "--name value" of a command's settings; other parts stand for themselves."""
+    found, parts = {}, iter(command)
+    for part in parts:
+        name = part.partition("=")[0]
+        found[name] = f"{part} {next(parts, '')}" if part.startswith("--") and name == part else part
+    return found
+
+
+def _read_plan(file: Path, remedy: str) -> dict[str, dict]:
     """Return the jobs of a plan by folder."""
-    jobs = read_json(file, "choose another --out")
+    jobs = read_json(file, remedy)
     try:
         return {job["folder"]: {**job, "command": [*job["command"]]} for job in jobs}
     except (TypeError, KeyError) as error:
-        raise UserError(f"{file} is damaged: choose another --out") from error
+        raise UserError(f"{file} is damaged: {remedy}") from error
 
 
 def run_jobs(jobs: Sequence[Job], say: Callable[[str], object]) -> list[Job]:
@@ -215,7 +240,7 @@ def _run(job: Job) -> bool:
 def _command(job: Job) -> tuple[str, ...]:
     if not job.steps or not job.folder.exists():
         return job.command
-    with FolderLock(job.folder, "choose another --out"):  # a training that outlived its comparison
+    with FolderLock(job.folder, ANOTHER):  # a training that outlived its comparison
         if complete_checkpoints(job.folder / "checkpoints"):
             return (*job.command, "--resume", "latest")
         shutil.rmtree(job.folder)  # it ended before its first checkpoint

@@ -15,7 +15,7 @@ from ..config_file import load_config
 from ..data.matching import matching_index
 from ..errors import UserError
 from ..evaluation.compare import Difference, Evaluated, check_comparable, differences
-from ..evaluation.jobs import Arm, Experiment, Job, run_jobs, write_plan
+from ..evaluation.jobs import ANOTHER, Arm, Experiment, Job, merge_plan, run_jobs, write_plan
 from ..evaluation.stored import read_layers, read_losses, read_results
 from ..files import FolderLock, write_atomically
 from ..models.registry import make_model
@@ -57,9 +57,10 @@ def compare_strategies(
     baseline = _baseline(baseline, labels)
     _print_plan(experiment, jobs)
     if dry_run:
+        merge_plan(jobs, out / _PLAN)
         return
     check_out(out)
-    with FolderLock(out, "choose another --out"):
+    with FolderLock(out, ANOTHER):
         write_plan(jobs, out / _PLAN)
         if evaluated := _evaluations(experiment)[0]:
             check_comparable(evaluated)  # not only after hours of training
@@ -71,7 +72,9 @@ def compare_strategies(
         runs, unaligned = _evaluations(experiment)
         missing = [*(job.name for job in failed), *(f"{name} (chose no layers)" for name in unaligned)]
         shared = {run.seed for run in runs if run.label == baseline}
-        runs = [run for run in runs if run.seed in shared]  # a seed without its baseline has nothing to compare with
+        alone = [f"{run.label}, seed {run.seed}" for run in runs if run.seed not in shared]
+        missing += [f"{name} (its seed has no {baseline} to compare with)" for name in alone]
+        runs = [run for run in runs if run.seed in shared]
         if len({run.label for run in runs}) < 2:
             raise interrupted or UserError(
                 f"{out}: no run of the baseline {baseline!r} and of another strategy with one seed finished: "
@@ -122,7 +125,7 @@ def compare_runs(folders: Sequence[Path], *, out: Path, baseline: str | None) ->
     check_out(out)
     if (out / _PLAN).exists():
         raise UserError(f"--out {out} holds a comparison that trains, with a report of its own: choose another folder")
-    with FolderLock(out, "choose another --out"):
+    with FolderLock(out, ANOTHER):
         write_comparison(runs, _baseline(baseline, labels), out, settings, [])
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from agrepa_fast.cli import main
 from agrepa_fast.errors import UserError
 from agrepa_fast.evaluation.jobs import Arm, Experiment, Job, run_jobs, split_overrides, write_plan
 
@@ -167,6 +168,44 @@ def test_another_plan_in_the_same_folder_is_refused(tmp_path):
     longer = Experiment(experiment.arms, (0,), "demo", 20, 40, tmp_path, "zero2.json", None)
     with pytest.raises(UserError, match=r"train\.steps=30, now train\.steps=40.*choose another --out"):
         write_plan(longer.jobs(), tmp_path / "plan.json")
+    faster = replace(experiment, overrides=("train.lr=1e-3",))
+    with pytest.raises(
+        UserError, match=r"holds another comparison \(no train\.lr, now train\.lr=1e-3\): take another NAME"
+    ):
+        write_plan(faster.jobs(), tmp_path / "plan.json", "take another NAME")
+    other = replace(experiment, ds_config="zero1.json")
+    with pytest.raises(UserError, match=r"\(--ds_config zero2\.json, now --ds_config zero1\.json\)"):
+        write_plan(other.jobs(), tmp_path / "plan.json")
+
+
+def test_an_evaluation_that_has_not_finished_may_change(tmp_path):
+    """One with a wrong model of a metric must not cost the training before it."""
+    wrong, right = (
+        Experiment(
+            (Arm("none", "none"),), (0,), "demo", 20, 30, tmp_path, "zero2.json", None, (), (f"metrics.asr={asr}",)
+        )
+        for asr in ("nowhere", "package:whisper-base")
+    )
+    write_plan(wrong.jobs(), tmp_path / "plan.json")
+    evaluation = right.jobs()[-1]
+    evaluation.folder.mkdir(parents=True)
+    write_plan(right.jobs(), tmp_path / "plan.json")
+    assert "metrics.asr=package:whisper-base" in (tmp_path / "plan.json").read_text()
+    evaluation.done.touch()
+    with pytest.raises(UserError, match=r"remove .*evaluate to evaluate again, or choose another --out"):
+        write_plan(wrong.jobs(), tmp_path / "plan.json")
+
+
+def test_a_dry_run_refuses_what_the_command_refuses(tmp_path, capsys):
+    given = ["compare", "--strategies", "none,shallow", "--seeds", "0", "--warmup", "2", "--out", str(tmp_path)]
+    arms = (Arm("none", "none"), Arm("shallow", "shallow"))
+    jobs = Experiment(arms, (0,), "demo", 2, 4, tmp_path, "zero2.json", None, ("train.steps=6",)).jobs()
+    write_plan(jobs, tmp_path / "plan.json")
+    main([*given, "--dry-run", "train.steps=6"])
+    with pytest.raises(SystemExit) as ended:
+        main([*given, "--dry-run", "train.steps=6", "train.lr=1e-5"])
+    assert ended.value.code == 2
+    assert "holds another comparison (no train.lr, now train.lr=1e-5): choose another --out" in capsys.readouterr().err
 
 
 def test_arms_and_seeds_may_be_added(tmp_path):
