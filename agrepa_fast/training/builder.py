@@ -48,7 +48,7 @@ from .folder import locate_run, open_folder, set_attempt_aside
 from .metrics import Metrics
 from .precision import choose_precision
 from .run import Run
-from .start import check_start, fix_start, keep_start, own_generation
+from .start import check_start, fix_start, keep_start, own_generation, start_masters
 from .tracker import check_tracker, open_tracker
 
 DEMOS = ("demo", "demo-f5", "demo-long")  # presets on the demo corpus
@@ -120,6 +120,8 @@ def build(config: Config, ds_values: dict, resume: str | None) -> Training:
     prepared = time.perf_counter()
     with raising_alike():
         engine = build_engine(model, config, ds_config)
+        if checkpoint is None and config.train.start_from is not None:
+            start_masters(engine, Path(config.train.start_from))
         aligner = Aligner(config, model, teacher_dims(index), device, metrics.print)  # the model has its dtype now
     ema = Ema(engine, config.train.ema_decay)
     own_folder = context.folder if rank == 0 else None

@@ -7,13 +7,16 @@ from pathlib import Path
 
 from ..checkpoints.find import POINTERS, generation_of, resolve_checkpoint
 from ..checkpoints.shard_facts import as_trained
-from ..checkpoints.upstream import is_upstream_file
+from ..checkpoints.upstream import is_upstream_file, read_tensors
+from ..checkpoints.weights import weights_file
 from ..config import Config
 from ..config_file import load_config
 from ..data.index import Index
 from ..errors import UserError
 from ..models.backbone import Backbone
 from ..ranks import from_rank_0
+from ..zero.masters import publish_masters, write_masters
+from ..zero.recut import whole_tensors
 
 IN_NO_SHAPE = ("heads", "gelu", "time_scale", "token_scale", "padding")  # settings of model.* that no weight tells
 OF_MELS = ("sample_rate", "n_fft", "hop_length", "f_max", "mel_scale", "mel_norm", "center", "normalize")  # of data.*
@@ -63,6 +66,17 @@ def own_generation(config: Config, checkpoint: Path | None) -> int:
     if start_from is None:
         return 0
     return 1 if is_upstream_file(Path(start_from)) else generation_of(Path(start_from)) + 1
+
+
+def start_masters(engine, start_from: Path) -> None:
+    """Write the weights of train.start_from into the masters, whole and in fp32: DeepSpeed has made them from those of
+    the forward, which a bf16 run rounds. Every rank must call it."""
+    if is_upstream_file(start_from):
+        state = engine.module.from_upstream(read_tensors(start_from))
+        write_masters(engine, lambda name: state[name].float())
+    else:
+        write_masters(engine, whole_tensors(weights_file(start_from)))
+    publish_masters(engine)
 
 
 def check_start(config: Config, model: Backbone, index: Index, checkpoint: Path) -> str | None:

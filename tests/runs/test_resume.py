@@ -184,6 +184,21 @@ def test_a_run_starts_from_the_averaged_weights_of_another(preset, baseline, tmp
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (2, 2), (3, 2)])
+def test_a_bf16_run_starts_from_whole_averages(stage, ranks, preset, baseline, ds_configs, tmp_path):
+    """Not from those that its forward rounds."""
+    given = ("--preset", str(preset), "--ds_config", ds_configs[stage], f"train.start_from={baseline}", "run.dir=run")
+    run_training(
+        ranks, *given, "train.precision=bf16", "align.strategy=none", "train.steps=1", "train.lr=1e-12", cwd=tmp_path
+    )
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step*")
+    (source,) = (baseline / "checkpoints").glob("step*5")
+    theirs = load_file(source / "ema.safetensors")
+    for name in ("model", "ema"):
+        for key, weight in load_file(checkpoint / f"{name}.safetensors").items():
+            torch.testing.assert_close(weight, theirs[key], atol=1e-8, rtol=0)
+
+
 def note_seed() -> None:
     """Write the seed of the noise to a file."""
 
