@@ -38,10 +38,10 @@ class Span(NamedTuple):
 def training_draws(flow: FlowConfig, lengths: torch.Tensor, keys: torch.Tensor) -> Draws:
     """Return a training step's draws for each clip. lengths (C,) frames; keys (C,) int64, on the same device.
 
-    A prefix has 1 to max(1, int(max_reference * length)) frames. A span to fill in has a share of the clip between the
-    two of flow.infill, and lies anywhere (F5-TTS's mask_from_frac_lengths). A logit-normal t (Esser et al. 2024,
-    "Scaling Rectified Flow Transformers", sec. 3.1) is the quantile of the uniform draw. The t of the paper is 1 - t
-    here, so its mean has the other sign.
+    A prefix has 1 to max(1, int(max_reference * length)) frames, none if max_reference is 0. A span to fill in has a
+    share of the clip between the two of flow.infill, and lies anywhere (F5-TTS's mask_from_frac_lengths). A
+    logit-normal t (Esser et al. 2024, "Scaling Rectified Flow Transformers", sec. 3.1) is the quantile of the uniform
+    draw. The t of the paper is 1 - t here, so its mean has the other sign.
     """
     t, tokens, reference, share, place, everything = philox_uniform(keys, 6).unbind(1)
     if flow.logit_normal is not None:
@@ -49,8 +49,9 @@ def training_draws(flow: FlowConfig, lengths: torch.Tensor, keys: torch.Tensor) 
         t = torch.sigmoid(mean + scale * torch.special.ndtri(t))
     kept = everything >= flow.drop_all
     if flow.reference == "prefix":
-        longest = (flow.max_reference * lengths).long().clamp(min=1)
-        hidden = Span(1 + (share * longest).long(), lengths)
+        least = int(flow.max_reference > 0)
+        longest = (flow.max_reference * lengths).long().clamp(min=least)
+        hidden = Span(least + (share * longest).long(), lengths)
     else:
         least, most = flow.infill
         span = ((least + share * (most - least)) * lengths).long()
@@ -62,7 +63,7 @@ def training_draws(flow: FlowConfig, lengths: torch.Tensor, keys: torch.Tensor) 
 def fixed_span(flow: FlowConfig, lengths: torch.Tensor) -> Span:
     """Return what is hidden from probes and validation: all beyond half of the longest prefix, or a middle span."""
     if flow.reference == "prefix":
-        return Span((0.5 * flow.max_reference * lengths).long().clamp(min=1), lengths)
+        return Span((0.5 * flow.max_reference * lengths).long().clamp(min=int(flow.max_reference > 0)), lengths)
     span = (sum(flow.infill) / 2 * lengths).long()
     start = (lengths - span) // 2
     return Span(start, start + span)

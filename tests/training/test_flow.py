@@ -10,6 +10,7 @@ from agrepa_fast.config import FlowConfig
 from agrepa_fast.flow import (
     counted_frames,
     expected_frames,
+    fixed_span,
     flow_loss,
     integrate,
     reference_around,
@@ -148,6 +149,10 @@ def test_draws():
     assert draws.hidden.start.max() == 30
     assert len(set(draws.hidden.start.tolist())) == 30
     short = training_draws(FlowConfig(), torch.full((50,), 2), keys[:50])
+    nothing = FlowConfig(max_reference=0.0)
+    for hidden in (training_draws(nothing, lengths, keys).hidden, fixed_span(nothing, lengths)):
+        assert (hidden.start == 0).all()
+        assert torch.equal(hidden.end, lengths)
     assert set(short.hidden.start.tolist()) == {1}
 
 
