@@ -1,5 +1,6 @@
 """FLOPs of a training step, and the FLOP/s that a GPU can reach, for MFU."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from ..zero.ds_config import precision
 from .context import RunContext
 from .dry_run import silent_clips
 
-# Dense bf16 TFLOP/s of tensor cores, from NVIDIA's data sheets; the first name that is part of the device's counts.
+# Dense bf16 TFLOP/s of tensor cores, from NVIDIA's data sheets; the first whose words the device's name has counts.
 _PEAKS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -41,7 +42,9 @@ _PEAKS = {
 
 def peak_tflops(device_name: str) -> float | None:
     """Return the dense bf16 TFLOP/s of a GPU by its name; None if the table lacks it."""
-    return next((peak for name, peak in _PEAKS.items() if name in device_name), None)
+    if "Laptop" in device_name:  # its clocks are lower
+        return None
+    return next((peak for name, peak in _PEAKS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def peak_flops(train: TrainConfig, device: torch.device) -> float | None:

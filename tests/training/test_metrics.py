@@ -73,6 +73,8 @@ def test_no_mfu_rather_than_a_false_one(monkeypatch):
     names = {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H100 PCIe": 756.0, "NVIDIA H200": 989.0, "Tesla V100": None}
     for name, peak in {**names, "NVIDIA A100-SXM4-80GB": 312.0, "NVIDIA L40S": 362.0, "NVIDIA L4": 121.0}.items():
         assert peak_tflops(name) == peak
+    for name in ("L40", "RTX A1000", "RTX A4000", "A10G", "RTX A3000 Laptop GPU", "GeForce RTX 4090 Laptop GPU"):
+        assert peak_tflops(f"NVIDIA {name}") is None  # another GPU's name is inside
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     assert peak_flops(TrainConfig(), torch.device("cuda")) == 989e12
     assert peak_flops(TrainConfig(precision="fp32"), torch.device("cuda")) is None
