@@ -39,7 +39,7 @@ def _load_run_config(preset: str, overrides: Sequence[str]) -> Config:
     """Return the settings of the run that --resume continues, with overrides: the run in run.dir, or else the newest of
     the preset in runs/. Raises UserError if there is no run."""
     folders = [value for name, _, value in (override.partition("=") for override in overrides) if name == "run.dir"]
-    if folders:
+    if folders and folders[-1] != "null":  # as the setting takes it: no folder
         folder = local_path(folders[-1])
     else:
         stem = re.escape(Path(preset).stem)  # demo's are not demo-long's

@@ -42,6 +42,9 @@ def test_a_resume_takes_the_newest_run_of_its_preset(tmp_path, monkeypatch):
     assert config.train.steps == 1001
     config, _ = read_inputs("demo-long", [], "zero2.json", "latest")
     assert config.train.steps == 1002
+    assert read_inputs("demo", ["run.dir=null"], "zero0.json", "latest") == read_inputs(
+        "demo", [], "zero0.json", "latest"
+    )
     with pytest.raises(UserError, match="no run of preset 'demo-f5'"):
         read_inputs("demo-f5", [], "zero2.json", "latest")
 
