@@ -19,7 +19,7 @@ from ..flow import sample
 from ..seeds import clip_keys
 from ..tokenizers.base import tokens_of_frames
 from .figure import new_figure
-from .opened import open_checkpoint
+from .opened import SAMPLING, open_checkpoint
 
 
 def sample_clips(
@@ -75,7 +75,7 @@ def _write_wav(path: Path, wave: np.ndarray, rate: int) -> None:
 def sample_checkpoint(checkpoint: Path, overrides: Sequence[str], *, live: bool, clips: int, out: Path | None) -> None:
     """Run `agrepa sample`: write wavs and mel.png of a checkpoint's samples. clips: per domain. live: the live weights
     instead of their moving average. out: None for a folder beside the checkpoints."""
-    opened = open_checkpoint(checkpoint, overrides, live=live, uses=("data", "flow", "eval", "run.seed"))
+    opened = open_checkpoint(checkpoint, overrides, live=live, uses=("data", *SAMPLING, "eval.vocoder", "run.seed"))
     out = out or opened.beside("sample")
     check_writable(out, "--out")
     vocoder = load_vocoder(opened.config.eval.vocoder, opened.config.data, "cpu")

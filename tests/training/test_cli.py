@@ -200,10 +200,15 @@ class TestRefusals:
         assert "train.lr has no effect here: data.* have" in refused(capsys, *source, "train.lr=0.1")
         for reading in ("data.normalize=false", "data.path=x"):
             assert "has no effect here: shards are read by it, not made" in refused(capsys, *source, reading)
-        assert "train.copy_to has no effect here: data.*, flow.*" in refused(capsys, "sample", run, "train.copy_to=x")
+        assert "train.copy_to has no effect here: data.*, flow.sigma" in refused(
+            capsys, "sample", run, "train.copy_to=x"
+        )
         assert "run.dir has no effect here" in refused(capsys, "sample", run, "run.dir=elsewhere")
         assert "flow.drop_all has no effect here" in refused(capsys, "sample", run, "flow.steps=2", "flow.drop_all=0.5")
-        assert "eval.clips has no effect here" in refused(capsys, "probe", run, "eval.clips=2")
+        for name, value in (("eval.clips", 2), ("flow.reference", "infill"), ("flow.infill", [0.2, 0.3])):
+            assert f"{name} has no effect here" in refused(capsys, "sample", run, f"{name}={value}")
+        for name, value in (("eval.clips", 2), ("flow.guidance", 1), ("flow.steps", 2), ("probe.every", 3)):
+            assert f"{name} has no effect here" in refused(capsys, "probe", run, f"{name}={value}")
         assert "23 speech clips" in refused(capsys, "probe", run, "probe.clips=23")
 
     def test_measures_that_do_not_fit(self, run, tmp_path, capsys):
