@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..audio.waves import MAX_PEAK
 from .embeddings import Embedder
 from .mos import Scorer
 from .recogniser import Recogniser
@@ -67,10 +68,12 @@ def choose_clips(clips: Sequence[Clip]) -> list[Clip]:
 
 
 def with_noise(wave: np.ndarray, decibels: float, seed: int) -> np.ndarray:
-    """Return a wave with white noise that many decibels below its own power."""
+    """Return a wave with white noise that many decibels below its own power, softer if its peak would be more than any
+    model judges."""
     noise = np.random.default_rng(seed).standard_normal(len(wave))
     level = np.sqrt(np.mean(np.square(wave, dtype=np.float64))) * 10 ** (-decibels / 20)
-    return (wave + level * noise).astype(np.float32)
+    noisy = wave + level * noise
+    return (noisy * min(1.0, 0.999 * MAX_PEAK / np.abs(noisy).max())).astype(np.float32)
 
 
 def sureness(recogniser: Recogniser) -> Gauge:

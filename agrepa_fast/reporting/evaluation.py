@@ -24,10 +24,10 @@ from ..files import FolderLock, file_sha256, write_atomically
 from ..launch import local_device
 from ..ranks import Ranks
 from .evaluation_table import print_results, results_markdown
-from .opened import DRAWN_IN_TRAINING, OpenedCheckpoint, check_out, open_checkpoint
+from .opened import DRAWN_IN_TRAINING, SAMPLING, OpenedCheckpoint, check_out, open_checkpoint
 from .report import write_report
 
-USES = ("data", "flow", "eval.vocoder", "metrics")
+USES = ("data", *SAMPLING, "eval.vocoder", "metrics")
 OF_SPEECH = {"wer", "mos", "similarity"}  # metrics that need no shards
 
 
@@ -91,11 +91,6 @@ def _check_measurable(clips: Sequence[Clip], index: Index, only: Sequence[str]) 
             f"{index.folder} has fewer than two {few[0]} clips for training, which mmd and fad compare with: prepare "
             "more recordings, or measure something else (metrics.only)"
         )
-    if only == ["wer"] and not any(clip.text for clip in clips if clip.domain == "speech"):
-        raise UserError(
-            f"{index.folder}: no speech clip has a text and is uncut: wer cannot be measured; prepare with a larger "
-            "data.max_seconds, or measure something else (metrics.only)"
-        )
 
 
 def made_with(opened: OpenedCheckpoint, vocoder: Vocoder, live: bool) -> dict:
@@ -155,11 +150,17 @@ def measure(
             if embeddings[domain]:
                 references[domain] = reference(domain)
     rows = clip_rows(wavs, figures, seconds, {wav: file_sha256(wav.path) for wav in wavs if wav.path.is_file()})
-    judges.ranks.on_rank_0(lambda: write_clips(rows, out / "clips.csv"))
+    summary = summarise(rows, embeddings, references, metrics.only, metrics.confidence)
     names = list(dict.fromkeys(wav.row for wav in wavs))
-    judges.ranks.on_rank_0(lambda: write_embeddings(embeddings, references, names, out / "embeddings.npz"))
+
+    def write() -> None:
+        (out / "results.json").unlink(missing_ok=True)  # an earlier evaluation's must not stand beside these clips
+        write_clips(rows, out / "clips.csv")
+        write_embeddings(embeddings, references, names, out / "embeddings.npz")
+
+    judges.ranks.on_rank_0(write)
     return {
-        "rows": summarise(rows, embeddings, references, metrics.only, metrics.confidence),
+        "rows": summary,
         "confidence": metrics.confidence,
         "reference_clips": {domain: len(vectors) for domain, vectors in references.items()},
         "words": {"text": metrics.text, "language": metrics.language} if "asr" in judges.models else {},

@@ -1,6 +1,7 @@
 """`agrepa evaluate FOLDER`: recordings from anybody's model, with the true ones beside them if they are there."""
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -65,7 +66,8 @@ def evaluate_folder(
             f"{folder}: a folder of recordings is measured by {', '.join(sorted(OF_SPEECH))}, all of them of speech: "
             "--domain speech, or name a run, whose shards have what the other metrics compare with"
         )
-    out = out or folder.parent / f"evaluate-{folder.name}"
+    place = folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))  # noqa: PTH100 - no link of it
+    out = out or place.parent / f"evaluate-{place.name}"
     ranks.on_rank_0(lambda: check_out(out))
     recordings, passed_over = list_folder(folder, domain or "speech")
     if passed_over and ranks.rank == 0:
@@ -76,7 +78,7 @@ def evaluate_folder(
         made["list"] = str(listed)
         material = _listed(recordings, folder, listed, ranks.from_rank_0(lambda: read_list(listed, reference)))
     else:
-        material = _recorded(recordings, reference, domain)
+        material = _recorded(recordings, reference, domain, config.metrics.only)
         _check_rates(folder, material.wavs)
     _check_measurable(folder, material, config.metrics.only)
     lock = FolderLock(out, "choose another --out")
@@ -112,9 +114,14 @@ def measure_material(
     ranks.on_rank_0(lambda: write_results(facts, len(wavs), out))
 
 
-def _recorded(recordings: Sequence[Recording], reference: Path | None, domain: str) -> Material:
-    """Return the recordings of a folder, with the truths of the same names."""
+def _recorded(recordings: Sequence[Recording], reference: Path | None, domain: str, only: Sequence[str]) -> Material:
+    """Return the recordings of a folder, with the truths of the same names. Raises UserError if words are counted and
+    the text of one cannot be read."""
     truths = _pairs(recordings, reference, domain) if reference is not None else {}
+    faults = [one.problem for one in (*recordings, *truths.values()) if one.problem] if "wer" in only else []
+    if faults:
+        more = f" ({len(faults)} such texts)" if len(faults) > 1 else ""
+        raise UserError(f"{faults[0]}{more}: mend or remove it, or leave wer out of metrics.only")
     clips = {r.name: _clip(r, domain, truths.get(r.name)) for r in recordings}
     wavs = [Wav("truth", clips[name], Path(truth.path)) for name, truth in truths.items()]
     return Material([*wavs, *(Wav("sample", clips[r.name], Path(r.path)) for r in recordings)])

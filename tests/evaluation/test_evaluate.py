@@ -109,6 +109,20 @@ def test_the_same_command_does_nothing_twice_and_goes_on_after_an_interruption(r
     assert float(again["mos"]) == 1 != float(speech["mos"])
 
 
+def test_results_never_stand_beside_the_clips_of_another_evaluation(run, tmp_path, calls, monkeypatch):
+    """A second one, with other texts, is interrupted after its clips are written."""
+    command = ["evaluate", str(run), "--out", str(tmp_path), *FLAGS]
+    main(command)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "write_embeddings", stop)
+    with pytest.raises(SystemExit):
+        main([*command, "metrics.text=f5"])
+    assert not (tmp_path / "results.json").exists()
+
+
 def test_a_self_test_counts_for_its_language_alone(run, tmp_path, calls, monkeypatch):
     tested = []
 
@@ -231,6 +245,7 @@ def test_distances_without_training_clips_are_refused_before_anything_is_sampled
     with pytest.raises(UserError, match="data/mine has fewer than two audio clips for training"):
         evaluation._check_measurable(clips, index, ["mmd", "mel"])
     evaluation._check_measurable(clips, index, ["mel"])
+    evaluation._check_measurable([Clip("speech", "a", 0, 8, "", "")], index, ["wer"])  # against the truth's words
 
 
 def test_speakers_are_compared_with_the_truth_of_the_same_clip():

@@ -117,6 +117,32 @@ def test_all_waves_bad_is_no_traceback(folder):
     assert results["left_out"].keys() == {"mos"}
 
 
+def test_loud_recordings_are_tested_and_judged(folder):
+    """The noise of a self-test lifts them above the peak that a model takes."""
+    for path in folder.iterdir():
+        write(path, 9.5 / 0.3 * TONE)
+    results = measured(folder)
+    assert results["rows"]["sample"]["speech"]["mos"]["n"] == 3
+    assert results["failed"] == results["left_out"] == {}
+
+
+def test_a_text_that_cannot_be_read_is_refused_where_words_count(folder, capsys):
+    (folder / "b.txt").write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(folder), "--domain", "speech", "--out", "out", "metrics.only=[wer,mos]"])
+    assert ended.value.code == 2
+    assert "b.txt" in (said := capsys.readouterr().err)
+    assert said.count("\n") == 1
+    assert measured(folder)["rows"]["sample"]["speech"]["mos"]["n"] == 3
+
+
+def test_the_current_folder_has_its_evaluation_beside_it(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    main(["evaluate", ".", "--domain", "speech", "metrics.only=[mos]"])
+    assert Path("..", "evaluate-tones", "results.json").is_file()
+    assert {path.suffix for path in Path().iterdir()} == {".wav"}
+
+
 def test_names_that_are_not_utf_8(folder):
     """That of the folder, of a recording, and of one that fails, which results.md and report.html name."""
     (folder / "a.wav").rename(folder / os.fsdecode(b"stra\xdfe.wav"))
