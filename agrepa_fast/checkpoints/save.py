@@ -190,8 +190,7 @@ class _Writer:
                 write(*args, **kwargs)
             except UserError as error:
                 self.failure = str(error)
-            # torch.save raises RuntimeError on a full disk
-            except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
                 self.failure = f"{one_line(error)} ({_free_mib(self.folder)} MiB free): make room"
 
 

@@ -307,3 +307,15 @@ def test_a_checkpoint_of_another_run_is_refused(saved, made):
     shutil.copytree(saved / "checkpoints" / foreign.name, foreign)
     with pytest.raises(UserError, match=r"another run.*train\.start_from="):
         load_checkpoint(foreign, ours, None, None, None)
+
+
+def test_a_save_that_fails_says_why(tmp_path):
+    """safetensors has reasons that begin with an empty line."""
+
+    def fail():
+        raise RuntimeError("\n    Some tensors share memory\n")
+
+    write = checkpoint._Writer(tmp_path)
+    write(fail)
+    assert "Some tensors share memory" in write.failure
+    assert "\n" not in write.failure
