@@ -69,5 +69,4 @@ def _matrices(name: str, model: nn.Module) -> int:
     holder, _, own = name.rpartition(".")
     count = next((count for part, count in _FUSED.items() if part in own.lower()), 1)
     beside = [module for module in model.get_submodule(holder).children() if isinstance(module, nn.Linear)]
-    sizes = {whole_shape(module.weight)[1] * count for module in beside}
-    return count if whole_shape(model.get_submodule(name).weight)[0] in sizes else 1
+    return count if model.get_submodule(name).out_features in {count * module.in_features for module in beside} else 1
