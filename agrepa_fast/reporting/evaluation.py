@@ -24,9 +24,10 @@ from ..files import FolderLock, file_sha256, write_atomically
 from ..launch import local_device
 from ..ranks import Ranks
 from .evaluation_table import print_results, results_markdown
-from .opened import DRAWN_IN_TRAINING, SAMPLING, OpenedCheckpoint, check_out, open_checkpoint
+from .opened import SAMPLING, OpenedCheckpoint, check_out, open_checkpoint
 from .report import write_report
 
+_DRAWN_IN_TRAINING = ("times", "average", "drop_tokens", "drop_reference", "drop_all")  # of flow: no sample knows them
 USES = ("data", *SAMPLING, "eval.vocoder", "metrics")
 OF_SPEECH = {"wer", "mos", "similarity"}  # metrics that need no shards
 
@@ -101,7 +102,7 @@ def made_with(opened: OpenedCheckpoint, vocoder: Vocoder, live: bool) -> dict:
         "step": step_of(opened.path),
         "averaged": not live,
         "vocoder": vocoder.name,
-        "flow": {name: value for name, value in asdict(flow).items() if f"flow.{name}" not in DRAWN_IN_TRAINING},
+        "flow": {name: value for name, value in asdict(flow).items() if name not in _DRAWN_IN_TRAINING},
     }
 
 

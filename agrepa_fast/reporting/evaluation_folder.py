@@ -1,7 +1,6 @@
 """`agrepa evaluate FOLDER`: recordings from anybody's model, with the true ones beside them if they are there."""
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -66,7 +65,7 @@ def evaluate_folder(
             f"{folder}: a folder of recordings is measured by {', '.join(sorted(OF_SPEECH))}, all of them of speech: "
             "--domain speech, or name a run, whose shards have what the other metrics compare with"
         )
-    place = folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))  # noqa: PTH100 - no link of it
+    place = folder.resolve() if folder.name in ("", "..") else folder  # "." and ".." have no name to take
     out = out or place.parent / f"evaluate-{place.name}"
     ranks.on_rank_0(lambda: check_out(out))
     recordings, passed_over = list_folder(folder, domain or "speech")

@@ -20,8 +20,6 @@ from ..models.backbone import Backbone
 
 _SAMPLER = ("steps", "guidance", "guidance_without", "solver", "schedule", "sway")
 SAMPLING = ("flow.sigma", "flow.max_reference", *(f"flow.{name}" for name in _SAMPLER))  # what a sample depends on
-PROBING = ("flow.sigma", "flow.reference", "flow.max_reference", "flow.infill")  # and what a probe does
-DRAWN_IN_TRAINING = ("flow.times", "flow.average", "flow.drop_tokens", "flow.drop_reference", "flow.drop_all")
 
 
 def check_out(out: Path) -> None:
@@ -61,8 +59,6 @@ def open_checkpoint(checkpoint: Path, overrides: Sequence[str], *, live: bool, u
     for section, name in (("flow", "prediction"), ("data", "normalize")):
         if getattr(getattr(config, section), name) != getattr(getattr(saved, section), name):
             raise UserError(f"{section}.{name} is the checkpoint's: it cannot be overridden here")
-    if drawn := [name for name, _, _ in (text.partition("=") for text in overrides) if name in DRAWN_IN_TRAINING]:
-        raise UserError(f"{drawn[0]} has no effect here: only training draws by it")
     check_used(overrides, uses)
     device = local_device()
     return OpenedCheckpoint(model.to(device), config, as_trained(matching_index(config.data), path), path, device)

@@ -11,14 +11,13 @@ from ..checkpoints.weights import load_projections
 from ..errors import UserError
 from ..files import check_writable
 from ..probing.measure import ProbeRequest, measure_model
-from .opened import PROBING, open_checkpoint
+from .opened import open_checkpoint
 from .plots import plot_all
 from .tables import print_tables
 
-_PROBE = tuple(
-    f"probe.{name}"
-    for name in ("clips", "times", "draws", "chunk", "graph", "storage_clips", "confidence_floor", "undecided")
-)
+_FLOW = ("sigma", "reference", "max_reference", "infill")
+_PROBE = ("clips", "times", "draws", "chunk", "graph", "storage_clips", "confidence_floor", "undecided")
+_USES = ("data", *(f"flow.{name}" for name in _FLOW), *(f"probe.{name}" for name in _PROBE), "align")
 
 
 def probe_checkpoint(
@@ -31,7 +30,7 @@ def probe_checkpoint(
 ) -> None:
     """Measure a checkpoint's layers on one rank; write attribution.csv, selection.json and plots; print tables. Raises
     UserError if a measurement fails."""
-    opened = open_checkpoint(checkpoint, overrides, live=live, uses=("data", *PROBING, *_PROBE, "align"))
+    opened = open_checkpoint(checkpoint, overrides, live=live, uses=_USES)
     out = out or opened.beside("probe" if request.kind == "block" else "probe-branch")
     check_writable(out, "--out")
     read_csv(out / "attribution.csv")  # a file that rows cannot be appended to is refused before the work

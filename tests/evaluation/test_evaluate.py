@@ -230,6 +230,7 @@ def test_what_does_not_fit_is_refused_in_one_line(run, tmp_path, calls, capsys):
         ([str(run), "metrics.clips=99", "--out", str(tmp_path / "x")], "or lower metrics.clips"),
         ([str(run), "metrics.only=[mos]", "--domain", "audio", "--out", str(tmp_path / "x")], "audio is measured by"),
         ([str(run), *FLAGS, "flow.times=logit_normal"], "flow.times has no effect here"),
+        ([str(run), *FLAGS, "flow.reference=infill"], "flow.reference has no effect here"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(["evaluate", *arguments])

@@ -136,11 +136,14 @@ def test_a_text_that_cannot_be_read_is_refused_where_words_count(folder, capsys)
     assert measured(folder)["rows"]["sample"]["speech"]["mos"]["n"] == 3
 
 
-def test_the_current_folder_has_its_evaluation_beside_it(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    main(["evaluate", ".", "--domain", "speech", "metrics.only=[mos]"])
-    assert Path("..", "evaluate-tones", "results.json").is_file()
-    assert {path.suffix for path in Path().iterdir()} == {".wav"}
+@pytest.mark.parametrize(("here", "given"), [("tones", "."), ("tones", "./"), ("tones/sub", ".."), ("tones", "sub/..")])
+def test_a_folder_without_a_name_has_its_evaluation_beside_it(here, given, folder, monkeypatch):
+    (folder / "sub").mkdir()
+    outside = folder.absolute().parent
+    monkeypatch.chdir(here)
+    main(["evaluate", given, "--domain", "speech", "metrics.only=[mos]"])
+    assert (outside / "evaluate-tones" / "results.json").is_file()
+    assert {path.name for path in (outside / "tones").iterdir()} == {"a.wav", "b.wav", "c.wav", "sub"}
 
 
 def test_names_that_are_not_utf_8(folder):
